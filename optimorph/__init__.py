@@ -1,0 +1,69 @@
+"""Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
+
+Transforms, the words: `momentum`, `ema`, `square`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
+`orthogonalize`, `scale_by_shape`, `add_decayed_weights`, `scale_by_learning_rate`, `dampen`, `in_float32`.
+They chain with optax's (`optax.chain`, `optax.identity`).
+
+Optimizers, the sentences: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
+
+Beside them: `linalg` (the polar factor), `schedules`, `theory`.
+"""
+
+from optimorph import linalg, schedules, theory
+from optimorph.optimizers import adagrad, adam, adamw, muon, nadam, nadamw, rmsprop, sgd
+from optimorph.transforms.accumulate import AccumulateState, accumulate
+from optimorph.transforms.add import AddState, add
+from optimorph.transforms.add_decayed_weights import DecayState, add_decayed_weights
+from optimorph.transforms.dampen import DampenState, dampen
+from optimorph.transforms.debias import DebiasState, debias
+from optimorph.transforms.divide import DivideState, divide
+from optimorph.transforms.ema import EmaState, ema
+from optimorph.transforms.in_float32 import in_float32
+from optimorph.transforms.mix import MixState, mix
+from optimorph.transforms.momentum import MomentumState, momentum
+from optimorph.transforms.orthogonalize import orthogonalize
+from optimorph.transforms.root import root
+from optimorph.transforms.scale_by_learning_rate import LearningRateState, scale_by_learning_rate
+from optimorph.transforms.scale_by_shape import scale_by_shape
+from optimorph.transforms.square import square
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccumulateState",
+    "AddState",
+    "DampenState",
+    "DebiasState",
+    "DecayState",
+    "DivideState",
+    "EmaState",
+    "LearningRateState",
+    "MixState",
+    "MomentumState",
+    "accumulate",
+    "adagrad",
+    "adam",
+    "adamw",
+    "add",
+    "add_decayed_weights",
+    "dampen",
+    "debias",
+    "divide",
+    "ema",
+    "in_float32",
+    "linalg",
+    "mix",
+    "momentum",
+    "muon",
+    "nadam",
+    "nadamw",
+    "orthogonalize",
+    "rmsprop",
+    "root",
+    "scale_by_learning_rate",
+    "scale_by_shape",
+    "schedules",
+    "sgd",
+    "square",
+    "theory",
+]
