@@ -1,0 +1,1 @@
+"""Floor 0: types, trees, checks. Nothing here knows an optimizer."""

@@ -1,0 +1,121 @@
+"""Errors that name the transform, what it was given, what it expected and what to type instead."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+Shapes = dict[str, tuple[int, ...]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_DECAY = ("in [0, 1)", lambda x: 0 <= x < 1, "0.9")
+_POSITIVE = ("finite and above 0", lambda x: 0 < x < np.inf, "1.0")
+_NOT_NEGATIVE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "0.0")
+_RATE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "1e-3")
+
+RANGES = {
+    "b1": _DECAY,
+    "b2": _DECAY,
+    "dampening": ("in [0, 1]", lambda x: 0 <= x <= 1, "0.0"),
+    "decay": _DECAY,
+    "eps": _NOT_NEGATIVE,
+    "eps_root": _NOT_NEGATIVE,
+    "exponent": ("in (1/2, 1]", lambda x: 0.5 < x <= 1, "1.0"),
+    "initial": _NOT_NEGATIVE,
+    "initial_accumulator_value": _NOT_NEGATIVE,
+    "initial_scale": _NOT_NEGATIVE,
+    "initial_value": _POSITIVE,
+    "learning_rate": _RATE,
+    "momentum": _DECAY,
+    "offset": _POSITIVE,
+    "others_learning_rate": _RATE,
+    "smoothness": _POSITIVE,
+    "strong_convexity": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+}
+"""Every hyperparameter's range, by its name: the same name means the same thing everywhere."""
+
+SCHEDULED = ("learning_rate", "others_learning_rate", "weight_decay")
+"""Hyperparameters that may be functions of the step count."""
+
+
+def check_numbers(who: str, **values: Any) -> None:
+    """Refuse a concrete number outside its range; None, tracers and schedules (of rates) pass.
+
+    Raises:
+      ValueError: naming `who`, the argument, its value, its range and a value that would do.
+    """
+    for name, value in values.items():
+        if value is None and name == "learning_rate":
+            raise ValueError(f"{who}: {name} is missing. Type {name}={RANGES[name][2]}, for example.")
+        if value is None or isinstance(value, Tracer) or (callable(value) and name in SCHEDULED):
+            continue
+        text, inside, example = RANGES[name]
+        fix = f"Type {name}={example}, for example."
+        array = np.asarray(value)
+        if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+            raise ValueError(f"{who}: {name} must be a number {text}, but is {value!r}. {fix}")
+        if array.ndim != 0:
+            raise ValueError(
+                f"{who}: {name} must be one number {text}, but has shape {array.shape}. "
+                f"For a sweep over {name}, jax.vmap a function of one {name}."
+            )
+        if not inside(value):
+            raise ValueError(f"{who}: {name} must be {text}, but is {value}. {fix}")
+
+
+def checked(recipe: Callable[P, R]) -> Callable[P, R]:
+    """Check every argument of `recipe` that has an entry in `RANGES`, under the recipe's own name."""
+    signature = inspect.signature(recipe)
+
+    @functools.wraps(recipe)
+    def build(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments
+        check_numbers(recipe.__name__, **{k: v for k, v in given.items() if k in RANGES})
+        return recipe(*args, **kwargs)
+
+    return build
+
+
+def check_params(who: str, params: Any, why: str) -> None:
+    """Refuse an `update` without the parameters that it needs.
+
+    Raises:
+      ValueError: naming `who`, the reason and the call to type.
+    """
+    if params is None:
+        raise ValueError(
+            f"{who}: update was called without params, but {why}. "
+            "Type tx.update(gradients, state, params) instead of tx.update(gradients, state)."
+        )
+
+
+def mismatch(who: str, absent: set[str], updates: Shapes, *rest: Shapes) -> str | None:
+    """Say every way in which the gradients differ from the trees beside them; None if they agree.
+
+    Leaves in `absent` have None for a gradient, which is no fault.
+    """
+    lines = []
+    for other in rest:
+        for path in updates | other:
+            here, there = updates.get(path), other.get(path)
+            if path in absent:
+                continue
+            if here is None:
+                lines.append(f"'{path}': a parameter of shape {there}, but no gradient")
+            elif there is None:
+                lines.append(f"'{path}': a gradient of shape {here}, but no parameter")
+            elif here != there:
+                lines.append(f"'{path}': a gradient of shape {here} for a parameter of shape {there}")
+    if not lines:
+        return None
+    shown = "\n  ".join(dict.fromkeys(lines[:8])) + ("\n  ..." if len(lines) > 8 else "")
+    return (
+        f"{who}: the gradients do not match the parameters.\n  {shown}\n"
+        "Take the gradient of the same tree that was given to init, and pass that tree as params."
+    )
