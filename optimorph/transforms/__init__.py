@@ -1,0 +1,1 @@
+"""Floor 2: one idea per file, its state beside it."""

@@ -1,0 +1,49 @@
+"""The quotient of two sentences that hear the same gradient."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optimorph.core.tree import cast_like, map_updates, wide
+
+
+class DivideState(NamedTuple):
+    """The states of both sentences."""
+
+    signal: Any
+    by: Any
+
+
+def divide(
+    signal: optax.GradientTransformation, by: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Divide one transformation of the gradient by another of the same gradient.
+
+        u = signal(g) / by(g)        (1)  and 0 where by(g) = 0, as if it were ∞
+
+    Both sides are computed in float32 or wider and only their quotient is rounded to the gradient's dtype:
+    the square of a small float16 number would be zero.
+
+    Args:
+      signal: the numerator's transformation.
+      by: the denominator's transformation; its updates should be real and not negative.
+    """
+    signal, by = optax.with_extra_args_support(signal), optax.with_extra_args_support(by)
+
+    def quotient(s, d):
+        d = lax.select(d == 0, lax.full_like(d, jnp.inf), d)
+        return s / d.astype(s.dtype)  # (1)
+
+    def init(params):
+        return DivideState(signal.init(params), by.init(params))
+
+    def update(updates, state, params=None, **extra):
+        g = map_updates("divide", wide, updates)
+        s, signal_state = signal.update(g, state.signal, params, **extra)
+        d, by_state = by.update(g, state.by, params, **extra)
+        out = map_updates("divide", lambda g, s, d: cast_like(quotient(s, d), g), updates, s, d)
+        return out, DivideState(signal_state, by_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,24 @@
+"""One rounding at the end of a sentence instead of one after every word."""
+
+import optax
+
+from optimorph.core.tree import cast_like, map_updates, wide
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Run a transformation in float32 or wider and round its updates to the gradient's dtype.
+
+        u = round(inner(widen(g)))        (1)
+
+    For float32 and wider gradients this is `inner` itself. The state is `inner`'s.
+
+    Args:
+      inner: any transformation; it sees float32 or wider updates, and the parameters as they are.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, **extra):
+        out, state = inner.update(map_updates("in_float32", wide, updates), state, params, **extra)
+        return map_updates("in_float32", lambda g, u: cast_like(u, g), updates, out), state  # (1)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -1,0 +1,38 @@
+"""The square root, kept away from zero."""
+
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optimorph.core.checks import check_numbers
+from optimorph.core.tree import cast_like, map_updates, number, wide
+from optimorph.core.types import Numeric
+
+
+def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransformation:
+    """Replace every update by its square root.
+
+        u = √(max(g, 0) + ε_root) + ε        (1)
+
+    A second moment is never negative; a variance, the difference of two, can be by rounding, hence the max.
+
+    Args:
+      eps: ε, at least 0, outside the root, in units of the gradient.
+      eps_root: ε_root, at least 0, inside the root, in units of the squared gradient.
+
+    Raises:
+      ValueError: ε or ε_root negative, when they are concrete numbers.
+
+    References:
+      Outside: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1. Inside: Hinton's RMSprop as
+      TensorFlow wrote it; Graves 2013, arXiv:1308.0850, equation 40.
+    """
+    check_numbers("root", eps=eps, eps_root=eps_root)
+
+    def rooted(g):
+        x = wide(g)
+        return cast_like(
+            jnp.sqrt(lax.max(x, lax.full_like(x, 0)) + number(eps_root, x)) + number(eps, x), g
+        )  # (1)
+
+    return optax.stateless(lambda updates, params: map_updates("root", rooted, updates))
