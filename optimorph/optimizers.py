@@ -1,0 +1,381 @@
+"""The recipes: each optimizer is a short sentence of transforms, and the sentence is the formula."""
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
+
+import jax
+import optax
+from optax import chain, identity, scale
+
+from optimorph.core.checks import checked
+from optimorph.core.tree import check_alike
+from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, ScalarOrSchedule
+from optimorph.routing import leaf_axes, partition
+from optimorph.transforms.accumulate import accumulate
+from optimorph.transforms.add import add
+from optimorph.transforms.add_decayed_weights import add_decayed_weights
+from optimorph.transforms.dampen import dampen
+from optimorph.transforms.debias import debias
+from optimorph.transforms.divide import divide
+from optimorph.transforms.ema import ema
+from optimorph.transforms.in_float32 import in_float32
+from optimorph.transforms.mix import mix
+from optimorph.transforms.momentum import momentum as heavy_ball
+from optimorph.transforms.orthogonalize import orthogonalize
+from optimorph.transforms.root import root
+from optimorph.transforms.scale_by_learning_rate import scale_by_learning_rate
+from optimorph.transforms.scale_by_shape import scale_by_shape
+from optimorph.transforms.square import square
+
+Transform = optax.GradientTransformationExtraArgs
+P = ParamSpec("P")
+
+
+def _recipe(make: Callable[P, Transform]) -> Callable[P, Transform]:
+    """Check the numbers, and at every update the trees, under the recipe's own name."""
+
+    @functools.wraps(make)
+    def build(*args: P.args, **kwargs: P.kwargs) -> Transform:
+        inner = checked(make)(*args, **kwargs)
+
+        def update(updates, state, params=None, **extra):
+            if params is not None:
+                check_alike(make.__name__, updates, params)
+            return inner.update(updates, state, params, **extra)
+
+        return Transform(inner.init, update)
+
+    return build
+
+
+@_recipe
+def sgd(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: DTypeLike | None = None,
+    *,
+    dampening: Numeric | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    mask: Mask | None = None,
+) -> Transform:
+    """Gradient descent; with momentum Polyak's heavy ball, with `nesterov` Nesterov's accelerated gradient.
+
+    `weight_decay` is L2 regularisation: it joins the gradient. The state holds a velocity if there is a
+    `momentum`, and a step count if there is a `dampening` of it.
+
+    Raises:
+      ValueError: a number outside its range; `dampening` without `momentum`, or with `nesterov`.
+
+    Equals:
+      optax.sgd(learning_rate, momentum, nesterov)
+      torch.optim.SGD(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+      torch.optim.SGD(lr=learning_rate, momentum=momentum, dampening=dampening)
+    References:
+      Robbins & Monro 1951; Polyak 1964; Nesterov 1983; Sutskever et al. 2013.
+    """
+    if dampening is not None and (momentum is None or nesterov):
+        raise ValueError(
+            "sgd: dampening shrinks what goes into a momentum without nesterov, and there is none. Type "
+            "momentum=0.9, for example, or leave out dampening."
+        )
+    return in_float32(
+        chain(
+            _l2(weight_decay, mask),
+            identity() if dampening is None else dampen(dampening),
+            identity()
+            if momentum is None
+            else heavy_ball(momentum, nesterov=nesterov, dtype=accumulator_dtype),
+            scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+@_recipe
+def adagrad(
+    learning_rate: ScalarOrSchedule,
+    initial_accumulator_value: Numeric = 0.1,
+    eps: Numeric = 1e-7,
+    *,
+    eps_in_sqrt: bool = True,
+    weight_decay: ScalarOrSchedule | None = None,
+    mask: Mask | None = None,
+) -> Transform:
+    """AdaGrad: the gradient over the root of the sum of all its squares.
+
+    `weight_decay` is L2 regularisation: it joins the gradient.
+
+    Equals:
+      optax.adagrad(learning_rate, initial_accumulator_value, eps)
+      torch.optim.Adagrad(lr=learning_rate, initial_accumulator_value=initial_accumulator_value, eps=eps,
+        weight_decay=weight_decay), with eps_in_sqrt=False
+    References:
+      Duchi, Hazan & Singer 2011, "Adaptive subgradient methods", algorithm 1 (diagonal).
+    """
+    return in_float32(
+        chain(
+            _l2(weight_decay, mask),
+            divide(
+                identity(),
+                by=chain(square(), accumulate(initial_accumulator_value), _root(eps, eps_in_sqrt)),
+            ),
+            scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+@_recipe
+def rmsprop(
+    learning_rate: ScalarOrSchedule,
+    decay: Numeric = 0.9,
+    eps: Numeric = 1e-8,
+    initial_scale: Numeric = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: Numeric | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+    *,
+    nu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    mask: Mask | None = None,
+) -> Transform:
+    """RMSprop: the gradient over its root mean square, or (`centered`) over its standard deviation.
+
+    `weight_decay` is L2 regularisation: it joins the gradient. As in optax the learning rate comes before
+    the momentum; with a constant one the order makes no difference.
+
+    Equals:
+      optax.rmsprop(learning_rate, decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov,
+        bias_correction)
+      torch.optim.RMSprop(lr=learning_rate, alpha=decay, eps=eps, centered=centered, momentum=momentum,
+        weight_decay=weight_decay), with eps_in_sqrt=False
+    References:
+      Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv:1308.0850, equations 38-45.
+    """
+    correct = debias(decay) if bias_correction else identity()
+    mean_square = chain(square(), ema(decay, initial=initial_scale, dtype=nu_dtype), correct)
+    square_mean = chain(ema(decay, dtype=nu_dtype), correct, square())
+    spread = add(mean_square, chain(square_mean, scale(-1.0))) if centered else mean_square
+    return in_float32(
+        chain(
+            _l2(weight_decay, mask),
+            divide(identity(), by=chain(spread, _root(eps, eps_in_sqrt))),
+            scale_by_learning_rate(learning_rate),
+            identity() if momentum is None else heavy_ball(momentum, nesterov=nesterov),
+        )
+    )
+
+
+@_recipe
+def adam(
+    learning_rate: ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    mask: Mask | None = None,
+) -> Transform:
+    """Adam: the average gradient over its root mean square, both corrected for their start at zero.
+
+    `weight_decay` is L2 regularisation: it joins the gradient, and the quotient rescales it weight by weight.
+    For decay that shrinks every weight alike see `adamw`.
+
+    Equals:
+      optax.adam(learning_rate, b1, b2, eps, eps_root)
+      torch.optim.Adam(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)
+    References:
+      Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
+    """
+    return in_float32(
+        chain(
+            _l2(weight_decay, mask),
+            divide(
+                chain(ema(b1, dtype=mu_dtype), debias(b1)),
+                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+            ),
+            scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+@_recipe
+def nadam(
+    learning_rate: ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    mask: Mask | None = None,
+) -> Transform:
+    """Nadam: Adam whose average gradient looks one step ahead.
+
+    `weight_decay` is L2 regularisation: it joins the gradient.
+
+    Equals:
+      optax.nadam(learning_rate, b1, b2, eps, eps_root)
+    References:
+      Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2, whose extra factor b2 in the
+      denominator is left out here as in optax and PyTorch. PyTorch's NAdam also changes b1 from step to step
+      (its `momentum_decay`), which no argument here expresses.
+    """
+    return in_float32(
+        chain(
+            _l2(weight_decay, mask),
+            divide(
+                _dozat(b1, mu_dtype),
+                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+            ),
+            scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+@_recipe
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nu_dtype: DTypeLike | None = None,
+) -> Transform:
+    """AdamW: Adam, and then every weight shrinks by the same fraction.
+
+    L2 regularisation puts the decay before the quotient, AdamW puts it after:
+
+        adam(η, weight_decay=λ)  = chain(add_decayed_weights(λ), divide(...), scale_by_learning_rate(η))
+        adamw(η, weight_decay=λ) = chain(divide(...), add_decayed_weights(λ), scale_by_learning_rate(η))
+
+    Equals:
+      optax.adamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)
+      torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)
+    References:
+      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+    """
+    return in_float32(
+        chain(
+            divide(
+                chain(ema(b1, dtype=mu_dtype), debias(b1)),
+                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+            ),
+            add_decayed_weights(weight_decay, mask),
+            scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+@_recipe
+def nadamw(
+    learning_rate: ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.999,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
+    *,
+    nu_dtype: DTypeLike | None = None,
+) -> Transform:
+    """NadamW: Nadam, and then every weight shrinks by the same fraction.
+
+    Equals:
+      optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)
+    References:
+      Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2; Loshchilov & Hutter 2019,
+      arXiv:1711.05101.
+    """
+    return in_float32(
+        chain(
+            divide(
+                _dozat(b1, mu_dtype),
+                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+            ),
+            add_decayed_weights(weight_decay, mask),
+            scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+@_recipe
+def muon(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric = 0.95,
+    *,
+    nesterov: bool = True,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
+    scale: str | None = "rms_to_rms",
+    axes: AxesRules | None = None,
+    others: optax.GradientTransformation | None = None,
+    others_learning_rate: ScalarOrSchedule | None = None,
+    mu_dtype: DTypeLike | None = None,
+) -> Transform:
+    """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
+
+    Args:
+      orthogonalizer: a function of stacks of matrices (name it, `axes` and `others` in the `static_args` of
+        `optax.inject_hyperparams`); `linalg.NewtonSchulz()`, the default, takes five
+        Polar Express steps.
+      scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
+      axes: how leaves read as matrices: path pattern → spec (`None`: not a matrix), or a function
+        (path, shape) → spec. By default kernels and weights of 2, 4 and 5 axes are matrices; embeddings,
+        heads, norms, scales and biases are not; a 3-axis leaf must be described.
+      others: the transform of the other leaves; `adamw(others_learning_rate, weight_decay=weight_decay)`
+        without one.
+      others_learning_rate: of that AdamW; `learning_rate` without one.
+
+    Equals:
+      torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
+        with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", with "adamw_rms";
+        but for the bfloat16 that PyTorch forces upon the iteration
+      Keller Jordan's Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay), with
+        NewtonSchulz("jordan") and scale="keller"
+    References:
+      Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
+      arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.
+    """
+    if others is not None and others_learning_rate is not None:
+        raise ValueError(
+            "muon: others_learning_rate is for the AdamW that others replaces. Type one of the two, such as "
+            "others=optimorph.adamw(1e-3)."
+        )
+    spec = leaf_axes(axes)
+    matrices = chain(
+        ema(momentum, nesterov=nesterov, dtype=mu_dtype),
+        orthogonalize(orthogonalizer, spec),
+        scale_by_shape(scale, spec),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+    rate = learning_rate if others_learning_rate is None else others_learning_rate
+    rest = adamw(rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask) if others is None else others
+    return partition("muon", spec, in_float32(matrices), rest)
+
+
+def _root(eps: Numeric, eps_in_sqrt: bool) -> optax.GradientTransformation:
+    return root(eps_root=eps) if eps_in_sqrt else root(eps)
+
+
+def _l2(weight_decay: ScalarOrSchedule | None, mask: Mask | None) -> optax.GradientTransformation:
+    return identity() if weight_decay is None else add_decayed_weights(weight_decay, mask)
+
+
+def _dozat(b1: Numeric, mu_dtype: DTypeLike | None) -> optax.GradientTransformation:
+    """The next step's average as seen from this one, each term corrected for its own weight."""
+    return mix(b1, chain(ema(b1, dtype=mu_dtype), debias(b1, ahead=1)), debias(b1))

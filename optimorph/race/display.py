@@ -1,0 +1,70 @@
+"""What is seen while a race runs: live bars on a terminal, plain lines in a pipe."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from optimorph.race.race import Contestant
+
+
+class Live:
+    """A bar for every contestant."""
+
+    def __init__(self, console: Console, names: list[str], total: int):
+        """`total` is each contestant's steps over all seeds."""
+        self.progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:<9}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
+        self.bars = {name: self.progress.add_task(name, total=total, loss="") for name in names}
+
+    def __enter__(self) -> "Live":
+        """Draw the bars."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Leave the last bars standing."""
+        self.progress.stop()
+
+    def moved(self, one: Contestant) -> None:
+        """Move a bar."""
+        loss = "diverged" if one.runs[-1].diverged else f"{one.loss:.4g}"
+        self.progress.update(self.bars[one.name], completed=one.step, loss=loss)
+
+
+class Lines:
+    """A line whenever a contestant has moved."""
+
+    def __init__(self, console: Console, total: int):
+        """`total` is each contestant's steps over all seeds."""
+        self.console, self.total = console, total
+        self.looks: dict[str, int] = {}
+
+    def __enter__(self) -> "Lines":
+        """Nothing to draw."""
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Nothing to clear."""
+
+    def moved(self, one: Contestant) -> None:
+        """Print a line whenever the held-out loss was looked at."""
+        looks = sum(len(run.losses) for run in one.runs)
+        if self.looks.get(one.name) == looks:
+            return
+        self.looks[one.name] = looks
+        left = one.seconds / one.step * (self.total - one.step) if one.step else float("nan")
+        ahead = f"{left:.0f} s of training left" if one.step else "compiled"
+        loss = "diverged" if one.runs[-1].diverged else f"loss {one.loss:.4g}"
+        self.console.print(f"{one.name:<10} step {one.step}/{self.total}  {loss}  {ahead}", highlight=False)
+
+
+def display(console: Console, names: list[str], total: int) -> Live | Lines:
+    """The live display where the terminal can draw one."""
+    live = console.is_terminal and not console.is_dumb_terminal
+    return Live(console, names, total) if live else Lines(console, total)

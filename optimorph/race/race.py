@@ -1,0 +1,80 @@
+"""The race: everybody trains on the same batches, a few steps each in turn."""
+
+import dataclasses
+import threading
+from collections.abc import Callable
+
+from optimorph.race.contestants import Rates, make
+from optimorph.race.run import Run, Track
+from optimorph.race.task import Task
+
+LOOKS = 10  # times that the held-out loss is looked at
+TURN = 25  # steps that a contestant takes before it is the next one's turn
+
+
+@dataclasses.dataclass
+class Contestant:
+    """An optimizer and its runs, one a seed."""
+
+    name: str
+    rates: Rates
+    runs: list[Run] = dataclasses.field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Steps taken over all seeds."""
+        return sum(run.step for run in self.runs)
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all seeds."""
+        return sum(sum(run.model_seconds) + sum(run.update_seconds) for run in self.runs)
+
+    @property
+    def loss(self) -> float:
+        """The newest held-out loss."""
+        return self.runs[-1].losses[-1] if self.runs else float("nan")
+
+
+def hold(
+    task: Task,
+    entries: dict[str, Rates],
+    steps: int,
+    seeds: int,
+    moved: Callable[[Contestant], None],
+    stop: threading.Event,
+) -> list[Contestant]:
+    """Train every entry with every seed; `moved` hears of every step, and `stop` ends it after one."""
+    contestants = [Contestant(name, rates) for name, rates in entries.items()]
+    track = Track(task)
+    for seed in range(seeds):
+        for one in contestants:
+            if not stop.is_set():
+                one.runs.append(Run(track, make(one.name, task, one.rates, steps), seed))
+                moved(one)
+        if not stop.is_set():
+            _lap(contestants, steps, moved, stop)
+    for run in (run for one in contestants for run in one.runs):
+        run.look()
+    return contestants
+
+
+def _lap(
+    contestants: list[Contestant], steps: int, moved: Callable[[Contestant], None], stop: threading.Event
+) -> None:
+    """One seed's training, in turns, so that nobody has the machine's quiet minutes to himself."""
+    stride = max(1, steps // LOOKS)
+    turn = min(stride, TURN)
+    for _ in range(0, steps, turn):
+        for one in contestants:
+            run = one.runs[-1]
+            for _ in range(min(turn, steps - run.step)):
+                if stop.is_set() or run.diverged:
+                    break
+                run.take_step()
+                moved(one)
+            if run.step == steps or run.step // stride > run.steps[-1] // stride:
+                run.look()
+                moved(one)
+        if stop.is_set():
+            return

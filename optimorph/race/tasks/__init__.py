@@ -1,0 +1,1 @@
+"""What is raced on: one file a task, each with a `task` function."""

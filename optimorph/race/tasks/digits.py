@@ -1,0 +1,60 @@
+"""A small convolutional network on scikit-learn's handwritten digits."""
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from optimorph.race.task import Task
+
+BATCH = 64
+SPLIT = {"train": slice(0, 1200), "tuning": slice(1200, 1500), "validation": slice(1500, 1797)}
+
+
+class CNN(nnx.Module):
+    """Two convolutions and two dense layers on 8 x 8 pictures."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        """About 38,000 parameters."""
+        self.conv1 = nnx.Conv(1, 16, (3, 3), rngs=rngs)
+        self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
+        self.dense = nnx.Linear(2 * 2 * 32, 64, rngs=rngs)
+        self.head = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, 8, 8, 1) → (batch, 10)."""
+        for conv in (self.conv1, self.conv2):
+            x = nnx.max_pool(jax.nn.relu(conv(x)), (2, 2), strides=(2, 2))
+        return self.head(jax.nn.relu(self.dense(x.reshape(x.shape[0], -1))))
+
+
+def task() -> Task:
+    """Ten classes, 1,200 training pictures."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    images = (pixels[order] / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
+    labels = labels[order].astype(np.int32)
+    graph = nnx.graphdef(CNN(nnx.Rngs(0)))
+
+    def loss(params, batch):
+        x, y = batch
+        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y).mean()
+
+    def batches(seed):
+        rng = np.random.default_rng(seed)
+        while True:
+            some = rng.integers(0, SPLIT["train"].stop, BATCH)
+            yield images[some], labels[some]
+
+    return Task(
+        name="digits",
+        title="small CNN on scikit-learn's digits",
+        measure="validation loss (nats per picture)",
+        init=lambda seed: nnx.state(CNN(nnx.Rngs(seed)), nnx.Param),
+        loss=loss,
+        batches=batches,
+        held_out=lambda part: [(images[SPLIT[part]], labels[SPLIT[part]])],
+        steps=300,
+    )
