@@ -1,0 +1,253 @@
+"""The one registry of public transforms and recipes: what the contract and the formula tests run over."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+import papers
+
+import optimorph
+
+Factory = Callable[[Any], optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A public object under some arguments.
+
+    Args:
+      id: what `pytest -k` selects by; it begins with the object's name.
+      make: package → transformation (the package is an argument so that mutants can be tried).
+      paper: makes the float64 rule of one leaf.
+      matrices: the formula holds for matrices only.
+      real: the formula holds for real leaves only.
+      positive: the input should not be negative (roots).
+    """
+
+    id: str
+    make: Factory
+    paper: Callable[[], Callable[[Any, Any], Any]]
+    matrices: bool = False
+    real: bool = False
+    positive: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.id.split("-")[0]
+
+    def build(self) -> optax.GradientTransformation:
+        return self.make(optimorph)
+
+
+def linear(start, slope):
+    """A schedule that NumPy and JAX both compute."""
+    return lambda count: start + slope * (count if type(count) is int else count.astype(float))
+
+
+def _muon_matrices(om, **kwargs):
+    return om.muon(0.02, axes={"*": "io"}, **kwargs)
+
+
+TRANSFORMS = [
+    Entry("momentum", lambda om: om.momentum(0.9), lambda: papers.momentum(0.9)),
+    Entry(
+        "momentum-nesterov", lambda om: om.momentum(0.8, nesterov=True), lambda: papers.momentum(0.8, True)
+    ),
+    Entry("dampen", lambda om: om.dampen(0.3), lambda: papers.dampen(0.3)),
+    Entry("ema", lambda om: om.ema(0.9), lambda: papers.ema(0.9)),
+    Entry("ema-nesterov", lambda om: om.ema(0.8, nesterov=True), lambda: papers.ema(0.8, True)),
+    Entry("ema-initial", lambda om: om.ema(0.8, initial=0.5), lambda: papers.ema(0.8, initial=0.5)),
+    Entry("square", lambda om: om.square(), papers.square),
+    Entry("accumulate", lambda om: om.accumulate(), papers.accumulate),
+    Entry("accumulate-initial", lambda om: om.accumulate(0.1), lambda: papers.accumulate(0.1)),
+    Entry("debias", lambda om: om.debias(0.9), lambda: papers.debias(0.9)),
+    Entry("debias-ahead", lambda om: om.debias(0.9, ahead=1), lambda: papers.debias(0.9, 1)),
+    Entry("root-negative", lambda om: om.root(0.0, 1e-2), lambda: papers.root(0.0, 1e-2), real=True),
+    Entry("root", lambda om: om.root(1e-2, 1e-3), lambda: papers.root(1e-2, 1e-3), real=True, positive=True),
+    Entry(
+        "divide",
+        lambda om: om.divide(om.ema(0.9), by=optax.chain(om.square(), om.root(0.1))),
+        lambda: _quotient(papers.ema(0.9), lambda g, w: np_root(g, 0.1)),
+    ),
+    Entry(
+        "add",
+        lambda om: om.add(om.ema(0.9), optax.scale(2.0), om.momentum(0.5)),
+        lambda: _sum(papers.ema(0.9), lambda g, w: 2.0 * g, papers.momentum(0.5)),
+    ),
+    Entry(
+        "mix",
+        lambda om: om.mix(0.8, om.ema(0.9), optax.identity()),
+        lambda: _sum(_times(0.8, papers.ema(0.9)), lambda g, w: 0.2 * g),
+    ),
+    Entry(
+        "divide-by-nothing",
+        lambda om: om.divide(optax.identity(), by=optax.scale(0.0)),
+        lambda: lambda g, w: 0.0 * g,
+    ),
+    Entry("in_float32", lambda om: om.in_float32(om.ema(0.9)), lambda: papers.ema(0.9)),
+    Entry("orthogonalize", lambda om: om.orthogonalize(), papers.orthogonalize, matrices=True, real=True),
+    Entry(
+        "orthogonalize-jordan",
+        lambda om: om.orthogonalize(om.linalg.NewtonSchulz("jordan")),
+        lambda: papers.orthogonalize(papers.JORDAN),
+        matrices=True,
+        real=True,
+    ),
+    *(
+        Entry(
+            f"scale_by_shape-{name}",
+            lambda om, name=name: om.scale_by_shape(name),
+            lambda name=name: papers.scale_by_shape(name),
+            matrices=True,
+        )
+        for name in ("rms_to_rms", "keller", "adamw_rms", None)
+    ),
+    Entry(
+        "add_decayed_weights",
+        lambda om: om.add_decayed_weights(0.1),
+        lambda: papers.add_decayed_weights(0.1),
+    ),
+    Entry(
+        "add_decayed_weights-schedule",
+        lambda om: om.add_decayed_weights(linear(0.1, 0.02)),
+        lambda: papers.add_decayed_weights(linear(0.1, 0.02)),
+    ),
+    Entry(
+        "scale_by_learning_rate",
+        lambda om: om.scale_by_learning_rate(0.1),
+        lambda: papers.scale_by_learning_rate(0.1),
+    ),
+    Entry(
+        "scale_by_learning_rate-schedule",
+        lambda om: om.scale_by_learning_rate(linear(0.1, 0.02)),
+        lambda: papers.scale_by_learning_rate(linear(0.1, 0.02)),
+    ),
+]
+
+RECIPES = [
+    Entry("sgd", lambda om: om.sgd(0.1), lambda: papers.sgd(0.1)),
+    Entry("sgd-momentum", lambda om: om.sgd(0.1, 0.9), lambda: papers.sgd(0.1, 0.9)),
+    Entry("sgd-nesterov", lambda om: om.sgd(0.1, 0.9, True), lambda: papers.sgd(0.1, 0.9, True)),
+    Entry(
+        "sgd-dampening-l2",
+        lambda om: om.sgd(0.1, 0.9, dampening=0.4, weight_decay=0.2),
+        lambda: papers.sgd(0.1, 0.9, tau=0.4, l2=0.2),
+    ),
+    Entry("adagrad", lambda om: om.adagrad(0.1, eps=1e-3), lambda: papers.adagrad(0.1, 0.1, 1e-3)),
+    Entry(
+        "adagrad-outside-l2",
+        lambda om: om.adagrad(0.1, 0.2, 1e-2, eps_in_sqrt=False, weight_decay=0.2),
+        lambda: papers.adagrad(0.1, 0.2, 1e-2, inside=False, l2=0.2),
+    ),
+    Entry("rmsprop", lambda om: om.rmsprop(0.1, eps=1e-3), lambda: papers.rmsprop(0.1, 0.9, 1e-3)),
+    Entry(
+        "rmsprop-outside-initial-l2",
+        lambda om: om.rmsprop(0.1, 0.8, 1e-2, 0.5, eps_in_sqrt=False, weight_decay=0.2),
+        lambda: papers.rmsprop(0.1, 0.8, 1e-2, 0.5, inside=False, l2=0.2),
+    ),
+    Entry(
+        "rmsprop-centered",
+        lambda om: om.rmsprop(0.1, 0.8, 1e-2, centered=True),
+        lambda: papers.rmsprop(0.1, 0.8, 1e-2, centered=True),
+    ),
+    Entry(
+        "rmsprop-centered-corrected",
+        lambda om: om.rmsprop(0.1, 0.8, 1e-1, centered=True, bias_correction=True),
+        lambda: papers.rmsprop(0.1, 0.8, 1e-1, centered=True, correct=True),
+    ),
+    Entry(
+        "rmsprop-momentum",
+        lambda om: om.rmsprop(0.1, 0.8, 1e-2, momentum=0.9, bias_correction=True),
+        lambda: papers.rmsprop(0.1, 0.8, 1e-2, mu=0.9, correct=True),
+    ),
+    Entry(
+        "rmsprop-nesterov",
+        lambda om: om.rmsprop(0.1, 0.8, 1e-2, momentum=0.9, nesterov=True),
+        lambda: papers.rmsprop(0.1, 0.8, 1e-2, mu=0.9, nesterov=True),
+    ),
+    Entry("adam", lambda om: om.adam(0.1, eps=1e-2), lambda: papers.adam(0.1, 0.9, 0.999, 1e-2)),
+    Entry(
+        "adam-eps_root-l2",
+        lambda om: om.adam(0.1, 0.8, 0.9, 1e-2, 1e-2, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.8, 0.9, 1e-2, 1e-2, l2=0.2),
+    ),
+    Entry(
+        "nadam",
+        lambda om: om.nadam(0.1, eps=1e-2, eps_root=1e-2),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-2, 1e-2, nesterov=True),
+    ),
+    Entry(
+        "nadam-l2",
+        lambda om: om.nadam(0.1, 0.8, 0.9, 1e-2, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.8, 0.9, 1e-2, l2=0.2, nesterov=True),
+    ),
+    Entry(
+        "adamw",
+        lambda om: om.adamw(0.1, eps=1e-2, eps_root=1e-2, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-2, 1e-2, decay=0.2),
+    ),
+    Entry(
+        "nadamw",
+        lambda om: om.nadamw(0.1, eps=1e-2, eps_root=1e-2, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-2, 1e-2, decay=0.2, nesterov=True),
+    ),
+    Entry(
+        "muon",
+        lambda om: _muon_matrices(om, weight_decay=0.2),
+        lambda: papers.muon(0.02, decay=0.2),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "muon-jordan-keller",
+        lambda om: _muon_matrices(
+            om, nesterov=False, orthogonalizer=om.linalg.NewtonSchulz("jordan"), scale="keller"
+        ),
+        lambda: papers.muon(0.02, nesterov=False, rows=papers.JORDAN, scale="keller"),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "muon-adamw_rms",
+        lambda om: _muon_matrices(om, momentum=0.8, scale="adamw_rms"),
+        lambda: papers.muon(0.02, 0.8, scale="adamw_rms"),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "muon-out-in",
+        lambda om: om.muon(0.02, axes={"*": "oi"}),
+        lambda: _transposed(papers.muon(0.02)),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "muon-others",
+        lambda om: om.muon(0.02, axes={"*": None}, others_learning_rate=0.1, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-8, decay=0.2),
+    ),
+]
+
+ENTRIES = TRANSFORMS + RECIPES
+IDS = [entry.id for entry in ENTRIES]
+
+
+def _transposed(rule):
+    return lambda g, w: rule(g.T, w.T).T
+
+
+def np_root(g, eps):
+    return abs(g) + eps
+
+
+def _quotient(signal, by):
+    return lambda g, w: signal(g, w) / by(g, w)
+
+
+def _times(factor, term):
+    return lambda g, w: factor * term(g, w)
+
+
+def _sum(*terms):
+    return lambda g, w: sum(term(g, w) for term in terms)

@@ -1,0 +1,16 @@
+"""Every test runs with types checked, dtypes strict, and all warnings errors."""
+
+import os
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_hook = install_import_hook("optimorph", "beartype.beartype")
+_hook.__enter__()
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,60 @@
+"""Step by step against the float64 transcription: the comparison that the mutation tests must make fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+STEPS = 24
+COMPLEX = (3,)  # the shape of the complex leaf
+TOLERANCE = {"float64": 1e-11, "complex128": 1e-11, "float32": 4e-5, "bfloat16": 2.0**-8, "float16": 2.0**-10}
+"""Of the largest update: float64 is exact but for rounding; float32's 1 - β^t loses digits in early steps, in
+optax too; below, one rounding of the result, as the arithmetic is float32."""
+
+
+def worst_error(transform, entry, dtype="float32", steps=STEPS):
+    """The largest difference from the paper's updates in any leaf, over that leaf's largest update.
+
+    Both see the same gradient and the same weight at every step, so an error cannot hide in a trajectory.
+    """
+    rng = np.random.default_rng(7)
+    weights = {name: draw(rng, shape, dtype, False) for name, shape in shapes(entry, dtype).items()}
+    rules = {name: entry.paper() for name in weights}
+    state = transform.init(weights)
+    update = jax.jit(transform.update)
+    errors, sizes = dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+    for _ in range(steps):
+        gradients = {name: draw(rng, w.shape, w.dtype, entry.positive) for name, w in weights.items()}
+        updates, state = update(gradients, state, weights)
+        for name, rule in rules.items():
+            expected = np.asarray(rule(exact(gradients[name]), exact(weights[name])))
+            error = np.max(np.abs(exact(updates[name]) - expected))
+            errors[name] = max(errors[name], error if np.isfinite(error) else np.inf)
+            sizes[name] = max(sizes[name], np.max(np.abs(expected)))
+        weights = optax.apply_updates(weights, jax.tree.map(_real_like, updates, weights))
+    return max(errors[name] / (sizes[name] or 1.0) for name in weights)
+
+
+def shapes(entry, dtype):
+    if entry.matrices:
+        return {"wide": (4, 9), "tall": (9, 4), "square": (5, 5)}
+    leaves = {"matrix": (3, 4), "vector": (5,), "scalar": ()}
+    return leaves if entry.real or dtype in ("bfloat16", "float16") else leaves | {"complex": COMPLEX}
+
+
+def draw(rng, shape, dtype, positive):
+    dtype = jnp.dtype(dtype)
+    x = rng.standard_normal(shape)
+    if shape == COMPLEX:
+        x = x + 1j * rng.standard_normal(shape)
+        dtype = jnp.dtype(jnp.complex128 if jnp.finfo(dtype).bits == 64 else jnp.complex64)
+    return jnp.asarray(abs(x) if positive else x, dtype)
+
+
+def exact(x):
+    return np.asarray(x).astype(np.complex128 if jnp.iscomplexobj(x) else np.float64)
+
+
+def _real_like(update, weight):
+    """The square of a complex gradient is real; as an update of a complex weight it has no imaginary part."""
+    return update.astype(weight.dtype)

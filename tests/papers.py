@@ -1,0 +1,316 @@
+"""Float64 transcriptions of the papers and of PyTorch's documented algorithms, one leaf at a time.
+
+`rule(...)` returns a function (gradient, weight) → update that keeps its own state; `torch_*` and `keller_*`
+return a function (gradient, weight) → new weight, the form in which those are published. Nothing here knows
+JAX or optimorph.
+"""
+
+import numpy as np
+
+
+def momentum(beta, nesterov=False):
+    v = 0.0
+
+    def step(g, w):
+        nonlocal v
+        v = beta * v + g
+        return g + beta * v if nesterov else v
+
+    return step
+
+
+def dampen(tau):
+    t = 0
+
+    def step(g, w):
+        nonlocal t
+        t += 1
+        return g if t == 1 else (1 - tau) * g
+
+    return step
+
+
+def ema(beta, nesterov=False, initial=0.0):
+    m = initial
+
+    def step(g, w):
+        nonlocal m
+        m = beta * m + (1 - beta) * g
+        return beta * m + (1 - beta) * g if nesterov else m
+
+    return step
+
+
+def square():
+    return lambda g, w: np.abs(g) ** 2
+
+
+def accumulate(initial=0.0):
+    s = initial
+
+    def step(g, w):
+        nonlocal s
+        s = s + g
+        return s
+
+    return step
+
+
+def debias(beta, ahead=0):
+    t = 0
+
+    def step(g, w):
+        nonlocal t
+        t += 1
+        return g / (1 - beta ** (t + ahead))
+
+    return step
+
+
+def root(eps=0.0, eps_root=0.0):
+    return lambda g, w: np.sqrt(np.maximum(g, 0) + eps_root) + eps
+
+
+def add_decayed_weights(rate):
+    t = 0
+
+    def step(g, w):
+        nonlocal t
+        r = rate(t) if callable(rate) else rate
+        t += 1
+        return g + r * w
+
+    return step
+
+
+def scale_by_learning_rate(rate):
+    t = 0
+
+    def step(g, w):
+        nonlocal t
+        r = rate(t) if callable(rate) else rate
+        t += 1
+        return -r * g
+
+    return step
+
+
+def sgd(lr, beta=None, nesterov=False, tau=None, l2=0.0):
+    velocity = momentum(beta, nesterov) if beta is not None else lambda g, w: g
+    shrink = dampen(tau) if tau is not None else lambda g, w: g
+
+    return lambda g, w: -lr * velocity(shrink(g + l2 * w, w), w)
+
+
+def adagrad(lr, initial, eps, inside=True, l2=0.0):
+    s = initial
+
+    def step(g, w):
+        nonlocal s
+        g = g + l2 * w
+        s = s + np.abs(g) ** 2
+        return -lr * g / (np.sqrt(s + eps) if inside else np.sqrt(s) + eps)
+
+    return step
+
+
+def rmsprop(
+    lr, beta, eps, initial=0.0, inside=True, centered=False, mu=None, nesterov=False, correct=False, l2=0.0
+):
+    n, m, t, v = initial, 0.0, 0, 0.0
+
+    def step(g, w):
+        nonlocal n, m, t, v
+        t += 1
+        g = g + l2 * w
+        n = beta * n + (1 - beta) * np.abs(g) ** 2
+        m = beta * m + (1 - beta) * g
+        c = 1 - beta**t if correct else 1.0
+        spread = n / c - np.abs(m / c) ** 2 if centered else n / c
+        u = -lr * g / (np.sqrt(spread + eps) if inside else np.sqrt(spread) + eps)
+        if mu is None:
+            return u
+        v = mu * v + u
+        return u + mu * v if nesterov else v
+
+    return step
+
+
+def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False):
+    m, v, t = 0.0, 0.0, 0
+
+    def step(g, w):
+        nonlocal m, v, t
+        t += 1
+        g = g + l2 * w
+        m = b1 * m + (1 - b1) * g
+        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        average = m / (1 - b1**t)
+        if nesterov:  # Dozat, algorithm 2
+            average = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+        return -lr * (average / (np.sqrt(v / (1 - b2**t) + eps_root) + eps) + decay * w)
+
+    return step
+
+
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5
+EXPRESS = [
+    (8.28721201814563 / 1.01, -23.595886519098837 / 1.01**3, 17.300387312530933 / 1.01**5),
+    (4.107059111542203 / 1.01, -2.9478499167379106 / 1.01**3, 0.5448431082926601 / 1.01**5),
+    (3.9486908534822946 / 1.01, -2.908902115962949 / 1.01**3, 0.5518191394370137 / 1.01**5),
+    (3.3184196573706015 / 1.01, -2.488488024314874 / 1.01**3, 0.51004894012372 / 1.01**5),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+]
+
+
+def on_singular_values(x, rows):
+    """The odd quintics, applied where they act: to the singular values of x / ‖x‖F."""
+    u, s, vh = np.linalg.svd(x, full_matrices=False)
+    norm = np.sqrt(np.sum(s**2))
+    s = s / (norm if norm else 1.0)
+    for a, b, c in rows:
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ vh
+
+
+def orthogonalize(rows=EXPRESS):
+    return lambda g, w: on_singular_values(g, rows)
+
+
+SHAPES = {
+    "rms_to_rms": lambda fan_in, fan_out: np.sqrt(fan_out / fan_in),
+    "keller": lambda fan_in, fan_out: np.sqrt(max(1.0, fan_out / fan_in)),
+    "adamw_rms": lambda fan_in, fan_out: 0.2 * np.sqrt(max(fan_in, fan_out)),
+    None: lambda fan_in, fan_out: 1.0,
+}
+
+
+def scale_by_shape(name):
+    """For a matrix stored (in, out)."""
+    return lambda g, w: SHAPES[name](*g.shape) * g
+
+
+def muon(lr, beta=0.95, nesterov=True, decay=0.0, rows=EXPRESS, scale="rms_to_rms"):
+    """For a matrix stored (in, out)."""
+    m = 0.0
+
+    def step(g, w):
+        nonlocal m
+        m = beta * m + (1 - beta) * g
+        u = (1 - beta) * g + beta * m if nesterov else m
+        return -lr * (SHAPES[scale](*g.shape) * on_singular_values(u, rows) + decay * w)
+
+    return step
+
+
+# PyTorch and Keller Jordan, as published: they change the weight in place.
+
+
+def torch_sgd(lr, momentum=0.0, dampening=0.0, nesterov=False, weight_decay=0.0):
+    buffer = None
+
+    def step(g, w):
+        nonlocal buffer
+        g = g + weight_decay * w
+        if momentum != 0:
+            buffer = g.copy() if buffer is None else momentum * buffer + (1 - dampening) * g
+            g = g + momentum * buffer if nesterov else buffer
+        return w - lr * g
+
+    return step
+
+
+def torch_adagrad(lr, weight_decay=0.0, initial_accumulator_value=0.0, eps=1e-10):
+    total = initial_accumulator_value
+
+    def step(g, w):
+        nonlocal total
+        g = g + weight_decay * w
+        total = total + g**2
+        return w - lr * g / (np.sqrt(total) + eps)
+
+    return step
+
+
+def torch_rmsprop(lr, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, centered=False):
+    v, average, buffer = 0.0, 0.0, 0.0
+
+    def step(g, w):
+        nonlocal v, average, buffer
+        g = g + weight_decay * w
+        v = alpha * v + (1 - alpha) * g**2
+        spread = v
+        if centered:
+            average = average * alpha + (1 - alpha) * g
+            spread = v - average**2
+        if momentum > 0:
+            buffer = momentum * buffer + g / (np.sqrt(spread) + eps)
+            return w - lr * buffer
+        return w - lr * g / (np.sqrt(spread) + eps)
+
+    return step
+
+
+def torch_adam(lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, decoupled=False):
+    m, v, t = 0.0, 0.0, 0
+
+    def step(g, w):
+        nonlocal m, v, t
+        t += 1
+        if decoupled:
+            w = w - lr * weight_decay * w
+        else:
+            g = g + weight_decay * w
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g**2
+        first = m / (1 - betas[0] ** t)
+        second = v / (1 - betas[1] ** t)
+        return w - lr * first / (np.sqrt(second) + eps)
+
+    return step
+
+
+def torch_muon(lr, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="original"):
+    """For a matrix stored (out, in)."""
+    buffer = 0.0
+
+    def step(g, w):
+        nonlocal buffer
+        buffer = momentum * buffer + (1 - momentum) * g
+        update = (1 - momentum) * g + momentum * buffer if nesterov else buffer
+        update = newton_schulz(update, JORDAN, floor=1e-7)
+        rows, columns = w.shape
+        ratio = (
+            np.sqrt(max(1.0, rows / columns))
+            if adjust_lr_fn == "original"
+            else 0.2 * np.sqrt(max(rows, columns))
+        )
+        w = w * (1 - lr * weight_decay)
+        return w - lr * ratio * update
+
+    return step
+
+
+def keller_muon(lr, weight_decay=0.0, momentum=0.95):
+    """For a matrix stored (out, in)."""
+    buffer = 0.0
+
+    def step(g, w):
+        nonlocal buffer
+        buffer = momentum * buffer + (1 - momentum) * g
+        update = (1 - momentum) * g + momentum * buffer
+        update = newton_schulz(update, JORDAN, add=1e-7)
+        update = update * max(1.0, w.shape[0] / w.shape[1]) ** 0.5
+        return w * (1 - lr * weight_decay) - lr * update
+
+    return step
+
+
+def newton_schulz(g, rows, floor=0.0, add=0.0):
+    """By matrix products, as published."""
+    x = g.T if g.shape[0] > g.shape[1] else g
+    x = x / (max(np.linalg.norm(x), floor) + add)
+    for a, b, c in rows:
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if g.shape[0] > g.shape[1] else x

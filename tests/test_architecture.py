@@ -1,0 +1,152 @@
+"""The floors stand: imports point down; every public name is documented, catalogued and has one path."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import catalog
+import pytest
+from test_equals import equals_lines
+
+import optimorph as om
+
+PACKAGE = Path(om.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in MODULES]
+FLOORS = {
+    "core": 0,
+    "linalg": 1,
+    "transforms": 2,
+    "schedules": 2,
+    "theory": 2,
+    "routing": 3,
+    "optimizers": 3,
+    "__init__": 4,
+    "race": 5,
+    "__main__": 6,
+}
+AT_RUN_TIME = {"jax", "optax", "jaxtyping", "numpy", "optimorph"}
+WITH_RACE = AT_RUN_TIME | {"flax", "rich", "matplotlib", "sklearn"}
+PUBLIC = {module: vars(module)["__all__"] for module in (om, om.linalg, om.schedules, om.theory)}
+OBJECTS = [
+    pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
+    for module, names in PUBLIC.items()
+    for name in names
+    if not inspect.ismodule(getattr(module, name))
+]
+
+
+def imported(path):
+    """The modules that a file imports, as dotted names; `from optimorph import x` counts as `optimorph.x`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            if node.module == "optimorph":
+                public = (alias.name for alias in node.names)
+                yield from ("optimorph" if name.startswith("__") else f"optimorph.{name}" for name in public)
+            else:
+                yield node.module
+
+
+def floor(dotted):
+    return FLOORS[dotted.split(".")[1] if "." in dotted else "__init__"]
+
+
+@pytest.mark.parametrize(("path", "name"), list(zip(MODULES, NAMES, strict=True)), ids=NAMES)
+def test_imports_point_down(path, name):
+    own = FLOORS[name.split(".")[0]]
+    inside = [module for module in imported(path) if module.split(".")[0] == "optimorph"]
+    assert all(floor(module) <= own for module in inside)
+    allowed = WITH_RACE if own >= FLOORS["race"] else AT_RUN_TIME
+    outside = {module.split(".")[0] for module in imported(path)} - set(__import__("sys").stdlib_module_names)
+    assert outside <= allowed
+
+
+def test_no_cycles():
+    graph = {}
+    for path, name in zip(MODULES, NAMES, strict=True):
+        own = "optimorph." + name.removesuffix(".__init__") if name != "__init__" else "optimorph"
+        graph[own] = {m for m in imported(path) if m.split(".")[0] == "optimorph"} - {own}
+    done, open_ = set(), []
+
+    def visit(module):
+        assert module not in open_, f"imports go round: {open_}"
+        if module in done or module not in graph:
+            return
+        open_.append(module)
+        for other in graph[module]:
+            visit(other)
+        open_.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_modules_are_small():
+    sizes = {name: len(path.read_text().splitlines()) for path, name in zip(MODULES, NAMES, strict=True)}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}
+
+
+@pytest.mark.parametrize("thing", OBJECTS)
+def test_documented(thing):
+    doc = inspect.getdoc(thing)
+    assert doc
+    assert doc.split("\n")[0].endswith((".", ":"))
+
+
+TRANSFORMS = [n for n in om.__all__ if inspect.isfunction(getattr(om, n))]
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_in_the_catalog_with_sources(name):
+    assert name in {entry.name for entry in catalog.ENTRIES}
+    doc = inspect.getdoc(getattr(om, name))
+    assert "References:" in doc or name in (
+        "divide",
+        "add",
+        "mix",
+        "in_float32",
+    )  # combinators, not algorithms
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalog.RECIPES])
+def test_recipes_say_what_they_equal(name):
+    assert equals_lines(getattr(om, name))
+
+
+def test_catalog_ids_are_readable_and_unique():
+    assert len(set(catalog.IDS)) == len(catalog.IDS)
+    assert all(hasattr(om, entry.name) for entry in catalog.ENTRIES)
+
+
+def test_one_path_for_every_object():
+    seen = {}
+    for module, names in PUBLIC.items():
+        assert sorted(names) == sorted(set(names))
+        for name in names:
+            thing = getattr(module, name)
+            assert id(thing) not in seen, f"{module.__name__}.{name} is also {seen[id(thing)]}"
+            seen[id(thing)] = f"{module.__name__}.{name}"
+
+
+def test_nothing_public_is_left_out():
+    """Every public function and class of the transforms' and recipes' files is exported."""
+    for path, name in zip(MODULES, NAMES, strict=True):
+        if name.split(".")[0] not in ("transforms", "optimizers") or name.endswith("__init__"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name in om.__all__
+
+
+@pytest.mark.parametrize("entry", catalog.RECIPES, ids=[entry.id for entry in catalog.RECIPES])
+def test_states_hold_arrays_only(entry):
+    """No configuration in state: every leaf is an array, and no two calls differ in structure by a number."""
+    import jax
+    import jax.numpy as jnp
+
+    state = entry.build().init({"w": jnp.ones((2, 3))})
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))

@@ -1,0 +1,353 @@
+"""What every public transform and recipe promises to the code around it."""
+
+import inspect
+
+import catalog
+import chex
+import formulas
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optimorph as om
+from optimorph.core.checks import RANGES
+
+every = pytest.mark.parametrize("entry", catalog.ENTRIES, ids=catalog.IDS)
+recipes = pytest.mark.parametrize("entry", catalog.RECIPES, ids=[e.id for e in catalog.RECIPES])
+
+
+def parameters(entry, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return {
+        name: formulas.draw(rng, s, dtype, True) for name, s in formulas.shapes(entry, "bfloat16").items()
+    }
+
+
+def gradients(params, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: formulas.draw(rng, p.shape, p.dtype, True), params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@every
+def test_tree_and_dtype(entry, dtype):
+    """Updates look like gradients; arrays of state are float32 or wider, whatever the gradients are."""
+    tx, params = entry.build(), parameters(entry, dtype)
+    updates, state = jax.jit(tx.update)(gradients(params), tx.init(params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+    for leaf in jax.tree.leaves(state):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+@every
+def test_gradients_decide_the_dtype(entry):
+    """bfloat16 parameters with float32 gradients, as mixed precision has them."""
+    tx, params = entry.build(), parameters(entry, jnp.bfloat16)
+    g = jax.tree.map(lambda p: p.astype(jnp.float32), gradients(params))
+    updates, _ = tx.update(g, tx.init(params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, g)
+
+
+@every
+def test_missing_gradients(entry):
+    """A None gradient gives a None update and leaves that leaf's state alone; the others do not notice."""
+    tx, params = entry.build(), parameters(entry)
+    g = gradients(params)
+    gone = next(iter(params))
+    state = tx.init(params)
+    updates, after = tx.update(g | {gone: None}, state, params)
+    whole, _ = tx.update(g, state, params)
+    assert updates[gone] is None
+    chex.assert_trees_all_equal(
+        {k: v for k, v in updates.items() if k != gone}, {k: v for k, v in whole.items() if k != gone}
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+@every
+def test_absent_parameters(entry):
+    """None in the parameters, as filtered modules have it."""
+    tx, params = entry.build(), {**parameters(entry), "static": None}
+    updates, _ = jax.jit(tx.update)(gradients(params), tx.init(params), params)
+    assert updates["static"] is None
+
+
+@every
+def test_empty_tree(entry):
+    tx = entry.build()
+    updates, _ = jax.jit(tx.update)({}, tx.init({}), {})
+    assert updates == {}
+
+
+@every
+def test_empty_leaves(entry):
+    tx, params = entry.build(), {"none": jnp.zeros((0, 3)), "neither": jnp.zeros((3, 0))}
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@every
+def test_zero_gradients(entry):
+    """Finite in every dtype, also in float16, where 1e-8 is zero."""
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        tx, params = entry.build(), parameters(entry, dtype)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+        chex.assert_tree_all_finite((updates, state))
+
+
+@every
+def test_masked(entry):
+    """`optax.masked` hides leaves; what remains is updated as if alone."""
+    tx, params = entry.build(), parameters(entry)
+    names = list(params)
+    mask = {name: name != names[0] for name in names}
+    masked = optax.masked(tx, mask)
+    g = gradients(params)
+    updates, _ = jax.jit(masked.update)(g, masked.init(params), params)
+    np.testing.assert_array_equal(updates[names[0]], g[names[0]])
+    rest = {name: g[name] for name in names[1:]}
+    alone, _ = jax.jit(tx.update)(rest, tx.init(rest), {name: params[name] for name in names[1:]})
+    chex.assert_trees_all_close({name: updates[name] for name in names[1:]}, alone, rtol=1e-6)
+
+
+@every
+def test_one_trace_and_scan(entry):
+    tx, params = entry.build(), parameters(entry)
+    traces = []
+
+    @jax.jit
+    def step(g, state):
+        traces.append(1)
+        return tx.update(g, state, params)
+
+    state = tx.init(params)
+    for seed in range(3):
+        _, state = step(gradients(params, seed), state)
+    assert len(traces) == 1
+    many = jax.tree.map(lambda *x: jnp.stack(x), *[gradients(params, seed) for seed in range(3)])
+    scanned, _ = jax.lax.scan(lambda s, g: step(g, s)[::-1], tx.init(params), many)
+    chex.assert_trees_all_close(scanned, state, rtol=1e-5, atol=1e-7)
+
+
+@every
+def test_donation(entry):
+    """The new state takes the old one's place: every donated byte is reused."""
+    tx, params = entry.build(), parameters(entry)
+    state = tx.init(params)
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p)[1], donate_argnums=1)
+    analysis = step.lower(gradients(params), state, params).compile().memory_analysis()
+    assert analysis.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+@every
+def test_init_from_shapes(entry):
+    tx, params = entry.build(), parameters(entry)
+    shapes = jax.eval_shape(tx.init, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(params))
+
+
+@every
+def test_in_a_chain(entry):
+    """Between optax's transforms, with extra arguments passing through."""
+    tx = optax.chain(optax.clip(1.0), entry.build(), optax.scale(2.0))
+    params = parameters(entry)
+    state = tx.init(params)
+    updates, _ = jax.jit(tx.update)(gradients(params), state, params, loss=1.0)
+    alone = entry.build()
+    clipped = jax.tree.map(lambda g: jnp.clip(g, -1, 1), gradients(params))
+    expected, _ = jax.jit(alone.update)(clipped, alone.init(params), params)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda u: 2 * u, expected), rtol=1e-4, atol=1e-6)
+
+
+@recipes
+def test_inside_optax_wrappers(entry):
+    params = parameters(entry)
+    with jax.numpy_dtype_promotion("standard"):  # optax's wrappers need it
+        for wrap in (
+            lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+            lambda tx: optax.apply_if_finite(tx, 2),
+            lambda tx: optax.partition({"all": tx}, lambda tree: jax.tree.map(lambda _: "all", tree)),
+            lambda tx: optax.with_extra_args_support(tx),
+            lambda tx: optax.named_chain(("it", tx)),
+        ):
+            tx = wrap(entry.build())
+            state = tx.init(params)
+            for seed in range(2):
+                updates, state = jax.jit(tx.update)(gradients(params, seed), state, params)
+            chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+            chex.assert_tree_all_finite(updates)
+
+
+@every
+def test_tree_map_params(entry):
+    """optax finds the parameter-shaped arrays of every state."""
+    tx, params = entry.build(), parameters(entry)
+    state = tx.init(params)
+    marked = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(marked), strict=True):
+        np.testing.assert_array_equal(after, before + 1 if before.dtype != jnp.int32 else before)
+
+
+NUMBERS = [
+    (name, argument)
+    for name in om.__all__
+    if callable(factory := getattr(om, name)) and not inspect.isclass(factory)
+    for argument in inspect.signature(factory).parameters
+    if argument in RANGES
+]
+NEEDED = {"learning_rate": 0.1, "decay": 0.9, "dampening": 0.1, "momentum": 0.9}
+EXTRA = {
+    ("sgd", "dampening"): {"momentum": 0.9},
+    ("muon", "others_learning_rate"): {},
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), NUMBERS, ids=["-".join(pair) for pair in NUMBERS])
+def test_every_number_may_be_traced(name, argument):
+    """A vmap over any number equals a loop over it, with the values as arrays of one compiled program."""
+    factory = getattr(om, name)
+    required = {
+        key: NEEDED[key]
+        for key, p in inspect.signature(factory).parameters.items()
+        if p.default is p.empty and key != argument
+    }
+    fixed = required | EXTRA.get((name, argument), {})
+    params = {"w": jnp.linspace(0.1, 1.0, 6).reshape(2, 3), "b": jnp.ones(2)}
+
+    def two_steps(value):
+        tx = factory(**fixed, **{argument: value})
+        state = tx.init(params)
+        for seed in range(2):
+            updates, state = tx.update(gradients(params, seed), state, params)
+        return updates
+
+    values = jnp.asarray([0.3, 0.7])
+    swept = jax.jit(jax.vmap(two_steps))(values)
+    for k, value in enumerate(values.tolist()):
+        expected = jax.jit(lambda value=value: two_steps(value))()
+        chex.assert_trees_all_close(jax.tree.map(lambda x, k=k: x[k], swept), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_new_array_value_does_not_recompile():
+    params = {"w": jnp.ones((2, 3))}
+    traces = []
+
+    @jax.jit
+    def step(rate, g, state):
+        traces.append(1)
+        return om.adamw(rate).update(g, state, params)
+
+    state = om.adamw(0.1).init(params)
+    for rate in (0.1, 0.2, 0.3):
+        _, state = step(jnp.float32(rate), params, state)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", ["adam", "nadam", "adamw"])
+def test_hyperparameters_are_never_rounded(name):
+    """With bfloat16 weights and gradients .999 stays .999; a bfloat16 array keeps its own value, widened."""
+    params = {"w": jnp.linspace(0.1, 1.0, 5, dtype=jnp.bfloat16)}
+
+    def fifth(**numbers):
+        tx = getattr(om, name)(0.1, eps=0.0, **numbers)
+        state = tx.init(params)
+        for seed in range(5):
+            g = jax.tree.map(lambda p, seed=seed: (seed + 1) * p, params)
+            updates, state = tx.update(g, state, params)
+        return np.asarray(updates["w"], np.float32)
+
+    np.testing.assert_array_equal(fifth(b2=jnp.float32(0.999)), fifth(b2=0.999))
+    half = jnp.bfloat16(0.75)
+    np.testing.assert_array_equal(fifth(b1=half, b2=half), fifth(b1=0.75, b2=0.75))
+
+
+def test_masks_of_recipes():
+    """A masked leaf does not decay; the others do."""
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    mask = {"w": True, "b": False}
+    for name in ("sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw", "muon"):
+        tx = getattr(om, name)(0.1, weight_decay=0.5, mask=mask)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        assert not np.any(updates["b"])
+        assert np.all(updates["w"] < 0)
+
+
+def test_gradient_through_an_update():
+    """Finite also where a matrix is zero, as in meta-learning; Adam wants eps_root > 0 there, as in optax."""
+    params = {"w": jnp.zeros((2, 3))}
+    for tx in (om.muon(0.1), om.adamw(0.1, eps_root=1e-8), om.rmsprop(0.1)):
+        slope = jax.grad(lambda g, tx=tx: tx.update({"w": g}, tx.init(params), params)[0]["w"].sum())(
+            params["w"]
+        )
+        assert bool(jnp.all(jnp.isfinite(slope)))
+
+
+def test_injected_without_params():
+    tx = optax.inject_hyperparams(om.sgd)(learning_rate=0.1)
+    params = {"w": jnp.ones(3)}
+    with jax.numpy_dtype_promotion("standard"):
+        tx.update(params, tx.init(params))
+
+
+@recipes
+def test_injected_hyperparameters(entry):
+    """`optax.inject_hyperparams` reads the recipes' signatures and the learning rate can be reset."""
+    params = parameters(entry)
+    factory = getattr(om, entry.name)
+    tx = optax.inject_hyperparams(factory, static_args=("axes",) if entry.name == "muon" else ())(
+        learning_rate=0.1
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        state = tx.init(params)
+        state.hyperparams["learning_rate"] = jnp.float32(0.0)
+        updates, _ = tx.update(gradients(params), state, params)
+    chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+
+
+def test_checkpoints(tmp_path):
+    """Every state goes to disk and back, and the continuation is the same to the bit."""
+    states, after = {}, {}
+    for entry in catalog.ENTRIES:
+        params = parameters(entry)
+        tx = entry.build()
+        _, states[entry.id] = tx.update(gradients(params), tx.init(params), params)
+        after[entry.id] = tx.update(gradients(params, 2), states[entry.id], params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "states", states)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "states", states)
+    for entry in catalog.ENTRIES:
+        params = parameters(entry)
+        again = entry.build().update(gradients(params, 2), restored[entry.id], params)
+        chex.assert_trees_all_equal(again, after[entry.id])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_moment_dtypes_are_kept(dtype):
+    params = {"w": jnp.ones((2, 3))}
+    tx = om.adamw(0.1, mu_dtype=dtype, nu_dtype=dtype)
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 2]
+    assert [leaf.dtype for leaf in moments] == [dtype, dtype]
+
+
+def test_state_size():
+    """Bytes per parameter: 0 for descent, 4 with one moment, 8 with two."""
+    params = {"w": jnp.ones((100, 100), jnp.bfloat16)}
+
+    def per_parameter(tx):
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params)) if leaf.ndim) / 10_000
+
+    assert per_parameter(om.sgd(0.1)) == 0
+    for tx in (om.sgd(0.1, 0.9), om.adagrad(0.1), om.rmsprop(0.1), om.muon(0.1)):
+        assert per_parameter(tx) == 4
+    for tx in (om.adam(0.1), om.adamw(0.1), om.nadam(0.1), om.nadamw(0.1)):
+        assert per_parameter(tx) == 8

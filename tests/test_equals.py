@@ -1,0 +1,253 @@
+"""Every `Equals:` line of every docstring is a test: the line is the key, the trajectory the proof."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import papers
+import pytest
+
+import optimorph as om
+from optimorph.linalg import NewtonSchulz
+
+STEPS = 100
+
+
+def equals_lines(obj):
+    """The entries under `Equals:`, continuation lines joined."""
+    doc = inspect.getdoc(obj) or ""
+    if "Equals:\n" not in doc:
+        return []
+    entries = []
+    for line in doc.split("Equals:\n", 1)[1].split("\n"):
+        if line.startswith("  ") and not line.startswith("   "):
+            entries.append(line.strip())
+        elif line.startswith("    "):
+            entries[-1] += " " + line.strip()
+        else:
+            break
+    return entries
+
+
+def tree(rng):
+    shapes = {"matrix": (6, 4), "vector": (5,), "scalar": ()}
+    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def updates_of(transform):
+    """All updates of a run in float32, whose parameters follow them, and those parameters."""
+    rng = np.random.default_rng(3)
+    params = tree(rng)
+    state = transform.init(params)
+    update = jax.jit(transform.update)
+    trail = []
+    for _ in range(STEPS):
+        updates, state = update(tree(rng), state, params)
+        params = optax.apply_updates(params, updates)
+        trail.append((updates, params))
+    return trail
+
+
+def same_as_optax(ours, theirs):
+    """Every update and every parameter of 100 steps to 1e-6 of the leaf's largest value on the way."""
+    a, b = (jax.tree.leaves(jax.tree.map(lambda *x: np.stack(x), *updates_of(tx))) for tx in (ours, theirs))
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * np.max(np.abs(y)))
+
+
+def same_as_published(ours, rule, *, transpose=False, atol=1e-9):
+    """The weights of 40 steps in float64; `transpose` for rules on (out, in)."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(5)
+        w = rng.standard_normal((6, 4))
+        params = {"w": jnp.asarray(w.T if transpose else w)}
+        state = ours.init(params)
+        update = jax.jit(ours.update)
+        for _ in range(40):
+            g = rng.standard_normal(w.shape)
+            updates, state = update({"w": jnp.asarray(g.T if transpose else g)}, state, params)
+            params = optax.apply_updates(params, updates)
+            w = rule(g, w)
+            np.testing.assert_allclose(params["w"].T if transpose else params["w"], w, rtol=0, atol=atol)
+
+
+def first_bias_correction():
+    """optax.tree.bias_correction at every t, as a transformation."""
+
+    def update(updates, state, params=None):
+        count = state + 1
+        return optax.tree.bias_correction(updates, 0.9, count.astype(jnp.float32)), count
+
+    return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
+
+
+def keyed_schedule(count):
+    return 0.1 / (1.0 + count.astype(jnp.float32))
+
+
+def optax_rmsprop():
+    for kwargs in (
+        {},
+        {"eps_in_sqrt": False},
+        {"initial_scale": 1.0},
+        {"centered": True, "eps": 1e-2},
+        {"centered": True, "eps": 1e-2, "eps_in_sqrt": False},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True, "bias_correction": True},
+        {"bias_correction": True},
+        {"centered": True, "bias_correction": True, "eps": 1.0},
+    ):
+        same_as_optax(om.rmsprop(0.01, **kwargs), optax.rmsprop(0.01, **kwargs))
+
+
+def torch_rmsprop():
+    for kwargs in ({}, {"centered": True}, {"momentum": 0.9}, {"centered": True, "momentum": 0.9}):
+        same_as_published(
+            om.rmsprop(0.01, 0.9, 1e-3, eps_in_sqrt=False, weight_decay=0.1, **kwargs),
+            papers.torch_rmsprop(0.01, 0.9, 1e-3, weight_decay=0.1, **kwargs),
+        )
+
+
+def optax_sgd():
+    for args in ((), (0.9,), (0.9, True)):
+        same_as_optax(om.sgd(0.1, *args), optax.sgd(0.1, *args))
+
+
+def torch_sgd():
+    for nesterov in (False, True):
+        same_as_published(
+            om.sgd(0.1, 0.9, nesterov, weight_decay=0.1),
+            papers.torch_sgd(0.1, 0.9, nesterov=nesterov, weight_decay=0.1),
+        )
+    same_as_published(om.sgd(0.1, weight_decay=0.1), papers.torch_sgd(0.1, weight_decay=0.1))
+
+
+def optax_adamw():
+    mask = {"matrix": True, "vector": False, "scalar": True}
+    for kwargs in ({}, {"eps_root": 1e-3, "weight_decay": 0.1}, {"weight_decay": 0.1, "mask": mask}):
+        same_as_optax(om.adamw(0.01, **kwargs), optax.adamw(0.01, **kwargs))
+
+
+def torch_muon():
+    for adjust, scale in (("original", "keller"), ("match_rms_adamw", "adamw_rms")):
+        for transpose, spec in ((True, "io"), (False, "oi")):
+            same_as_published(
+                om.muon(
+                    0.02,
+                    weight_decay=0.1,
+                    orthogonalizer=NewtonSchulz("jordan"),
+                    scale=scale,
+                    axes={"w": spec},
+                ),
+                papers.torch_muon(0.02, 0.1, adjust_lr_fn=adjust),
+                transpose=transpose,
+            )
+
+
+def keller_muon():
+    for transpose, spec in ((True, "io"), (False, "oi")):
+        same_as_published(
+            om.muon(
+                0.02,
+                weight_decay=0.1,
+                orthogonalizer=NewtonSchulz("jordan"),
+                scale="keller",
+                axes={"w": spec},
+            ),
+            papers.keller_muon(0.02, 0.1),
+            transpose=transpose,
+            atol=1e-7,  # the rule adds 1e-7 to the norm, which makes it depend on the gradient's scale
+        )
+
+
+PROOFS = {
+    "optax.trace(decay, nesterov)": lambda: [
+        same_as_optax(om.momentum(0.9, nesterov=look), optax.trace(0.9, look)) for look in (False, True)
+    ],
+    "optax.ema(decay, debias=False)": lambda: same_as_optax(om.ema(0.9), optax.ema(0.9, debias=False)),
+    "optax.tree.bias_correction(updates, decay, t)": lambda: same_as_optax(
+        om.debias(0.9), first_bias_correction()
+    ),
+    "optax.add_decayed_weights(weight_decay, mask)": lambda: [
+        same_as_optax(om.add_decayed_weights(*args), optax.add_decayed_weights(*args))
+        for args in ((0.1,), (0.1, {"matrix": True, "vector": False, "scalar": False}), (keyed_schedule,))
+    ],
+    "optax.scale_by_learning_rate(learning_rate)": lambda: [
+        same_as_optax(om.scale_by_learning_rate(rate), optax.scale_by_learning_rate(rate))
+        for rate in (0.1, keyed_schedule)
+    ],
+    "optax.sgd(learning_rate, momentum, nesterov)": optax_sgd,
+    "torch.optim.SGD(lr=learning_rate, momentum=momentum, nesterov=nesterov, "
+    "weight_decay=weight_decay)": torch_sgd,
+    "torch.optim.SGD(lr=learning_rate, momentum=momentum, dampening=dampening)": lambda: same_as_published(
+        om.sgd(0.1, 0.9, dampening=0.3), papers.torch_sgd(0.1, 0.9, 0.3)
+    ),
+    "optax.adagrad(learning_rate, initial_accumulator_value, eps)": lambda: [
+        same_as_optax(om.adagrad(0.1, *args), optax.adagrad(0.1, *args)) for args in ((), (0.0, 1e-3))
+    ],
+    "torch.optim.Adagrad(lr=learning_rate, initial_accumulator_value=initial_accumulator_value, eps=eps, "
+    "weight_decay=weight_decay), with eps_in_sqrt=False": lambda: same_as_published(
+        om.adagrad(0.1, 0.2, 1e-10, eps_in_sqrt=False, weight_decay=0.1),
+        papers.torch_adagrad(0.1, 0.1, 0.2, 1e-10),
+    ),
+    "optax.rmsprop(learning_rate, decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, "
+    "bias_correction)": optax_rmsprop,
+    "torch.optim.RMSprop(lr=learning_rate, alpha=decay, eps=eps, centered=centered, momentum=momentum, "
+    "weight_decay=weight_decay), with eps_in_sqrt=False": torch_rmsprop,
+    "optax.adam(learning_rate, b1, b2, eps, eps_root)": lambda: [
+        same_as_optax(om.adam(0.01, *args), optax.adam(0.01, *args)) for args in ((), (0.8, 0.9, 1e-3, 1e-3))
+    ],
+    "torch.optim.Adam(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)": lambda: (
+        same_as_published(om.adam(0.01, weight_decay=0.1), papers.torch_adam(0.01, weight_decay=0.1))
+    ),
+    "optax.nadam(learning_rate, b1, b2, eps, eps_root)": lambda: [
+        same_as_optax(om.nadam(0.01, *args), optax.nadam(0.01, *args))
+        for args in ((), (0.8, 0.9, 1e-3, 1e-3))
+    ],
+    "optax.adamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)": optax_adamw,
+    "torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)": lambda: (
+        same_as_published(
+            om.adamw(0.01, weight_decay=0.1), papers.torch_adam(0.01, weight_decay=0.1, decoupled=True)
+        )
+    ),
+    "optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)": lambda: (
+        same_as_optax(om.nadamw(0.01, weight_decay=0.1), optax.nadamw(0.01, weight_decay=0.1))
+    ),
+    "torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay), "
+    'with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", '
+    'with "adamw_rms"; but for the bfloat16 that PyTorch forces upon the iteration': torch_muon,
+    "Keller Jordan's Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay), with "
+    'NewtonSchulz("jordan") and scale="keller"': keller_muon,
+}
+
+
+@pytest.mark.parametrize("line", PROOFS, ids=[line.split("(")[0] for line in PROOFS])
+def test_equals(line):
+    with jax.numpy_dtype_promotion("standard"):  # optax's own code does not run under strict promotion
+        PROOFS[line]()
+
+
+def test_every_line_has_a_proof():
+    claimed = [line for name in om.__all__ for line in equals_lines(getattr(om, name))]
+    assert sorted(claimed) == sorted(PROOFS)
+
+
+def test_keller_in_float32():
+    """The published rule to 1e-5, on `in x out` and `out x in` weights alike."""
+    for transpose, spec in ((True, "io"), (False, "oi")):
+        ours = om.muon(0.02, orthogonalizer=NewtonSchulz("jordan"), scale="keller", axes={"w": spec})
+        rule = papers.keller_muon(0.02)
+        rng = np.random.default_rng(1)
+        w = rng.standard_normal((16, 10))
+        params = {"w": jnp.asarray(w.T if transpose else w, jnp.float32)}
+        state = ours.init(params)
+        for _ in range(20):
+            g = rng.standard_normal(w.shape).astype(np.float32).astype(np.float64)
+            gradient = {"w": jnp.asarray(g.T if transpose else g, jnp.float32)}
+            updates, state = jax.jit(ours.update)(gradient, state, params)
+            before, w = w, rule(g, w)
+            params = optax.apply_updates(params, updates)
+            step = np.asarray(updates["w"], np.float64)
+            np.testing.assert_allclose(step.T if transpose else step, w - before, rtol=0, atol=1e-5 * 0.02)

@@ -1,0 +1,160 @@
+"""Bad input is refused where it is given, in words that say what to type instead."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optimorph as om
+from optimorph import schedules, theory
+from optimorph.linalg import Axes, NewtonSchulz
+
+W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+
+REFUSED = {
+    "negative learning rate": (
+        lambda: om.adamw(-1.0),
+        ["adamw", "learning_rate", "-1.0", "at least 0", "1e-3"],
+    ),
+    "infinite learning rate": (lambda: om.sgd(float("inf")), ["sgd", "learning_rate", "inf"]),
+    "nan learning rate": (lambda: om.muon(float("nan")), ["muon", "learning_rate", "nan"]),
+    "dampening alone": (lambda: om.sgd(0.1, dampening=0.1), ["sgd", "dampening", "momentum=0.9"]),
+    "array learning rate": (lambda: om.adam(jnp.ones(3)), ["adam", "learning_rate", "(3,)", "vmap"]),
+    "boolean learning rate": (lambda: om.adam(True), ["adam", "learning_rate", "True"]),
+    "complex number": (lambda: om.momentum(np.array(0.5j)), ["momentum", "decay", "0.5j"]),
+    "no number": (lambda: om.root(eps=np.array("x")), ["root", "eps", "x"]),
+    "b1 of 1": (lambda: om.adam(0.1, b1=1.0), ["adam", "b1", "1.0", "[0, 1)"]),
+    "b2 above 1": (lambda: om.nadamw(0.1, b2=1.5), ["nadamw", "b2", "1.5"]),
+    "negative decay": (lambda: om.rmsprop(0.1, decay=-0.1), ["rmsprop", "decay", "-0.1"]),
+    "momentum of 1": (lambda: om.sgd(0.1, 1.0), ["sgd", "momentum", "[0, 1)"]),
+    "negative eps": (lambda: om.adagrad(0.1, eps=-1e-8), ["adagrad", "eps", "-1e-08", "at least 0"]),
+    "negative eps_root": (lambda: om.root(0.0, -1.0), ["root", "eps_root", "-1.0"]),
+    "negative weight decay": (lambda: om.muon(0.1, weight_decay=-0.1), ["muon", "weight_decay", "-0.1"]),
+    "atom's decay": (lambda: om.ema(1.0), ["ema", "decay", "1.0", "decay=0.9"]),
+    "array number": (lambda: om.momentum(jnp.float32(2.0)), ["momentum", "decay", "2.0"]),
+    "nothing to add": (lambda: om.add(), ["add", "add(first, second)"]),
+    "unknown preset": (
+        lambda: NewtonSchulz("muon"),
+        ["NewtonSchulz", "'muon'", "'jordan'", "'polar_express'"],
+    ),
+    "no steps": (lambda: NewtonSchulz(steps=0), ["NewtonSchulz", "steps", "0"]),
+    "empty table": (lambda: NewtonSchulz(()), ["NewtonSchulz", "rows"]),
+    "short row": (lambda: NewtonSchulz(((1.0, 2.0),)), ["NewtonSchulz", "(1.0, 2.0)"]),
+    "unknown scale": (lambda: om.muon(0.1, scale="spectral"), ["scale_by_shape", "'spectral'", "'keller'"]),
+    "both others": (
+        lambda: om.muon(0.1, others=om.sgd(0.1), others_learning_rate=0.1),
+        ["muon", "others_learning_rate", "others"],
+    ),
+    "bad axes": (lambda: Axes("ix"), ["'ix'", "'io'"]),
+    "no output": (lambda: Axes("ii"), ["'ii'"]),
+    "exponent": (lambda: schedules.robbins_monro(0.1, 0.5), ["robbins_monro", "exponent", "0.5", "(1/2, 1]"]),
+    "exponent above": (lambda: schedules.robbins_monro(0.1, 1.01), ["robbins_monro", "exponent", "1.01"]),
+    "swapped eigenvalues": (lambda: theory.polyak(0.1, 1.0), ["polyak", "strong_convexity", "largest"]),
+    "zero eigenvalue": (lambda: theory.nesterov(1.0, 0.0), ["nesterov", "strong_convexity", "0.0"]),
+}
+
+
+@pytest.mark.parametrize(("call", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(call, words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def refused(call, *words):
+    with pytest.raises(ValueError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("tx", [om.adamw(0.1), om.sgd(0.1, weight_decay=0.1), om.add_decayed_weights(0.1)])
+def test_missing_params(tx):
+    refused(
+        lambda: tx.update(W, tx.init(W)),
+        "add_decayed_weights",
+        "params",
+        "tx.update(gradients, state, params)",
+    )
+
+
+def test_no_decay_needs_no_params():
+    for tx in (om.muon(0.1), om.sgd(0.1), om.adam(0.1), om.adamw(0.1, weight_decay=0)):
+        tx.update(W, tx.init(W))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw", "muon"])
+def test_trees_that_differ(name):
+    """Gradients that are not those of the parameters are refused under the recipe's own name."""
+    tx = getattr(om, name)(0.1)
+    state = tx.init(W)
+    refused(lambda: tx.update({"w": W["w"]}, state, W), name, "'b'", "(3,)", "no gradient")
+    refused(lambda: tx.update(W | {"c": W["b"]}, state, W), name, "'c'", "(3,)", "no parameter")
+    refused(lambda: tx.update(W | {"b": jnp.ones(())}, state, W), name, "'b'", "()", "(3,)")
+    refused(lambda: tx.update(W, state, {"w": W["w"]}), name, "'b'", "(3,)", "no parameter")
+    tx.update(W | {"b": None}, state, W)
+    with pytest.raises(ValueError) as caught:
+        tx.update({"w": jnp.ones((3, 4)), "b": None}, state, W)
+    assert "'w'" in str(caught.value)
+    assert "'b'" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tx", [om.ema(0.9), om.momentum(0.9), om.accumulate()], ids=["ema", "momentum", "accumulate"]
+)
+def test_gradients_that_are_not_the_states(tx):
+    refused(lambda: tx.update({"w": W["w"]}, tx.init(W)), "'b'", "(3,)", "no gradient")
+    with pytest.raises(ValueError, match="'w'"):
+        jax.jit(tx.update)(W | {"w": jnp.ones((3, 4))}, tx.init(W))
+
+
+def test_ambiguous_leaves_are_refused_together():
+    params = {"blocks": {"q": jnp.ones((12, 8, 8)), "k": jnp.ones((12, 8, 8))}, "w": W["w"]}
+    refused(
+        lambda: om.muon(0.1).init(params),
+        "muon: 'blocks/q' has shape (12, 8, 8)",
+        "muon: 'blocks/k' has shape (12, 8, 8)",
+        "axes={'blocks/q': 'bio'}",
+        "axes={'blocks/q': 'iio'}",
+        "axes={'blocks/q': None}",
+    )
+    om.muon(0.1, axes={"blocks/*": "bio"}).init(params)
+
+
+def test_specs_that_do_not_fit():
+    refused(lambda: om.muon(0.1, axes={"w": "bio"}).init(W), "muon", "'w'", "(4, 3)", "'bio'", "{'w': 'io'}")
+    refused(lambda: om.orthogonalize(axes="io").init(W), "orthogonalize", "'b'", "(3,)", "None")
+    refused(lambda: om.scale_by_shape(axes="io").init(W), "scale_by_shape", "'b'", "(3,)")
+
+
+def test_bfloat16_numbers_are_numbers():
+    om.ema(jnp.bfloat16(0.5))
+    with pytest.raises(ValueError, match=r"ema: decay .* is 1"):
+        om.ema(jnp.bfloat16(0.999))
+
+
+def test_dampening_one_and_weight_decay_above_one_are_allowed():
+    om.dampen(1.0)
+    om.adamw(1e-4, weight_decay=2.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("om.sgd(None)", ["sgd", "learning_rate", "1e-3"]),
+        ("om.muon(0.1, axes='io')", ["muon", "axes={'*': 'io'}"]),
+    ],
+)
+def test_refused_without_the_type_checker(call, words):
+    """What the type checker of these tests would refuse first, as a user's process meets it."""
+    code = f"import optimorph as om\n{call}"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    last = process.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError")
+    for word in words:
+        assert word in last

@@ -1,0 +1,350 @@
+"""The command, as its user meets it."""
+
+import argparse
+import hashlib
+import importlib.resources
+import io
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from optimorph.__main__ import main
+from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
+from optimorph.race import command, contestants, race, report, sweep
+from optimorph.race.contestants import Rates
+from optimorph.race.display import Live, display
+from optimorph.race.run import Run, Track
+from optimorph.race.tasks import digits, quadratic, text
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """Flax, scikit-learn and matplotlib are not written for strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_quadratic_race(tmp_path, capsys):
+    assert main(["race", "--task", "quadratic", "--steps", "40", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for name in contestants.MAKERS:
+        assert re.search(rf"^ *{name} ", out, re.M), out
+    assert "step 40/80" in out
+    found = json.loads((tmp_path / "race.json").read_text())
+    assert found["finished"] is True
+    assert [row["loss"] for row in found["rows"]] == sorted(row["loss"] for row in found["rows"])
+    assert {row["steps"] for row in found["rows"]} == {40}
+    assert {(c["optimizer"], c["seed"]) for c in found["curves"]} == {
+        (n, s) for n in contestants.MAKERS for s in (0, 1)
+    }
+    assert all(c["seconds"] == sorted(c["seconds"]) and c["steps"][-1] == 40 for c in found["curves"])
+    assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_state_bytes(tmp_path):
+    main(["race", "--task", "digits", "--steps", "2", "--out", str(tmp_path)])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "race.json").read_text())["rows"]}
+    expected = {"sgd": 0, "momentum": 4, "nesterov": 4, "adagrad": 4, "rmsprop": 4, "adam": 8, "adamw": 8}
+    for name, size in expected.items():
+        assert rows[name]["state_bytes_per_parameter"] == pytest.approx(size, abs=0.01)
+    assert 4 < rows["muon"]["state_bytes_per_parameter"] < 5
+
+
+def test_learning_rates_by_hand(tmp_path, capsys):
+    arguments = [
+        "race",
+        "--task",
+        "quadratic",
+        "--steps",
+        "3",
+        "--optimizers",
+        "muon,sgd",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*arguments, "--lr", "sgd=0.125", "--lr", "muon.others=0.5", "--condition", "10"]) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "race.json").read_text())["rows"]}
+    assert set(rows) == {"muon", "sgd"}
+    assert rows["sgd"]["learning_rate"] == 0.125
+    assert rows["muon"]["others_learning_rate"] == 0.5
+    assert "condition number 10" in capsys.readouterr().out
+
+
+def test_a_diverged_contestant_does_not_spoil_the_race(tmp_path, capsys):
+    arguments = [
+        "race",
+        "--task",
+        "quadratic",
+        "--steps",
+        "60",
+        "--optimizers",
+        "sgd,adam",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*arguments, "--lr", "sgd=1e30"]) == 0
+    out = capsys.readouterr().out
+    assert "diverged" in out
+    found = json.loads((tmp_path / "race.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["adam", "sgd"]
+    assert found["rows"][1]["loss"] is None
+    assert found["rows"][1]["steps"] < 60
+
+
+def test_infinite_losses_are_null_in_json(tmp_path):
+    """A loss that overflows without becoming NaN: with this rate the sum of squares reaches inf."""
+    arguments = [
+        "race",
+        "--task",
+        "quadratic",
+        "--optimizers",
+        "sgd,adam",
+        "--steps",
+        "30",
+        "--out",
+        str(tmp_path),
+    ]
+    assert main([*arguments, "--lr", "sgd=100"]) == 0
+    curves = json.loads((tmp_path / "race.json").read_text())["curves"]
+    assert None in next(c["losses"] for c in curves if c["optimizer"] == "sgd")
+
+
+def row_of(*losses_and_steps):
+    runs = [
+        types.SimpleNamespace(
+            step=step,
+            losses=[4.0, loss],
+            diverged=not math.isfinite(loss),
+            model_seconds=[0.1] * step,
+            update_seconds=[0.01] * step,
+            state_bytes_per_parameter=4.0,
+            compile_seconds=1.0,
+        )
+        for loss, step in losses_and_steps
+    ]
+    return report.row(race.Contestant("muon", Rates(0.02, 0.05), runs))
+
+
+def test_a_seed_that_diverged_is_not_left_out():
+    assert row_of((math.nan, 50), (2.1, 250)).diverged
+    assert row_of((2.0, 250), (2.2, 250)).loss == pytest.approx(2.1)
+    stopped = row_of((2.0, 250), (3.0, 40))
+    assert (stopped.seeds, stopped.loss, stopped.steps) == (1, 2.0, 250)
+
+
+def test_the_table_fits_80_columns_whole():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.table(quadratic.task(), [row_of((2.2138, 250), (2.2338, 250), (2.1938, 250))]))
+    text = console.export_text()
+    assert "…" not in text
+    for word in ("2.214 ± 0.02", "0.02", "0.05", "250", "others"):
+        assert word in text
+
+
+BAD = {
+    "task": (["--task", "imagenet"], ["'imagenet'", "text, digits, quadratic"]),
+    "optimizer": (["--optimizers", "adam,lion"], ["'lion'", "muon"]),
+    "no optimizer": (["--optimizers", ","], ["no optimizer", "muon"]),
+    "negative steps": (["--steps", "-3"], ["--steps", "'-3'", "at least 1"]),
+    "words for steps": (["--steps", "many"], ["--steps", "'many'"]),
+    "no seeds": (["--seeds", "0"], ["--seeds", "'0'"]),
+    "lr of nobody": (["--lr", "lion=1"], ["'lion=1'", "muon.others"]),
+    "lr of an absent one": (["--optimizers", "sgd", "--lr", "adam=1"], ["'adam=1'", "sgd"]),
+    "lr without value": (["--lr", "adam"], ["--lr adam", "''"]),
+    "negative lr": (["--lr", "adam=-1"], ["--lr adam", "'-1'"]),
+    "others of sgd": (["--lr", "sgd.others=1"], ["'sgd.others=1'"]),
+    "condition": (["--condition", "0.5"], ["--condition", "'0.5'"]),
+    "condition of 1e9": (["--condition", "1e9"], ["--condition", "1e+06"]),
+    "sweep with lr": (["--sweep", "--lr", "adam=1"], ["--sweep", "--lr"]),
+    "folder": (["--out", "/proc/nothing"], ["'/proc/nothing'", "--out"]),
+    "unknown option": (["--optimisers", "adam"], ["--optimisers"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["race", *arguments])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def test_no_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_file_where_the_folder_should_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(["race", "--out", str(tmp_path / "file")])
+    assert "another folder" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert main(["race", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in [*command.TASKS, *contestants.MAKERS])
+
+
+def test_every_task_has_learning_rates():
+    for task in command.TASKS:
+        made = command.TASKS[task](argparse.Namespace(condition=1000.0))
+        rates = contestants.tuned(made)
+        assert list(rates) == list(contestants.MAKERS)
+        for name, rate in rates.items():
+            assert (rate.others is not None) == (name in contestants.WITH_OTHERS)
+            assert name in made.theory or rate in list(sweep.grid(name, task))
+
+
+def test_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sweep.GRIDS["quadratic"], "adagrad", (0.01, 1.0, 1e30))
+    arguments = ["--task", "quadratic", "--optimizers", "sgd,adagrad", "--steps", "20", "--sweep"]
+    assert main(["race", *arguments, "--out", str(tmp_path)]) == 0
+    written = (tmp_path / "learning_rates.toml").read_text()
+    assert "adagrad = { learning_rate = 1.0 }" in written
+    assert "sgd =" not in written  # theory knows it
+    assert "--steps 20" in written
+    assert "adagrad    1e+30" in capsys.readouterr().out
+
+
+def test_edges_of_a_grid():
+    low, *_, high = sweep.GRIDS["text"]["sgd"]
+    assert sweep.at_edge("sgd", Rates(low), "text")
+    assert sweep.at_edge("sgd", Rates(high), "text")
+    assert not sweep.at_edge("sgd", Rates(sweep.GRIDS["text"]["sgd"][2]), "text")
+    assert sweep.at_edge(
+        "muon", Rates(sweep.GRIDS["text"]["muon"][1], sweep.GRIDS["text"]["others"][0]), "text"
+    )
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    """A real interrupt in a real process: the table, the files and exit code 130."""
+    code = "import sys; from optimorph.__main__ import main; sys.exit(main())"
+    arguments = ["race", "--task", "quadratic", "--optimizers", "sgd,adam", "--steps", "10000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "compiled" in line and line.startswith("adam"):
+            break
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Stopped early" in out
+    found = json.loads((tmp_path / "race.json").read_text())
+    assert found["finished"] is False
+    assert all(row["steps"] > 0 for row in found["rows"])
+    for curve in found["curves"]:
+        assert curve["steps"][-1] in [row["steps"] for row in found["rows"]]
+
+
+def test_live_display_draws_every_contestant():
+    console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
+    task = quadratic.task(10.0)
+    rates = {"sgd": Rates(1.0), "adam": Rates(0.01)}
+    shown = display(console, list(rates), 20)
+    assert isinstance(shown, Live)
+    with shown:
+        race.hold(task, rates, 20, 1, shown.moved, threading.Event())
+    drawn = console.export_text()
+    for word in ("sgd", "adam", "20/20", "loss", "left"):
+        assert word in drawn
+
+
+def test_the_text_is_what_its_provenance_says():
+    data = importlib.resources.files("optimorph.race").joinpath("data")
+    content = data.joinpath("shakespeare.txt").read_bytes()
+    assert hashlib.sha256(content).hexdigest() in data.joinpath("PROVENANCE.md").read_text()
+    assert len(content) > 1_000_000
+    assert b"Gutenberg" not in content
+    content.decode("ascii")
+
+
+def test_validation_text_is_neither_trained_nor_tuned_on():
+    parts, size = text._data()
+    whole = sum(len(part) for part in parts.values())
+    assert whole == len(
+        importlib.resources.files("optimorph.race").joinpath("data/shakespeare.txt").read_bytes()
+    )
+    assert len(parts["train"]) > 0.85 * whole
+    train = parts["train"].astype(np.uint8).tobytes()
+    for part in ("tuning", "validation"):
+        for x, y in text.task().held_out(part):
+            np.testing.assert_array_equal(x[:, 1:], y[:, :-1])
+            assert sum(row.astype(np.uint8).tobytes() in train for row in x) < 0.02 * len(x)
+            assert x.max() < size
+
+
+def test_text_batches_repeat_by_seed():
+    a, b, c = (next(text.task().batches(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a[0], b[0])
+    assert np.any(a[0] != c[0])
+
+
+def train(run, steps):
+    for _ in range(steps):
+        run.take_step()
+    run.look()
+
+
+def test_digits_learns():
+    task = digits.task()
+    track = Track(task)
+    run = Run(track, contestants.make("muon", task, contestants.tuned(task)["muon"], 60), 0)
+    train(run, 60)
+    assert run.losses[0] == pytest.approx(math.log(10), rel=0.3)
+    assert run.losses[-1] < 0.5
+
+
+def test_text_starts_at_the_entropy_of_letters_and_learns():
+    task = text.task()
+    run = Run(Track(task), contestants.make("adamw", task, Rates(1e-3, 1e-2), 10), 0)
+    train(run, 10)
+    assert run.losses[0] == pytest.approx(math.log(72), rel=0.15)
+    assert run.losses[-1] < 0.9 * run.losses[0]
+
+
+def test_text_is_causal():
+    """Scores at a place do not depend on later letters."""
+    from flax import nnx
+
+    model = text.GPT(72, nnx.Rngs(0))
+    tokens = jnp.asarray(next(text.task().batches(0))[0][:1])
+    changed = tokens.at[0, 40:].set(0)
+    np.testing.assert_allclose(model(tokens)[0, :40], model(changed)[0, :40], atol=1e-5)
+
+
+def test_adamw_and_muon_route_alike():
+    """The same leaves are matrices to both, so that their learning rates mean the same leaves."""
+    task = text.task()
+    params = task.init(0)
+    states = [
+        contestants.make(name, task, Rates(0.01, 0.01), 10).init(params).inner_states
+        for name in ("adamw", "muon")
+    ]
+    sizes = [{leaf.size for leaf in jax.tree.leaves(state["matrix"]) if leaf.ndim} for state in states]
+    assert sizes[0] == sizes[1] == {128 * 128, 128 * 512}

@@ -1,0 +1,60 @@
+"""The README's promises: its code runs, its numbers are those of the files it names."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_code_runs(block):
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        exec(compile(BLOCKS[block], f"README.md, block {block}", "exec"), {"om": __import__("optimorph")})
+
+
+def test_the_two_commands():
+    commands = re.findall(r"```sh\n(.*?)```", README, re.S)
+    assert commands == [
+        "pip install -e '.[race]' && optimorph race\n",
+        "pip install -e '.[test]' && pytest\n",
+    ]
+
+
+def test_the_race_table_is_the_recorded_one():
+    recorded = json.loads((RESULTS / "race.json").read_text())
+    assert recorded["finished"]
+    assert recorded["seeds"] >= 3
+    for row in recorded["rows"]:
+        others = "" if row["others_learning_rate"] is None else f" / {row['others_learning_rate']:.3g}"
+        line = (
+            f"| {row['name']} | {row['loss']:.3f} ± {row['spread']:.3f} | {row['steps_per_second']:.1f} "
+            f"| {row['optimizer_ms']:.1f} | {row['state_bytes_per_parameter']:.2f} "
+            f"| {row['learning_rate']:.3g}{others} |"
+        )
+        assert line in README
+    assert recorded["date"] in README
+    assert f"jax {recorded['versions']['jax']}" in README
+
+
+def test_the_cost_table_is_the_recorded_one():
+    recorded = json.loads((RESULTS / "optimizers.json").read_text())
+    for name, row in recorded["rows"].items():
+        ms, seconds, state = row["ms"], row["compile_seconds"], row["state_bytes_per_parameter"]
+        line = (
+            f"| {name} | {ms[0]:.2f} / {ms[1]:.2f} | {ms[1] / ms[0]:.2f} "
+            f"| {seconds[0]:.2f} / {seconds[1]:.2f} | {state[0]:.2f} / {state[1]:.2f} |"
+        )
+        assert line in README
+
+
+def test_pictures_and_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
