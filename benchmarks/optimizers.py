@@ -1,0 +1,176 @@
+"""AdamW composed from atoms and Muon beside optax's, in one run.
+
+    python benchmarks/optimizers.py
+
+Prints and writes to `benchmarks/results/optimizers.json`: milliseconds of one jitted update (median of
+interleaved rounds, and the ratio of the medians), seconds to compile, bytes of state per parameter, and of
+the compiled program the operations and the size. Ratios above 1: optax takes longer.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import optimorph as om
+
+ROUNDS = 31
+COMPILES = 5
+RESULTS = Path(__file__).parent / "results" / "optimizers.json"
+
+WIDTH = 256
+LAYER = dict.fromkeys(("query", "key", "value", "out"), (WIDTH, WIDTH)) | {
+    "up": (WIDTH, 4 * WIDTH),
+    "down": (4 * WIDTH, WIDTH),
+    "scale": (WIDTH,),
+}
+MODELS = {
+    "GPT, 4 layers of width 256": {f"layer{k}": LAYER for k in range(4)} | {"embed": (8192, WIDTH)},
+    "40 leaves of 32 x 32": {f"w{k}": (32, 32) for k in range(40)},
+}
+
+
+def matrices(params):
+    """What optax must be told: which leaves are matrices (two axes; the embedding is none)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: (
+            optax.contrib.MuonDimensionNumbers(0, 1)
+            if x.ndim == 2 and "embed" not in jax.tree_util.keystr(path)
+            else None
+        ),
+        params,
+    )
+
+
+PAIRS = {
+    "adamw": (lambda: om.adamw(1e-3), lambda: optax.adamw(1e-3)),
+    "muon, 5 steps": (
+        lambda: om.muon(0.02, orthogonalizer=om.linalg.NewtonSchulz("jordan"), scale="keller"),
+        lambda: optax.contrib.muon(0.02, muon_weight_dimension_numbers=matrices),
+    ),
+}
+
+
+class Side:
+    """One library's compiled update and what is known of it."""
+
+    def __init__(self, transform, params, gradients):
+        """Compile one update."""
+        self.transform, state = transform, transform.init(params)
+        self.arguments = (gradients, state, params)
+        self.compile_times = []
+        self.compiled = self.compile()
+        self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        self.hlo_bytes = len(self.compiled.as_text())
+        self.flops = self.compiled.cost_analysis().get("flops", float("nan"))
+        self.seconds = []
+
+    def compile(self):
+        """Trace and compile from scratch, timed."""
+        started = time.perf_counter()
+        compiled = (
+            jax.jit(lambda *arguments: self.transform.update(*arguments)).lower(*self.arguments).compile()
+        )
+        self.compile_times.append(time.perf_counter() - started)
+        return compiled
+
+    def run(self):
+        """One update, timed."""
+        started = time.perf_counter()
+        jax.block_until_ready(self.compiled(*self.arguments))
+        self.seconds.append(time.perf_counter() - started)
+
+    @property
+    def milliseconds(self):
+        """The median of all rounds."""
+        return 1e3 * statistics.median(self.seconds)
+
+
+def measure(pair, shapes):
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(rng.standard_normal(s), jnp.float32),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+    gradients = jax.tree.map(lambda p: 0.1 * p[::-1], params)
+    ours, theirs = (Side(make(), params, gradients) for make in pair)
+    for _ in range(COMPILES):
+        ours.compile()
+        theirs.compile()
+    for _ in range(ROUNDS):  # interleaved: the machine's noise meets both
+        ours.run()
+        theirs.run()
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return {
+        "parameters": size,
+        "ms": [ours.milliseconds, theirs.milliseconds],
+        "compile_seconds": [statistics.median(side.compile_times[1:]) for side in (ours, theirs)],
+        "state_bytes_per_parameter": [ours.state_bytes / size, theirs.state_bytes / size],
+        "gigaflops": [ours.flops / 1e9, theirs.flops / 1e9],
+        "hlo_kilobytes": [ours.hlo_bytes / 1e3, theirs.hlo_bytes / 1e3],
+    }
+
+
+def table(rows):
+    out = Table(
+        title="optimorph / optax; ratio: optax over optimorph", box=box.SIMPLE_HEAD, title_justify="left"
+    )
+    heads = ("update of", "ms", "ratio", "compile s", "ratio", "state\nB/param", "GFLOP", "HLO kB")
+    for head in heads:
+        out.add_column(head, justify="left" if head == "update of" else "right")
+
+    def pair(values, digits):
+        return " / ".join(f"{x:.{digits}f}" for x in values)
+
+    for name, row in rows.items():
+        ms, seconds = row["ms"], row["compile_seconds"]
+        out.add_row(
+            name,
+            pair(ms, 2),
+            f"{ms[1] / ms[0]:.2f}",
+            pair(seconds, 2),
+            f"{seconds[1] / seconds[0]:.2f}",
+            pair(row["state_bytes_per_parameter"], 2),
+            pair(row["gigaflops"], 2),
+            pair(row["hlo_kilobytes"], 0),
+        )
+    return out
+
+
+def main():
+    console = Console(width=130)
+    cases = [
+        (f"{name}: {model}", pair, shapes) for name, pair in PAIRS.items() for model, shapes in MODELS.items()
+    ]
+    rows = {name: measure(pair, shapes) for name, pair, shapes in track(cases, console=console)}
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "rounds": ROUNDS,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "optimorph")
+        },
+    }
+    console.print(table(rows))
+    console.print(about)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
