@@ -201,7 +201,14 @@ NUMBERS = [
     for argument in inspect.signature(factory).parameters
     if argument in RANGES
 ]
-NEEDED = {"learning_rate": 0.1, "decay": 0.9, "dampening": 0.1, "momentum": 0.9}
+NEEDED = {
+    "learning_rate": 0.1,
+    "decay": 0.9,
+    "dampening": 0.1,
+    "momentum": 0.9,
+    "first": om.ema(0.5),
+    "second": optax.scale(2.0),
+}
 EXTRA = {
     ("sgd", "dampening"): {"momentum": 0.9},
     ("muon", "others_learning_rate"): {},

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -121,19 +120,17 @@ def test_infinite_losses_are_null_in_json(tmp_path):
     assert None in next(c["losses"] for c in curves if c["optimizer"] == "sgd")
 
 
+def run_of(loss, step):
+    """A run as it would stand after so many steps, without the training."""
+    run = object.__new__(Run)
+    run.params = run.state = jnp.zeros(3)
+    run.losses, run.compile_seconds = [4.0, loss], 1.0
+    run.model_seconds, run.update_seconds = [0.1] * step, [0.01] * step
+    return run
+
+
 def row_of(*losses_and_steps):
-    runs = [
-        types.SimpleNamespace(
-            step=step,
-            losses=[4.0, loss],
-            diverged=not math.isfinite(loss),
-            model_seconds=[0.1] * step,
-            update_seconds=[0.01] * step,
-            state_bytes_per_parameter=4.0,
-            compile_seconds=1.0,
-        )
-        for loss, step in losses_and_steps
-    ]
+    runs = [run_of(*each) for each in losses_and_steps]
     return report.row(race.Contestant("muon", Rates(0.02, 0.05), runs))
 
 
