@@ -6,11 +6,16 @@ They chain with optax's (`optax.chain`, `optax.identity`).
 
 Optimizers, the sentences: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
 
+Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` route by the same rules.
+
 Beside them: `linalg` (the polar factor), `schedules`, `theory`.
 """
 
 from optimorph import linalg, schedules, theory
 from optimorph.optimizers import adagrad, adam, adamw, muon, nadam, nadamw, rmsprop, sgd
+from optimorph.plan import Plan, PlanRow, plan
+from optimorph.routing.partition import partition
+from optimorph.routing.rules import labels
 from optimorph.transforms.accumulate import AccumulateState, accumulate
 from optimorph.transforms.add import AddState, add
 from optimorph.transforms.add_decayed_weights import DecayState, add_decayed_weights
@@ -40,6 +45,8 @@ __all__ = [
     "LearningRateState",
     "MixState",
     "MomentumState",
+    "Plan",
+    "PlanRow",
     "accumulate",
     "adagrad",
     "adam",
@@ -51,6 +58,7 @@ __all__ = [
     "divide",
     "ema",
     "in_float32",
+    "labels",
     "linalg",
     "mix",
     "momentum",
@@ -58,6 +66,8 @@ __all__ = [
     "nadam",
     "nadamw",
     "orthogonalize",
+    "partition",
+    "plan",
     "rmsprop",
     "root",
     "scale_by_learning_rate",

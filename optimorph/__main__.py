@@ -1,8 +1,15 @@
 """The `optimorph` command."""
 
 import argparse
+import importlib
 import sys
 from typing import NoReturn
+
+COMMANDS = {
+    "race": ("optimorph.race.command", "train a real model with several optimizers and see who wins"),
+    "plan": ("optimorph.plan_command", "show what muon makes of every parameter of a model"),
+}
+"""Name → (module with `add_arguments`, `main` and `BadInput`; help)."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,25 +22,30 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="optimorph", description="Optimizers for JAX that read like the mathematics.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    racing = commands.add_parser("race", help="train a real model with several optimizers and see who wins")
+    parsers = {name: commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()}
+    chosen = next((name for name in arguments if name in COMMANDS), None)
     try:
-        from optimorph.race import command
+        if chosen is None:
+            parser.parse_args(arguments)  # help, or an error
+            return 2
+        command = importlib.import_module(COMMANDS[chosen][0])
     except KeyboardInterrupt:
         return _interrupted()
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("optimorph"):
             raise
-        parser.exit(2, f"optimorph race needs {error.name}: pip install 'optimorph[race]'\n")
-    command.add_arguments(racing)
+        parser.exit(2, f"optimorph {chosen} needs {error.name}: pip install 'optimorph[{chosen}]'\n")
+    command.add_arguments(parsers[chosen])
     given = parser.parse_args(arguments)
     try:
         return command.main(given)
     except KeyboardInterrupt:
         return _interrupted()
     except command.BadInput as error:
-        racing.exit(2, f"optimorph race: {error}.\n")
+        parsers[chosen].exit(2, f"optimorph {chosen}: {error}.\n")
 
 
 def _interrupted() -> int:

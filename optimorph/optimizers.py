@@ -11,7 +11,8 @@ from optax import chain, identity, scale
 from optimorph.core.checks import checked
 from optimorph.core.tree import check_alike
 from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, ScalarOrSchedule
-from optimorph.routing import leaf_axes, partition
+from optimorph.routing.partition import partition
+from optimorph.routing.reading import leaf_axes
 from optimorph.transforms.accumulate import accumulate
 from optimorph.transforms.add import add
 from optimorph.transforms.add_decayed_weights import add_decayed_weights
@@ -333,12 +334,17 @@ def muon(
         `optax.inject_hyperparams`); `linalg.NewtonSchulz()`, the default, takes five
         Polar Express steps.
       scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
-      axes: how leaves read as matrices: path pattern → spec (`None`: not a matrix), or a function
-        (path, shape) → spec. By default kernels and weights of 2, 4 and 5 axes are matrices; embeddings,
-        heads, norms, scales and biases are not; a 3-axis leaf must be described.
+      axes: how leaves read as matrices, for those that the default rules do not know or get wrong: an
+        ordered mapping from path pattern (fnmatch, `*` crosses slashes; or a compiled regular expression) to
+        a spec of `linalg.Axes`, or to None for no matrix, the first match wins; or a function
+        (path, shape) → spec; or a tree of specs. The default rules know the names of Flax, Equinox, Haiku,
+        MaxText and Levanter: `plan` shows what becomes of every leaf.
       others: the transform of the other leaves; `adamw(others_learning_rate, weight_decay=weight_decay)`
         without one.
       others_learning_rate: of that AdamW; `learning_rate` without one.
+
+    Raises:
+      ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
 
     Equals:
       torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
@@ -355,7 +361,7 @@ def muon(
             "muon: others_learning_rate is for the AdamW that others replaces. Type one of the two, such as "
             "others=optimorph.adamw(1e-3)."
         )
-    spec = leaf_axes(axes)
+    spec = leaf_axes("muon", axes)
     matrices = chain(
         ema(momentum, nesterov=nesterov, dtype=mu_dtype),
         orthogonalize(orthogonalizer, spec),
@@ -365,7 +371,10 @@ def muon(
     )
     rate = learning_rate if others_learning_rate is None else others_learning_rate
     rest = adamw(rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask) if others is None else others
-    return partition("muon", spec, in_float32(matrices), rest)
+    return partition(
+        lambda path, shape: "other" if spec(path, shape) is None else "matrix",
+        {"matrix": in_float32(matrices), "other": rest},
+    )
 
 
 def _root(eps: Numeric, eps_in_sqrt: bool) -> optax.GradientTransformation:

@@ -86,6 +86,11 @@ TRANSFORMS = [
         lambda: lambda g, w: 0.0 * g,
     ),
     Entry("in_float32", lambda om: om.in_float32(om.ema(0.9)), lambda: papers.ema(0.9)),
+    Entry(
+        "partition",
+        lambda om: om.partition({"*": "all"}, {"all": om.ema(0.9)}),
+        lambda: papers.ema(0.9),
+    ),
     Entry("orthogonalize", lambda om: om.orthogonalize(), papers.orthogonalize, matrices=True, real=True),
     Entry(
         "orthogonalize-jordan",

@@ -1,20 +1,16 @@
-"""How leaves read as matrices, and which ones do."""
+"""How an array reads as matrices: the grammar, and what it means for an update."""
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optimorph as om
-from optimorph.core.tree import paths_and_shapes
-from optimorph.linalg import Axes, NewtonSchulz
-from optimorph.routing import default_axes
+from optimorph.linalg import Axes, Exact
 
-SPECS = st.text("iob", min_size=2, max_size=5).filter(lambda s: "i" in s and "o" in s)
+LETTERS = st.sampled_from(["i", "o", "b", "(2i)", "(3o)", "(2+1 o)", "(1+2+1i)"])
+SPECS = st.lists(LETTERS, min_size=2, max_size=4).map("".join).filter(lambda s: "i" in s and "o" in s)
 
 
 def draw(shape, seed=0):
@@ -24,21 +20,54 @@ def draw(shape, seed=0):
 @settings(deadline=None, max_examples=60)
 @given(spec=SPECS, data=st.data())
 def test_round_trip(spec, data):
-    shape = tuple(data.draw(st.integers(1, 4)) for _ in spec)
-    x = jnp.arange(int(np.prod(shape)), dtype=jnp.float32).reshape(shape)
     axes = Axes(spec)
-    stack = axes.matrices(x)
-    assert stack.shape[-2:] == axes.sizes(shape)
-    assert stack.ndim == 2 + spec.count("b")
-    np.testing.assert_array_equal(axes.array(stack, shape), x)
+    shape = tuple(12 * data.draw(st.integers(1, 2)) for _ in range(axes.ndim))
+    x = jnp.arange(int(np.prod(shape)), dtype=jnp.float32).reshape(shape)
+    stacks = axes.matrices(x)
+    assert axes.misfit(shape) is None
+    assert tuple(stack.shape for stack in stacks) == axes.stacks(shape)
+    np.testing.assert_array_equal(axes.array(stacks, shape), x)
+    assert sum(stack.size for stack in stacks) == x.size
+
+
+def test_stacks_are_batch_in_out():
+    x = draw((2, 3, 4, 5))
+    assert Axes("bioo").stacks(x.shape) == ((2, 3, 20),)
+    (stack,) = Axes("obii").matrices(x)  # an entry of it, by hand
+    assert stack.shape == (3, 20, 2)
+    assert stack[1, 2 * 5 + 3, 1] == x[1, 1, 2, 3]
+
+
+def test_equal_blocks_are_a_stack_and_unequal_ones_several():
+    assert Axes("i(3o)").stacks((4, 12)) == ((3, 4, 4),)
+    assert Axes("i(1+1+1 o)").stacks((4, 12)) == ((3, 4, 4),)
+    assert Axes("i(4+1+1 o)").stacks((4, 12)) == ((4, 8), (4, 2), (4, 2))
+    assert Axes("i(32+8+8 o)").stacks((4, 48 * 5)) == ((4, 160), (4, 40), (4, 40))
+    assert Axes("(2+1 i)(1+1+2 o)").stacks((6, 8)) == ((4, 2), (4, 2), (4, 4), (2, 2), (2, 2), (2, 4))
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "i", "ob", "xio", "i(o)", "i(0o)", "i(3+0 o)", "i(3b)o", "i(3o", "io)", "IO"]
+)
+def test_what_is_no_matrix_is_refused(spec):
+    with pytest.raises(ValueError, match=r"does not describe a matrix\. Type one letter per axis"):
+        Axes(spec)
+
+
+def test_misfits_are_said():
+    assert "describes 2 axes, not 3" in Axes("io").misfit((2, 3, 4))
+    assert "an axis of 10 does not divide into 1+1+1 parts" in Axes("i(3o)").misfit((2, 10))
 
 
 def first_update(leaf, spec, **kwargs):
-    tx = om.muon(0.02, axes={"w": spec}, **kwargs)
+    tx = om.muon(0.02, axes={"w": spec}, orthogonalizer=Exact(), **kwargs)
     return tx.update({"w": leaf}, tx.init({"w": leaf}))[0]["w"]
 
 
-@pytest.mark.parametrize("scale", ["rms_to_rms", "keller", "adamw_rms", None])
+SCALES = ["rms_to_rms", "keller", "adamw_rms", None]
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_a_transposed_spec_gives_the_transposed_update(scale):
     g = draw((6, 4))
     np.testing.assert_allclose(
@@ -46,121 +75,39 @@ def test_a_transposed_spec_gives_the_transposed_update(scale):
     )
 
 
-def test_a_convolution_is_its_flattened_matrix():
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_convolution_is_its_flattened_matrix(scale):
     g = draw((3, 2, 4, 5))
-    flat = first_update(g.reshape(24, 5), "io")
-    np.testing.assert_allclose(first_update(g, "iiio"), flat.reshape(g.shape), atol=1e-6)
+    flat = first_update(g.reshape(24, 5), "io", scale=scale)
+    np.testing.assert_allclose(first_update(g, "iiio", scale=scale), flat.reshape(g.shape), atol=1e-6)
 
 
-def test_a_stack_is_its_slices_and_heads_are_matrices():
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_stack_is_its_slices_and_heads_are_matrices(scale):
     g = draw((3, 6, 4))
-    np.testing.assert_allclose(first_update(g, "bio")[1], first_update(g[1], "io"), atol=1e-6)
-    np.testing.assert_allclose(first_update(g, "ibo")[:, 2], first_update(g[:, 2], "io"), atol=1e-6)
-    whole = first_update(g.reshape(3, 24), "io").reshape(g.shape)
-    np.testing.assert_allclose(first_update(g, "ioo"), whole, atol=1e-6)
+    for k in range(3):
+        alone = first_update(g[k], "io", scale=scale)
+        np.testing.assert_allclose(first_update(g, "bio", scale=scale)[k], alone, atol=1e-6)
+    for k in range(6):
+        alone = first_update(g[:, k], "io", scale=scale)
+        np.testing.assert_allclose(first_update(g, "ibo", scale=scale)[:, k], alone, atol=1e-6)
+    whole = first_update(g.reshape(3, 24), "io", scale=scale).reshape(g.shape)
+    np.testing.assert_allclose(first_update(g, "ioo", scale=scale), whole, atol=1e-6)
 
 
-class Linen(linen.Module):
-    @linen.compact
-    def __call__(self, tokens, image):
-        x = linen.Embed(11, 8, name="embed")(tokens).mean(0)
-        x = linen.LayerNorm()(linen.Dense(8)(x))
-        y = linen.Conv(4, (3, 3))(image).mean((0, 1))
-        return linen.Dense(11, name="lm_head")(jnp.concatenate([x, y]))
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("spec", "widths"), [("i(3o)", (4, 4, 4)), ("i(4+1+1 o)", (8, 2, 2))])
+def test_fused_parameters_are_separate_ones(spec, widths, scale):
+    parts = [draw((5, width), seed) for seed, width in enumerate(widths)]
+    fused = first_update(jnp.concatenate(parts, axis=1), spec, scale=scale)
+    alone = [first_update(part, "io", scale=scale) for part in parts]
+    np.testing.assert_allclose(fused, jnp.concatenate(alone, axis=1), atol=1e-6)
+    turned = first_update(jnp.concatenate(parts, axis=1).T, f"{spec[1:]}i", scale=scale)
+    np.testing.assert_allclose(turned, fused.T, atol=1e-6)
 
 
-class Nnx(nnx.Module):
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(11, 8, rngs=rngs)
-        self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
-        self.norm = nnx.LayerNorm(8, rngs=rngs)
-        self.head = nnx.Linear(8, 11, rngs=rngs)
-
-
-def specs(params):
-    return {path: default_axes(path, shape) for path, shape in paths_and_shapes(params).items()}
-
-
-def test_linen_defaults():
-    params = Linen().init(jax.random.key(0), jnp.zeros(3, int), jnp.zeros((8, 8, 1)))["params"]
-    assert {k: v for k, v in specs(params).items() if v} == {"Conv_0/kernel": "iiio", "Dense_0/kernel": "io"}
-
-
-def test_nnx_defaults():
-    params = nnx.state(Nnx(nnx.Rngs(0)), nnx.Param)
-    assert {k: v for k, v in specs(params).items() if v} == {"blocks/0/kernel": "io", "blocks/1/kernel": "io"}
-
-
-def test_equinox_defaults():
-    params = eqx.filter(eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0)), eqx.is_array)
-    assert {k: v for k, v in specs(params).items() if v} == {f"layers/{k}/weight": "oi" for k in range(3)}
-
-
-def test_attention_names_are_not_heads():
-    assert default_axes("MultiHeadDotProductAttention_0/out/weight", (8, 8)) == "oi"
-    assert default_axes("decoder/multihead/query", (8, 8)) == "io"
-
-
-def test_nnx_training_reaches_every_parameter():
-    """`nnx.Optimizer` under `nnx.jit`, the labels found again in every step."""
-    model = Nnx(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, om.muon(0.02), wrt=nnx.Param)
-    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
-
-    @nnx.jit
-    def step(model, optimizer):
-        def loss(model):
-            x = model.embed(jnp.arange(11))
-            for block in model.blocks:
-                x = block(x)
-            return (model.head(model.norm(x)) ** 2).mean()
-
-        optimizer.update(model, nnx.grad(loss)(model))
-
-    step(model, optimizer)
-    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, nnx.state(model, nnx.Param))
-    assert all(jax.tree.leaves(moved))
-
-
-def test_equinox_training():
-    model = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
-    tx = om.muon(0.02)
-    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
-
-    @eqx.filter_jit
-    def step(model, state):
-        gradients = eqx.filter_grad(lambda m: (jax.vmap(m)(jnp.ones((4, 3))) ** 2).mean())(model)
-        updates, state = tx.update(gradients, state, eqx.filter(model, eqx.is_inexact_array))
-        return eqx.apply_updates(model, updates), state
-
-    stepped, _ = step(model, state)
-    assert bool(jnp.any(stepped.layers[0].weight != model.layers[0].weight))
-
-
-def test_first_rule_wins_and_the_rest_falls_to_the_defaults():
-    params = {"a": {"kernel": draw((4, 4))}, "b": {"kernel": draw((4, 4))}}
-    tx = om.muon(0.02, axes={"a/*": None, "*": "io"}, orthogonalizer=NewtonSchulz("jordan"))
-    matrix = tx.init(params).inner_states["matrix"].inner_state[0].average
-    assert [path for path, _ in paths_and_shapes(matrix).items()] == ["b/kernel"]
-    assert specs(params) == {"a/kernel": "io", "b/kernel": "io"}
-
-
-def test_a_leaf_called_value_keeps_its_name():
-    """Only a box of nothing but a value, as NNX wraps arrays, is no part of the name."""
-
-    class Attention(eqx.Module):
-        query: jax.Array
-        value: jax.Array
-
-    tree = {"attn": Attention(draw((4, 4)), draw((4, 4)))}
-    assert list(paths_and_shapes(tree)) == ["attn/query", "attn/value"]
-    hidden = eqx.tree_at(lambda t: t["attn"].query, tree, None)
-    assert list(paths_and_shapes(hidden)) == ["attn/value"]
-    assert "embed/embedding" in paths_and_shapes(nnx.state(Nnx(nnx.Rngs(0)), nnx.Param))
-
-
-def test_a_function_decides():
-    params = {"w": draw((4, 4)), "v": draw((4, 4))}
-    tx = om.muon(0.02, axes=lambda path, shape: "oi" if path == "w" else None)
-    matrix = tx.init(params).inner_states["matrix"].inner_state[0].average
-    assert list(paths_and_shapes(matrix)) == ["w"]
+def test_two_dimensional_heads_are_those_of_three():
+    g = draw((5, 12))
+    np.testing.assert_allclose(
+        first_update(g, "i(3o)"), first_update(g.reshape(5, 3, 4), "ibo").reshape(5, 12), atol=1e-6
+    )

@@ -113,22 +113,22 @@ def test_gradients_that_are_not_the_states(tx):
 
 
 def test_ambiguous_leaves_are_refused_together():
-    params = {"blocks": {"q": jnp.ones((12, 8, 8)), "k": jnp.ones((12, 8, 8))}, "w": W["w"]}
+    params = {"parts": {"q": jnp.ones((12, 8, 8)), "k": jnp.ones((12, 8, 8))}, "w": W["w"]}
     refused(
         lambda: om.muon(0.1).init(params),
-        "muon: 'blocks/q' has shape (12, 8, 8)",
-        "muon: 'blocks/k' has shape (12, 8, 8)",
-        "axes={'blocks/q': 'bio'}",
-        "axes={'blocks/q': 'iio'}",
-        "axes={'blocks/q': None}",
+        "muon: 'parts/q' has shape (12, 8, 8)",
+        "muon: 'parts/k' has shape (12, 8, 8)",
+        "axes={'parts/q': 'bio'}",
+        "axes={'parts/q': 'iio'}",
+        "axes={'parts/q': None}",
     )
-    om.muon(0.1, axes={"blocks/*": "bio"}).init(params)
+    om.muon(0.1, axes={"parts/*": "bio"}).init(params)
 
 
 def test_specs_that_do_not_fit():
     refused(lambda: om.muon(0.1, axes={"w": "bio"}).init(W), "muon", "'w'", "(4, 3)", "'bio'", "{'w': 'io'}")
-    refused(lambda: om.orthogonalize(axes="io").init(W), "orthogonalize", "'b'", "(3,)", "None")
-    refused(lambda: om.scale_by_shape(axes="io").init(W), "scale_by_shape", "'b'", "(3,)")
+    refused(lambda: om.orthogonalize(axes={"*": "io"}).init(W), "orthogonalize", "'b'", "(3,)", "None")
+    refused(lambda: om.scale_by_shape(axes={"*": "io"}).init(W), "scale_by_shape", "'b'", "(3,)")
 
 
 def test_bfloat16_numbers_are_numbers():

@@ -80,7 +80,8 @@ def map_paths(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
 def leaf_paths(tree: PyTree) -> list[str]:
     """`blocks/0/attn/kernel`: every leaf's path, in the tree's order.
 
-    A container of nothing but a `value` is a box around a leaf, as Flax NNX has it, and no part of its name.
+    A container of nothing but a `value`, or of one child that it does not name, is a box around a leaf, as
+    Flax and Haliax have them, and no part of its name.
     """
     entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)[0]
     inside: dict[tuple[Any, ...], set[Any]] = {}
@@ -90,7 +91,8 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
     def name(path: tuple[Any, ...]) -> str:
         *_, last = path or (None,)
-        boxed = len(path) > 1 and getattr(last, "name", None) == "value" and len(inside[path[:-1]]) == 1
+        nameless = isinstance(last, jax.tree_util.FlattenedIndexKey) or getattr(last, "name", None) == "value"
+        boxed = nameless and len(path) > 1 and len(inside[path[:-1]]) == 1
         return jax.tree_util.keystr(path[:-1] if boxed else path, simple=True, separator="/")
 
     return [name(path) for path, leaf in entries if not _is_absent(leaf)]

@@ -17,13 +17,25 @@ ScalarOrSchedule = Numeric | Schedule
 
 PyTree = Any
 
-AxesRules = Mapping[str, str | None] | Callable[[str, tuple[int, ...]], str | None]
-"""How leaves read as matrices: path pattern → spec, or (path, shape) → spec; None is "not a matrix"."""
+Shape = tuple[int, ...]
 
-LeafAxes = str | Callable[[str, tuple[int, ...]], str | None]
-"""One spec for every leaf, or (path, shape) → spec."""
+Rules = Mapping[Any, Any] | Callable[[str, Shape], Any] | PyTree
+"""What is said of leaves: pattern of paths → anything, in order; or (path, shape) → anything; or a tree."""
+
+AxesRules = Rules
+"""Rules that say how leaves read as matrices: a spec, or None for "not a matrix"."""
 
 Mask = Any
-"""What `optax.masked` takes: a tree of booleans, or a function from a tree to one."""
+"""What `optax.masked` takes, a tree of booleans or a function from a tree to one; or rules by pattern."""
 
-__all__ = ["AxesRules", "DTypeLike", "LeafAxes", "Mask", "Numeric", "PyTree", "ScalarOrSchedule", "Schedule"]
+__all__ = [
+    "AxesRules",
+    "DTypeLike",
+    "Mask",
+    "Numeric",
+    "PyTree",
+    "Rules",
+    "ScalarOrSchedule",
+    "Schedule",
+    "Shape",
+]

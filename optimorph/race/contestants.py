@@ -9,7 +9,7 @@ import optax
 
 import optimorph as om
 from optimorph.race.task import Task
-from optimorph.routing import default_axes, partition
+from optimorph.routing.reading import leaf_axes
 
 B2 = 0.99  # of adam, adamw and muon's adamw: a short run forgets faster
 
@@ -27,11 +27,14 @@ class Rates:
 
 
 def _adamw(rate, others, task):
-    return partition(
-        "adamw",
-        default_axes,
-        om.adamw(rate, b2=B2, weight_decay=task.weight_decay),
-        om.adamw(others, b2=B2, weight_decay=0.0),
+    """The same leaves apart as `muon` has them, so that both are tuned alike."""
+    matrix = leaf_axes("adamw", None)
+    return om.partition(
+        lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
+        {
+            "matrix": om.adamw(rate, b2=B2, weight_decay=task.weight_decay),
+            "other": om.adamw(others, b2=B2, weight_decay=0.0),
+        },
     )
 
 

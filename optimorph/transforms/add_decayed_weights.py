@@ -11,6 +11,7 @@ from optimorph.core.checks import check_numbers, check_params
 from optimorph.core.count import increment
 from optimorph.core.tree import cast_like, map_updates, number, wide
 from optimorph.core.types import Mask, ScalarOrSchedule
+from optimorph.routing.rules import as_mask
 
 
 class DecayState(NamedTuple):
@@ -38,7 +39,8 @@ def add_decayed_weights(
     Args:
       weight_decay: λ, at least 0, a number, an array, a tracer or a schedule. The constant 0 asks for no
         params.
-      mask: which leaves decay, as `optax.masked` takes it; all of them without one.
+      mask: which leaves decay, as `optax.masked` takes it, or rules, `{"*norm*": False, "*": True}`; all of
+        them without one.
 
     Raises:
       ValueError: λ negative, when it is a concrete number; at `update`, params missing.
@@ -70,4 +72,4 @@ def add_decayed_weights(
         return map_updates(who, decayed, updates, params), state
 
     transform = optax.GradientTransformation(init, update)
-    return transform if mask is None else optax.masked(transform, mask)
+    return transform if mask is None else optax.masked(transform, as_mask(mask))

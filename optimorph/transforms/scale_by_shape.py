@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 
-import numpy as np
 import optax
 
 from optimorph.core.tree import map_paths, wide
-from optimorph.core.types import LeafAxes
-from optimorph.linalg.axes import read
+from optimorph.core.types import AxesRules
+from optimorph.routing.reading import leaf_axes
+from optimorph.routing.rules import labels
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "rms_to_rms": lambda inputs, outputs: math.sqrt(outputs / inputs),  # (1)
@@ -17,7 +17,9 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def scale_by_shape(scale: str | None = "rms_to_rms", axes: LeafAxes = "io") -> optax.GradientTransformation:
+def scale_by_shape(
+    scale: str | None = "rms_to_rms", axes: AxesRules | None = None
+) -> optax.GradientTransformation:
     """Multiply every matrix by a function of its numbers of inputs and outputs.
 
         u = √(out / in) g              (1)  "rms_to_rms": ‖u‖ from RMS to RMS is 1, if ‖g‖₂ is
@@ -27,11 +29,10 @@ def scale_by_shape(scale: str | None = "rms_to_rms", axes: LeafAxes = "io") -> o
 
     Args:
       scale: a name or None.
-      axes: how leaves read as matrices: one spec for all, or a function (path, shape) → spec; a leaf whose
-        spec is None passes through.
+      axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
 
     Raises:
-      ValueError: an unknown name; at `init`, a spec that does not fit its leaf.
+      ValueError: an unknown name; at `init`, a spec that does not fit its leaf, a leaf that no rule decides.
 
     References:
       (1) Bernstein & Newhouse 2024, arXiv:2410.21265; (2) Jordan et al. 2024, "Muon: An optimizer for
@@ -43,15 +44,19 @@ def scale_by_shape(scale: str | None = "rms_to_rms", axes: LeafAxes = "io") -> o
             f"{who}: no scale is called {scale!r}. Type one of {', '.join(map(repr, SCALES))}, or None."
         )
 
+    read = leaf_axes(who, axes)
+
     def init(params):
-        map_paths(lambda path, p: read(who, axes, path, np.shape(p)), params)
+        labels(read)(params)
         return optax.EmptyState()
 
     def scaled(path, g):
-        form = read(who, axes, path, g.shape)
-        if scale is None or form is None or g.size == 0:
-            return g
-        return (SCALES[scale](*form.sizes(g.shape)) * wide(g)).astype(g.dtype)
+        form = read(path, g.shape)
+        return g if form is None or g.size == 0 else form.map(matrix, g)
+
+    def matrix(stack):
+        factor = 1.0 if scale is None else SCALES[scale](*stack.shape[-2:])
+        return (factor * wide(stack)).astype(stack.dtype)
 
     def update(updates, state, params=None):
         return map_paths(scaled, updates), state

@@ -1,0 +1,230 @@
+"""What `muon` makes of every parameter, before a step is taken."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph.core.tree import leaf_paths
+from optimorph.core.types import AxesRules, DTypeLike, PyTree, Shape
+from optimorph.optimizers import muon
+from optimorph.routing.reading import Reading, reader
+from optimorph.routing.rules import by_pattern, matches
+from optimorph.transforms.scale_by_shape import SCALES
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanRow:
+    """One leaf.
+
+    Args:
+      path: its keys, joined by slashes.
+      shape: its sizes.
+      dtype: its numbers.
+      role: what the default rules take it for, or the rule that decides.
+      spec: how it reads as matrices, None if it does not.
+      matrices: (how many, inputs, outputs), for each size that it holds.
+      transform: "muon", "adamw" or "others"; "?" as long as nothing is decided.
+      scales: of the update of each size, by its shape.
+      state_bytes: what its optimizer state takes, counts and the like aside.
+      question: what must be decided, if anything.
+    """
+
+    path: str
+    shape: Shape
+    dtype: jnp.dtype
+    role: str
+    spec: str | None
+    matrices: tuple[tuple[int, int, int], ...]
+    transform: str
+    scales: tuple[float, ...]
+    state_bytes: int
+    question: str | None = None
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What every leaf becomes; `print` shows it as a table.
+
+    Args:
+      rows: one for each leaf, in the tree's order.
+      unused: patterns of the rules that no leaf matches.
+    """
+
+    rows: tuple[PlanRow, ...]
+    unused: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[PlanRow]:
+        """The rows, leaf by leaf."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """How many leaves there are."""
+        return len(self.rows)
+
+    def __getitem__(self, path: str) -> PlanRow:
+        """The row of one leaf."""
+        return next(row for row in self.rows if row.path == path)
+
+    def __str__(self) -> str:
+        """The table: leaves that differ in an index only share a line."""
+        lines = _aligned(_TITLES, [_cells(rows) for rows in _alike(self.rows)])
+        lines += ["", *_aligned(_TOTALS, _totals(self.rows))]
+        lines += [f"\nNo leaf matches the pattern {pattern!r}." for pattern in self.unused]
+        lines += [f"\n{row.question}" for row in self.rows if row.question is not None]
+        return "\n".join(lines)
+
+
+def plan(
+    params: PyTree,
+    *,
+    scale: str | None = "rms_to_rms",
+    axes: AxesRules | None = None,
+    others: optax.GradientTransformation | None = None,
+    mu_dtype: DTypeLike | None = None,
+) -> Plan:
+    """What `muon`, called with the same arguments, makes of every parameter.
+
+        print(optimorph.plan(jax.eval_shape(init, key)))
+
+    Args:
+      params: any tree of arrays, or of their shapes: nothing is computed.
+      scale: as that of `muon`.
+      axes: as that of `muon`.
+      others: as that of `muon`.
+      mu_dtype: as that of `muon`.
+
+    Raises:
+      ValueError: axes that are no rules. A leaf that nobody described, or whose spec does not fit, is a row
+        with a question, where `muon` would refuse the tree.
+    """
+    read, paths, leaves = reader("plan", axes), leaf_paths(params), jax.tree.leaves(params)
+    readings = [read(path, np.shape(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
+    decided = {path: reading.axes for path, reading in zip(paths, readings, strict=True)}
+    optimizer = muon(0.0, scale=scale, axes=lambda path, _: decided[path], others=others, mu_dtype=mu_dtype)
+    shared = _state_bytes(optimizer, {})
+    known: dict[Any, int] = {}
+
+    def row(path: str, leaf: Any, reading: Reading) -> PlanRow:
+        shape, dtype, form = np.shape(leaf), jnp.result_type(leaf), reading.axes
+        alike = (shape, dtype, form is None, path if form is None and others is not None else None)
+        if alike not in known:
+            known[alike] = _state_bytes(optimizer, {path: jax.ShapeDtypeStruct(shape, dtype)}) - shared
+        stacks = () if form is None else form.stacks(shape)
+        sizes = collections.Counter()
+        for *batch, inputs, outputs in stacks:
+            sizes[inputs, outputs] += math.prod(batch)
+        return PlanRow(
+            path=path,
+            shape=shape,
+            dtype=dtype,
+            role=reading.role,
+            spec=None if form is None else form.spec,
+            matrices=tuple((count, *size) for size, count in sizes.items()),
+            transform=_transform(reading, others),
+            scales=tuple(1.0 if scale is None else SCALES[scale](*size) for size in sizes if 0 not in size),
+            state_bytes=0 if reading.question is not None else known[alike],
+            question=reading.question,
+        )
+
+    rows = tuple(row(*each) for each in zip(paths, leaves, readings, strict=True))
+    return Plan(rows, tuple(_unused(axes, paths)))
+
+
+def _transform(reading: Reading, others: optax.GradientTransformation | None) -> str:
+    if reading.question is not None:
+        return "?"
+    if reading.axes is not None:
+        return "muon"
+    return "adamw" if others is None else "others"
+
+
+def _state_bytes(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> int:
+    state = jax.eval_shape(optimizer.init, params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _unused(axes: AxesRules | None, paths: list[str]) -> Iterator[str]:
+    for pattern in axes if by_pattern(axes) else ():
+        if not any(matches(pattern, path) for path in paths):
+            yield pattern if isinstance(pattern, str) else pattern.pattern
+
+
+_TITLES = ("path", "leaves", "shape", "dtype", "role", "spec", "matrices", "to", "scale", "state")
+_TOTALS = ("to", "leaves", "matrices", "parameters", "state")
+
+
+def _alike(rows: Iterable[PlanRow]) -> Iterable[list[PlanRow]]:
+    """Rows that differ in the numbers of their paths only."""
+    groups: dict[Any, list[PlanRow]] = {}
+    for row in rows:
+        same = dataclasses.replace(row, path=re.sub(r"\d+", "*", row.path), question=None)
+        groups.setdefault(same, []).append(row)
+    return groups.values()
+
+
+def _cells(rows: list[PlanRow]) -> tuple[str, ...]:
+    first = rows[0]
+    return (
+        _common(rows),
+        str(len(rows)),
+        " x ".join(map(str, first.shape)) or "scalar",
+        first.dtype.name,
+        first.role,
+        first.spec or ("-" if first.question is None else "?"),
+        " + ".join(f"{len(rows) * n} of {i} x {o}" for n, i, o in first.matrices) or "-",
+        first.transform,
+        ", ".join(f"{scale:.3g}" for scale in first.scales) or "-",
+        _bytes(sum(row.state_bytes for row in rows)),
+    )
+
+
+def _common(rows: list[PlanRow]) -> str:
+    """Their path, with a star for every number in which they differ."""
+    pieces = zip(*(re.split(r"(\d+)", row.path) for row in rows), strict=True)
+    return "".join(piece[0] if len(set(piece)) == 1 else "*" for piece in pieces)
+
+
+def _totals(rows: Iterable[PlanRow]) -> list[tuple[str, ...]]:
+    groups: dict[str, list[PlanRow]] = {}
+    for row in rows:
+        groups.setdefault(row.transform, []).append(row)
+        groups.setdefault("all", []).append(row)
+    groups["all"] = groups.pop("all", [])  # last
+    return [
+        (
+            name,
+            f"{len(group):,}",
+            f"{sum(n for row in group for n, _, _ in row.matrices):,}",
+            f"{sum(row.size for row in group):,}",
+            _bytes(sum(row.state_bytes for row in group)),
+        )
+        for name, group in groups.items()
+    ]
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.3g} TB"
+
+
+def _aligned(titles: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    lines = [titles, tuple("-" * width for width in widths), *cells]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

@@ -1,0 +1,139 @@
+"""The plan: golden tables of real models, and the command that prints them."""
+
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import models
+import pytest
+
+import optimorph as om
+from optimorph.__main__ import main
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_golden_plans(name):
+    """`python tests/models.py` writes them anew."""
+    assert f"{om.plan(models.MODELS[name]())}\n" == models.path(name).read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in models.MODELS if "haiku" not in name])
+def test_muon_does_what_the_plan_says(name):
+    """The state that `init` makes is the state that the plan counts, and every matrix has a momentum."""
+    params = models.MODELS[name]()
+    state = jax.eval_shape(om.muon(0.02).init, params)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
+    scalars = sum(8 for leaf in jax.tree.leaves(params) if not leaf.ndim)  # whose averages look like counts
+    plan = om.plan(params)
+    assert held + scalars == sum(row.state_bytes for row in plan)
+    assert len(plan) == len(jax.tree.leaves(params))
+
+
+def test_the_plan_takes_the_arguments_of_muon():
+    params = {"a": {"kernel": jnp.ones((4, 16))}, "b": jnp.ones(8)}
+    row = om.plan(params, axes={"a/*": "i(2+1+1 o)"}, scale="keller", mu_dtype=jnp.bfloat16)["a/kernel"]
+    assert row.matrices == ((1, 4, 8), (2, 4, 4))
+    assert row.scales == (2**0.5, 1.0)
+    assert row.state_bytes == 2 * 64
+    assert row.role == "rule a/*"
+    assert om.plan(params, others=om.sgd(0.1))["b"].state_bytes == 0
+    assert om.plan(params, others=om.sgd(0.1))["b"].transform == "others"
+    others = om.partition({"b": "on", "*": "off"}, {"on": om.adam(0.1), "off": om.sgd(0.1)})
+    assert om.plan(params | {"c": jnp.ones(8)}, others=others)["b"].state_bytes == 64
+    assert om.plan(params | {"c": jnp.ones(8)}, others=others)["c"].state_bytes == 0
+
+
+def test_undecided_leaves_and_unused_rules_are_shown():
+    text = str(om.plan({"a": jnp.ones((3, 4, 5))}, axes={"blcks/*": None}))
+    assert "undecided" in text
+    assert "axes={'a': 'bio'}" in text
+    assert "No leaf matches the pattern 'blcks/*'." in text
+
+
+def test_a_large_tree_is_planned_leaf_by_leaf():
+    one = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    params = {f"block_{k}": {f"w{j}": one for j in range(10)} for k in range(1000)}
+    plan = om.plan(params)
+    assert len(plan) == 10_000
+    assert len(str(plan).splitlines()) < 10  # alike leaves share a line
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zoo.py").write_text(
+        textwrap.dedent(
+            """
+            import jax, jax.numpy as jnp
+            import equinox as eqx
+
+            def init():
+                return {"kernel": jnp.ones((10**6, 10**6)), "embed": jnp.ones((10**6, 70_000)), "name": "x"}
+
+            def mlp():
+                return eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
+
+            def undecided():
+                return {"a": jnp.ones((2, 3, 4))}
+
+            def broken():
+                raise RuntimeError("no such file")
+            """
+        )
+    )
+    yield "zoo"
+    sys.modules.pop("zoo", None)
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+
+
+def test_the_command_plans_what_would_never_fit(model, capsys):
+    assert main(["plan", "zoo:init"]) == 0
+    out = capsys.readouterr().out
+    assert "1000000 x 1000000" in out
+    assert "1,070,000,000,000" in out
+
+
+def test_the_command_takes_modules_and_rules(model, capsys):
+    assert main(["plan", "zoo:mlp", "--axes", "*layers/2/*=none", "--scale", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "rule *layers/2/*" in out
+
+
+def test_the_command_says_what_is_undecided(model, capsys):
+    assert main(["plan", "zoo:undecided"]) == 1
+    assert "axes={'a': 'bio'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["zoo"], "'zoo' is not MODULE:FUNCTION"),
+        (["zoo:nothing"], "'zoo:nothing' cannot be evaluated: AttributeError"),
+        (["nowhere:init"], "ModuleNotFoundError"),
+        (["zoo:broken"], "RuntimeError: no such file"),
+        (["zoo:init", "--axes", "kernel"], "--axes 'kernel' is not PATTERN=SPEC"),
+        (["zoo:init", "--scale", "big"], "--scale"),
+        ([], "MODULE:FUNCTION"),
+    ],
+)
+def test_bad_input_is_one_line_and_2(model, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_planning_needs_none_of_the_race(tmp_path):
+    """Without flax, rich, matplotlib and scikit-learn the package imports and plans."""
+    (tmp_path / "tiny.py").write_text("import jax.numpy as jnp\ndef init(): return {'w': jnp.ones((2, 3))}\n")
+    block = "import sys\nfor name in ('flax', 'rich', 'matplotlib', 'sklearn'): sys.modules[name] = None\n"
+    code = block + "from optimorph.__main__ import main\nsys.exit(main(['plan', 'tiny:init']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 x 3" in done.stdout

@@ -1,0 +1,325 @@
+"""Which leaf goes where: rules, the default names, partition and masks, in any tree."""
+
+import dataclasses
+import re
+
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+import optimorph as om
+from optimorph.core.tree import leaf_paths, paths_and_shapes
+from optimorph.routing.names import UNDECIDED, by_name
+from optimorph.routing.reading import leaf_axes
+
+
+def specs(params, axes=None):
+    """Path → spec, of the matrices."""
+    return {row.path: row.spec for row in om.plan(params, axes=axes) if row.spec is not None}
+
+
+TREE = {
+    "embed": {"table": jnp.ones((8, 4))},
+    "blocks": [{"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)} for _ in range(2)],
+    "out": {"kernel": jnp.ones((4, 8))},
+}
+
+
+def test_first_rule_wins_and_the_rest_falls_to_the_names():
+    assert specs(TREE) == {"blocks/0/kernel": "io", "blocks/1/kernel": "io", "out/kernel": "io"}
+    assert specs(TREE, {"blocks/0/*": None, "*/kernel": "oi"}) == {
+        "blocks/1/kernel": "oi",
+        "out/kernel": "oi",
+    }
+    assert specs(TREE, {"*/kernel": "oi", "blocks/0/*": None})["blocks/0/kernel"] == "oi"
+
+
+def test_patterns_may_be_regular_expressions():
+    found = specs(TREE, {re.compile(r"^blocks/\d+/k"): None, re.compile("out"): "oi"})
+    assert found == {"out/kernel": "oi"}
+
+
+def test_rules_may_be_a_function():
+    found = specs(TREE, lambda path, shape: "oi" if shape == (8, 4) else None)
+    assert found == {"embed/table": "oi"}
+    assert specs(TREE, lambda path, shape: om.linalg.Axes("oi") if "out" in path else None) == {
+        "out/kernel": "oi"
+    }
+
+
+def test_rules_may_be_a_tree():
+    tree = jax.tree.map(lambda x: None if x.ndim < 2 else "oi", TREE)
+    tree["out"]["kernel"] = None
+    assert specs(TREE, tree) == {"embed/table": "oi", "blocks/0/kernel": "oi", "blocks/1/kernel": "oi"}
+    assert specs({"w": jnp.ones((2, 3)), "v": jnp.ones((2, 3))}, {"w": "oi", "v": None}) == {"w": "oi"}
+
+
+def test_rules_may_be_a_callable_module_of_specs():
+    model = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_array)
+    rules = jax.tree.map(lambda x: "io" if x.ndim == 2 else None, params)
+    assert specs(params, rules) == {"layers/0/weight": "io", "layers/1/weight": "io"}
+
+
+def test_a_bare_spec_is_refused():
+    with pytest.raises(
+        ValueError, match=r"muon: axes must say which leaves it means.* axes=\{'\*': 'io'\}"
+    ):
+        om.muon(0.1, axes="io")
+
+
+def test_all_undecided_leaves_are_listed_at_init():
+    params = {"a": jnp.ones((2, 3, 4)), "b": {"weight": jnp.ones((2, 3, 4))}, "c": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match="no rule says") as error:
+        om.muon(0.1).init(params)
+    message = str(error.value)
+    for words in ("muon: 'a' has shape (2, 3, 4)", "axes={'a': 'bio'}", "axes={'b/weight': 'boi'}", "None}"):
+        assert words in message
+    assert "'c'" not in message
+    om.muon(0.1, axes={"a": "bio", "b/*": None}).init(params)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("io", ["'w'", "(2, 3, 4)", "describes 2 axes, not 3", "axes={'w': 'bio'}"]),
+        ("b(5i)o", ["'w'", "(2, 3, 4)", "an axis of 3 does not divide"]),
+        ("bxo", ["'w'", "(2, 3, 4)", "'bxo' does not describe a matrix", "'io'"]),
+    ],
+)
+def test_bad_specs_name_the_leaf_its_shape_and_one_that_fits(spec, words):
+    with pytest.raises(ValueError, match="muon") as error:
+        om.muon(0.1, axes={"w": spec}).init({"w": jnp.ones((2, 3, 4))})
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["orthogonalize", "scale_by_shape"])
+def test_the_transforms_take_the_same_rules(name):
+    tx = getattr(om, name)(axes={"*": "io"})
+    with pytest.raises(ValueError, match=f"{name}: 'w' has shape"):
+        tx.init({"w": jnp.ones(3)})
+    tx = getattr(om, name)(axes={"w": None, "*": "oi"})
+    params = {"w": jnp.ones(3), "m": jnp.ones((4, 1))}
+    updates, _ = tx.update(params, tx.init(params))
+    np.testing.assert_array_equal(updates["w"], params["w"])
+    assert bool(jnp.any(updates["m"] != params["m"]))
+
+
+NAMES = {
+    # path, shape → spec; None is no matrix
+    ("attn/heads/query/kernel", (8, 2, 4)): "ioo",
+    ("multi_head/kernel", (8, 8)): "io",
+    ("embedding_model/layers/0/kernel", (8, 8)): "io",
+    ("normalized/kernel", (8, 8)): "io",
+    ("blocks/ln1/weight", (3, 8)): None,
+    ("blocks/b1", (3, 8)): None,
+    ("lm_head/kernel", (8, 11)): None,
+    ("LMHead_0/kernel", (8, 11)): None,
+    ("head/fc/kernel", (8, 11)): None,
+    ("value_head/kernel", (8, 1)): None,
+    ("relpos_bias/rel_embedding", (32, 4)): None,
+    ("layers/A_log", (3, 8)): None,
+    ("lora_b", (2, 8)): "io",
+    ("lora_A/weight", (2, 8)): "oi",
+    ("attn/qkv/kernel", (8, 3, 2, 4)): "iboo",
+    ("attn/qkv/kernel", (8, 16)): UNDECIDED,
+    ("attn/qkv/weight", (24, 8)): "(3o)i",
+    ("cell/weight_hh", (12, 4)): UNDECIDED,
+    ("lstm/weight_hh", (16, 4)): "(4o)i",
+    ("layers/conv/kernel", (3, 3, 8, 16)): UNDECIDED,
+    ("layers/0/conv/kernel", (3, 3, 8, 16)): "iiio",
+    ("layers/attn/query/kernel", (4, 8, 8)): UNDECIDED,
+    ("ScanBlock_0/attn/query/kernel", (4, 8, 8)): "bio",
+    ("ScanBlock_0/Dense_0/kernel", (8, 8)): "io",
+    ("layers/pre/weight", (4, 8)): UNDECIDED,
+    ("layers/kernel", (4, 8)): "io",
+    ("layers/experts/wi", (2, 4, 8, 16)): "bbio",
+    ("moe/experts/weight", (4, 16, 8)): "boi",
+    ("decoder/layers/mlp/wi_0/kernel", (64, 3, 128)): "ibo",
+    ("decoder/layers/mlp/wi_0/kernel", (3, 64, 128)): "bio",
+    ("decoder/layers_0/mlp/wi_0/kernel", (64, 128)): "io",
+    ("depthwise/weight", (8, 1, 3, 3)): None,
+    ("conv/weight", (8, 4, 3)): "oii",
+    ("kernel", (1, 8)): None,
+    ("anything", (4, 8)): "io",
+    ("anything", (2, 4, 8)): UNDECIDED,
+}
+
+
+@pytest.mark.parametrize(("path", "shape"), NAMES, ids=[f"{path} {shape}" for path, shape in NAMES])
+def test_what_names_say(path, shape):
+    assert by_name(path, shape)[1] == NAMES[path, shape]
+
+
+@dataclasses.dataclass
+class Data:
+    kernel: jax.Array
+    bias: jax.Array
+
+
+jax.tree_util.register_dataclass(Data, ["kernel", "bias"], [])
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(11, 8, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
+        self.head = nnx.Linear(8, 11, rngs=rngs)
+
+
+KERNEL, BIAS = jnp.ones((4, 3)), jnp.zeros(3)
+TREES = {
+    "dict": {"hidden": {"kernel": KERNEL, "bias": BIAS}},
+    "frozen dict": FrozenDict({"hidden": {"kernel": KERNEL, "bias": BIAS}}),
+    "dataclass": {"hidden": Data(KERNEL, BIAS)},
+    "tuples": ((KERNEL, BIAS),),
+    "nnx state": nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param),
+    "nnx pure dict": nnx.to_pure_dict(nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)),
+    "equinox": eqx.filter(eqx.nn.MLP(4, 3, 4, 1, key=jax.random.key(0)), eqx.is_array),
+}
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_any_tree_under_jit_and_eval_shape(tree):
+    tx = om.muon(0.02)
+    state = jax.jit(tx.init)(tree)
+    chex.assert_trees_all_equal_structs(state, jax.eval_shape(tx.init, tree))
+    updates, _ = jax.jit(tx.update)(tree, state, tree)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, tree)
+    assert len(specs(tree)) == len([leaf for leaf in jax.tree.leaves(tree) if leaf.ndim == 2])
+    assert specs(tree) == specs(jax.eval_shape(lambda: tree))
+
+
+def test_boxes_are_no_part_of_a_name():
+    class Box:
+        def __init__(self, inside):
+            self.inside = inside
+
+    jax.tree_util.register_pytree_node(Box, lambda box: ((box.inside,), None), lambda _, x: Box(*x))
+    tree = {"embed": {"weight": Box(jnp.ones((4, 3)))}}
+    assert leaf_paths(tree) == ["embed/weight"]
+    assert leaf_paths(nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))) == ["bias", "kernel"]
+
+
+def test_nnx_training_reaches_every_parameter():
+    """`nnx.Optimizer` under `nnx.jit`, the labels found again in every step."""
+    model = Nnx(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, om.muon(0.02), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+    @nnx.jit
+    def step(model, optimizer):
+        def loss(model):
+            x = model.embed(jnp.arange(11))
+            for block in model.blocks:
+                x = block(x)
+            return (model.head(model.norm(x)) ** 2).mean()
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    step(model, optimizer)
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, nnx.state(model, nnx.Param))
+    assert all(jax.tree.leaves(moved))
+
+
+def test_the_state_is_made_inside_nnx_jit():
+    model = Nnx(nnx.Rngs(0))
+
+    @nnx.jit
+    def make(model):
+        return om.partition(
+            {"embed/*": "off", "*": "on"}, {"off": optax.set_to_zero(), "on": om.adam(0.1)}
+        ).init(nnx.state(model, nnx.Param))
+
+    assert "embed/embedding" not in {path.split("average/")[-1] for path in leaf_paths(make(model))}
+
+
+def test_equinox_training():
+    model = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
+    tx = om.muon(0.02)
+    state = tx.init(eqx.filter(model, eqx.is_inexact_array))
+
+    @eqx.filter_jit
+    def step(model, state):
+        gradients = eqx.filter_grad(lambda m: (jax.vmap(m)(jnp.ones((4, 3))) ** 2).mean())(model)
+        updates, state = tx.update(gradients, state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), state
+
+    stepped, _ = step(model, state)
+    assert bool(jnp.any(stepped.layers[0].weight != model.layers[0].weight))
+
+
+def test_partition_sends_leaves_where_the_rules_say():
+    rules = {"embed/*": "frozen", re.compile("bias$"): "slow", "*": "fast"}
+    tx = om.partition(rules, {"frozen": optax.set_to_zero(), "slow": om.sgd(1.0), "fast": om.sgd(2.0)})
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, TREE), tx.init(TREE), TREE)
+    assert set(map(float, jnp.unique(updates["embed"]["table"]))) == {0.0}
+    assert set(map(float, jnp.unique(updates["blocks"][1]["bias"]))) == {-1.0}
+    assert set(map(float, jnp.unique(updates["out"]["kernel"]))) == {-2.0}
+
+
+def test_a_frozen_leaf_has_no_state():
+    tx = om.partition({"*kernel": "on", "*": "off"}, {"on": om.adamw(0.1), "off": optax.set_to_zero()})
+    held = {shape for shape in paths_and_shapes(tx.init(TREE)).values() if shape}
+    assert held == {(4, 4), (4, 8)}
+
+
+def test_partition_names_every_leaf_without_a_transform():
+    with pytest.raises(ValueError, match="labels: no rule matches 'embed/table'") as error:
+        om.partition({"blocks/*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
+    assert "'out/kernel'" in str(error.value)
+    with pytest.raises(
+        ValueError, match=r"partition: 'out/kernel' is to go to 'of', but there are only \['on'\]"
+    ):
+        om.partition({"out/*": "of", "*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
+
+
+def test_labels_serve_optax():
+    choose = om.labels({"*bias": "b", "*": "w"})
+    tx = optax.partition({"b": optax.set_to_zero(), "w": optax.scale(3.0)}, choose)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, TREE), tx.init(TREE))
+    assert float(updates["blocks"][0]["bias"][0]) == 0.0
+    assert float(updates["out"]["kernel"][0, 0]) == 3.0
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"*bias": False, "embed/*": False, "*": True},
+        {"*bias": None, "embed/*": None, "*": "io"},
+        om.labels({"*bias": False, "embed/*": False, "*": True}),
+        om.labels(lambda path, shape: len(shape) > 1 and "embed" not in path),
+    ],
+    ids=["booleans", "specs", "labels", "function"],
+)
+@pytest.mark.parametrize("recipe", [om.adamw, om.nadamw, om.muon, om.sgd])
+def test_weight_decay_masks_take_the_same_rules(mask, recipe):
+    tx = recipe(0.1, weight_decay=0.5, mask=mask)
+    zeros = jax.tree.map(jnp.zeros_like, TREE)
+    ones = jax.tree.map(jnp.ones_like, TREE)
+    updates, _ = tx.update(zeros, tx.init(ones), ones)
+    decayed = {
+        path for path, leaf in zip(leaf_paths(updates), jax.tree.leaves(updates), strict=True) if leaf.any()
+    }
+    assert decayed == {"blocks/0/kernel", "blocks/1/kernel", "out/kernel"}
+
+
+def test_a_mask_may_still_be_a_prefix_tree():
+    tx = om.add_decayed_weights(0.5, {"embed": False, "blocks": False, "out": True})
+    updates, _ = tx.update(TREE, tx.init(TREE), TREE)
+    np.testing.assert_array_equal(updates["out"]["kernel"], 1.5 * TREE["out"]["kernel"])
+    np.testing.assert_array_equal(updates["embed"]["table"], TREE["embed"]["table"])
+
+
+def test_reading_is_cheap_to_ask_twice():
+    """One answer for the same question: tracing asks several times for every leaf."""
+    read = leaf_axes("muon", None)
+    assert read("a/kernel", (2, 3)) == read("a/kernel", (2, 3)) == om.linalg.Axes("io")
