@@ -54,6 +54,12 @@ def test_the_cost_table_is_the_recorded_one():
         assert line in README
 
 
+def test_the_plan_shown_is_the_plan(capsys):
+    (block,) = [block for block in BLOCKS if "print(om.plan(" in block]
+    exec(compile(block, "README.md", "exec"), {})
+    assert f"```text\n{capsys.readouterr().out}```" in README
+
+
 def test_pictures_and_files_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:

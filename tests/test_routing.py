@@ -68,9 +68,7 @@ def test_rules_may_be_a_callable_module_of_specs():
 
 
 def test_a_bare_spec_is_refused():
-    with pytest.raises(
-        ValueError, match=r"muon: axes must say which leaves it means.* axes=\{'\*': 'io'\}"
-    ):
+    with pytest.raises(ValueError, match=r"muon: axes must say which leaves it means.* axes=\{'\*': 'io'\}"):
         om.muon(0.1, axes="io")
 
 
