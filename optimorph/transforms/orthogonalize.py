@@ -5,9 +5,11 @@ from collections.abc import Callable
 import jax
 import optax
 
-from optimorph.core.tree import map_paths
+from optimorph.core.tree import leaf_paths
 from optimorph.core.types import AxesRules
-from optimorph.linalg.polar import NewtonSchulz
+from optimorph.linalg.buckets import together
+from optimorph.linalg.exact import Exact
+from optimorph.linalg.newton_schulz import NewtonSchulz
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import labels
 
@@ -20,8 +22,9 @@ def orthogonalize(
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
 
     Args:
-      orthogonalizer: a function of stacks `(*batch, inputs, outputs)`: `linalg.NewtonSchulz()`, the default,
-        `linalg.Exact()`, or your own.
+      orthogonalizer: a function of stacks `(batch, inputs, outputs)`: `linalg.NewtonSchulz()`, the default,
+        `linalg.Exact()`, or your own. It sees all matrices of one shape and dtype, whatever their leaves, as
+        one stack, and must treat each by itself.
       axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
 
     Raises:
@@ -32,17 +35,22 @@ def orthogonalize(
       "Muon: An optimizer for hidden layers in neural networks".
     """
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
+    turns = isinstance(polar, NewtonSchulz | Exact)
     read = leaf_axes("orthogonalize", axes)
 
     def init(params):
         labels(read)(params)
         return optax.EmptyState()
 
-    def factor(path, g):
-        form = read(path, g.shape)
-        return g if form is None else form.map(polar, g)  # (1)
-
     def update(updates, state, params=None):
-        return map_paths(factor, updates), state
+        leaves, structure = jax.tree.flatten(updates)
+        forms = [read(path, g.shape) for path, g in zip(leaf_paths(updates), leaves, strict=True)]
+        stacks = [() if form is None else form.matrices(g) for form, g in zip(forms, leaves, strict=True)]
+        factors = iter(together(polar, [x for each in stacks for x in each], turn=turns))  # (1)
+        found = [
+            g if form is None else form.array([next(factors) for _ in each], g.shape)
+            for g, form, each in zip(leaves, forms, stacks, strict=True)
+        ]
+        return jax.tree.unflatten(structure, found), state
 
     return optax.GradientTransformation(init, update)

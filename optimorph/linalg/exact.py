@@ -1,0 +1,36 @@
+"""The polar factor by a factorization: the oracle."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from optimorph.linalg.unit import unit
+
+Stack = Inexact[Array, "*batch n m"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The polar factor by singular value decomposition: the oracle, slow on every machine.
+
+        G = U Σ Vᴴ,  polar(G) = U sign(Σ) Vᴴ        (1)
+
+    Singular values below rounding count as zero, so rank is kept and zero comes back as zero.
+
+    Shapes:
+      `(*batch, n, m)` in, the same out.
+
+    References:
+      Higham 2008, "Functions of Matrices", chapter 8.
+    """
+
+    def __call__(self, g: Stack) -> Stack:
+        """The polar factor of every matrix."""
+        if g.size == 0:
+            return g
+        u, s, vh = jnp.linalg.svd(unit(g), full_matrices=False)
+        kept = s > max(g.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
+        factor = jnp.matmul(jnp.where(kept[..., None, :], u, 0), vh, precision="highest")  # (1)
+        return jax.lax.convert_element_type(factor, g.dtype)

@@ -1,0 +1,106 @@
+"""The best table for a lower bound and a number of steps, computed when it is asked for."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from optimorph.linalg.coefficients import EXACT, MARGINS, Coefficients, Row, fault, highest, turns, value
+
+_CUSHION = 0.02407327424182761
+"""Of the published Polar Express table."""
+
+
+@functools.lru_cache
+def polar_express(
+    lower: float = 1e-3,
+    steps: int = 5,
+    *,
+    degree: int = 5,
+    safety: float = 0.02,
+    cushion: float = _CUSHION,
+) -> Coefficients:
+    """The table whose every step is the best there is for what the steps before have left.
+
+        p = argmin max |1 - p(σ)|, σ in [max(l, κ u), u], p odd of the degree      (1)
+        l ← p(l),  u ← 2 - l;  at first l = lower, u = 1                            (2)
+        where κ u > l, p is scaled so that p(l) + max p = 2                         (3)
+        σ ← σ / (1 + safety) in every step but the last                             (4)
+
+    The composition is the best of its kind for a cushion κ of 0; a cushion trades some of that for a gentler
+    first step, and `safety` leaves room for rounding above 1.
+
+    Args:
+      lower: the smallest singular value, relative to the largest, that should reach 1; in (0, 1).
+      steps: how many, at least 1.
+      degree: 3 or 5.
+      safety: relative, at least 0.
+      cushion: in [0, 1).
+
+    Equals:
+      the published Polar Express with its cushion; Dion's table with cushion=0.02; CANS with cushion=0 and
+        safety=0
+    References:
+      Amsel et al. 2025, arXiv:2505.16932, section 3 and algorithm 1; Grishina et al. 2025, arXiv:2506.10935.
+    """
+    _check_arguments(lower, steps, degree, safety, cushion)
+    rows, low, high = [], lower, 1.0
+    for step in range(steps):
+        row = _best(max(low, cushion * high), high, degree)  # (1)
+        if cushion * high > low:
+            middle = (value(row, low) + highest(row, high)[1]) / 2
+            row = _divided(row, [middle] * 3)  # (3)
+        low = value(row, low)  # (2)
+        high = 2 - low
+        room = 1.0 if step == steps - 1 else 1 + safety
+        rows.append(_divided(row, [room, room**3, room**5]))  # (4)
+    source = f"polar_express({lower:g}, {steps}, degree={degree}, safety={safety:g}, cushion={cushion:g})"
+    sound = (dtype for dtype in MARGINS if fault(tuple(rows), dtype) is None)
+    return Coefficients(tuple(rows), source, lower, next(sound, EXACT))
+
+
+def _check_arguments(lower: float, steps: int, degree: int, safety: float, cushion: float) -> None:
+    who = "polar_express"
+    if not 0 < lower < 1:
+        raise ValueError(f"{who}: lower must be in (0, 1), but is {lower}. Type lower=1e-3, for example.")
+    if isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"{who}: steps must be a whole number of at least 1, but is {steps}.")
+    if degree not in (3, 5):
+        raise ValueError(f"{who}: degree must be 3 or 5, but is {degree}.")
+    if not 0 <= safety < 1:
+        raise ValueError(f"{who}: safety must be in [0, 1), but is {safety}. Type safety=0.01.")
+    if not 0 <= cushion < 1:
+        raise ValueError(f"{who}: cushion must be in [0, 1), but is {cushion}. Type cushion=0.02.")
+
+
+def _best(lower: float, upper: float, degree: int) -> Row:
+    """The odd polynomial closest to 1 on [lower, upper]: Remez' exchange on [lower/upper, 1].
+
+        p(xₖ) = 1 - (-1)ᵏ E at one point more than there are coefficients      (1)
+
+    of which all but the ends are where p' = 0.
+    """
+    low, powers = lower / upper, np.arange(1, degree + 1, 2)
+    count = len(powers)
+    best = np.array([3 / 2, -1 / 2] if degree == 3 else [15 / 8, -10 / 8, 3 / 8])  # as low tends to 1
+    points = low + (1 - low) * np.array([0, 1 / 2, 1] if degree == 3 else [0, 1 / 4, 3 / 4, 1])
+    for _ in range(100 if 1 - low > 5e-6 else 0):
+        signs = (-1.0) ** np.arange(count + 1)
+        system = np.column_stack([points[:, None] ** powers, signs])
+        *found, _ = np.linalg.solve(system, np.ones(count + 1))  # (1)
+        best = np.array(found)
+        inner = [x for x in turns(_padded(best)) if low < x < 1]
+        if len(inner) != count - 1 or np.allclose(inner, points[1:-1], rtol=1e-14, atol=0):
+            break
+        points[1:-1] = inner
+    return _padded(best / upper**powers)
+
+
+def _padded(found: np.ndarray) -> Row:
+    a, b, c, *_ = *map(float, found), 0.0
+    return a, b, c
+
+
+def _divided(row: Row, by: Sequence[float]) -> Row:
+    a, b, c = (x / y for x, y in zip(row, by, strict=True))
+    return a, b, c
