@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -41,9 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_arguments(parsers[chosen])
     given = parser.parse_args(arguments)
     try:
-        return command.main(given)
+        code = command.main(given)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _interrupted()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
     except command.BadInput as error:
         parsers[chosen].exit(2, f"optimorph {chosen}: {error}.\n")
 

@@ -1,6 +1,7 @@
 """The recipes: each optimizer is a short sentence of transforms, and the sentence is the formula."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -9,10 +10,11 @@ import optax
 from optax import chain, identity, scale
 
 from optimorph.core.checks import checked
-from optimorph.core.tree import check_alike
+from optimorph.core.tree import check_alike, leaf_paths
 from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, ScalarOrSchedule
 from optimorph.routing.partition import partition
 from optimorph.routing.reading import leaf_axes
+from optimorph.routing.rules import unused
 from optimorph.transforms.accumulate import accumulate
 from optimorph.transforms.add import add
 from optimorph.transforms.add_decayed_weights import add_decayed_weights
@@ -371,10 +373,18 @@ def muon(
     )
     rate = learning_rate if others_learning_rate is None else others_learning_rate
     rest = adamw(rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask) if others is None else others
-    return partition(
+    both = partition(
         lambda path, shape: "other" if spec(path, shape) is None else "matrix",
         {"matrix": in_float32(matrices), "other": rest},
     )
+
+    def init(params):
+        paths = leaf_paths(params)
+        for rule in unused(axes, paths) if axes is not None and paths else ():
+            warnings.warn(f"muon: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
+        return both.init(params)
+
+    return Transform(init, both.update)
 
 
 def _root(eps: Numeric, eps_in_sqrt: bool) -> optax.GradientTransformation:

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import difflib
+import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +15,10 @@ import numpy as np
 import optax
 
 from optimorph.core.tree import leaf_paths
-from optimorph.core.types import AxesRules, DTypeLike, PyTree, Shape
+from optimorph.core.types import PyTree, Shape
 from optimorph.optimizers import muon
 from optimorph.routing.reading import Reading, reader
-from optimorph.routing.rules import by_pattern, matches
+from optimorph.routing.rules import unused
 from optimorph.transforms.scale_by_shape import SCALES
 
 
@@ -60,7 +62,7 @@ class Plan:
 
     Args:
       rows: one for each leaf, in the tree's order.
-      unused: patterns of the rules that no leaf matches.
+      unused: rules that no leaf matches.
     """
 
     rows: tuple[PlanRow, ...]
@@ -76,71 +78,83 @@ class Plan:
 
     def __getitem__(self, path: str) -> PlanRow:
         """The row of one leaf."""
-        return next(row for row in self.rows if row.path == path)
+        found = next((row for row in self.rows if row.path == path), None)
+        if found is None:
+            close = difflib.get_close_matches(path, [row.path for row in self.rows])
+            raise KeyError(f"no leaf is called {path!r}; close to it: {close}")
+        return found
 
     def __str__(self) -> str:
         """The table: leaves that differ in an index only share a line."""
         lines = _aligned(_TITLES, [_cells(rows) for rows in _alike(self.rows)])
         lines += ["", *_aligned(_TOTALS, _totals(self.rows))]
-        lines += [f"\nNo leaf matches the pattern {pattern!r}." for pattern in self.unused]
+        lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
         lines += [f"\n{row.question}" for row in self.rows if row.question is not None]
         return "\n".join(lines)
 
 
-def plan(
-    params: PyTree,
-    *,
-    scale: str | None = "rms_to_rms",
-    axes: AxesRules | None = None,
-    others: optax.GradientTransformation | None = None,
-    mu_dtype: DTypeLike | None = None,
-) -> Plan:
+def plan(params: PyTree, **arguments: Any) -> Plan:
     """What `muon`, called with the same arguments, makes of every parameter.
 
         print(optimorph.plan(jax.eval_shape(init, key)))
 
     Args:
       params: any tree of arrays, or of their shapes: nothing is computed.
-      scale: as that of `muon`.
-      axes: as that of `muon`.
-      others: as that of `muon`.
-      mu_dtype: as that of `muon`.
+      arguments: those of `muon`; `axes`, `scale`, `others` and `mu_dtype` make a difference.
 
     Raises:
-      ValueError: axes that are no rules. A leaf that nobody described, or whose spec does not fit, is a row
-        with a question, where `muon` would refuse the tree.
+      ValueError: axes that are no rules, a leaf that is no array. A leaf that nobody described, or whose spec
+        does not fit, is a row with a question, where `muon` would refuse the tree.
     """
+    given = inspect.signature(muon).bind(**{"learning_rate": 0.0} | arguments)
+    given.apply_defaults()
+    axes, scale, others = (given.arguments[name] for name in ("axes", "scale", "others"))
     read, paths, leaves = reader("plan", axes), leaf_paths(params), jax.tree.leaves(params)
-    readings = [read(path, np.shape(leaf)) for path, leaf in zip(paths, leaves, strict=True)]
+    shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    readings = [read(path, leaf.shape) for path, leaf in zip(paths, shapes, strict=True)]
     decided = {path: reading.axes for path, reading in zip(paths, readings, strict=True)}
-    optimizer = muon(0.0, scale=scale, axes=lambda path, _: decided[path], others=others, mu_dtype=mu_dtype)
-    shared = _state_bytes(optimizer, {})
-    known: dict[Any, int] = {}
+    given.arguments["axes"] = lambda path, _: decided[path]
+    optimizer = muon(*given.args, **given.kwargs)
+    # one leaf of each dtype tells what a number's state takes, unless others may tell leaves apart
+    alike = [
+        path if form is None and others is not None else (leaf.dtype, form is None, leaf.size > 0)
+        for (path, form), leaf in zip(decided.items(), shapes, strict=True)
+    ]
+    first = dict(zip(alike, zip(paths, shapes, strict=True), strict=True))
+    held = _state_bytes(optimizer, dict(first.values()))
 
-    def row(path: str, leaf: Any, reading: Reading) -> PlanRow:
-        shape, dtype, form = np.shape(leaf), jnp.result_type(leaf), reading.axes
-        alike = (shape, dtype, form is None, path if form is None and others is not None else None)
-        if alike not in known:
-            known[alike] = _state_bytes(optimizer, {path: jax.ShapeDtypeStruct(shape, dtype)}) - shared
-        stacks = () if form is None else form.stacks(shape)
-        sizes = collections.Counter()
-        for *batch, inputs, outputs in stacks:
+    def state_bytes(kind: Any, leaf: jax.ShapeDtypeStruct) -> int:
+        path, known = first[kind]
+        return held[path] * leaf.size // max(1, known.size)
+
+    def row(path: str, leaf: jax.ShapeDtypeStruct, reading: Reading, kind: Any) -> PlanRow:
+        form, sizes = reading.axes, collections.Counter()
+        for *batch, inputs, outputs in () if form is None else form.stacks(leaf.shape):
             sizes[inputs, outputs] += math.prod(batch)
         return PlanRow(
             path=path,
-            shape=shape,
-            dtype=dtype,
+            shape=leaf.shape,
+            dtype=leaf.dtype,
             role=reading.role,
             spec=None if form is None else form.spec,
             matrices=tuple((count, *size) for size, count in sizes.items()),
             transform=_transform(reading, others),
             scales=tuple(1.0 if scale is None else SCALES[scale](*size) for size in sizes if 0 not in size),
-            state_bytes=0 if reading.question is not None else known[alike],
+            state_bytes=0 if reading.question is not None else state_bytes(kind, leaf),
             question=reading.question,
         )
 
-    rows = tuple(row(*each) for each in zip(paths, leaves, readings, strict=True))
-    return Plan(rows, tuple(_unused(axes, paths)))
+    rows = tuple(row(*each) for each in zip(paths, shapes, readings, alike, strict=True))
+    return Plan(rows, tuple(unused(axes, paths)) if axes is not None else ())
+
+
+def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+    try:
+        return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"plan: {path!r} is {leaf!r}, no array. Leave such leaves out: eqx.filter(model, eqx.is_array)."
+        ) from None
 
 
 def _transform(reading: Reading, others: optax.GradientTransformation | None) -> str:
@@ -151,15 +165,15 @@ def _transform(reading: Reading, others: optax.GradientTransformation | None) ->
     return "adamw" if others is None else "others"
 
 
-def _state_bytes(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> int:
+def _state_bytes(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> dict[str, int]:
+    """Path → bytes of the state that carries the path on its own; counts and the like belong to none."""
     state = jax.eval_shape(optimizer.init, params)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-
-
-def _unused(axes: AxesRules | None, paths: list[str]) -> Iterator[str]:
-    for pattern in axes if by_pattern(axes) else ():
-        if not any(matches(pattern, path) for path in paths):
-            yield pattern if isinstance(pattern, str) else pattern.pattern
+    held = dict.fromkeys(params, 0)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        last = path[-1]
+        if isinstance(last, jax.tree_util.DictKey) and last.key in held:
+            held[last.key] += leaf.size * leaf.dtype.itemsize
+    return held
 
 
 _TITLES = ("path", "leaves", "shape", "dtype", "role", "spec", "matrices", "to", "scale", "state")

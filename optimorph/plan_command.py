@@ -4,9 +4,12 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from optimorph.core.types import PyTree
 from optimorph.plan import plan
@@ -42,16 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> int:
-    """Print the plan; 1 if something is undecided.
+    """Print the plan; 1 if something is undecided, or a rule without a leaf.
 
     Raises:
       BadInput: with one line for the user.
     """
-    axes = dict(_rule(text) for text in given.axes)
+    axes: dict[str, str | None] = {}
+    for text in given.axes:
+        pattern, spec = _rule(text)
+        axes.setdefault(pattern, spec)  # the first wins
     scale = None if given.scale == "none" else given.scale
     found = plan(_shapes(given.target), scale=scale, axes=axes)
+    if not len(found):
+        raise BadInput(f"{given.target!r} returns no arrays; it must return parameters, or their shapes")
     print(found)
-    return int(any(row.question is not None for row in found))
+    return int(bool(found.unused) or any(row.question is not None for row in found))
 
 
 def _rule(text: str) -> tuple[str, str | None]:
@@ -63,6 +71,8 @@ def _rule(text: str) -> tuple[str, str | None]:
 
 def _shapes(target: str) -> PyTree:
     name, _, attribute = target.partition(":")
+    if name.endswith(".py"):
+        raise BadInput(f"{target!r} names a file; type its module, {Path(name).stem}:{attribute or 'init'}")
     if not (name and attribute):
         raise BadInput(f"{target!r} is not MODULE:FUNCTION, such as model:init")
     sys.path.insert(0, os.getcwd())
@@ -71,11 +81,15 @@ def _shapes(target: str) -> PyTree:
         for part in attribute.split("."):
             function = getattr(function, part)
         return jax.eval_shape(lambda: jax.tree.map(_array, function()))
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         first = str(error).strip().split("\n")[0]
         raise BadInput(f"{target!r} cannot be evaluated: {type(error).__name__}: {first}") from error
 
 
 def _array(leaf: Any) -> Any:
-    """The leaf if it is an array or a number, else nothing."""
-    return leaf if isinstance(leaf, jax.Array | float | complex) or hasattr(leaf, "__array__") else None
+    """The leaf as an array, if it is one or its shape; else nothing. Traced, so nothing is allocated."""
+    if isinstance(leaf, jax.Array | np.ndarray | float | complex):
+        return leaf
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return None

@@ -93,6 +93,13 @@ TRANSFORMS = [
     ),
     Entry("orthogonalize", lambda om: om.orthogonalize(), papers.orthogonalize, matrices=True, real=True),
     Entry(
+        "orthogonalize-gram",
+        lambda om: om.orthogonalize(om.linalg.NewtonSchulz(iteration="gram")),
+        papers.orthogonalize,
+        matrices=True,
+        real=True,
+    ),
+    Entry(
         "orthogonalize-jordan",
         lambda om: om.orthogonalize(om.linalg.NewtonSchulz("jordan")),
         lambda: papers.orthogonalize(papers.JORDAN),

@@ -10,7 +10,7 @@ import pytest
 
 import optimorph as om
 from optimorph import schedules, theory
-from optimorph.linalg import Axes, NewtonSchulz
+from optimorph.linalg import Axes, NewtonSchulz, polar_express
 
 W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
 
@@ -41,8 +41,24 @@ REFUSED = {
         ["NewtonSchulz", "'muon'", "'jordan'", "'polar_express'"],
     ),
     "no steps": (lambda: NewtonSchulz(steps=0), ["NewtonSchulz", "steps", "0"]),
-    "empty table": (lambda: NewtonSchulz(()), ["NewtonSchulz", "rows"]),
-    "short row": (lambda: NewtonSchulz(((1.0, 2.0),)), ["NewtonSchulz", "(1.0, 2.0)"]),
+    "no such iteration": (lambda: NewtonSchulz(iteration="fast"), ["'fast'", "'auto', 'standard', 'gram'"]),
+    "no bytes": (lambda: NewtonSchulz(max_stack_bytes=0), ["NewtonSchulz", "max_stack_bytes", "0"]),
+    "unsafe in bfloat16": (
+        lambda: NewtonSchulz("cans", dtype="bfloat16"),
+        ["cushion=0", "safe in float32, not in bfloat16", "coefficients='polar_express'"],
+    ),
+    "a table that turns signs": (
+        lambda: NewtonSchulz(((3.0, -6.0, 2.9),)),
+        ["step 1", "turns signs", "σ = 1"],
+    ),
+    "a table that runs away": (lambda: NewtonSchulz(((3.0, 0.0, 0.0),)), ["step 1", "runs away", "σ = 1"]),
+    "lower": (lambda: polar_express(0.0), ["polar_express", "lower", "(0, 1)", "1e-3"]),
+    "degree": (lambda: polar_express(degree=7), ["polar_express", "degree", "3 or 5"]),
+    "table's steps": (lambda: polar_express(steps=0), ["polar_express", "steps", "at least 1"]),
+    "safety": (lambda: polar_express(safety=-0.1), ["polar_express", "safety", "0.01"]),
+    "cushion": (lambda: polar_express(cushion=1.0), ["polar_express", "cushion", "0.02"]),
+    "empty table": (lambda: NewtonSchulz(()), ["Coefficients", "rows"]),
+    "short row": (lambda: NewtonSchulz(((1.0, 2.0),)), ["Coefficients", "(1.0, 2.0)"]),
     "unknown scale": (lambda: om.muon(0.1, scale="spectral"), ["scale_by_shape", "'spectral'", "'keller'"]),
     "both others": (
         lambda: om.muon(0.1, others=om.sgd(0.1), others_learning_rate=0.1),

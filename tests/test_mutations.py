@@ -16,7 +16,7 @@ import optimorph
 PACKAGE = Path(optimorph.__file__).parent
 
 # file, what stands there, what is left without the term, the entries of which at least one must fail
-T, R = "transforms/", "optimizers.py"
+T, R, N = "transforms/", "optimizers.py", "linalg/newton_schulz.py"
 MUTATIONS = {
     "momentum: no decay": (T + "momentum.py", " + number(decay, v) * v", " + v", "momentum"),
     "momentum: no gradient": (T + "momentum.py", "wide(g).astype(v.dtype) + number", "number", "momentum"),
@@ -59,18 +59,24 @@ MUTATIONS = {
         "state",
         "scale_by_learning_rate",
     ),
-    "orthogonalize: nothing": (T + "orthogonalize.py", "form.map(polar, g)", "g", "orthogonalize"),
+    "orthogonalize: nothing": (T + "orthogonalize.py", "together(polar, ", "together(lambda x: x, ", "orthogonalize"),
     "shape: no scale": (T + "scale_by_shape.py", "factor * ", "", "scale_by_shape"),
     "shape: no root": (T + "scale_by_shape.py", "math.sqrt(outputs / inputs)", "outputs / inputs", "scale_by_shape"),
     "shape: no maximum": (T + "scale_by_shape.py", "max(1, outputs / inputs)", "outputs / inputs", "scale_by_shape"),
     "shape: no larger side": (T + "scale_by_shape.py", "max(inputs, outputs)", "inputs", "scale_by_shape"),
     "shape: no 0.2": (T + "scale_by_shape.py", "0.2 * ", "", "scale_by_shape"),
-    "polar: no linear term": ("linalg/polar.py", "a * x + ", "", "orthogonalize"),
-    "polar: no cubic term": ("linalg/polar.py", "b * gram + ", "", "orthogonalize"),
-    "polar: no quintic term": ("linalg/polar.py", " + c * _product(gram, gram)", "", "orthogonalize"),
-    "polar: no norm": ("linalg/polar.py", "return x / jnp.sqrt(_not_zero(squares)).astype(x.dtype)", "return x", "orthogonalize"),
-    "polar: no safety": ("linalg/coefficients.py", "_SAFETY = 1.01", "_SAFETY = 1.0", "orthogonalize"),
-    "polar: a step less": ("linalg/polar.py", "in table(self.coefficients, self.steps)", "in table(self.coefficients, self.steps)[1:]", "orthogonalize"),
+    "polar: no linear term": (N, "a * x.astype(step.dtype) + step", "step", "orthogonalize"),
+    "polar: no cubic term": (N, "else [(b, r), (c,", "else [(c,", "orthogonalize"),
+    "polar: no quintic term": (N, ", (c, multiply(r, r, precision))", "", "orthogonalize"),
+    "polar: no norm": ("linalg/unit.py", "return x / jnp.sqrt(_not_zero(squares)).astype(x.dtype)", "return x", "orthogonalize"),
+    "polar: no safety": ("linalg/polar_express.py", "safety: float = 0.02", "safety: float = 0.0", "orthogonalize"),
+    "polar: no cushion": ("linalg/polar_express.py", "cushion: float = _CUSHION", "cushion: float = 0.0", "orthogonalize"),
+    "polar: a step less": (N, "_standard(x, found.rows,", "_standard(x, found.rows[1:],", "orthogonalize"),
+    "gram: no linear term of the first Q": (N, ", (a, identity(z))", "", "orthogonalize"),
+    "gram: no linear term of Q": (N, ", (a, q))", ")", "orthogonalize"),
+    "gram: no linear term of R": (N, ", (a, r))", ")", "orthogonalize"),
+    "gram: no linear term of R's other side": (N, ", (a, w))", ")", "orthogonalize"),
+    "gram: R stands still": (N, "r = combine(dtype, (1.0, multiply(z, w, precision)), (a, w))", "pass", "orthogonalize"),
     "sgd: no momentum": (R, "else heavy_ball(momentum, nesterov=nesterov, dtype=accumulator_dtype)", "else identity()", "sgd"),
     "sgd: no lookahead": (R, "heavy_ball(momentum, nesterov=nesterov, dtype=", "heavy_ball(momentum, dtype=", "sgd"),
     "sgd: no dampening": (R, "dampen(dampening),", "identity(),", "sgd"),

@@ -19,7 +19,7 @@ def test_golden_plans(name):
     assert f"{om.plan(models.MODELS[name]())}\n" == models.path(name).read_text()
 
 
-@pytest.mark.parametrize("name", [name for name in models.MODELS if "haiku" not in name])
+@pytest.mark.parametrize("name", models.MODELS)
 def test_muon_does_what_the_plan_says(name):
     """The state that `init` makes is the state that the plan counts, and every matrix has a momentum."""
     params = models.MODELS[name]()
@@ -45,11 +45,20 @@ def test_the_plan_takes_the_arguments_of_muon():
     assert om.plan(params | {"c": jnp.ones(8)}, others=others)["c"].state_bytes == 0
 
 
+def test_the_plan_may_be_asked_for_one_leaf():
+    plan = om.plan({"layer": {"kernel": jnp.ones((2, 3))}}, weight_decay=0.1, others_learning_rate=1e-3)
+    assert plan["layer/kernel"].spec == "io"
+    with pytest.raises(KeyError, match=r"no leaf is called 'layer/kernle'; close to it: \['layer/kernel'\]"):
+        plan["layer/kernle"]
+    with pytest.raises(ValueError, match=r"plan: 'f' is .*, no array"):
+        om.plan({"f": jax.nn.relu})
+
+
 def test_undecided_leaves_and_unused_rules_are_shown():
     text = str(om.plan({"a": jnp.ones((3, 4, 5))}, axes={"blcks/*": None}))
     assert "undecided" in text
     assert "axes={'a': 'bio'}" in text
-    assert "No leaf matches the pattern 'blcks/*'." in text
+    assert "No leaf matches the rule 'blcks/*'." in text
 
 
 def test_a_large_tree_is_planned_leaf_by_leaf():
@@ -78,6 +87,18 @@ def model(tmp_path, monkeypatch):
             def undecided():
                 return {"a": jnp.ones((2, 3, 4))}
 
+            def abstract():
+                return jax.eval_shape(init_arrays)
+
+            def init_arrays():
+                return {"layers": {"kernel": jnp.ones((80, 8192, 28672), jnp.bfloat16)}}
+
+            def nothing():
+                return None
+
+            def leaves():
+                raise SystemExit(7)
+
             def broken():
                 raise RuntimeError("no such file")
             """
@@ -95,6 +116,24 @@ def test_the_command_plans_what_would_never_fit(model, capsys):
     assert "1,070,000,000,000" in out
 
 
+def test_the_command_takes_shapes(model, capsys):
+    assert main(["plan", "zoo:abstract"]) == 0
+    assert "80 of 8192 x 28672" in capsys.readouterr().out
+
+
+def test_the_command_says_what_matches_nothing(model, capsys):
+    assert main(["plan", "zoo:init", "--axes", "bloks/*=none", "--axes", "bloks/*=io"]) == 1
+    assert "No leaf matches the rule 'bloks/*'." in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_error(model):
+    command = f"{sys.executable} -m optimorph plan zoo:init | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+
+
 def test_the_command_takes_modules_and_rules(model, capsys):
     assert main(["plan", "zoo:mlp", "--axes", "*layers/2/*=none", "--scale", "none"]) == 0
     out = capsys.readouterr().out
@@ -110,8 +149,11 @@ def test_the_command_says_what_is_undecided(model, capsys):
     ("arguments", "words"),
     [
         (["zoo"], "'zoo' is not MODULE:FUNCTION"),
-        (["zoo:nothing"], "'zoo:nothing' cannot be evaluated: AttributeError"),
+        (["zoo:absent"], "'zoo:absent' cannot be evaluated: AttributeError"),
         (["nowhere:init"], "ModuleNotFoundError"),
+        (["zoo:nothing"], "returns no arrays"),
+        (["zoo:leaves"], "SystemExit: 7"),
+        (["zoo.py:init"], "type its module, zoo:init"),
         (["zoo:broken"], "RuntimeError: no such file"),
         (["zoo:init", "--axes", "kernel"], "--axes 'kernel' is not PATTERN=SPEC"),
         (["zoo:init", "--scale", "big"], "--scale"),

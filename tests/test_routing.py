@@ -16,7 +16,6 @@ from flax.core import FrozenDict
 import optimorph as om
 from optimorph.core.tree import leaf_paths, paths_and_shapes
 from optimorph.routing.names import UNDECIDED, by_name
-from optimorph.routing.reading import leaf_axes
 
 
 def specs(params, axes=None):
@@ -27,35 +26,35 @@ def specs(params, axes=None):
 TREE = {
     "embed": {"table": jnp.ones((8, 4))},
     "blocks": [{"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)} for _ in range(2)],
-    "out": {"kernel": jnp.ones((4, 8))},
+    "last": {"kernel": jnp.ones((4, 8))},
 }
 
 
 def test_first_rule_wins_and_the_rest_falls_to_the_names():
-    assert specs(TREE) == {"blocks/0/kernel": "io", "blocks/1/kernel": "io", "out/kernel": "io"}
+    assert specs(TREE) == {"blocks/0/kernel": "io", "blocks/1/kernel": "io", "last/kernel": "io"}
     assert specs(TREE, {"blocks/0/*": None, "*/kernel": "oi"}) == {
         "blocks/1/kernel": "oi",
-        "out/kernel": "oi",
+        "last/kernel": "oi",
     }
     assert specs(TREE, {"*/kernel": "oi", "blocks/0/*": None})["blocks/0/kernel"] == "oi"
 
 
 def test_patterns_may_be_regular_expressions():
-    found = specs(TREE, {re.compile(r"^blocks/\d+/k"): None, re.compile("out"): "oi"})
-    assert found == {"out/kernel": "oi"}
+    found = specs(TREE, {re.compile(r"^blocks/\d+/k"): None, re.compile("last"): "oi"})
+    assert found == {"last/kernel": "oi"}
 
 
 def test_rules_may_be_a_function():
     found = specs(TREE, lambda path, shape: "oi" if shape == (8, 4) else None)
     assert found == {"embed/table": "oi"}
-    assert specs(TREE, lambda path, shape: om.linalg.Axes("oi") if "out" in path else None) == {
-        "out/kernel": "oi"
+    assert specs(TREE, lambda path, shape: om.linalg.Axes("oi") if "last" in path else None) == {
+        "last/kernel": "oi"
     }
 
 
 def test_rules_may_be_a_tree():
     tree = jax.tree.map(lambda x: None if x.ndim < 2 else "oi", TREE)
-    tree["out"]["kernel"] = None
+    tree["last"]["kernel"] = None
     assert specs(TREE, tree) == {"embed/table": "oi", "blocks/0/kernel": "oi", "blocks/1/kernel": "oi"}
     assert specs({"w": jnp.ones((2, 3)), "v": jnp.ones((2, 3))}, {"w": "oi", "v": None}) == {"w": "oi"}
 
@@ -88,12 +87,15 @@ def test_all_undecided_leaves_are_listed_at_init():
     [
         ("io", ["'w'", "(2, 3, 4)", "describes 2 axes, not 3", "axes={'w': 'bio'}"]),
         ("b(5i)o", ["'w'", "(2, 3, 4)", "an axis of 3 does not divide"]),
-        ("bxo", ["'w'", "(2, 3, 4)", "'bxo' does not describe a matrix", "'io'"]),
+        ("bxo", ["'w'", "(2, 3, 4)", "'bxo' does not describe a matrix", "axes={'w': 'bio'}"]),
+        (True, ["'w'", "(2, 3, 4)", "True is no spec", "axes={'w': 'bio'}"]),
+        (["i", "o"], ["'w'", "['i', 'o'] is no spec"]),
+        ("b(99999999999o)i", ["'w'", "does not describe a matrix"]),
     ],
 )
 def test_bad_specs_name_the_leaf_its_shape_and_one_that_fits(spec, words):
     with pytest.raises(ValueError, match="muon") as error:
-        om.muon(0.1, axes={"w": spec}).init({"w": jnp.ones((2, 3, 4))})
+        om.muon(0.1, axes={"w*": spec}).init({"w": jnp.ones((2, 3, 4))})
     for word in words:
         assert word in str(error.value)
 
@@ -129,7 +131,7 @@ NAMES = {
     ("attn/qkv/kernel", (8, 3, 2, 4)): "iboo",
     ("attn/qkv/kernel", (8, 16)): UNDECIDED,
     ("attn/qkv/weight", (24, 8)): "(3o)i",
-    ("cell/weight_hh", (12, 4)): UNDECIDED,
+    ("cell/weight_hh", (12, 4)): "(3o)i",
     ("lstm/weight_hh", (16, 4)): "(4o)i",
     ("layers/conv/kernel", (3, 3, 8, 16)): UNDECIDED,
     ("layers/0/conv/kernel", (3, 3, 8, 16)): "iiio",
@@ -148,6 +150,124 @@ NAMES = {
     ("kernel", (1, 8)): None,
     ("anything", (4, 8)): "io",
     ("anything", (2, 4, 8)): UNDECIDED,
+    ("decoder/layers/attention/out/kernel", (3, 4, 4, 16)): "biio",
+    ("encoder/layers/Conv_0/kernel", (7, 5, 64)): UNDECIDED,
+    ("decoder/layers/dt_proj/kernel", (48, 32, 1024)): "bio",
+    ("layers/0/attn/kv_einsum/w", (2, 4, 2048, 256)): UNDECIDED,
+    ("attn/kv/kernel", (16, 2, 4, 4)): UNDECIDED,
+    ("attn/in_proj/kernel", (16, 3, 4, 4)): UNDECIDED,
+    ("mlp/w1", (12, 8, 16, 64)): UNDECIDED,
+    ("attn/qkv/kernel", (16, 4, 3, 4)): "iobo",
+    ("attn/qkv/kernel", (16, 3, 4, 4)): "iboo",
+    ("attn/qkv/kernel", (16, 3, 3, 4)): UNDECIDED,
+    ("tok_emb/weight", (11, 16)): None,
+    ("token_emb", (11, 16)): None,
+    ("emb/weight", (11, 16)): None,
+    ("label_emb", (11, 16)): None,
+    ("pos_enc", (11, 16)): None,
+    ("positional_encoding", (11, 16)): None,
+    ("pe", (11, 16)): None,
+    ("W_E", (11, 16)): None,
+    ("W_pos", (11, 16)): None,
+    ("rel_pos_h", (11, 16)): None,
+    ("vocab/weight", (11, 16)): None,
+    ("lookup/table", (11, 16)): None,
+    ("word_vectors", (11, 16)): None,
+    ("relative_attention_bias/weight", (11, 16)): None,
+    ("wte/weight", (11, 16)): None,
+    ("wpe", (11, 16)): None,
+    ("codebook", (11, 16)): None,
+    ("output/weight", (16, 11)): None,
+    ("output/kernel", (16, 11)): None,
+    ("out/kernel", (16, 11)): None,
+    ("heads/0/kernel", (16, 11)): None,
+    ("qa_outputs/kernel", (16, 11)): None,
+    ("W_U", (16, 11)): None,
+    ("head/layers/2/kernel", (16, 11)): None,
+    ("unembed", (16, 11)): None,
+    ("params/out/kernel", (16, 11)): None,
+    ("blocks/seq/layers/0/weight", (3, 16)): UNDECIDED,
+    ("layers/attn_norm", (12, 16)): None,
+    ("layers/ffn_norm", (12, 16)): None,
+    ("rms_att_weight", (12, 16)): None,
+    ("input_layernorm", (12, 16)): None,
+    ("norm/w", (12, 16)): None,
+    ("h/ln_1/w", (12, 16)): None,
+    ("h/rms/weight", (12, 16)): None,
+    ("h/rms", (12, 16)): None,
+    ("norm_weights", (12, 16)): None,
+    ("ls1", (12, 16)): None,
+    ("moe/ln/w", (12, 16)): None,
+    ("moe/norms", (12, 16)): None,
+    ("scan/w_norm", (12, 16)): None,
+    ("batch_stats/norm/mean", (12, 16)): None,
+    ("moe/experts/gate/kernel", (8, 16, 64)): "bio",
+    ("experts/0/gate/kernel", (16, 64)): "io",
+    ("MoEBlock_0/mlp/gate/kernel", (16, 64)): "io",
+    ("expert_mlp/gate/kernel", (16, 64)): "io",
+    ("moe/gate", (16, 8)): None,
+    ("moe/w_gate", (16, 8)): None,
+    ("moe/wg", (16, 8)): None,
+    ("moe/gating/kernel", (16, 8)): None,
+    ("mlp/switch/kernel", (16, 8)): None,
+    ("params/decoder/moe_layers_0/self_attention/wq_b/kernel", (1536, 128, 192)): "ioo",
+    ("MoEBlock_0/attn/DenseGeneral_0/kernel", (16, 4, 4)): UNDECIDED,
+    ("MoEBlock_0/MultiHeadDotProductAttention_0/query/kernel", (16, 4, 4)): "ioo",
+    ("MoEBlock_0/MultiHeadDotProductAttention_0/out/kernel", (4, 4, 16)): "iio",
+    ("q_lora/a", (16, 2)): "io",
+    ("q_lora/b", (2, 16)): "io",
+    ("adapter/A", (16, 2)): "io",
+    ("lora/wq/B", (2, 16)): "io",
+    ("lora_params/blocks/0/q/b", (2, 16)): "io",
+    ("ssm/B", (16, 2)): UNDECIDED,
+    ("cell/g", (16, 16)): UNDECIDED,
+    ("ctscan_encoder/Conv_0/kernel", (3, 3, 8, 16)): "iiio",
+    ("ScanTransformer_0/patchify/Conv_0/kernel", (3, 3, 8, 16)): UNDECIDED,
+    ("attn/Wqkv", (16, 48)): "i(3o)",
+    ("attn/qkv_w", (16, 48)): "i(3o)",
+    ("query_key_value/kernel", (16, 48)): "i(3o)",
+    ("query_key_value/weight", (48, 16)): "(3o)i",
+    ("in_proj_weight", (48, 16)): "(3o)i",
+    ("MultiHead_0/Head_0/key/kernel", (16, 4)): "io",
+    ("sa_head/key/kernel", (16, 4)): "io",
+    ("ConvBlock_0/Dense_0/kernel", (8, 4)): "io",
+    ("convnext_block/pw1/kernel", (8, 4)): "io",
+    ("blocks/mlp/layers/0/weight", (3, 64, 16)): "boi",
+    ("layers/mlp/layers/0/kernel", (3, 16, 64)): "bio",
+    ("mlp/layers/0/kernel", (16, 64)): "io",
+    ("layers/layers/0/kernel", (16, 64)): "io",
+    ("layers/layers/0/weight", (16, 64)): "oi",
+    ("cell/weight_ih", (64, 8)): UNDECIDED,
+    ("cell/weight_hh", (64, 16)): "(4o)i",
+    ("h/0/mlp/c_fc/kernel", (16, 64)): "io",
+    ("stem/kernel", (3, 3, 3, 16)): "iiio",
+    ("layers/0/weight", (16, 8, 3, 3)): "oiii",
+    ("unet/down/0/conv1/kernel", (3, 3, 8, 16)): "iiio",
+    ("value_head/kernel", (8, 4)): None,
+    ("lora_A/kernel", (8, 2)): "io",
+    ("conv/block/weight", (8, 1, 3)): None,
+    ("MoeBlock_0/wo", (4, 8, 16)): "bio",
+    ("decoder/layers/self_attention/qkv_proj/kernel", (64, 2, 3, 4, 16)): "ibboo",
+    ("decoder/scanned_blocks/mlp/wo/kernel", (64, 2, 16)): "ibo",
+    ("layers/stacked/moe/experts/w1/weight", (2, 4, 8, 16)): "bbio",
+    ("Dense_0/kernel", (16, 11)): "io",
+    ("x/kernel", (3, 3, 3, 8, 16)): "iiiio",
+    ("x/weight", (16, 8, 3, 3, 3)): "oiiii",
+    ("conv1_d_transpose/w", (5, 6, 4)): "ioi",
+    ("conv/weight", (8, 4, 3, 3)): "oiii",
+    ("conv/weight", (8, 4, 3, 3, 3)): "oiiii",
+    ("transformer/layers/blocks/0/q_proj/weight", (4, 2, 8, 16)): "oooi",
+    ("transformer/layers/blocks/0/k_proj/weight", (4, 8, 16)): "ooi",
+    ("transformer/layers/blocks/0/o_proj/weight", (16, 4, 8)): "oii",
+    ("attn/o_proj/kernel", (4, 4, 16)): "iio",
+    ("mha/out_proj/kernel", (4, 4, 16)): "iio",
+    ("msa/c_proj/kernel", (16, 16)): "io",
+    ("x/gamma", (3, 8)): None,
+    ("x/beta", (3, 8)): None,
+    ("ln_1/gain", (3, 8)): None,
+    ("patch_embed/proj/conv/kernel", (4, 4, 3, 8)): None,
+    ("dec/pos_embed", (16, 8)): None,
+    ("decoder/layers/self_attention/wkv_b/kernel", (64, 2, 4, 16)): "iboo",
 }
 
 
@@ -237,7 +357,9 @@ def test_the_state_is_made_inside_nnx_jit():
             {"embed/*": "off", "*": "on"}, {"off": optax.set_to_zero(), "on": om.adam(0.1)}
         ).init(nnx.state(model, nnx.Param))
 
-    assert "embed/embedding" not in {path.split("average/")[-1] for path in leaf_paths(make(model))}
+    held = {path.split("average/")[-1] for path in leaf_paths(make(model))}
+    assert "head/kernel" in held
+    assert "embed/embedding" not in held
 
 
 def test_equinox_training():
@@ -261,7 +383,7 @@ def test_partition_sends_leaves_where_the_rules_say():
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, TREE), tx.init(TREE), TREE)
     assert set(map(float, jnp.unique(updates["embed"]["table"]))) == {0.0}
     assert set(map(float, jnp.unique(updates["blocks"][1]["bias"]))) == {-1.0}
-    assert set(map(float, jnp.unique(updates["out"]["kernel"]))) == {-2.0}
+    assert set(map(float, jnp.unique(updates["last"]["kernel"]))) == {-2.0}
 
 
 def test_a_frozen_leaf_has_no_state():
@@ -273,11 +395,11 @@ def test_a_frozen_leaf_has_no_state():
 def test_partition_names_every_leaf_without_a_transform():
     with pytest.raises(ValueError, match="labels: no rule matches 'embed/table'") as error:
         om.partition({"blocks/*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
-    assert "'out/kernel'" in str(error.value)
+    assert "'last/kernel'" in str(error.value)
     with pytest.raises(
-        ValueError, match=r"partition: 'out/kernel' is to go to 'of', but there are only \['on'\]"
+        ValueError, match=r"partition: 'last/kernel' is to go to 'of', but there are only \['on'\]"
     ):
-        om.partition({"out/*": "of", "*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
+        om.partition({"last/*": "of", "*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
 
 
 def test_labels_serve_optax():
@@ -285,7 +407,7 @@ def test_labels_serve_optax():
     tx = optax.partition({"b": optax.set_to_zero(), "w": optax.scale(3.0)}, choose)
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, TREE), tx.init(TREE))
     assert float(updates["blocks"][0]["bias"][0]) == 0.0
-    assert float(updates["out"]["kernel"][0, 0]) == 3.0
+    assert float(updates["last"]["kernel"][0, 0]) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -307,17 +429,48 @@ def test_weight_decay_masks_take_the_same_rules(mask, recipe):
     decayed = {
         path for path, leaf in zip(leaf_paths(updates), jax.tree.leaves(updates), strict=True) if leaf.any()
     }
-    assert decayed == {"blocks/0/kernel", "blocks/1/kernel", "out/kernel"}
+    assert decayed == {"blocks/0/kernel", "blocks/1/kernel", "last/kernel"}
 
 
 def test_a_mask_may_still_be_a_prefix_tree():
-    tx = om.add_decayed_weights(0.5, {"embed": False, "blocks": False, "out": True})
+    tx = om.add_decayed_weights(0.5, {"embed": False, "blocks": False, "last": True})
     updates, _ = tx.update(TREE, tx.init(TREE), TREE)
-    np.testing.assert_array_equal(updates["out"]["kernel"], 1.5 * TREE["out"]["kernel"])
+    np.testing.assert_array_equal(updates["last"]["kernel"], 1.5 * TREE["last"]["kernel"])
     np.testing.assert_array_equal(updates["embed"]["table"], TREE["embed"]["table"])
 
 
-def test_reading_is_cheap_to_ask_twice():
-    """One answer for the same question: tracing asks several times for every leaf."""
-    read = leaf_axes("muon", None)
-    assert read("a/kernel", (2, 3)) == read("a/kernel", (2, 3)) == om.linalg.Axes("io")
+def test_what_is_typed_as_the_error_says_is_enough():
+    params = {"a[0]": jnp.ones((3, 4, 5)), "b*": jnp.ones((3, 4, 5))}
+    om.muon(0.1, axes={"a[0]": "bio", "b*": "bio"}).init(params)
+
+
+@pytest.mark.parametrize(
+    "rules", [{"bloks/*": None}, {"bloks/0/kernel": None}, {"bloks": [{"kernel": "io"}]}]
+)
+def test_rules_without_a_leaf_are_reported(rules):
+    with pytest.warns(UserWarning, match="muon: no leaf matches the rule 'bloks/"):
+        om.muon(0.1, axes=rules).init(TREE)
+    assert om.plan(TREE, axes=rules).unused
+
+
+def test_a_thousand_faults_are_not_all_printed():
+    params = {f"w{k}": jnp.ones((2, 3, 4)) for k in range(1000)}
+    with pytest.raises(ValueError, match=r"and 980 more leaves"):
+        om.muon(0.1).init(params)
+
+
+def test_masks_of_path_and_shape():
+    tx = om.adamw(0.1, weight_decay=0.5, mask=lambda path, shape: len(shape) > 1)
+    ones = jax.tree.map(jnp.ones_like, TREE)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, TREE), tx.init(ones), ones)
+    assert not updates["blocks"][0]["bias"].any()
+    assert updates["blocks"][0]["kernel"].any()
+    whole = om.adamw(0.1, weight_decay=0.5, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
+    chex.assert_trees_all_equal(
+        updates, whole.update(jax.tree.map(jnp.zeros_like, TREE), whole.init(ones), ones)[0]
+    )
+    tx = om.add_decayed_weights(0.5, {"w": "io", "b": None})
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert float(updates["w"][0, 0]) == 1.5
+    assert float(updates["b"][0]) == 1.0

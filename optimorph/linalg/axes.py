@@ -16,6 +16,9 @@ Shape = tuple[int, ...]
 _TOKEN = re.compile(r"\s*(?:([iob])|\(\s*(\d+(?:\s*\+\s*\d+)*)\s*([io])\s*\))\s*")
 
 
+_MOST_BLOCKS = 1 << 16
+
+
 class _Axis(NamedTuple):
     """One axis of a spec: its letter, and the proportions of its blocks: (1,) for an axis in one piece."""
 
@@ -144,6 +147,8 @@ def _parse(spec: str) -> tuple[_Axis, ...]:
     while found := _TOKEN.match(spec, at):
         letter, blocks, blocked = found.groups()
         parts = [int(n) for n in blocks.split("+")] if blocks else [1]
+        if sum(parts) > _MOST_BLOCKS:
+            break
         parts = [1] * parts[0] if len(parts) == 1 else parts
         axes.append(_Axis(letter or blocked, tuple(n // (math.gcd(*parts) or 1) for n in parts)))
         at = found.end()

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from optimorph.core.types import DTypeLike
-from optimorph.linalg import symmetric
-from optimorph.linalg.coefficients import EXACT, MARGINS, Coefficients, Table
+from optimorph.linalg.coefficients import EXACT, LIMIT, MARGINS, Coefficients, Table
 from optimorph.linalg.presets import table
-from optimorph.linalg.symmetric import Symmetric, combine
+from optimorph.linalg.symmetric import Symmetric, apply, blocked, combine, gram, identity, multiply
 from optimorph.linalg.unit import unit
 
 Stack = Inexact[Array, "*batch n m"]
@@ -43,7 +42,8 @@ class NewtonSchulz:
       coefficients: "polar_express", "jordan", "you" or "cans"; a table, such as
         `linalg.polar_express(lower=1e-4, steps=6)`; or rows `((a, b, c), ...)`, of which the last repeats.
       steps: how many times (2) is applied, at least 1.
-      iteration: "standard", (2); "gram", (3); or "auto", the one of fewer operations for the shape.
+      iteration: "standard", (2); "gram", (3); or "auto", the one of fewer operations for the shape, but (2)
+        for a table such as "cans", a single step of which takes (3) beyond what rounding allows.
       dtype: of the iteration, whose products are summed in float32. By default bfloat16 on GPUs and TPUs if
         the table is safe in it, else float32; float64 and complex input keep their own.
       precision: of float32 products, as `jax.lax.Precision` names it; "highest" rounds nothing to fewer bits.
@@ -104,13 +104,16 @@ class NewtonSchulz:
         return x.mT.conj() if tall else x
 
     def _iterate(self, x: jax.Array) -> jax.Array:
-        rows = self.table.rows
-        restarts = self.table.restarts()
-        halves = symmetric.blocked(x.shape[-2])
-        gram = operations(x.shape, rows, restarts) < operations(x.shape, rows, None)
-        if self.iteration == "gram" or (self.iteration == "auto" and gram):
-            return _by_gram(x, rows, restarts, self.precision, halves)
-        return _standard(x, rows, self.precision, halves)
+        found = self.table
+        halves = blocked(x.shape[-2])
+        if self._gram_is_better(x.shape) if self.iteration == "auto" else self.iteration == "gram":
+            return _by_gram(x, found.rows, found.restarts(), self.precision, halves)
+        return _standard(x, found.rows, self.precision, halves)
+
+    def _gram_is_better(self, shape: tuple[int, ...]) -> bool:
+        rows, restarts = self.table.rows, self.table.restarts()
+        tame = max(self.table.conditions(restarts)) <= LIMIT
+        return tame and operations(shape, rows, restarts) < operations(shape, rows, None)
 
     def _dtype(self, own: jnp.dtype) -> jnp.dtype:
         if self.dtype is not None and not jnp.issubdtype(own, jnp.complexfloating):
@@ -126,7 +129,7 @@ def operations(shape: tuple[int, ...], rows: Table, restarts: Sequence[int] | No
     A blocked symmetric product counts three quarters of a whole one.
     """
     n, m = shape[-2:]
-    share = 0.75 if symmetric.blocked(n) else 1.0
+    share = 0.75 if blocked(n) else 1.0
     square, wide = share * n**3, share * n * n * m
     powers = [int(c != 0) for _, _, c in rows]  # an R² for each row with a fifth power
     if restarts is None:
@@ -139,8 +142,8 @@ def operations(shape: tuple[int, ...], rows: Table, restarts: Sequence[int] | No
 def _standard(x: jax.Array, rows: Table, precision: str, halves: bool) -> jax.Array:
     dtype = x.dtype
     for a, b, c in rows:
-        r = combine(dtype, (1.0, symmetric.gram(x, precision, halves)))
-        step = symmetric.apply(_quintic(r, b, c, precision), x, precision)
+        r = combine(dtype, (1.0, gram(x, precision, halves)))
+        step = apply(_quintic(r, b, c, precision), x, precision)
         x = (a * x.astype(step.dtype) + step).astype(dtype)  # (2)
     return x
 
@@ -148,8 +151,8 @@ def _standard(x: jax.Array, rows: Table, precision: str, halves: bool) -> jax.Ar
 def _by_gram(x: jax.Array, rows: Table, restarts: Sequence[int], precision: str, halves: bool) -> jax.Array:
     dtype = x.dtype
     for i, j in itertools.pairwise([0, *restarts, len(rows)]):
-        r = combine(dtype, (1.0, symmetric.gram(x, precision, halves)))
-        x = symmetric.apply(_factor(r, rows[i:j], precision), x, precision).astype(dtype)
+        r = combine(dtype, (1.0, gram(x, precision, halves)))
+        x = apply(_factor(r, rows[i:j], precision), x, precision).astype(dtype)
     return x
 
 
@@ -159,19 +162,19 @@ def _factor(r: Symmetric, rows: Table, precision: str) -> Symmetric:
     for step, (a, b, c) in enumerate(rows, 1):
         z = _quintic(r, b, c, precision)
         if q is None:
-            q = combine(dtype, (1.0, z), (a, symmetric.identity(z)))
+            q = combine(dtype, (1.0, z), (a, identity(z)))
         else:
-            q = combine(dtype, (1.0, symmetric.multiply(q, z, precision)), (a, q))
+            q = combine(dtype, (1.0, multiply(q, z, precision)), (a, q))
         if step < len(rows):
-            w = combine(dtype, (1.0, symmetric.multiply(r, z, precision)), (a, r))
-            r = combine(dtype, (1.0, symmetric.multiply(z, w, precision)), (a, w))
+            w = combine(dtype, (1.0, multiply(r, z, precision)), (a, r))
+            r = combine(dtype, (1.0, multiply(z, w, precision)), (a, w))
     assert q is not None
     return q
 
 
 def _quintic(r: Symmetric, b: float, c: float, precision: str) -> Symmetric:
     """Z of (3)."""
-    terms = [(b, r)] if c == 0 else [(b, r), (c, symmetric.multiply(r, r, precision))]
+    terms = [(b, r)] if c == 0 else [(b, r), (c, multiply(r, r, precision))]
     return combine(r[0].dtype, *terms)
 
 

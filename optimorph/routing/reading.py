@@ -1,12 +1,12 @@
 """How leaves read as matrices: by the user's rules, and where they say nothing by the default ones."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from optimorph.core.types import AxesRules, Shape
 from optimorph.linalg.axes import Axes
 from optimorph.routing.names import UNDECIDED, by_name
-from optimorph.routing.rules import UNSAID, LeafError, by_pattern, lookup, matches
+from optimorph.routing.rules import UNSAID, LeafError, by_pattern, finder, lookup
 
 
 class Reading(NamedTuple):
@@ -21,6 +21,7 @@ def reader(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Reading]
     """The rules as one function (path, shape) → reading; what they leave unsaid falls to the names.
 
     Args:
+      who: whose error it is.
       rules: pattern → spec, or (path, shape) → spec, or a tree of specs, as `labels` takes them; None, as a
         spec, is "not a matrix", and as rules, none.
 
@@ -29,15 +30,16 @@ def reader(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Reading]
     """
     if isinstance(rules, str | Axes):
         raise ValueError(f"{who}: axes must say which leaves it means. Type axes={{'*': {rules!r}}} for all.")
-    say = lookup({} if rules is None else rules)
+    rules = {} if rules is None else rules
+    say, why = lookup(rules), _reasons(rules)
 
     def read(path: str, shape: Shape) -> Reading:
         said = say(path, shape)
         if said is not UNSAID:
-            return _by_rule(said, _why(rules, path), path, shape)
+            return _by_rule(said, why(path), path, shape)
         role, spec = by_name(path, shape)
         if spec == UNDECIDED:
-            return Reading(None, "undecided", _question(path, shape))
+            return Reading(None, "undecided", _ask(path, shape, "no rule says how it reads as matrices"))
         return Reading(None if spec is None else Axes(spec), role)
 
     return read
@@ -60,39 +62,51 @@ def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes 
     return found
 
 
-def _by_rule(said: str | Axes | None, role: str, path: str, shape: Shape) -> Reading:
+def _by_rule(said: Any, role: str, path: str, shape: Shape) -> Reading:
     if said is None:
         return Reading(None, role)
+    if not isinstance(said, str | Axes):
+        return Reading(None, role, _ask(path, shape, f"{said!r} is no spec"))
     try:
         axes = said if isinstance(said, Axes) else Axes(said)
     except ValueError as error:
-        return Reading(None, role, f"{path!r} has shape {shape}. {error}")
+        return Reading(None, role, _ask(path, shape, str(error).rstrip(".")))
     wrong = axes.misfit(shape)
-    if wrong is None:
-        return Reading(axes, role)
-    return Reading(None, role, f"{path!r} has shape {shape}, but {wrong}. {_answers(path, shape)}")
+    return Reading(axes, role) if wrong is None else Reading(None, role, _ask(path, shape, wrong))
 
 
-def _why(rules: AxesRules | None, path: str) -> str:
-    found = [key for key in rules if matches(key, path)] if by_pattern(rules) else []
-    return f"rule {getattr(found[0], 'pattern', found[0])}" if found else "rule"
+def _reasons(rules: AxesRules) -> Callable[[str], str]:
+    """Path → which rule it is that decides."""
+    if not by_pattern(rules):
+        return lambda path: "rule"
+    patterns, find = list(rules), finder(rules)
+
+    def why(path: str) -> str:
+        k = find(path)
+        return "rule" if k is None else f"rule {getattr(patterns[k], 'pattern', patterns[k])}"
+
+    return why
 
 
-def _question(path: str, shape: Shape) -> str:
-    return f"{path!r} has shape {shape} and no rule says how it reads as matrices. {_answers(path, shape)}"
-
-
-def _answers(path: str, shape: Shape) -> str:
-    """What to type, for each thing that the leaf may be."""
+def _ask(path: str, shape: Shape, cause: str) -> str:
+    """What is wrong, and what to type for each thing that the leaf may be."""
     last = path.split("/")[-1]
-    answers = {**_LIKELY[last == "weight"].get(len(shape), {}), None: "not a matrix"}
-    lines = [f"  axes={{{path!r}: {spec!r}}}  # {what}" for spec, what in answers.items()]
-    return "\n".join(["Type one of", *lines])
+    likely = _LIKELY[last.startswith("weight") or last.endswith("weight")].get(len(shape), {})
+    answers = {spec: what for spec, what in likely.items() if Axes(spec).misfit(shape) is None}
+    lines = [
+        f"  axes={{{path!r}: {spec!r}}}  # {what}" for spec, what in {**answers, None: "not a matrix"}.items()
+    ]
+    return "\n".join([f"{path!r} has shape {shape}, and {cause}. Type one of", *lines])
 
 
 _LIKELY = (
     {
-        2: {"io": "inputs x outputs", "oi": "outputs x inputs"},
+        2: {
+            "io": "inputs x outputs",
+            "oi": "outputs x inputs",
+            "i(3o)": "three projections side by side: query, key and value",
+            "i(32+8+8 o)": "the same, where 32 heads of queries share 8 of keys and values",
+        },
         3: {
             "bio": "stacked layers or experts, inputs x outputs",
             "ioo": "attention's query, key or value: width, heads, size",
@@ -107,7 +121,12 @@ _LIKELY = (
         5: {"iiiio": "a convolution over three axes", "biiio": "stacked convolutions over two axes"},
     },
     {
-        2: {"oi": "outputs x inputs", "io": "inputs x outputs", "(3o)i": "three gates or projections"},
+        2: {
+            "oi": "outputs x inputs",
+            "io": "inputs x outputs",
+            "(3o)i": "the gates of a GRU, or query, key and value",
+            "(4o)i": "the gates of an LSTM",
+        },
         3: {
             "boi": "stacked layers or experts, outputs x inputs",
             "oii": "a convolution over one axis; or attention's output: width, heads, size",

@@ -1,8 +1,9 @@
 """Rules: what is said of a leaf, by its path and shape."""
 
 import dataclasses
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
 
@@ -12,8 +13,12 @@ import numpy as np
 from optimorph.core.tree import leaf_paths, map_paths
 from optimorph.core.types import Mask, PyTree, Rules, Shape
 
+Pattern = str | re.Pattern[str]
+
 UNSAID = object()
 """What a lookup finds of a leaf that no rule matches."""
+
+_SHOWN = 20
 
 
 class LeafError(ValueError):
@@ -31,13 +36,13 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
     """The rules as one function (path, shape) → what the first that matches says, or `UNSAID`.
 
     Args:
-      rules: pattern → what is said, in order: a pattern is fnmatch's on the whole path (`*` crosses slashes)
-        or a compiled regular expression, searched for in it; or a function (path, shape); or a tree like the
-        parameters.
+      rules: pattern → what is said, in order: a pattern is a path, fnmatch's on the whole path (`*` crosses
+        slashes) or a compiled regular expression, searched for in it; or a function (path, shape); or a tree
+        like the parameters.
     """
     if by_pattern(rules):
-        patterns = list(rules.items())
-        return lambda path, shape: next((said for key, said in patterns if matches(key, path)), UNSAID)
+        patterns, find = list(rules), finder(rules)
+        return lambda path, shape: UNSAID if (k := find(path)) is None else rules[patterns[k]]
     if callable(rules) and _is_leaf(rules):
         return rules
     boxes = jax.tree.map(_Box, rules, is_leaf=lambda x: x is None)
@@ -47,16 +52,40 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
 
 def by_pattern(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:
     """Whether the rules go by the patterns of paths, rather than being a function or a tree."""
-    return isinstance(rules, Mapping) and all(
-        isinstance(key, str | re.Pattern) and _is_leaf(said) for key, said in rules.items()
-    )
+    if not isinstance(rules, Mapping) or not all(isinstance(key, str | re.Pattern) for key in rules):
+        return False
+    return any(map(_is_wild, rules)) or all(map(_is_leaf, rules.values()))
 
 
-def matches(pattern: str | re.Pattern[str], path: str) -> bool:
-    """Whether a rule's pattern means this path."""
-    if isinstance(pattern, re.Pattern):
-        return pattern.search(path) is not None
-    return fnmatchcase(path, pattern)
+def finder(patterns: Iterable[Pattern]) -> Callable[[str], int | None]:
+    """Path → the number of the first pattern that means it; plain paths are looked up, not tried in turn."""
+    plain: dict[str, int] = {}
+    wild: list[tuple[int, Pattern]] = []
+    for k, pattern in enumerate(patterns):
+        if isinstance(pattern, str):
+            plain.setdefault(pattern, k)
+        if _is_wild(pattern):
+            wild.append((k, pattern))
+
+    def find(path: str) -> int | None:
+        own = plain.get(path)
+        tried = wild if own is None else [each for each in wild if each[0] < own]
+        return next((k for k, pattern in tried if _matches(pattern, path)), own)
+
+    return find
+
+
+def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
+    """The patterns, or the paths of a tree of rules, that none of the paths is meant by."""
+    paths = dict.fromkeys(paths)
+    if by_pattern(rules):
+        for pattern in rules:
+            meant = pattern in paths or (_is_wild(pattern) and any(_matches(pattern, p) for p in paths))
+            if not meant:
+                yield pattern if isinstance(pattern, str) else pattern.pattern
+    elif not callable(rules) or not _is_leaf(rules):
+        boxes = jax.tree.map(_Box, rules, is_leaf=lambda x: x is None)
+        yield from (path for path in leaf_paths(boxes) if path not in paths)
 
 
 def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
@@ -92,15 +121,17 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
 
         tree = map_paths(label, tree)
         if faults:
-            raise ValueError("\n".join(faults))
+            more = [f"... and {len(faults) - _SHOWN} more leaves."] if len(faults) > _SHOWN else []
+            raise ValueError("\n".join(faults[:_SHOWN] + more))
         return tree
 
     return found
 
 
 def as_mask(mask: Mask | None) -> Mask | None:
-    """The mask as `optax.masked` takes it: patterns become a function, True where they say a spec or True."""
-    if not isinstance(mask, Mapping) or not any(_is_wild(key) for key in mask):
+    """The mask as `optax.masked` takes it: rules become a function, True where they say a spec or True."""
+    rules = by_pattern(mask) and (any(map(_is_wild, mask)) or not all(map(_is_bool, mask.values())))
+    if not rules and not _of_path_and_shape(mask):
         return mask
     say = lookup(mask)
 
@@ -111,8 +142,25 @@ def as_mask(mask: Mask | None) -> Mask | None:
     return labels(chosen)
 
 
+def _of_path_and_shape(mask: Mask | None) -> bool:
+    if not callable(mask) or not _is_leaf(mask):
+        return False
+    needed = [p for p in inspect.signature(mask).parameters.values() if p.default is p.empty]
+    return len([p for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 2
+
+
+def _is_bool(x: Any) -> bool:
+    return isinstance(x, bool)
+
+
 def _is_wild(key: Any) -> bool:
-    return isinstance(key, re.Pattern) or (isinstance(key, str) and bool(set("*?[/") & set(key)))
+    return isinstance(key, re.Pattern) or (isinstance(key, str) and bool(set("*?[") & set(key)))
+
+
+def _matches(pattern: Pattern, path: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(path) is not None
+    return fnmatchcase(path, pattern)
 
 
 def _is_leaf(x: Any) -> bool:
