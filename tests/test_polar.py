@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import optimorph as om
 from optimorph.linalg import Exact, NewtonSchulz, polar_express, symmetric
+from optimorph.linalg.coefficients import LIMIT
 from optimorph.linalg.newton_schulz import operations
 
 SHAPES = [
@@ -354,3 +355,22 @@ def test_the_program_grows_with_shapes_not_leaves():
         return jax.jit(tx.update).lower(params, tx.init(params), params).as_text().count("dot_general")
 
     assert products(40) == products(2) == products(1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("values", ZOO.values(), ids=ZOO)
+def test_half_precision_stays_close(values, dtype):
+    """To the rounding of each, times what it is amplified by: the Gram condition, or a few steps."""
+    g = jnp.asarray(spectrum(values, (16, 64)), jnp.float32)
+    u, s, vh = np.linalg.svd(spectrum(values, (16, 64)), full_matrices=False)
+    inside = np.diag(u.T @ np.asarray(NewtonSchulz(dtype=dtype)(g), np.float64) @ vh.T)
+    exact = np.diag(u.T @ np.asarray(NewtonSchulz()(g), np.float64) @ vh.T)
+    large = s > 0.05 * np.linalg.norm(s)
+    bound = {"float16": LIMIT * 2.0**-11, "bfloat16": 12 * 2.0**-8}[dtype]
+    np.testing.assert_allclose(inside[large], exact[large], atol=bound)
+
+
+def test_bfloat16_is_iterated_plainly():
+    plain = multiplications((32, 128), NewtonSchulz(dtype=jnp.bfloat16, iteration="standard"))
+    assert multiplications((32, 128), NewtonSchulz(dtype=jnp.bfloat16)) == plain
+    assert multiplications((32, 128), NewtonSchulz(dtype=jnp.float16)) < plain

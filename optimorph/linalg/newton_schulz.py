@@ -19,6 +19,9 @@ Stack = Inexact[Array, "*batch n m"]
 
 ITERATIONS = ("auto", "standard", "gram")
 
+HALF = {"gpu": jnp.dtype(jnp.float16), "tpu": jnp.dtype(jnp.bfloat16)}
+"""Platform → the fast dtype: where there is a choice, the one of finer rounding. Nothing here is large."""
+
 
 @dataclasses.dataclass(frozen=True)
 class NewtonSchulz:
@@ -43,9 +46,9 @@ class NewtonSchulz:
         `linalg.polar_express(lower=1e-4, steps=6)`; or rows `((a, b, c), ...)`, of which the last repeats.
       steps: how many times (2) is applied, at least 1.
       iteration: "standard", (2); "gram", (3); or "auto", the one of fewer operations for the shape, but (2)
-        for a table such as "cans", a single step of which takes (3) beyond what rounding allows.
-      dtype: of the iteration, whose products are summed in float32. By default bfloat16 on GPUs and TPUs if
-        the table is safe in it, else float32; float64 and complex input keep their own.
+        where (3) goes beyond what rounding allows: in bfloat16, and for a table such as "cans".
+      dtype: of the iteration, whose products are summed in float32. By default float16 on GPUs and bfloat16
+        on TPUs, if the table is safe in it, else float32; float64 and complex input keep their own.
       precision: of float32 products, as `jax.lax.Precision` names it; "highest" rounds nothing to fewer bits.
       max_stack_bytes: matrices beyond this are computed in turns, so that memory stays bounded.
 
@@ -106,21 +109,20 @@ class NewtonSchulz:
     def _iterate(self, x: jax.Array) -> jax.Array:
         found = self.table
         halves = blocked(x.shape[-2])
-        if self._gram_is_better(x.shape) if self.iteration == "auto" else self.iteration == "gram":
+        if self._gram_is_better(x) if self.iteration == "auto" else self.iteration == "gram":
             return _by_gram(x, found.rows, found.restarts(), self.precision, halves)
         return _standard(x, found.rows, self.precision, halves)
 
-    def _gram_is_better(self, shape: tuple[int, ...]) -> bool:
+    def _gram_is_better(self, x: jax.Array) -> bool:
         rows, restarts = self.table.rows, self.table.restarts()
-        tame = max(self.table.conditions(restarts)) <= LIMIT
-        return tame and operations(shape, rows, restarts) < operations(shape, rows, None)
+        tame = max(self.table.conditions(restarts)) <= LIMIT and x.dtype != jnp.bfloat16
+        return tame and operations(x.shape, rows, restarts) < operations(x.shape, rows, None)
 
     def _dtype(self, own: jnp.dtype) -> jnp.dtype:
         if self.dtype is not None and not jnp.issubdtype(own, jnp.complexfloating):
             return jnp.dtype(self.dtype)
-        fast = jnp.dtype(jnp.bfloat16)
-        accelerated = jax.default_backend() in ("gpu", "tpu")
-        return fast if accelerated and own == jnp.float32 and _safe(self.table, fast) else own
+        fast = HALF.get(jax.default_backend())
+        return fast if fast is not None and own == jnp.float32 and _safe(self.table, fast) else own
 
 
 def operations(shape: tuple[int, ...], rows: Table, restarts: Sequence[int] | None) -> int:
