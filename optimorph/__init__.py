@@ -12,7 +12,8 @@ Beside them: `linalg` (the polar factor), `schedules`, `theory`.
 """
 
 from optimorph import linalg, schedules, theory
-from optimorph.optimizers import adagrad, adam, adamw, muon, nadam, nadamw, rmsprop, sgd
+from optimorph.muon import muon
+from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph.plan import Plan, PlanRow, plan
 from optimorph.routing.partition import partition
 from optimorph.routing.rules import labels

@@ -1,20 +1,12 @@
 """The recipes: each optimizer is a short sentence of transforms, and the sentence is the formula."""
 
-import functools
-import warnings
-from collections.abc import Callable
-from typing import ParamSpec
-
-import jax
+import jax.numpy as jnp
 import optax
 from optax import chain, identity, scale
 
-from optimorph.core.checks import checked
-from optimorph.core.tree import check_alike, leaf_paths
-from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, ScalarOrSchedule
-from optimorph.routing.partition import partition
-from optimorph.routing.reading import leaf_axes
-from optimorph.routing.rules import unused
+from optimorph.core.recipe import Transform, recipe
+from optimorph.core.tree import map_updates
+from optimorph.core.types import DTypeLike, Mask, Numeric, ScalarOrSchedule
 from optimorph.transforms.accumulate import accumulate
 from optimorph.transforms.add import add
 from optimorph.transforms.add_decayed_weights import add_decayed_weights
@@ -25,34 +17,12 @@ from optimorph.transforms.ema import ema
 from optimorph.transforms.in_float32 import in_float32
 from optimorph.transforms.mix import mix
 from optimorph.transforms.momentum import momentum as heavy_ball
-from optimorph.transforms.orthogonalize import orthogonalize
 from optimorph.transforms.root import root
 from optimorph.transforms.scale_by_learning_rate import scale_by_learning_rate
-from optimorph.transforms.scale_by_shape import scale_by_shape
 from optimorph.transforms.square import square
 
-Transform = optax.GradientTransformationExtraArgs
-P = ParamSpec("P")
 
-
-def _recipe(make: Callable[P, Transform]) -> Callable[P, Transform]:
-    """Check the numbers, and at every update the trees, under the recipe's own name."""
-
-    @functools.wraps(make)
-    def build(*args: P.args, **kwargs: P.kwargs) -> Transform:
-        inner = checked(make)(*args, **kwargs)
-
-        def update(updates, state, params=None, **extra):
-            if params is not None:
-                check_alike(make.__name__, updates, params)
-            return inner.update(updates, state, params, **extra)
-
-        return Transform(inner.init, update)
-
-    return build
-
-
-@_recipe
+@recipe
 def sgd(
     learning_rate: ScalarOrSchedule,
     momentum: Numeric | None = None,
@@ -95,7 +65,7 @@ def sgd(
     )
 
 
-@_recipe
+@recipe
 def adagrad(
     learning_rate: ScalarOrSchedule,
     initial_accumulator_value: Numeric = 0.1,
@@ -128,7 +98,7 @@ def adagrad(
     )
 
 
-@_recipe
+@recipe
 def rmsprop(
     learning_rate: ScalarOrSchedule,
     decay: Numeric = 0.9,
@@ -160,7 +130,8 @@ def rmsprop(
     correct = debias(decay) if bias_correction else identity()
     mean_square = chain(square(), ema(decay, initial=initial_scale, dtype=nu_dtype), correct)
     square_mean = chain(ema(decay, dtype=nu_dtype), correct, square())
-    spread = add(mean_square, chain(square_mean, scale(-1.0))) if centered else mean_square
+    variance = chain(add(mean_square, chain(square_mean, scale(-1.0))), _not_negative())
+    spread = variance if centered else mean_square
     return in_float32(
         chain(
             _l2(weight_decay, mask),
@@ -171,7 +142,7 @@ def rmsprop(
     )
 
 
-@_recipe
+@recipe
 def adam(
     learning_rate: ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -207,7 +178,7 @@ def adam(
     )
 
 
-@_recipe
+@recipe
 def nadam(
     learning_rate: ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -243,7 +214,7 @@ def nadam(
     )
 
 
-@_recipe
+@recipe
 def adamw(
     learning_rate: ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -281,7 +252,7 @@ def adamw(
     )
 
 
-@_recipe
+@recipe
 def nadamw(
     learning_rate: ScalarOrSchedule,
     b1: Numeric = 0.9,
@@ -314,81 +285,13 @@ def nadamw(
     )
 
 
-@_recipe
-def muon(
-    learning_rate: ScalarOrSchedule,
-    momentum: Numeric = 0.95,
-    *,
-    nesterov: bool = True,
-    weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
-    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
-    scale: str | None = "rms_to_rms",
-    axes: AxesRules | None = None,
-    others: optax.GradientTransformation | None = None,
-    others_learning_rate: ScalarOrSchedule | None = None,
-    mu_dtype: DTypeLike | None = None,
-) -> Transform:
-    """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
-
-    Args:
-      orthogonalizer: a function of stacks of matrices (name it, `axes` and `others` in the `static_args` of
-        `optax.inject_hyperparams`); `linalg.NewtonSchulz()`, the default, takes five
-        Polar Express steps.
-      scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
-      axes: how leaves read as matrices, for those that the default rules do not know or get wrong: an
-        ordered mapping from path pattern (fnmatch, `*` crosses slashes; or a compiled regular expression) to
-        a spec of `linalg.Axes`, or to None for no matrix, the first match wins; or a function
-        (path, shape) → spec; or a tree of specs. The default rules know the names of Flax, Equinox, Haiku,
-        MaxText and Levanter: `plan` shows what becomes of every leaf.
-      others: the transform of the other leaves; `adamw(others_learning_rate, weight_decay=weight_decay)`
-        without one.
-      others_learning_rate: of that AdamW; `learning_rate` without one.
-
-    Raises:
-      ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
-
-    Equals:
-      torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
-        with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", with "adamw_rms";
-        but for the bfloat16 that PyTorch forces upon the iteration
-      Keller Jordan's Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay), with
-        NewtonSchulz("jordan") and scale="keller"
-    References:
-      Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
-      arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.
-    """
-    if others is not None and others_learning_rate is not None:
-        raise ValueError(
-            "muon: others_learning_rate is for the AdamW that others replaces. Type one of the two, such as "
-            "others=optimorph.adamw(1e-3)."
-        )
-    spec = leaf_axes("muon", axes)
-    matrices = chain(
-        ema(momentum, nesterov=nesterov, dtype=mu_dtype),
-        orthogonalize(orthogonalizer, spec),
-        scale_by_shape(scale, spec),
-        add_decayed_weights(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
-    )
-    rate = learning_rate if others_learning_rate is None else others_learning_rate
-    rest = adamw(rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask) if others is None else others
-    both = partition(
-        lambda path, shape: "other" if spec(path, shape) is None else "matrix",
-        {"matrix": in_float32(matrices), "other": rest},
-    )
-
-    def init(params):
-        paths = leaf_paths(params)
-        for rule in unused(axes, paths) if axes is not None and paths else ():
-            warnings.warn(f"muon: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
-        return both.init(params)
-
-    return Transform(init, both.update)
-
-
 def _root(eps: Numeric, eps_in_sqrt: bool) -> optax.GradientTransformation:
     return root(eps_root=eps) if eps_in_sqrt else root(eps)
+
+
+def _not_negative() -> optax.GradientTransformation:
+    """max(g, 0): a variance, the difference of two moments, is below 0 by rounding alone."""
+    return optax.stateless(lambda updates, _: map_updates("rmsprop", lambda g: jnp.maximum(g, 0), updates))
 
 
 def _l2(weight_decay: ScalarOrSchedule | None, mask: Mask | None) -> optax.GradientTransformation:

@@ -16,7 +16,7 @@ import optax
 
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import PyTree, Shape
-from optimorph.optimizers import muon
+from optimorph.muon import muon
 from optimorph.routing.reading import Reading, reader
 from optimorph.routing.rules import unused
 from optimorph.transforms.scale_by_shape import SCALES

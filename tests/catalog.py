@@ -63,7 +63,6 @@ TRANSFORMS = [
     Entry("accumulate-initial", lambda om: om.accumulate(0.1), lambda: papers.accumulate(0.1)),
     Entry("debias", lambda om: om.debias(0.9), lambda: papers.debias(0.9)),
     Entry("debias-ahead", lambda om: om.debias(0.9, ahead=1), lambda: papers.debias(0.9, 1)),
-    Entry("root-negative", lambda om: om.root(0.0, 1e-2), lambda: papers.root(0.0, 1e-2), real=True),
     Entry("root", lambda om: om.root(1e-2, 1e-3), lambda: papers.root(1e-2, 1e-3), real=True, positive=True),
     Entry(
         "divide",
@@ -81,8 +80,8 @@ TRANSFORMS = [
         lambda: _sum(_times(0.8, papers.ema(0.9)), lambda g, w: 0.2 * g),
     ),
     Entry(
-        "divide-by-nothing",
-        lambda om: om.divide(optax.identity(), by=optax.scale(0.0)),
+        "divide-nothing-by-nothing",
+        lambda om: om.divide(optax.scale(0.0), by=optax.scale(0.0)),
         lambda: lambda g, w: 0.0 * g,
     ),
     Entry("in_float32", lambda om: om.in_float32(om.ema(0.9)), lambda: papers.ema(0.9)),

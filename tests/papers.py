@@ -68,7 +68,7 @@ def debias(beta, ahead=0):
 
 
 def root(eps=0.0, eps_root=0.0):
-    return lambda g, w: np.sqrt(np.maximum(g, 0) + eps_root) + eps
+    return lambda g, w: np.sqrt(g + eps_root) + eps
 
 
 def add_decayed_weights(rate):

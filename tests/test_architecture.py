@@ -21,6 +21,7 @@ FLOORS = {
     "schedules": 3,
     "theory": 3,
     "optimizers": 4,
+    "muon": 4,
     "plan": 5,
     "plan_command": 7,
     "__init__": 6,

@@ -101,6 +101,22 @@ def test_zero_gradients(entry):
         chex.assert_tree_all_finite((updates, state))
 
 
+def test_a_centered_variance_is_never_negative():
+    """With a constant gradient it is 0 but for rounding, of either sign."""
+    tx, g = om.rmsprop(0.1, 0.9, eps=1e-12, centered=True), jnp.linspace(-1.0, 1.0, 101)
+    state = tx.init(g)
+    for _ in range(200):
+        updates, state = tx.update(g, state)
+        assert bool(jnp.all(jnp.isfinite(updates)))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-30, 1e-22, 1e-18])
+def test_without_eps_squares_that_underflow_give_no_infinite_update(size):
+    tx, g = om.adam(1.0, eps=0.0), jnp.full(3, size, jnp.float32)
+    updates, _ = tx.update(g, tx.init(g))
+    assert bool(jnp.all(jnp.abs(updates) <= 1.01))
+
+
 @every
 def test_masked(entry):
     """`optax.masked` hides leaves; what remains is updated as if alone."""

@@ -116,13 +116,14 @@ def test_polar_express_reaches_one():
 @every
 def test_symmetries(method):
     """polar(U G Vᵀ) = U polar(G) Vᵀ; polar(Gᵀ) = polar(G)ᵀ; a stack is its slices."""
-    g = jnp.asarray(matrix((5, 9)), jnp.float32)
-    u = jnp.asarray(np.linalg.qr(matrix((5, 5), 1))[0], jnp.float32)
-    v = jnp.asarray(np.linalg.qr(matrix((9, 9), 2))[0], jnp.float32)
-    np.testing.assert_allclose(method(u @ g @ v.T), u @ method(g) @ v.T, atol=1e-4)
-    np.testing.assert_allclose(method(g.T), method(g).T, atol=1e-5)
-    stack = jnp.asarray(matrix((3, 2, 5, 9)), jnp.float32)
-    np.testing.assert_allclose(method(stack)[1, 1], method(stack[1, 1]), atol=1e-5)
+    with jax.enable_x64(True):
+        g = jnp.asarray(matrix((5, 9)))
+        u = jnp.asarray(np.linalg.qr(matrix((5, 5), 1))[0])
+        v = jnp.asarray(np.linalg.qr(matrix((9, 9), 2))[0])
+        np.testing.assert_allclose(method(u @ g @ v.T), u @ method(g) @ v.T, atol=1e-11)
+        np.testing.assert_allclose(method(g.T), method(g).T, atol=1e-11)
+        stack = jnp.asarray(matrix((3, 2, 5, 9)))
+        np.testing.assert_allclose(method(stack)[1, 1], method(stack[1, 1]), atol=1e-11)
 
 
 @every
@@ -186,8 +187,9 @@ def test_description_is_hashable_and_frozen():
 
 @every
 def test_under_vmap_and_jit(method):
-    stack = jnp.asarray(matrix((3, 5, 9)), jnp.float32)
-    np.testing.assert_allclose(jax.jit(jax.vmap(method))(stack), method(stack), atol=1e-5)
+    with jax.enable_x64(True):
+        stack = jnp.asarray(matrix((3, 5, 9)))
+        np.testing.assert_allclose(jax.jit(jax.vmap(method))(stack), method(stack), atol=1e-11)
 
 
 REAL_SHAPES = [(1, 5), (5, 1), (7, 7), (64, 64), (31, 100), (100, 31), (48, 192), (1000, 37)]
@@ -243,10 +245,11 @@ def test_blocked_products_are_plain_ones(rows, dtype):
 
 @pytest.mark.parametrize("iteration", ["standard", "gram"])
 def test_a_whole_iteration_in_blocks(iteration, monkeypatch):
-    g = jnp.asarray(matrix((2, 9, 20)), jnp.float32)
-    plain = NewtonSchulz(iteration=iteration)(g)
-    monkeypatch.setitem(symmetric.WORTH_WHILE, "cpu", 1)
-    np.testing.assert_allclose(NewtonSchulz(iteration=iteration)(g), plain, atol=2e-5)
+    with jax.enable_x64(True):
+        g = jnp.asarray(matrix((2, 9, 20)))
+        plain = NewtonSchulz(iteration=iteration)(g)
+        monkeypatch.setitem(symmetric.WORTH_WHILE, "cpu", 1)
+        np.testing.assert_allclose(NewtonSchulz(iteration=iteration)(g), plain, atol=1e-11)
 
 
 def multiplications(shape, polar):

@@ -1,10 +1,10 @@
 """The quotient of two sentences that hear the same gradient."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optimorph.core.tree import cast_like, map_updates, wide
 
@@ -21,7 +21,10 @@ def divide(
 ) -> optax.GradientTransformationExtraArgs:
     """Divide one transformation of the gradient by another of the same gradient.
 
-        u = signal(g) / by(g)        (1)  and 0 where by(g) = 0, as if it were ∞
+        u = signal(g) / max(by(g), 64 √tiny)        (1)
+
+    where tiny is the least number of which the dtype keeps all digits: a smaller root is that of a mean
+    square that underflowed. So 0 / 0 is 0, and with ε = 0 the smallest gradients give no infinite updates.
 
     Both sides are computed in float32 or wider and only their quotient is rounded to the gradient's dtype:
     the square of a small float16 number would be zero.
@@ -33,8 +36,8 @@ def divide(
     signal, by = optax.with_extra_args_support(signal), optax.with_extra_args_support(by)
 
     def quotient(s, d):
-        d = lax.select(d == 0, lax.full_like(d, jnp.inf), d)
-        return s / d.astype(s.dtype)  # (1)
+        least = 64 * math.sqrt(jnp.finfo(d.dtype).tiny)
+        return s / jnp.maximum(d, least).astype(s.dtype)  # (1)
 
     def init(params):
         return DivideState(signal.init(params), by.init(params))

@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optimorph.core.checks import check_numbers
 from optimorph.core.tree import cast_like, map_updates, number, wide
@@ -12,9 +11,9 @@ from optimorph.core.types import Numeric
 def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransformation:
     """Replace every update by its square root.
 
-        u = √(max(g, 0) + ε_root) + ε        (1)
+        u = √(g + ε_root) + ε        (1)
 
-    A second moment is never negative; a variance, the difference of two, can be by rounding, hence the max.
+    The updates should not be negative, as second moments are not.
 
     Args:
       eps: ε, at least 0, outside the root, in units of the gradient.
@@ -29,10 +28,10 @@ def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransform
     """
     check_numbers("root", eps=eps, eps_root=eps_root)
 
+    def plus(x, eps):  # a plain 0 is not worth an operation a leaf
+        return x if type(eps) in (int, float) and eps == 0 else x + number(eps, x)
+
     def rooted(g):
-        x = wide(g)
-        return cast_like(
-            jnp.sqrt(lax.max(x, lax.full_like(x, 0)) + number(eps_root, x)) + number(eps, x), g
-        )  # (1)
+        return cast_like(plus(jnp.sqrt(plus(wide(g), eps_root)), eps), g)  # (1)
 
     return optax.stateless(lambda updates, params: map_updates("root", rooted, updates))

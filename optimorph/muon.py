@@ -1,0 +1,95 @@
+"""Muon: matrices by their polar factors, all other leaves by another optimizer."""
+
+import warnings
+from collections.abc import Callable
+
+import jax
+import optax
+from optax import chain
+
+from optimorph.core.recipe import Transform, recipe
+from optimorph.core.tree import leaf_paths
+from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, ScalarOrSchedule
+from optimorph.optimizers import adamw
+from optimorph.routing.partition import partition
+from optimorph.routing.reading import leaf_axes
+from optimorph.routing.rules import unused
+from optimorph.transforms.add_decayed_weights import add_decayed_weights
+from optimorph.transforms.ema import ema
+from optimorph.transforms.in_float32 import in_float32
+from optimorph.transforms.orthogonalize import orthogonalize
+from optimorph.transforms.scale_by_learning_rate import scale_by_learning_rate
+from optimorph.transforms.scale_by_shape import scale_by_shape
+
+
+@recipe
+def muon(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric = 0.95,
+    *,
+    nesterov: bool = True,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
+    scale: str | None = "rms_to_rms",
+    axes: AxesRules | None = None,
+    others: optax.GradientTransformation | None = None,
+    others_learning_rate: ScalarOrSchedule | None = None,
+    mu_dtype: DTypeLike | None = None,
+) -> Transform:
+    """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
+
+    Args:
+      orthogonalizer: a function of stacks of matrices (name it, `axes` and `others` in the `static_args` of
+        `optax.inject_hyperparams`); `linalg.NewtonSchulz()`, the default, takes five
+        Polar Express steps.
+      scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
+      axes: how leaves read as matrices, for those that the default rules do not know or get wrong: an
+        ordered mapping from path pattern (fnmatch, `*` crosses slashes; or a compiled regular expression) to
+        a spec of `linalg.Axes`, or to None for no matrix, the first match wins; or a function
+        (path, shape) → spec; or a tree of specs. The default rules know the names of Flax, Equinox, Haiku,
+        MaxText and Levanter: `plan` shows what becomes of every leaf.
+      others: the transform of the other leaves; `adamw(others_learning_rate, weight_decay=weight_decay)`
+        without one.
+      others_learning_rate: of that AdamW; `learning_rate` without one.
+
+    Raises:
+      ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
+
+    Equals:
+      torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
+        with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", with "adamw_rms";
+        but for the bfloat16 that PyTorch forces upon the iteration
+      Keller Jordan's Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay), with
+        NewtonSchulz("jordan") and scale="keller"
+    References:
+      Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
+      arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.
+    """
+    if others is not None and others_learning_rate is not None:
+        raise ValueError(
+            "muon: others_learning_rate is for the AdamW that others replaces. Type one of the two, such as "
+            "others=optimorph.adamw(1e-3)."
+        )
+    spec = leaf_axes("muon", axes)
+    matrices = chain(
+        ema(momentum, nesterov=nesterov, dtype=mu_dtype),
+        orthogonalize(orthogonalizer, spec),
+        scale_by_shape(scale, spec),
+        add_decayed_weights(weight_decay, mask),
+        scale_by_learning_rate(learning_rate),
+    )
+    rate = learning_rate if others_learning_rate is None else others_learning_rate
+    rest = adamw(rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask) if others is None else others
+    both = partition(
+        lambda path, shape: "other" if spec(path, shape) is None else "matrix",
+        {"matrix": in_float32(matrices), "other": rest},
+    )
+
+    def init(params):
+        paths = leaf_paths(params)
+        for rule in unused(axes, paths) if axes is not None and paths else ():
+            warnings.warn(f"muon: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
+        return both.init(params)
+
+    return Transform(init, both.update)
