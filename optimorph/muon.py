@@ -9,8 +9,9 @@ from optax import chain
 
 from optimorph.core.recipe import Transform, recipe
 from optimorph.core.tree import leaf_paths
-from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, ScalarOrSchedule
+from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
 from optimorph.optimizers import adamw
+from optimorph.routing.layouts import of_whole
 from optimorph.routing.partition import partition
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import unused
@@ -36,6 +37,8 @@ def muon(
     others: optax.GradientTransformation | None = None,
     others_learning_rate: ScalarOrSchedule | None = None,
     mu_dtype: DTypeLike | None = None,
+    shardings: Rules | None = None,
+    wire_dtype: DTypeLike | None = None,
 ) -> Transform:
     """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
 
@@ -52,6 +55,10 @@ def muon(
       others: the transform of the other leaves; `adamw(others_learning_rate, weight_decay=weight_decay)`
         without one.
       others_learning_rate: of that AdamW; `learning_rate` without one.
+      shardings: how leaves lie over a mesh, which is found out where it is not said: a tree of
+        `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
+        `jax.shard_map` it must be said of what leaves are shards; `P()` is whole.
+      wire_dtype: of what devices send each other, as that of `orthogonalize`.
 
     Raises:
       ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
@@ -72,17 +79,18 @@ def muon(
             "others=optimorph.adamw(1e-3)."
         )
     spec = leaf_axes("muon", axes)
+    whole = of_whole("muon", shardings, spec)
     matrices = chain(
         ema(momentum, nesterov=nesterov, dtype=mu_dtype),
-        orthogonalize(orthogonalizer, spec),
-        scale_by_shape(scale, spec),
+        orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),
+        scale_by_shape(scale, spec, shardings),
         add_decayed_weights(weight_decay, mask),
         scale_by_learning_rate(learning_rate),
     )
     rate = learning_rate if others_learning_rate is None else others_learning_rate
     rest = adamw(rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask) if others is None else others
     both = partition(
-        lambda path, shape: "other" if spec(path, shape) is None else "matrix",
+        lambda path, shape: "other" if whole(path, shape) is None else "matrix",
         {"matrix": in_float32(matrices), "other": rest},
     )
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Shape = tuple[int, ...]
 
@@ -19,7 +20,7 @@ _TOKEN = re.compile(r"\s*(?:([iob])|\(\s*(\d+(?:\s*\+\s*\d+)*)\s*([io])\s*\))\s*
 _MOST_BLOCKS = 1 << 16
 
 
-class _Axis(NamedTuple):
+class Axis(NamedTuple):
     """One axis of a spec: its letter, and the proportions of its blocks: (1,) for an axis in one piece."""
 
     letter: str
@@ -27,7 +28,15 @@ class _Axis(NamedTuple):
 
     @property
     def equal(self) -> bool:
+        """Whether all blocks are of one size."""
         return len(set(self.blocks)) == 1
+
+    def __str__(self) -> str:
+        """The axis as a spec writes it."""
+        if len(self.blocks) == 1:
+            return self.letter
+        sizes = str(len(self.blocks)) if self.equal else "+".join(map(str, self.blocks)) + " "
+        return f"({sizes}{self.letter})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +78,11 @@ class Axes:
         _parse(self.spec)
 
     @property
+    def parts(self) -> tuple[Axis, ...]:
+        """The axes, one by one."""
+        return _parse(self.spec)
+
+    @property
     def ndim(self) -> int:
         """How many axes the spec describes."""
         return len(_parse(self.spec))
@@ -107,7 +121,19 @@ class Axes:
         """`f` of every stack, put back where it came from."""
         return self.array([f(stack) for stack in self.matrices(x)], x.shape)
 
-    def _unequal(self) -> list[tuple[int, _Axis]]:
+    def spread(self, f: Callable[[int, int], float], shape: Shape) -> np.ndarray:
+        """f(inputs, outputs) of each element's matrix, to be broadcast against an array of this shape."""
+        sizes = [
+            _sizes(axis, size) if not axis.equal else [1]
+            for size, axis in zip(shape, _parse(self.spec), strict=True)
+        ]
+        values = np.array([f(*stack[-2:]) for stack in self.stacks(shape)])
+        values = values.reshape([len(each) for each in sizes])
+        for k, each in enumerate(sizes):
+            values = np.repeat(values, each, axis=k)
+        return values
+
+    def _unequal(self) -> list[tuple[int, Axis]]:
         return [(k, axis) for k, axis in enumerate(_parse(self.spec)) if not axis.equal]
 
     def _pieces(self, shape: Shape) -> list[Shape]:
@@ -142,7 +168,7 @@ class Axes:
 
 
 @functools.cache
-def _parse(spec: str) -> tuple[_Axis, ...]:
+def _parse(spec: str) -> tuple[Axis, ...]:
     axes, at = [], 0
     while found := _TOKEN.match(spec, at):
         letter, blocks, blocked = found.groups()
@@ -150,7 +176,7 @@ def _parse(spec: str) -> tuple[_Axis, ...]:
         if sum(parts) > _MOST_BLOCKS:
             break
         parts = [1] * parts[0] if len(parts) == 1 else parts
-        axes.append(_Axis(letter or blocked, tuple(n // (math.gcd(*parts) or 1) for n in parts)))
+        axes.append(Axis(letter or blocked, tuple(n // (math.gcd(*parts) or 1) for n in parts)))
         at = found.end()
     complete = {"i", "o"} <= {axis.letter for axis in axes}
     if at < len(spec) or not complete or not all(axis.blocks and all(axis.blocks) for axis in axes):
@@ -162,5 +188,5 @@ def _parse(spec: str) -> tuple[_Axis, ...]:
     return tuple(axes)
 
 
-def _sizes(axis: _Axis, size: int) -> list[int]:
+def _sizes(axis: Axis, size: int) -> list[int]:
     return [size * block // sum(axis.blocks) for block in axis.blocks]

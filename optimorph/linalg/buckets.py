@@ -28,12 +28,12 @@ def together(
     for members in buckets.values():
         flat = [wide[k].reshape(-1, *wide[k].shape[-2:]) for k in members]
         done = f(flat[0] if len(flat) == 1 else jnp.concatenate(flat))
-        for k, part in zip(members, _split(done, list(map(len, flat))), strict=True):
+        for k, part in zip(members, parts(done, list(map(len, flat))), strict=True):
             found[k] = part.reshape(wide[k].shape)
     return [x if wide[k] is stacks[k] else _turned(x) for k, x in found.items()]
 
 
-def _split(stack: jax.Array, counts: list[int]) -> list[jax.Array]:
+def parts(stack: jax.Array, counts: Sequence[int]) -> list[jax.Array]:
     """Consecutive parts, taken from positions that are data and not code.
 
     Compilers reuse one kernel for all parts of a size, where constant positions would make each its own: 400
@@ -43,10 +43,10 @@ def _split(stack: jax.Array, counts: list[int]) -> list[jax.Array]:
         return [stack]
     starts = np.cumsum([0, *counts[:-1]])
     positions = jax.lax.optimization_barrier([np.array([start, 0], np.int32) for start in starts])
-    zero = jnp.int32(0)
+    zeros = [jnp.int32(0)] * (stack.ndim - 1)
     return [
         jax.lax.dynamic_slice(
-            stack, (position[0], zero, zero), (count, *stack.shape[1:]), allow_negative_indices=False
+            stack, (position[0], *zeros), (count, *stack.shape[1:]), allow_negative_indices=False
         )
         for position, count in zip(positions, counts, strict=True)
     ]

@@ -106,17 +106,25 @@ class NewtonSchulz:
         x = x.reshape(*g.shape[:-2], *x.shape[-2:]).astype(g.dtype)
         return x.mT.conj() if tall else x
 
-    def _iterate(self, x: jax.Array) -> jax.Array:
-        found = self.table
-        halves = blocked(x.shape[-2])
-        if self._gram_is_better(x) if self.iteration == "auto" else self.iteration == "gram":
-            return _by_gram(x, found.rows, found.restarts(), self.precision, halves)
-        return _standard(x, found.rows, self.precision, halves)
+    def flops(self, n: int, m: int) -> float:
+        """Of one matrix n x m, n ≤ m, of float32: multiplications and additions."""
+        restarts = self._restarts((n, m), self._dtype(jnp.dtype(jnp.float32)))
+        return 2.0 * operations((n, m), self.table.rows, restarts)
 
-    def _gram_is_better(self, x: jax.Array) -> bool:
+    def _iterate(self, x: jax.Array) -> jax.Array:
+        rows, restarts, halves = self.table.rows, self._restarts(x.shape, x.dtype), blocked(x.shape[-2])
+        if restarts is None:
+            return _standard(x, rows, self.precision, halves)
+        return _by_gram(x, rows, restarts, self.precision, halves)
+
+    def _restarts(self, shape: tuple[int, ...], dtype: jnp.dtype) -> tuple[int, ...] | None:
+        """Those of the Gram iteration; None for the standard one."""
         rows, restarts = self.table.rows, self.table.restarts()
-        tame = max(self.table.conditions(restarts)) <= LIMIT and x.dtype != jnp.bfloat16
-        return tame and operations(x.shape, rows, restarts) < operations(x.shape, rows, None)
+        if self.iteration != "auto":
+            return restarts if self.iteration == "gram" else None
+        tame = max(self.table.conditions(restarts)) <= LIMIT and dtype != jnp.bfloat16
+        fewer = operations(shape, rows, restarts) < operations(shape, rows, None)
+        return restarts if tame and fewer else None
 
     def _dtype(self, own: jnp.dtype) -> jnp.dtype:
         if self.dtype is not None and not jnp.issubdtype(own, jnp.complexfloating):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 import optax
 
 from optimorph.core.tree import map_paths, wide
-from optimorph.core.types import AxesRules
+from optimorph.core.types import AxesRules, Rules
+from optimorph.linalg.meshes import own_part
+from optimorph.routing.layouts import of_whole, shard
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import labels
 
@@ -18,7 +20,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 def scale_by_shape(
-    scale: str | None = "rms_to_rms", axes: AxesRules | None = None
+    scale: str | None = "rms_to_rms", axes: AxesRules | None = None, shardings: Rules | None = None
 ) -> optax.GradientTransformation:
     """Multiply every matrix by a function of its numbers of inputs and outputs.
 
@@ -30,6 +32,7 @@ def scale_by_shape(
     Args:
       scale: a name or None.
       axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
+      shardings: how leaves lie over a mesh, as that of `muon`; it is whole matrices whose shape counts.
 
     Raises:
       ValueError: an unknown name; at `init`, a spec that does not fit its leaf, a leaf that no rule decides.
@@ -44,7 +47,7 @@ def scale_by_shape(
             f"{who}: no scale is called {scale!r}. Type one of {', '.join(map(repr, SCALES))}, or None."
         )
 
-    read = leaf_axes(who, axes)
+    read = of_whole(who, shardings, leaf_axes(who, axes))
 
     def init(params):
         labels(read)(params)
@@ -52,11 +55,12 @@ def scale_by_shape(
 
     def scaled(path, g):
         form = read(path, g.shape)
-        return g if form is None or g.size == 0 else form.map(matrix, g)
-
-    def matrix(stack):
-        factor = 1.0 if scale is None else SCALES[scale](*stack.shape[-2:])
-        return (factor * wide(stack)).astype(stack.dtype)
+        if form is None or scale is None or g.size == 0:
+            return g
+        spec, whole = shard(who, shardings, path, g.shape)
+        x, factor = wide(g), form.spread(SCALES[scale], whole)
+        factor = factor.item() if factor.size == 1 else own_part(factor.astype(x.real.dtype), spec)
+        return (factor * x).astype(g.dtype)
 
     def update(updates, state, params=None):
         return map_paths(scaled, updates), state

@@ -1,0 +1,196 @@
+"""A placement carried out on one device of a mesh: pieces out, whole matrices in, and back."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimorph.linalg.axes import Shape
+from optimorph.linalg.buckets import parts, together
+from optimorph.linalg.placement import Cut, Exchange, Group, Names, Placement
+
+Sizes = Mapping[str, int]
+
+AHEAD = 2
+"""Buckets under way at a time: one is computed while the next is sent, and memory is bounded by both."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Executor:
+    """Carries out plans on the devices they were made for, where the mesh's axes are manual.
+
+    Args:
+      f: a function of stacks `(batch, n, m)` that treats each matrix by itself.
+      free: whether f allows what a plan made with `free` does.
+      wire: the dtype of what is sent, if narrower than the leaf's. With bfloat16 every number sent is rounded
+        to 8 bits, once in and once out: directions of singular values below 2⁻⁹ of the norm are lost, and the
+        result is known to 2⁻⁹ of itself. Computed is in the leaf's dtype.
+      to: "invarying" where types track what differs between devices, as in `jax.shard_map(check_vma=True)`.
+    """
+
+    f: Callable[[jax.Array], jax.Array]
+    free: bool = True
+    wire: jnp.dtype | None = None
+    to: str = "varying"
+
+    def __call__(self, plan: Placement, shards: Sequence[jax.Array]) -> list[jax.Array]:
+        """This device's shards of f of every matrix, from its shards of every leaf."""
+        found = list(shards)
+        for exchange in plan.exchanges:
+            for group, results in zip(exchange.groups, self._exchanged(plan, exchange, shards), strict=True):
+                for cut, shard in zip(group.cuts, _unpacked(group, results), strict=True):
+                    found[cut.leaf] = shard.reshape(shards[cut.leaf].shape)
+        return found
+
+    def _exchanged(
+        self, plan: Placement, exchange: Exchange, shards: Sequence[jax.Array]
+    ) -> list[list[jax.Array]]:
+        """For each group, of every bucket its `(sharers, owners, slots, *piece)`."""
+        sizes = dict(plan.mesh)
+        packed = [_own_share(exchange, _packed(sizes, exchange, group, shards)) for group in exchange.groups]
+        done: list[list[jax.Array]] = [[] for _ in packed]
+        under_way: list[list[jax.Array]] = []
+        for bucket in exchange.buckets:
+            pieces = [packed[g][:, first:last] for g, first, last in bucket.parts]
+            if len(under_way) == AHEAD:
+                pieces, _ = jax.lax.optimization_barrier((pieces, under_way.pop(0)))
+            groups = [exchange.groups[g] for g, _, _ in bucket.parts]
+            under_way.append(self._computed(sizes, exchange, groups, pieces))
+            for (g, _, _), result in zip(bucket.parts, under_way[-1], strict=True):
+                done[g].append(result)
+        return done
+
+    def _computed(
+        self, sizes: Sizes, exchange: Exchange, groups: Sequence[Group], pieces: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """f of units: this device's pieces `(owners, slots, *piece)` in, those of all sharers out."""
+        arrived = self._sent(exchange, pieces)
+        wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, arrived, strict=True)]
+        stacks = [group.form.matrices(whole) for group, whole in zip(groups, wholes, strict=True)]
+        factors = iter(together(self.f, [x for each in stacks for x in each], turn=self.free))
+        results = []
+        for group, whole, each in zip(groups, wholes, stacks, strict=True):
+            y = group.form.array([next(factors) for _ in each], whole.shape)
+            results.append(_pieces(sizes, exchange, group, y))
+        if exchange.gathered:
+            own = jax.lax.axis_index(exchange.moved)
+            return [jax.lax.dynamic_index_in_dim(x, own, keepdims=True)[None] for x in results]
+        return self._shared(exchange, self._sent(exchange, results))
+
+    def _sent(self, exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
+        """Packets `(owners, ...)` to the owners, from whom as many come; all in one go."""
+        if not exchange.moved:
+            return [*packets]
+        flat = _joined([x.reshape(len(x), -1) for x in packets])
+        if exchange.gathered:
+            flat = self._wired(lambda x: jax.lax.all_gather(x[0], exchange.moved), flat)
+        else:
+            flat = self._wired(lambda x: jax.lax.all_to_all(x, exchange.moved, 0, 0, tiled=True), flat)
+        return _apart(flat, [x.shape[1:] for x in packets])
+
+    def _shared(self, exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
+        """Packets `(owners, ...)` of all sharers, `(sharers, owners, ...)`; all in one go."""
+        if not exchange.shared:
+            return [x[None] for x in packets]
+        flat = _joined([x.reshape(1, -1) for x in packets])
+        flat = self._wired(lambda x: jax.lax.all_gather(x[0], exchange.shared, to=self.to), flat)
+        return _apart(flat, [x.shape for x in packets])
+
+    def _wired(self, send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """What is sent, in its dtype; of two bytes as whole numbers, as some compilers widen the others."""
+        own = kind = x.dtype
+        if self.wire is not None and jnp.issubdtype(own, jnp.floating) and own.itemsize > self.wire.itemsize:
+            kind = self.wire
+        x, short = x.astype(kind), kind.itemsize == 2
+        x = send(jax.lax.bitcast_convert_type(x, jnp.uint16) if short else x)
+        return (jax.lax.bitcast_convert_type(x, kind) if short else x).astype(own)
+
+
+def _packed(sizes: Sizes, exchange: Exchange, group: Group, shards: Sequence[jax.Array]) -> jax.Array:
+    """All units of a group, `(sharers, owners, slots, *piece)`, the last ones zero."""
+    units = [_cut(shards[cut.leaf], cut, group.piece) for cut in group.cuts]
+    x = units[0] if len(units) == 1 else jnp.concatenate(units)
+    owners = 1 if exchange.gathered else _size(sizes, exchange.moved)
+    sharers = _size(sizes, exchange.shared)
+    if empty := sharers * owners * group.slots - len(x):
+        x = jnp.concatenate([x, jnp.zeros((empty, *group.piece), x.dtype)])
+    return x.reshape(sharers, owners, group.slots, *group.piece)
+
+
+def _own_share(exchange: Exchange, x: jax.Array) -> jax.Array:
+    """What of replicated units falls to this device's row of owners."""
+    if not exchange.shared:
+        return x[0]
+    return jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(exchange.shared), keepdims=False)
+
+
+def _joined(rows: list[jax.Array]) -> jax.Array:
+    return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
+
+
+def _apart(flat: jax.Array, shapes: Sequence[Shape]) -> list[jax.Array]:
+    ends = np.cumsum([0, *(np.prod(shape, dtype=int) for shape in shapes)])
+    columns = [jax.lax.slice_in_dim(flat, int(i), int(j), axis=1) for i, j in itertools.pairwise(ends)]
+    return [x.reshape(len(flat), *shape) for x, shape in zip(columns, shapes, strict=True)]
+
+
+def _whole(sizes: Sizes, exchange: Exchange, group: Group, x: jax.Array) -> jax.Array:
+    """Pieces from all owners, `(owners, slots, *piece)`, as whole units `(slots, *axes)`."""
+    x = x.reshape(*(sizes[name] for name in exchange.moved), *x.shape[1:])
+    x = x.transpose(_order(exchange.moved, group))
+    return x.reshape(x.shape[0], *group.whole(sizes))
+
+
+def _pieces(sizes: Sizes, exchange: Exchange, group: Group, y: jax.Array) -> jax.Array:
+    """The inverse of `_whole`."""
+    order = _order(exchange.moved, group)
+    split = [len(y)]
+    for names, size in zip(group.spread, group.piece, strict=True):
+        split += [*(sizes[name] for name in names), size]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    y = y.reshape(split).transpose(back)
+    return y.reshape(-1, *y.shape[len(exchange.moved) :])
+
+
+def _order(moved: Names, group: Group) -> list[int]:
+    """Of `(*moved, slots, *piece)`: the slots, and every axis behind the mesh axes that divide it."""
+    order = [len(moved)]
+    for k, names in enumerate(group.spread):
+        order += [*(moved.index(name) for name in names), len(moved) + 1 + k]
+    return order
+
+
+def _cut(shard: jax.Array, cut: Cut, piece: Shape) -> jax.Array:
+    """A shard as units `(units, *piece)`."""
+    x = shard.reshape(cut.view).transpose(cut.order).reshape(cut.units, *_upright(cut))
+    x = x.mT.conj() if cut.turned else x
+    missing = [(0, 0), *((0, full - own) for full, own in zip(piece, cut.piece, strict=True))]
+    return x if piece == cut.piece else jnp.pad(x, missing)
+
+
+def _unpacked(group: Group, results: list[jax.Array]) -> list[jax.Array]:
+    """The shards of a group's leaves from `(sharers, owners, slots, *piece)` of every bucket."""
+    x = results[0] if len(results) == 1 else jnp.concatenate(results, axis=2)
+    x = x.reshape(-1, *group.piece)[: group.units]
+    units = parts(x, [cut.units for cut in group.cuts])
+    return [_shard(part, cut) for part, cut in zip(units, group.cuts, strict=True)]
+
+
+def _shard(x: jax.Array, cut: Cut) -> jax.Array:
+    """The inverse of `_cut`."""
+    x = x[(slice(None), *map(slice, cut.piece))]
+    x = x.mT.conj() if cut.turned else x
+    back = sorted(range(len(cut.order)), key=cut.order.__getitem__)
+    return x.reshape([cut.view[k] for k in cut.order]).transpose(back)
+
+
+def _upright(cut: Cut) -> Shape:
+    return cut.piece[::-1] if cut.turned else cut.piece
+
+
+def _size(sizes: Sizes, names: Names) -> int:
+    return math.prod(sizes[name] for name in names)

@@ -1,0 +1,354 @@
+"""Which device makes which matrices whole, and what it is sent for that: a plan, from shapes alone.
+
+A matrix that is spread over a mesh is computed whole by one owner. Of every leaf some mesh axes divide its
+batch: its matrices are there already (kept). Others divide the matrices themselves: their pieces are sent to
+the owners and back (moved). Over the rest it is replicated: they share the work (shared), or, where that
+would save nothing, repeat it.
+
+    units   U = matrices of one kind on a device's share of the kept axes
+    slots   k = ⌈U / (|moved| |shared|)⌉ for every owner, the last ones empty              (1)
+    sent    k (|moved| - 1) pieces in, as many back; k |moved| (|shared| - 1) shared out   (2)
+
+No device is needed to plan, and no name of a mesh axis means anything.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optimorph.linalg.axes import Axes, Shape
+
+Names = tuple[str, ...]
+Spec = tuple[Names, ...]
+"""For each axis of an array the mesh axes that divide it, the outermost first."""
+
+Cost = Callable[[int, int], float]
+"""What a matrix n x m costs."""
+
+
+class Leaf(NamedTuple):
+    """An array over a mesh: its whole shape, how it reads as matrices, how it is spread, and its numbers."""
+
+    shape: Shape
+    form: Axes
+    spec: Spec
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a device's shard of one leaf becomes units, `(units, *piece)`, and back.
+
+    Args:
+      leaf: its number.
+      view: the shard's shape with blocks as axes of their own.
+      order: of the view's axes: those that count units first.
+      units: how many there are.
+      piece: what the device holds of each.
+      turned: whether a piece is transposed, so that no matrix is higher than wide.
+    """
+
+    leaf: int
+    view: Shape
+    order: tuple[int, ...]
+    units: int
+    piece: Shape
+    turned: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Units of one kind: the same pieces, spread in the same way.
+
+    Args:
+      piece: what a device holds of a unit.
+      spread: the mesh axes that divide each axis of a unit.
+      form: how whole units `(unit, *axes)` read as matrices.
+      cuts: where they come from.
+      slots: how many units each owner takes.
+    """
+
+    piece: Shape
+    spread: Spec
+    form: Axes
+    cuts: tuple[Cut, ...]
+    slots: int = 0
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return sum(cut.units for cut in self.cuts)
+
+    def whole(self, mesh: Mapping[str, int]) -> Shape:
+        """The shape of a unit put together."""
+        return tuple(size * _size(mesh, names) for size, names in zip(self.piece, self.spread, strict=True))
+
+    def cost(self, mesh: Mapping[str, int], cost: Cost) -> float:
+        """Of one unit."""
+        stacks = self.form.stacks((1, *self.whole(mesh)))
+        return sum(math.prod(batch) * cost(min(n, m), max(n, m)) for *batch, n, m in stacks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """What is exchanged, and computed, in one go: of each group the slots [first, last)."""
+
+    parts: tuple[tuple[int, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Leaves of one dtype that the same mesh axes keep, move and share.
+
+    Args:
+      kept, moved, shared: mesh axes, in the mesh's order.
+      gathered: whether every device gets whole units and nothing is sent back: the lesser evil for one.
+      groups: the units.
+      buckets: what goes together.
+      itemsize: bytes of a number as it is sent.
+    """
+
+    kept: Names
+    moved: Names
+    shared: Names
+    gathered: bool
+    groups: tuple[Group, ...]
+    buckets: tuple[Bucket, ...]
+    itemsize: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A plan: `print` shows it.
+
+    Args:
+      mesh: the names and sizes of its axes.
+      exchanges: of all leaves, each leaf in one.
+      flops: multiplications and additions of the busiest device.
+      least_flops: of a device, if they could be divided evenly.
+      sent: bytes that a device sends.
+      least_sent: bytes that it would send if no slot were empty.
+    """
+
+    mesh: tuple[tuple[str, int], ...]
+    exchanges: tuple[Exchange, ...]
+    flops: float
+    least_flops: float
+    sent: float
+    least_sent: float
+
+    def __str__(self) -> str:
+        """A line for every kind of units, and the totals."""
+        mesh = dict(self.mesh)
+        lines = ["mesh " + (" x ".join(f"{name} {size}" for name, size in self.mesh) or "of one device")]
+        for exchange in self.exchanges:
+            how = "gather" if exchange.gathered else "move"
+            lines.append(
+                f"kept {_said(exchange.kept)}, {how} {_said(exchange.moved)}, "
+                f"share {_said(exchange.shared)}, in {len(exchange.buckets)} go(es)"
+            )
+            for group in exchange.groups:
+                owners = _size(mesh, exchange.shared)
+                owners *= 1 if exchange.gathered else _size(mesh, exchange.moved)
+                whole = " x ".join(map(str, group.whole(mesh)))
+                lines.append(f"  {group.units} units of {whole} over {owners} owners, {group.slots} each")
+        lines.append(f"flops of a device {self.flops:.4g}, at least {self.least_flops:.4g}")
+        lines.append(f"bytes that a device sends {self.sent:.4g}, at least {self.least_sent:.4g}")
+        return "\n".join(lines)
+
+
+def place(
+    mesh: Mapping[str, int],
+    leaves: Sequence[Leaf],
+    *,
+    cost: Cost = lambda n, m: 2.0 * n * n * m,
+    free: bool = True,
+    wire: np.dtype | None = None,
+    bytes_at_once: int = 2**28,
+) -> Placement:
+    """The plan for leaves over a mesh.
+
+    Args:
+      mesh: the names of its axes and their sizes, in order.
+      leaves: every axis of a leaf must divide by the mesh axes that divide it.
+      cost: flops of one matrix.
+      free: whether rows and columns may be permuted, and matrices transposed and padded with zeros, as polar
+        factors allow; else matrices come together as they are.
+      wire: the dtype of what is sent, if narrower than the leaf's.
+      bytes_at_once: of whole units that a device holds in one go, unless one alone is larger.
+    """
+    kinds: dict[Any, tuple[Exchange, list[Group]]] = {}
+    true_cost = true_sent = 0.0
+    for group, kept, dtype in _groups(mesh, leaves, free):
+        exchange, group = _divided(mesh, group, kept, _bytes(dtype, wire))
+        key = (exchange, dtype)
+        kinds.setdefault(key, (exchange, []))[1].append(group)
+        share = _size(mesh, [name for name in mesh if name not in kept])
+        true_cost += group.units * group.cost(mesh, cost) / share
+        true_sent += _sent(mesh, exchange, group, least=True)
+    exchanges = tuple(
+        _bucketed(mesh, exchange, _merged(mesh, exchange, groups, cost) if free else groups, bytes_at_once)
+        for exchange, groups in kinds.values()
+    )
+    pairs = [(exchange, group) for exchange in exchanges for group in exchange.groups]
+    return Placement(
+        tuple(mesh.items()),
+        exchanges,
+        flops=sum(group.slots * group.cost(mesh, cost) for _, group in pairs),
+        least_flops=true_cost,
+        sent=sum(_sent(mesh, exchange, group) for exchange, group in pairs),
+        least_sent=true_sent,
+    )
+
+
+def _groups(
+    mesh: Mapping[str, int], leaves: Sequence[Leaf], free: bool
+) -> Iterable[tuple[Group, Names, np.dtype]]:
+    found: dict[Any, list[Cut]] = {}
+    for number, leaf in enumerate(leaves):
+        if 0 in leaf.shape:
+            continue
+        cut, spread, form, kept = _cut(mesh, leaf, number, free)
+        found.setdefault((cut.piece, spread, form, kept, leaf.dtype), []).append(cut)
+    for (piece, spread, form, kept, dtype), cuts in found.items():
+        yield Group(piece, spread, form, tuple(cuts)), kept, dtype
+
+
+def _cut(mesh: Mapping[str, int], leaf: Leaf, number: int, free: bool) -> tuple[Cut, Spec, Axes, Names]:
+    sides = [*_sides(mesh, leaf)]
+    letters, sizes, spread = ([side[k] for side in sides] for k in range(3))
+    view = tuple(size // _size(mesh, names) for size, names in zip(sizes, spread, strict=True))
+    batch, rest, rows, columns = (
+        [k for k, letter in enumerate(letters) if chosen(letter)]
+        for chosen in (lambda x: x == "b", lambda x: x != "b", lambda x: x == "i", lambda x: x == "o")
+    )
+    units, kept = math.prod(view[k] for k in batch), _joined(spread, batch)
+    if not free or len(rows) + len(columns) < len(rest):
+        form = Axes("b" + "".join(letters[k] for k in rest))
+        cut = Cut(number, view, (*batch, *rest), units, tuple(view[k] for k in rest), False)
+        return cut, tuple(spread[k] for k in rest), form, kept
+    n, m = (math.prod(sizes[k] for k in side) for side in (rows, columns))
+    high, wide = (math.prod(view[k] for k in side) for side in (rows, columns))
+    by_row, by_column = _joined(spread, rows), _joined(spread, columns)
+    turned = n > m or (n == m and by_row > by_column)  # squares that lie alike go together
+    piece, spread = ((wide, high), (by_column, by_row)) if turned else ((high, wide), (by_row, by_column))
+    cut = Cut(number, view, (*batch, *rows, *columns), units, piece, turned)
+    return cut, spread, Axes("bio"), kept
+
+
+def _sides(mesh: Mapping[str, int], leaf: Leaf) -> Iterable[tuple[Any, ...]]:
+    """Every axis as (letter, size, mesh axes); equal blocks that no shard cuts through are a batch axis."""
+    for size, axis, names in zip(leaf.shape, leaf.form.parts, leaf.spec, strict=True):
+        blocks = len(axis.blocks)
+        between = _between(mesh, blocks, names) if axis.equal and blocks > 1 else None
+        if between is None:
+            yield str(axis), size, names
+        else:
+            yield "b", blocks, between[0]
+            yield axis.letter, size // blocks, between[1]
+
+
+def _between(mesh: Mapping[str, int], blocks: int, names: Names) -> tuple[Names, Names] | None:
+    """The mesh axes that count blocks, and those that divide each; None if one does both."""
+    for k, name in enumerate(names):
+        if blocks == 1:
+            return names[:k], names[k:]
+        if blocks % mesh[name]:
+            return None
+        blocks //= mesh[name]
+    return names, ()
+
+
+def _divided(mesh: Mapping[str, int], group: Group, kept: Names, itemsize: int) -> tuple[Exchange, Group]:
+    """The group with its slots (1), over as few of the idle axes as give the fewest."""
+    moved = tuple(name for name in mesh if any(name in names for names in group.spread))
+    idle = [name for name in mesh if name not in (*kept, *moved)]
+    owners = _size(mesh, moved)
+
+    def slots(shared: Iterable[str]) -> int:
+        return -(-group.units // (owners * _size(mesh, shared)))
+
+    subsets = [each for n in range(len(idle) + 1) for each in itertools.combinations(idle, n)]
+    shared = min(subsets, key=lambda each: (slots(each), _size(mesh, each)))
+    gathered = bool(moved) and group.units == 1
+    exchange = Exchange(
+        tuple(name for name in mesh if name in kept), moved, shared, gathered, (), (), itemsize
+    )
+    return exchange, dataclasses.replace(group, slots=slots(shared))
+
+
+def _merged(mesh: Mapping[str, int], exchange: Exchange, groups: list[Group], cost: Cost) -> list[Group]:
+    """Kinds of nearly the same shape as one, padded, where that makes empty slots of use."""
+    owners = _size(mesh, exchange.moved) * _size(mesh, exchange.shared)
+    done: list[Group] = []
+    for group in sorted(groups, key=lambda group: group.cost(mesh, cost), reverse=True):
+        for k, large in enumerate(done):
+            both = _together(large, group, owners)
+            if both is None or exchange.gathered:
+                continue
+            apart = sum(each.slots * each.cost(mesh, cost) for each in (large, group))
+            if both.slots * both.cost(mesh, cost) < apart:
+                done[k] = both
+                break
+        else:
+            done.append(group)
+    return done
+
+
+def _together(a: Group, b: Group, owners: int) -> Group | None:
+    if a.spread != b.spread or a.form != b.form or a.form.spec != "bio":
+        return None
+    piece = tuple(map(max, a.piece, b.piece))
+    slots = -(-(a.units + b.units) // owners)
+    return dataclasses.replace(a, piece=piece, cuts=a.cuts + b.cuts, slots=slots)
+
+
+def _bucketed(
+    mesh: Mapping[str, int], exchange: Exchange, groups: Sequence[Group], bytes_at_once: int
+) -> Exchange:
+    buckets: list[list[tuple[int, int, int]]] = [[]]
+    room = bytes_at_once
+    for number, group in enumerate(groups):
+        size, first = math.prod(group.whole(mesh)) * max(4, exchange.itemsize), 0
+        while first < group.slots:
+            if room < size and buckets[-1]:
+                buckets.append([])
+                room = bytes_at_once
+            count = min(group.slots - first, max(1, room // size))
+            buckets[-1].append((number, first, first + count))
+            room -= count * size
+            first += count
+    found = tuple(Bucket(tuple(parts)) for parts in buckets)
+    return dataclasses.replace(exchange, groups=tuple(groups), buckets=found)
+
+
+def _sent(mesh: Mapping[str, int], exchange: Exchange, group: Group, least: bool = False) -> float:
+    """Bytes (2) that a device sends for a group."""
+    moved, shared = _size(mesh, exchange.moved), _size(mesh, exchange.shared)
+    pieces = group.units / shared if least else group.slots * moved
+    size = exchange.itemsize * math.prod(group.piece)
+    if exchange.gathered:
+        return group.units * size * (moved - 1)
+    return size * pieces * (2 * (1 - 1 / moved) + (shared - 1))
+
+
+def _bytes(dtype: np.dtype, wire: np.dtype | None) -> int:
+    return (
+        np.dtype(dtype).itemsize if wire is None else min(np.dtype(dtype).itemsize, np.dtype(wire).itemsize)
+    )
+
+
+def _joined(spread: Sequence[Names], axes: Iterable[int]) -> Names:
+    return tuple(itertools.chain.from_iterable(spread[k] for k in axes))
+
+
+def _size(mesh: Mapping[str, int], names: Iterable[str]) -> int:
+    return math.prod(mesh[name] for name in names)
+
+
+def _said(names: Names) -> str:
+    return ", ".join(names) or "nothing"
