@@ -120,6 +120,8 @@ def _anywhere(task: Everywhere, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _divided_by_the_compiler(task: Everywhere, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Over a mesh that only the compiler knows; on one device this is `of_whole`."""
 
+    x64 = jax.config.jax_enable_x64
+
     @jax.jit  # which keeps constants to itself
     def whole(*arrays):
         return tuple(task.of_whole(arrays))
@@ -130,7 +132,8 @@ def _divided_by_the_compiler(task: Everywhere, *arrays: jax.Array) -> tuple[jax.
 
         def shards(mark, *arrays):
             specs = [spec_of(layout, x.ndim, mesh.shape) for layout, x in zip(layouts, arrays, strict=True)]
-            return tuple(task._of_shards(mesh.shape, specs, arrays, "varying"))
+            with jax.enable_x64(x64):  # the compiler asks when the caller's context has been left
+                return tuple(task._of_shards(mesh.shape, specs, arrays, "varying"))
 
         everywhere = NamedSharding(mesh, PartitionSpec())
         return mesh, shards, tuple(layouts), (everywhere, *layouts)

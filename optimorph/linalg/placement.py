@@ -332,7 +332,7 @@ def _sent(mesh: Mapping[str, int], exchange: Exchange, group: Group, least: bool
     pieces = group.units / shared if least else group.slots * moved
     size = exchange.itemsize * math.prod(group.piece)
     if exchange.gathered:
-        return group.units * size * (moved - 1)
+        return float(group.units * size * (moved - 1))
     return size * pieces * (2 * (1 - 1 / moved) + (shared - 1))
 
 

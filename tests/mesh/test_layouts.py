@@ -1,0 +1,128 @@
+"""However leaves lie, updates and states are those of one device, and lie as the leaves do."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+from jax.sharding import AxisType
+
+import optimorph as om
+from optimorph.linalg import NewtonSchulz
+
+MUON = dict(axes=trees.AXES, weight_decay=0.1, orthogonalizer=NewtonSchulz(steps=3))
+
+
+def steps(tx, place, dtype, count=2):
+    params = place(trees.drawn(0, dtype))
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for seed in range(count):
+        updates, state = update(place(trees.drawn(1 + seed, dtype)), state, params)
+        params = optax.apply_updates(params, updates)
+    return updates, state
+
+
+def close(got, want, tolerance):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("layout", "devices"),
+    [(layout, 8) for layout in trees.LAYOUTS]
+    + [(layout, n) for n in (2, 4, 16) for layout in ("replicated", "fsdp x tensor", "mixed")],
+)
+def test_muon_in_float64(layout, devices, mode):
+    with jax.enable_x64(True):
+        tx, places = om.muon(0.1, **MUON), trees.shardings(layout, devices, mode)
+        got = steps(tx, lambda tree: trees.put(tree, places), np.float64)
+        close(got, steps(tx, trees.on_one, np.float64), 1e-11)
+        for name, x in got[0].items():
+            assert x.sharding.is_equivalent_to(places[name], x.ndim), (name, x.sharding)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "fsdp x tensor", "hybrid: data axis of two"])
+def test_muon_in_float32(layout, mode):
+    tx, places = om.muon(0.1, **MUON), trees.shardings(layout, 8, mode)
+    got = steps(tx, lambda tree: trees.put(tree, places), np.float32)
+    close(got, steps(tx, trees.on_one, np.float32), 1e-5)
+    state = jax.tree_util.tree_flatten_with_path(got[1])[0]
+    for path, x in state:
+        name = getattr(path[-1], "key", None)
+        if name in places and x.ndim:
+            assert x.sharding.is_equivalent_to(places[name], x.ndim), (path, x.sharding)
+
+
+def middle(x):
+    """Sees where rows and columns stand."""
+    n, m = x.shape[-2:]
+    return x * jnp.arange(n)[:, None].astype(x.dtype) + jnp.arange(m).astype(x.dtype)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "fsdp x tensor", "mixed"])
+def test_matrices_come_as_they_are_to_functions_that_may_mind(layout, mode):
+    with jax.enable_x64(True):
+        tx, places = om.orthogonalize(middle, trees.AXES), trees.shardings(layout, 8, mode)
+        got, want = (
+            steps(tx, place, np.float64, 1)[0]
+            for place in (lambda tree: trees.put(tree, places), trees.on_one)
+        )
+        close(got, want, 1e-11)
+
+
+@pytest.mark.parametrize("layout", ["fsdp x tensor", "replicated", "hybrid: data axis of two"])
+def test_in_several_goes(layout, mode):
+    """Of one matrix at a time."""
+    with jax.enable_x64(True):
+        places = trees.shardings(layout, 8, mode)
+        small = om.orthogonalize(None, trees.AXES, bytes_at_once=1)
+        got = steps(small, lambda tree: trees.put(tree, places), np.float64, 1)[0]
+        close(got, steps(om.orthogonalize(None, trees.AXES), trees.on_one, np.float64, 1)[0], 1e-11)
+
+
+@pytest.mark.parametrize("layout", ["fsdp x tensor", "replicated", "fsdp, last axis"])
+def test_bfloat16_between_devices(layout, mode):
+    """Rounded to 8 bits on the way in and on the way out: no matrix is further off than that allows."""
+    places = trees.shardings(layout, 8, mode)
+    shapes = {name: shape for name, shape in trees.SHAPES.items() if name != "bias"}
+    tx = om.orthogonalize(None, trees.AXES, wire_dtype=jnp.bfloat16)
+    g = {name: x for name, x in trees.drawn(1).items() if name in shapes}
+    got = jax.jit(tx.update)(trees.put(g, places), optax.EmptyState())[0]
+    want = jax.jit(om.orthogonalize(None, trees.AXES).update)(trees.on_one(g), optax.EmptyState())[0]
+    worst = max(
+        float(np.linalg.norm(np.asarray(got[n]) - np.asarray(want[n])) / np.linalg.norm(want[n])) for n in got
+    )
+    assert 1e-4 < worst < 2e-2
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw"])
+@pytest.mark.parametrize("layout", ["fsdp x tensor", "mixed", "replicated"])
+def test_elementwise_recipes(layout, name, mode):
+    tx, places = getattr(om, name)(0.1), trees.shardings(layout, 8, mode)
+    got = steps(tx, lambda tree: trees.put(tree, places), np.float32)
+    close(got, steps(tx, trees.on_one, np.float32), 1e-5)
+    params = trees.put(trees.drawn(0), places)
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    assert not [
+        op for op in ("all-gather", "all-reduce", "all-to-all", "permute", "scatter") if f" {op}" in text
+    ]
+    for leaf, x in got[0].items():
+        assert x.sharding.is_equivalent_to(places[leaf], x.ndim)
+
+
+def test_uneven_sizes():
+    """That no mesh axis divides: only within a program can arrays lie so."""
+    mesh = trees.mesh_of(8, 1, AxisType.Auto)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None))
+    tx = om.orthogonalize(None, {"*": "io"})
+    g = {"w": trees.drawn(0, shapes={"w": (12, 20)})["w"], "v": trees.drawn(1, shapes={"v": (13, 7)})["v"]}
+
+    @jax.jit
+    def update(g):
+        g = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, place), g)
+        return tx.update(g, optax.EmptyState())[0]
+
+    chex.assert_trees_all_close(update(g), tx.update(trees.on_one(g), optax.EmptyState())[0], atol=1e-5)
