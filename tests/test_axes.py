@@ -54,6 +54,13 @@ def test_what_is_no_matrix_is_refused(spec):
         Axes(spec)
 
 
+def test_what_is_no_text_is_refused():
+    axes = object.__new__(Axes)  # past the type checker, which users need not have
+    object.__setattr__(axes, "spec", 5)
+    with pytest.raises(ValueError, match=r"^5 does not describe a matrix\. Type one letter per axis"):
+        axes.__post_init__()
+
+
 def test_misfits_are_said():
     assert "describes 2 axes, not 3" in Axes("io").misfit((2, 3, 4))
     assert "an axis of 10 does not divide into 1+1+1 parts" in Axes("i(3o)").misfit((2, 10))
