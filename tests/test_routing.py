@@ -593,24 +593,87 @@ def test_rules_without_a_leaf_are_reported(rules):
     assert om.plan(TREE, axes=rules).unused
 
 
-def test_a_thousand_faults_are_not_all_printed():
-    params = {f"w{k}": jnp.ones((2, 3, 4)) for k in range(1000)}
-    with pytest.raises(ValueError, match=r"and 980 more leaves"):
-        om.muon(0.1).init(params)
+def refusal(params, **arguments):
+    with pytest.raises(ValueError, match="no rule says") as error:
+        om.muon(0.1, **arguments).init(params)
+    return str(error.value)
 
 
-def test_masks_of_path_and_shape():
-    tx = om.adamw(0.1, weight_decay=0.5, mask=lambda path, shape: len(shape) > 1)
-    ones = jax.tree.map(jnp.ones_like, TREE)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, TREE), tx.init(ones), ones)
-    assert not updates["blocks"][0]["bias"].any()
-    assert updates["blocks"][0]["kernel"].any()
-    whole = om.adamw(0.1, weight_decay=0.5, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
-    chex.assert_trees_all_equal(
-        updates, whole.update(jax.tree.map(jnp.zeros_like, TREE), whole.init(ones), ones)[0]
-    )
-    tx = om.add_decayed_weights(0.5, {"w": "io", "b": None})
-    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert float(updates["w"][0, 0]) == 1.5
-    assert float(updates["b"][0]) == 1.0
+def test_leaves_that_differ_in_numbers_are_asked_once():
+    params = {"layers": [{"attn": {"qkv": {"kernel": jnp.ones((8, 16))}}} for _ in range(12)]}
+    message = refusal(params)
+    assert "muon: 'layers/*/attn/qkv/kernel' (12 leaves) has shape (8, 16)" in message
+    assert message.count("has shape") == 1
+    assert "axes={'layers/*/attn/qkv/kernel': 'io'}" in message
+    assert len(specs(params, {"layers/*/attn/qkv/kernel": "io"})) == 12
+    assert "'layers/*/attn/qkv/kernel' (12 leaves) has shape" in str(om.plan(params))
+
+
+def test_what_is_typed_for_alike_leaves_means_no_others():
+    odd, plain = jnp.ones((2, 3, 4)), jnp.ones((4, 4))
+    params = {"layers": [{"kernel": odd, "mlp": {"kernel": plain}} for _ in range(3)]}
+    message = refusal(params)
+    assert "axes={re.compile(r'^layers/\\d+/kernel$'): 'bio'}" in message
+    axes = {re.compile(r"^layers/\d+/kernel$"): "bio"}
+    assert set(specs(params, axes).values()) == {"bio", "io"}
+
+
+def test_every_undecided_leaf_is_named():
+    names = [f"w{a}{b}" for a in "abcde" for b in "abcde"]
+    message = refusal({name: jnp.ones((2, 3, 4)) for name in names})
+    assert "... and 5 more leaves: 'wea', 'web'" in message
+    assert all(repr(name) in message for name in names)
+
+
+def test_a_rule_may_leave_it_to_the_names():
+    params = {"embed": {"embedding": jnp.ones((8, 4))}, "up": {"kernel": jnp.ones((4, 8))}, "b": jnp.ones(8)}
+    assert specs(params, lambda path, shape: "oi" if path == "b/w" else ...) == {"up/kernel": "io"}
+    assert specs(params, {"embed/*": ..., "b": ..., "*": "oi"}) == {"up/kernel": "oi"}
+    tree = {"embed": {"embedding": "oi"}, "up": {"kernel": ...}, "b": None}
+    assert specs(params, tree) == {"embed/embedding": "oi", "up/kernel": "io"}
+    with pytest.raises(ValueError, match="labels: no rule matches 'b'"):
+        om.labels(lambda path, shape: ... if path == "b" else "fast")(params)
+
+
+def test_a_bare_array_and_flat_dictionaries():
+    assert specs(jnp.ones((3, 4))) == {"": "io"}
+    flat = {"embed.embedding": jnp.ones((8, 4)), "layers.0.up.weight": jnp.ones((8, 4))}
+    assert specs(flat) == {"layers.0.up.weight": "oi"}
+    flat = {("embed", "embedding"): jnp.ones((8, 4)), ("layers", 0, "up", "weight"): jnp.ones((8, 4))}
+    assert specs(flat) == {"layers/0/up/weight": "oi"}
+
+
+def test_a_tied_embedding_of_equinox_is_an_embedding():
+    a, b = jax.random.split(jax.random.key(0))
+    pair = eqx.nn.Embedding(11, 8, key=a), eqx.nn.Linear(8, 11, key=b)
+    shared = eqx.nn.Shared(pair, lambda pair: pair[1].weight, lambda pair: pair[0].weight)
+    params = eqx.filter({"shared": shared, "hidden": eqx.nn.Linear(8, 8, key=a)}, eqx.is_array)
+    assert specs(params) == {"hidden/weight": "oi"}
+
+
+@pytest.mark.parametrize("make", [om.muon, om.orthogonalize])
+def test_what_is_no_array_is_named(make):
+    model = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+    words = r"'activation.*' is .*, no array\. Leave such leaves out: eqx\.filter\(model, eqx\.is_array\)"
+    tx = make(0.1) if make is om.muon else make()
+    with pytest.raises(ValueError, match=words):
+        tx.init(model)
+
+
+ASKED = {
+    ("x", (3, 1, 64)): ["None}  # depthwise: not a matrix", "'bio'"],
+    ("x/weight", (64, 1, 3)): ["None}  # depthwise: not a matrix", "'boi'"],
+    ("x/weight", (12, 3, 12, 64, 768)): ["'bbooi'"],
+    ("x/weight", (12, 768, 12, 64)): ["'booi'", "'boii'"],
+    ("x/kernel", (12, 3, 3, 3, 8, 8)): ["'biiiio'"],
+    ("x", (2, 2, 2, 2, 2, 3, 4)): ["'bbbbbio'", "None}  # not a matrix"],
+    ("query_key_value/kernel", (48, 144)): ["'i(3o)'", "'i(36o)'"],
+    ("rnn/cell/dense_i/kernel", (5, 16)): ["'io'", "'i(4o)'"],
+}
+
+
+@pytest.mark.parametrize(("path", "shape"), ASKED, ids=[f"{path} {shape}" for path, shape in ASKED])
+def test_likely_answers_are_offered(path, shape):
+    message = refusal({path: jax.ShapeDtypeStruct(shape, jnp.float32)})
+    places = [message.index(word) for word in ASKED[path, shape]]
+    assert places == sorted(places)
