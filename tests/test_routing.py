@@ -299,7 +299,7 @@ NAMES = {
     ("decoder/layers/mlp_global/wo/kernel", (14336, 21, 3584)): "ibo",
     ("decoder/layers/self_attention_local/query/kernel", (3584, 21, 16, 256)): "iboo",
     ("decoder/layers/self_attention_global/out/kernel", (16, 21, 256, 4096)): "ibio",
-    ("decoder/layers/self_attention_global/out/kernel", (16, 21, 256, 3584)): UNDECIDED,
+    ("decoder/layers/self_attention_global/out/kernel", (16, 21, 256, 3584)): "ibio",
     ("decoder/layers/self_attention/out/kernel", (28, 16, 128, 1024)): UNDECIDED,
     ("decoder/layers/self_attention/out/kernel", (28, 16, 128, 2048)): "biio",
     ("decoder/layers/mlp/wi_0/kernel", (48, 48, 1024)): UNDECIDED,

@@ -149,6 +149,14 @@ ROWS = (
     Row("attention", _MAXTEXT_ATTENTION + "qkv_proj/kernel", ("ibboo",), sizes.layers_second, whole=True),
     Row("attention", _MAXTEXT_ATTENTION + "(wq_a|wkv_a)/kernel", ("ibo",), sizes.layers_second, whole=True),
     Row("attention", _MAXTEXT_ATTENTION + "out/kernel", ("ibio",), sizes.out_layers_second, whole=True),
+    # Gemma's pairs of layers have names that are MaxText's alone
+    Row(
+        "attention",
+        _MAXTEXT + "self_attention_(local|global)/out/kernel",
+        ("ibio",),
+        sizes.out_not_layers_first,
+        whole=True,
+    ),
     Row("attention", _MAXTEXT_ATTENTION + "out/kernel", (UNDECIDED,), sizes.out_not_layers_first),
     Row("dense", _MAXTEXT_DENSE, ("ibo",), sizes.layers_second, whole=True),
     Row("dense", _MAXTEXT_DENSE, (UNDECIDED,), sizes.not_layers_first),
