@@ -2,9 +2,9 @@
 
     counted(jax.jit(f).lower(*arguments).compile())
 
-Loops count as often as they run. Bytes are those that a device must send: of n devices in a group, an all-gather
-of b bytes on each sends (n - 1) b, an all-to-all b (n - 1) / n, an all-reduce twice that, a reduce-scatter
-b (n - 1) / n, a permutation b.
+Loops count as often as they run. Bytes are those that a device must send: of n devices in a group, an
+all-gather of b bytes on each sends (n - 1) b, an all-to-all b (n - 1) / n, an all-reduce twice that, a
+reduce-scatter b (n - 1) / n, a permutation b.
 """
 
 import collections

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import re
@@ -14,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph.core.checks import is_array, not_an_array
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import PyTree, Shape
+from optimorph.linalg.axes import Axes
 from optimorph.muon import muon
+from optimorph.routing.alike import listed, starred
 from optimorph.routing.reading import Reading, reader
 from optimorph.routing.rules import unused
 from optimorph.transforms.scale_by_shape import SCALES
@@ -89,7 +93,8 @@ class Plan:
         lines = _aligned(_TITLES, [_cells(rows) for rows in _alike(self.rows)])
         lines += ["", *_aligned(_TOTALS, _totals(self.rows))]
         lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
-        lines += [f"\n{row.question}" for row in self.rows if row.question is not None]
+        asked = [(row.path, row.question) for row in self.rows if row.question is not None]
+        lines += [f"\n{text}" for text in listed(asked, [row.path for row in self.rows])]
         return "\n".join(lines)
 
 
@@ -128,18 +133,18 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
         return held[path] * leaf.size // max(1, known.size)
 
     def row(path: str, leaf: jax.ShapeDtypeStruct, reading: Reading, kind: Any) -> PlanRow:
-        form, sizes = reading.axes, collections.Counter()
-        for *batch, inputs, outputs in () if form is None else form.stacks(leaf.shape):
-            sizes[inputs, outputs] += math.prod(batch)
+        form, matrices = reading.axes, _matrices(reading.axes, leaf.shape)
         return PlanRow(
             path=path,
             shape=leaf.shape,
             dtype=leaf.dtype,
             role=reading.role,
             spec=None if form is None else form.spec,
-            matrices=tuple((count, *size) for size, count in sizes.items()),
+            matrices=matrices,
             transform=_transform(reading, others),
-            scales=tuple(1.0 if scale is None else SCALES[scale](*size) for size in sizes if 0 not in size),
+            scales=tuple(
+                1.0 if scale is None else SCALES[scale](*size) for _, *size in matrices if 0 not in size
+            ),
             state_bytes=0 if reading.question is not None else state_bytes(kind, leaf),
             question=reading.question,
         )
@@ -148,13 +153,20 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
     return Plan(rows, tuple(unused(axes, paths)) if axes is not None else ())
 
 
+@functools.lru_cache(maxsize=1 << 10)
+def _matrices(axes: Axes | None, shape: Shape) -> tuple[tuple[int, int, int], ...]:
+    """(how many, inputs, outputs), for each size of a leaf's matrices."""
+    sizes = collections.Counter()
+    for *batch, inputs, outputs in () if axes is None else axes.stacks(shape):
+        sizes[inputs, outputs] += math.prod(batch)
+    return tuple((count, *size) for size, count in sizes.items())
+
+
 def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
-    try:
-        return jax.ShapeDtypeStruct(np.shape(leaf), jnp.result_type(leaf))
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"plan: {path!r} is {leaf!r}, no array. Leave such leaves out: eqx.filter(model, eqx.is_array)."
-        ) from None
+    if not is_array(leaf):
+        raise ValueError(not_an_array("plan", path, leaf))
+    known = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if known else jnp.result_type(leaf))
 
 
 def _transform(reading: Reading, others: optax.GradientTransformation | None) -> str:
@@ -184,7 +196,15 @@ def _alike(rows: Iterable[PlanRow]) -> Iterable[list[PlanRow]]:
     """Rows that differ in the numbers of their paths only."""
     groups: dict[Any, list[PlanRow]] = {}
     for row in rows:
-        same = dataclasses.replace(row, path=re.sub(r"\d+", "*", row.path), question=None)
+        same = (
+            re.sub(r"\d+", "*", row.path),
+            row.shape,
+            row.dtype,
+            row.role,
+            row.spec,
+            row.transform,
+            row.state_bytes,
+        )
         groups.setdefault(same, []).append(row)
     return groups.values()
 
@@ -192,7 +212,7 @@ def _alike(rows: Iterable[PlanRow]) -> Iterable[list[PlanRow]]:
 def _cells(rows: list[PlanRow]) -> tuple[str, ...]:
     first = rows[0]
     return (
-        _common(rows),
+        starred(row.path for row in rows),
         str(len(rows)),
         " x ".join(map(str, first.shape)) or "scalar",
         first.dtype.name,
@@ -203,12 +223,6 @@ def _cells(rows: list[PlanRow]) -> tuple[str, ...]:
         ", ".join(f"{scale:.3g}" for scale in first.scales) or "-",
         _bytes(sum(row.state_bytes for row in rows)),
     )
-
-
-def _common(rows: list[PlanRow]) -> str:
-    """Their path, with a star for every number in which they differ."""
-    pieces = zip(*(re.split(r"(\d+)", row.path) for row in rows), strict=True)
-    return "".join(piece[0] if len(set(piece)) == 1 else "*" for piece in pieces)
 
 
 def _totals(rows: Iterable[PlanRow]) -> list[tuple[str, ...]]:

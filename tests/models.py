@@ -190,6 +190,41 @@ def maxtext_mixtral():
     )
 
 
+def maxtext_gemma():
+    """Gemma-2-9B, whose 42 layers are 21 scanned pairs of a local and a global one."""
+    layers = "params/decoder/layers/"
+    kinds = ("local", "global")
+    return shapes(
+        {"params/token_embedder/embedding": (256128, 3584), "params/decoder/decoder_norm/scale": (3584,)}
+        | {layers + f"pre_self_attention_norm_{kind}/scale": (3584, 21) for kind in kinds}
+        | {layers + f"self_attention_{kind}/query/kernel": (3584, 21, 16, 256) for kind in kinds}
+        | {layers + f"self_attention_{kind}/value/kernel": (3584, 21, 8, 256) for kind in kinds}
+        | {layers + f"self_attention_{kind}/out/kernel": (16, 21, 256, 3584) for kind in kinds}
+        | {layers + f"mlp_{kind}/wi_0/kernel": (3584, 21, 14336) for kind in kinds}
+        | {layers + f"mlp_{kind}/wo/kernel": (14336, 21, 3584) for kind in kinds}
+    )
+
+
+def levanter_gpt():
+    """GPT-2 small, its layers stacked, query, key and value in one weight."""
+    blocks = "transformer/blocks/stacked/"
+    tree = shapes(
+        {
+            "embeddings/token_embeddings/weight": (50257, 768),
+            "embeddings/position_embeddings/weight": (1024, 768),
+            "transformer/ln_f/weight": (768,),
+            blocks + "ln_1/weight": (12, 768),
+            blocks + "ln_1/bias": (12, 768),
+            blocks + "attn/c_attn/weight": (12, 3, 12, 64, 768),
+            blocks + "attn/c_attn/bias": (12, 3, 12, 64),
+            blocks + "attn/c_proj/weight": (12, 768, 12, 64),
+            blocks + "mlp/c_fc/weight": (12, 3072, 768),
+            blocks + "mlp/c_proj/weight": (12, 768, 3072),
+        }
+    )
+    return jax.tree.map(Named, tree)
+
+
 def levanter_llama():
     """Llama-3-8B, its layers stacked, its heads axes of their own, its outputs first."""
     layers = "transformer/layers/stacked/"
@@ -272,7 +307,9 @@ MODELS = {
     "equinox transformer": lambda: _equinox(EquinoxTransformer),
     "maxtext llama-3-8b": maxtext_llama,
     "maxtext mixture of experts": maxtext_mixtral,
+    "maxtext gemma-2-9b": maxtext_gemma,
     "levanter llama-3-8b": levanter_llama,
+    "levanter gpt-2": levanter_gpt,
     "haiku": haiku,
     "plain": plain,
 }

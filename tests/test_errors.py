@@ -66,6 +66,7 @@ REFUSED = {
     ),
     "bad axes": (lambda: Axes("ix"), ["'ix'", "'io'"]),
     "no output": (lambda: Axes("ii"), ["'ii'"]),
+    "another alphabet's digits": (lambda: Axes("i(٣o)"), ["'i(٣o)'", "'i(3o)'"]),
     "exponent": (lambda: schedules.robbins_monro(0.1, 0.5), ["robbins_monro", "exponent", "0.5", "(1/2, 1]"]),
     "exponent above": (lambda: schedules.robbins_monro(0.1, 1.01), ["robbins_monro", "exponent", "1.01"]),
     "swapped eigenvalues": (lambda: theory.polyak(0.1, 1.0), ["polyak", "strong_convexity", "largest"]),

@@ -135,7 +135,7 @@ NAMES = {
     ("lstm/weight_hh", (16, 4)): "(4o)i",
     ("layers/conv/kernel", (3, 3, 8, 16)): UNDECIDED,
     ("layers/0/conv/kernel", (3, 3, 8, 16)): "iiio",
-    ("layers/attn/query/kernel", (4, 8, 8)): UNDECIDED,
+    ("layers/attn/query/kernel", (4, 8, 8)): "bio",
     ("ScanBlock_0/attn/query/kernel", (4, 8, 8)): "bio",
     ("ScanBlock_0/Dense_0/kernel", (8, 8)): "io",
     ("layers/pre/weight", (4, 8)): UNDECIDED,
@@ -152,7 +152,7 @@ NAMES = {
     ("anything", (2, 4, 8)): UNDECIDED,
     ("decoder/layers/attention/out/kernel", (3, 4, 4, 16)): "biio",
     ("encoder/layers/Conv_0/kernel", (7, 5, 64)): UNDECIDED,
-    ("decoder/layers/dt_proj/kernel", (48, 32, 1024)): "bio",
+    ("decoder/layers/dt_proj/kernel", (48, 32, 1024)): UNDECIDED,
     ("layers/0/attn/kv_einsum/w", (2, 4, 2048, 256)): UNDECIDED,
     ("attn/kv/kernel", (16, 2, 4, 4)): UNDECIDED,
     ("attn/in_proj/kernel", (16, 3, 4, 4)): UNDECIDED,
@@ -225,8 +225,6 @@ NAMES = {
     ("ScanTransformer_0/patchify/Conv_0/kernel", (3, 3, 8, 16)): UNDECIDED,
     ("attn/Wqkv", (16, 48)): "i(3o)",
     ("attn/qkv_w", (16, 48)): "i(3o)",
-    ("query_key_value/kernel", (16, 48)): "i(3o)",
-    ("query_key_value/weight", (48, 16)): "(3o)i",
     ("in_proj_weight", (48, 16)): "(3o)i",
     ("MultiHead_0/Head_0/key/kernel", (16, 4)): "io",
     ("sa_head/key/kernel", (16, 4)): "io",
@@ -268,12 +266,154 @@ NAMES = {
     ("patch_embed/proj/conv/kernel", (4, 4, 3, 8)): None,
     ("dec/pos_embed", (16, 8)): None,
     ("decoder/layers/self_attention/wkv_b/kernel", (64, 2, 4, 16)): "iboo",
+    # stacks that no name says, told from heads and windows by their sizes
+    ("h/attn/q_proj/kernel", (12, 768, 768)): UNDECIDED,
+    ("h/attn/q_proj/kernel", (768, 12, 64)): "ioo",
+    ("h/attn/query/kernel", (768, 12, 64)): "ioo",
+    ("self_attn/query/kernel", (12, 768, 12, 64)): UNDECIDED,
+    ("self_attn/query/kernel", (12, 768, 768)): UNDECIDED,
+    ("layers/attn/query/kernel", (768, 12, 64)): UNDECIDED,
+    ("transformer/attn/out/kernel", (12, 768, 768)): UNDECIDED,
+    ("transformer/attn/out/kernel", (3, 768, 768)): UNDECIDED,
+    ("transformer/attn/out/kernel", (3, 512, 768)): UNDECIDED,
+    ("transformer/attn/out/kernel", (12, 64, 768)): "iio",
+    ("transformer/attn/out/kernel", (1, 64, 64)): "iio",
+    ("self_attn/out/kernel", (12, 12, 64, 768)): UNDECIDED,
+    ("h/conv/kernel", (12, 5, 256, 256)): UNDECIDED,
+    ("h/conv/kernel", (12, 3, 3, 256, 256)): UNDECIDED,
+    ("layers/conv/kernel", (12, 3, 256, 256)): "biio",
+    ("conv/kernel", (7, 1, 8, 16)): "iiio",
+    ("conv/kernel", (1, 3, 3, 8, 16)): "iiiio",
+    ("h/ff/up/kernel", (12, 8, 768, 3072)): UNDECIDED,
+    ("h/ff/up/kernel", (8, 8, 768, 3072)): UNDECIDED,
+    ("h/up/kernel", (12, 8, 768, 3072)): UNDECIDED,
+    ("h/up/kernel", (12, 1, 768, 3072)): UNDECIDED,
+    ("h/up/weight", (12, 768, 8, 4)): UNDECIDED,
+    ("ConvAttention_0/query/kernel", (384, 6, 64)): "ioo",
+    ("ConvBlock_0/proj/kernel", (384, 6, 64)): UNDECIDED,
+    ("ConvBlock_0/proj/kernel", (12, 64, 64)): UNDECIDED,
+    ("ConvBlock_0/proj/kernel", (3, 3, 64, 64)): "iiio",
+    ("h/conv1d/kernel", (384, 6, 64)): UNDECIDED,
+    # MaxText, whose layers are the second axis where the sizes say so
+    ("decoder/layers/mlp_local/wi_0/kernel", (3584, 21, 14336)): "ibo",
+    ("decoder/layers/mlp_global/wo/kernel", (14336, 21, 3584)): "ibo",
+    ("decoder/layers/self_attention_local/query/kernel", (3584, 21, 16, 256)): "iboo",
+    ("decoder/layers/self_attention_global/out/kernel", (16, 21, 256, 4096)): "ibio",
+    ("decoder/layers/self_attention_global/out/kernel", (16, 21, 256, 3584)): "ibio",
+    ("decoder/layers/self_attention/out/kernel", (28, 16, 128, 1024)): UNDECIDED,
+    ("decoder/layers/self_attention/out/kernel", (28, 16, 128, 2048)): "biio",
+    ("decoder/layers/mlp/wi_0/kernel", (48, 48, 1024)): UNDECIDED,
+    ("decoder/moe_layers/shared_experts/wi_0/kernel", (48, 32, 1024)): UNDECIDED,
+    ("decoder/layers/self_attention/query/kernel", (48, 32, 4, 16)): UNDECIDED,
+    ("decoder/layers/self_attention/query/kernel", (4, 64, 4, 16)): "bioo",
+    ("decoder/layers/other/kernel", (4096, 32, 4096)): UNDECIDED,
+    ("layers/dt_proj/kernel", (48, 32, 1024)): "bio",
+    # heads
+    ("logitdense/kernel", (16, 64)): None,
+    ("decoder/logitdense/kernel", (16, 64)): None,
+    ("decoder/out/kernel", (16, 64)): None,
+    ("params/decoder/out/kernel", (16, 64)): None,
+    ("decoder/output_projection/kernel", (16, 64)): None,
+    ("transformer/output/kernel", (16, 64)): None,
+    ("gpt/readout/kernel", (16, 64)): None,
+    ("fc_out/kernel", (16, 64)): None,
+    ("model/proj_out/kernel", (16, 64)): None,
+    ("final_proj/kernel", (16, 64)): None,
+    ("final_layer/linear/weight", (64, 16)): None,
+    ("score/weight", (3, 16)): None,
+    ("cls/predictions/decoder/kernel", (16, 64)): None,
+    ("fc/weight", (64, 16)): None,
+    ("mlp/out/kernel", (64, 16)): "io",
+    ("blocks/0/out/kernel", (64, 16)): "io",
+    ("block/out/kernel", (64, 16)): "io",
+    ("mlp/fc_out/kernel", (64, 16)): "io",
+    ("attn/out/kernel", (16, 16)): "io",
+    ("attention/output/kernel", (16, 16)): "io",
+    ("blocks/0/attn/proj_out/kernel", (16, 16)): "io",
+    ("fc1/weight", (64, 16)): "oi",
+    ("layers/0/heads/0/wq", (16, 64)): "io",
+    ("mixer/out_heads/kernel", (16, 64)): "io",
+    # embeddings
+    ("shared/pytree/0/weight", (64, 16)): None,
+    ("shared/weight", (64, 16)): None,
+    ("tok/weight", (64, 16)): None,
+    ("token/weight", (64, 16)): None,
+    ("tokens/weight", (64, 16)): None,
+    ("position/weight", (64, 16)): None,
+    ("positions/weight", (64, 16)): None,
+    ("segment/weight", (2, 16)): None,
+    ("positions", (64, 16)): None,
+    ("posemb", (64, 16)): None,
+    ("abs_pos", (64, 16)): None,
+    ("latents", (64, 16)): None,
+    ("object_queries", (64, 16)): None,
+    ("prompt", (64, 16)): None,
+    ("label_table", (64, 16)): None,
+    ("attn/queries/weight", (64, 16)): "oi",
+    ("time_emb_proj/kernel", (16, 64)): "io",
+    ("lookup_proj/kernel", (16, 64)): "io",
+    ("relative_attention/w", (16, 64)): "io",
+    ("relative_position_bias/w", (32, 4)): None,
+    ("patch_embed_proj/kernel", (48, 16)): None,
+    # biases, routers, norms, vectors
+    ("experts/b1", (8, 2048)): None,
+    ("moe/b1", (8, 2048)): None,
+    ("moe/experts/b_up", (8, 2048)): None,
+    ("layers/moe/experts/b_up", (12, 8, 2048)): None,
+    ("MoE_0/b2", (8, 2048)): None,
+    ("layers/mlp/b_up", (12, 2048)): None,
+    ("layers/0/ssm/B", (16, 4)): UNDECIDED,
+    ("layers/ssm/B", (12, 16, 4)): UNDECIDED,
+    ("experts/gate/kernel", (2048, 8)): None,
+    ("moe/gate_0/kernel", (2048, 8)): None,
+    ("moe/Gate_0/Dense_0/kernel", (2048, 8)): None,
+    ("moe/Dense_0/kernel", (2048, 8)): None,
+    ("moe/Dense_0/kernel", (2048, 4096)): "io",
+    ("moe/gate/kernel", (8, 64, 256)): UNDECIDED,
+    ("mlp/gate/kernel", (2048, 64)): None,
+    ("mlp/gate/weight", (64, 2048)): None,
+    ("layers/mlp/gate/kernel", (12, 2048, 64)): None,
+    ("mlp/gate/kernel", (2048, 5632)): "io",
+    ("mlp/gate/weight", (5632, 2048)): "oi",
+    ("layers/mlp/gate/kernel", (12, 2048, 5632)): "bio",
+    ("norm_proj/w", (16, 64)): "io",
+    ("blocks/norm_mlp/w", (12, 64)): UNDECIDED,
+    ("pre_norm_mlp/w", (16, 64)): UNDECIDED,
+    ("pre_norm_mlp/kernel", (16, 64)): "io",
+    ("blocks/w0", (12, 16)): UNDECIDED,
+    ("h/alpha", (12, 16)): None,
+    ("blocks/time_decay", (12, 16)): None,
+    # any other name
+    ("", (3, 4)): "io",
+    ("transformer.wte.weight", (64, 16)): None,
+    ("lm_head.weight", (64, 16)): None,
+    ("layers.0.mlp.up.weight", (64, 16)): "oi",
+    ("layers.mlp.up.kernel", (12, 16, 64)): "bio",
+    ("query_key_value/kernel", (16, 48)): UNDECIDED,
+    ("query_key_value/weight", (48, 16)): UNDECIDED,
+    ("rnn/cell/dense_i/kernel", (16, 64)): UNDECIDED,
+    ("rnn/cell/dense_h/kernel", (16, 64)): "i(4o)",
+    ("rnn/cell/dense_h/kernel", (16, 48)): "i(3o)",
+    ("rnn/cell/dense_h/kernel", (16, 16)): "io",
+    ("transformer/blocks/stacked/attn/c_attn/weight", (12, 3, 12, 64, 768)): "bbooi",
+    ("transformer/blocks/blocks/0/attn/c_attn/weight", (3, 12, 64, 768)): "booi",
+    ("transformer/blocks/stacked/attn/c_proj/weight", (12, 768, 12, 64)): "boii",
+    ("transformer/blocks/stacked/mlp/c_proj/weight", (12, 768, 3072)): "boi",
 }
 
 
 @pytest.mark.parametrize(("path", "shape"), NAMES, ids=[f"{path} {shape}" for path, shape in NAMES])
 def test_what_names_say(path, shape):
     assert by_name(path, shape)[1] == NAMES[path, shape]
+
+
+@pytest.mark.parametrize("path", dict.fromkeys(path for path, _ in NAMES))
+def test_names_say_something_of_any_shape_and_by_any_number(path):
+    for shape in [(), (3,), (0, 4), (2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 6), (2,) * 6]:
+        role, spec = by_name(path, shape)
+        assert role
+        assert spec in (None, UNDECIDED) or om.linalg.Axes(spec).ndim == len(shape)
+        assert by_name(re.sub(r"\d+", "17", path), shape) == (role, spec)
 
 
 @dataclasses.dataclass
@@ -453,24 +593,87 @@ def test_rules_without_a_leaf_are_reported(rules):
     assert om.plan(TREE, axes=rules).unused
 
 
-def test_a_thousand_faults_are_not_all_printed():
-    params = {f"w{k}": jnp.ones((2, 3, 4)) for k in range(1000)}
-    with pytest.raises(ValueError, match=r"and 980 more leaves"):
-        om.muon(0.1).init(params)
+def refusal(params, **arguments):
+    with pytest.raises(ValueError, match="no rule says") as error:
+        om.muon(0.1, **arguments).init(params)
+    return str(error.value)
 
 
-def test_masks_of_path_and_shape():
-    tx = om.adamw(0.1, weight_decay=0.5, mask=lambda path, shape: len(shape) > 1)
-    ones = jax.tree.map(jnp.ones_like, TREE)
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, TREE), tx.init(ones), ones)
-    assert not updates["blocks"][0]["bias"].any()
-    assert updates["blocks"][0]["kernel"].any()
-    whole = om.adamw(0.1, weight_decay=0.5, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
-    chex.assert_trees_all_equal(
-        updates, whole.update(jax.tree.map(jnp.zeros_like, TREE), whole.init(ones), ones)[0]
-    )
-    tx = om.add_decayed_weights(0.5, {"w": "io", "b": None})
-    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert float(updates["w"][0, 0]) == 1.5
-    assert float(updates["b"][0]) == 1.0
+def test_leaves_that_differ_in_numbers_are_asked_once():
+    params = {"layers": [{"attn": {"qkv": {"kernel": jnp.ones((8, 16))}}} for _ in range(12)]}
+    message = refusal(params)
+    assert "muon: 'layers/*/attn/qkv/kernel' (12 leaves) has shape (8, 16)" in message
+    assert message.count("has shape") == 1
+    assert "axes={'layers/*/attn/qkv/kernel': 'io'}" in message
+    assert len(specs(params, {"layers/*/attn/qkv/kernel": "io"})) == 12
+    assert "'layers/*/attn/qkv/kernel' (12 leaves) has shape" in str(om.plan(params))
+
+
+def test_what_is_typed_for_alike_leaves_means_no_others():
+    odd, plain = jnp.ones((2, 3, 4)), jnp.ones((4, 4))
+    params = {"layers": [{"kernel": odd, "mlp": {"kernel": plain}} for _ in range(3)]}
+    message = refusal(params)
+    assert "axes={re.compile(r'^layers/\\d+/kernel$'): 'bio'}" in message
+    axes = {re.compile(r"^layers/\d+/kernel$"): "bio"}
+    assert set(specs(params, axes).values()) == {"bio", "io"}
+
+
+def test_every_undecided_leaf_is_named():
+    names = [f"w{a}{b}" for a in "abcde" for b in "abcde"]
+    message = refusal({name: jnp.ones((2, 3, 4)) for name in names})
+    assert "... and 5 more leaves: 'wea', 'web'" in message
+    assert all(repr(name) in message for name in names)
+
+
+def test_a_rule_may_leave_it_to_the_names():
+    params = {"embed": {"embedding": jnp.ones((8, 4))}, "up": {"kernel": jnp.ones((4, 8))}, "b": jnp.ones(8)}
+    assert specs(params, lambda path, shape: "oi" if path == "b/w" else ...) == {"up/kernel": "io"}
+    assert specs(params, {"embed/*": ..., "b": ..., "*": "oi"}) == {"up/kernel": "oi"}
+    tree = {"embed": {"embedding": "oi"}, "up": {"kernel": ...}, "b": None}
+    assert specs(params, tree) == {"embed/embedding": "oi", "up/kernel": "io"}
+    with pytest.raises(ValueError, match="labels: no rule matches 'b'"):
+        om.labels(lambda path, shape: ... if path == "b" else "fast")(params)
+
+
+def test_a_bare_array_and_flat_dictionaries():
+    assert specs(jnp.ones((3, 4))) == {"": "io"}
+    flat = {"embed.embedding": jnp.ones((8, 4)), "layers.0.up.weight": jnp.ones((8, 4))}
+    assert specs(flat) == {"layers.0.up.weight": "oi"}
+    flat = {("embed", "embedding"): jnp.ones((8, 4)), ("layers", 0, "up", "weight"): jnp.ones((8, 4))}
+    assert specs(flat) == {"layers/0/up/weight": "oi"}
+
+
+def test_a_tied_embedding_of_equinox_is_an_embedding():
+    a, b = jax.random.split(jax.random.key(0))
+    pair = eqx.nn.Embedding(11, 8, key=a), eqx.nn.Linear(8, 11, key=b)
+    shared = eqx.nn.Shared(pair, lambda pair: pair[1].weight, lambda pair: pair[0].weight)
+    params = eqx.filter({"shared": shared, "hidden": eqx.nn.Linear(8, 8, key=a)}, eqx.is_array)
+    assert specs(params) == {"hidden/weight": "oi"}
+
+
+@pytest.mark.parametrize("make", [om.muon, om.orthogonalize])
+def test_what_is_no_array_is_named(make):
+    model = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+    words = r"'activation.*' is .*, no array\. Leave such leaves out: eqx\.filter\(model, eqx\.is_array\)"
+    tx = make(0.1) if make is om.muon else make()
+    with pytest.raises(ValueError, match=words):
+        tx.init(model)
+
+
+ASKED = {
+    ("x", (3, 1, 64)): ["None}  # depthwise: not a matrix", "'bio'"],
+    ("x/weight", (64, 1, 3)): ["None}  # depthwise: not a matrix", "'boi'"],
+    ("x/weight", (12, 3, 12, 64, 768)): ["'bbooi'"],
+    ("x/weight", (12, 768, 12, 64)): ["'booi'", "'boii'"],
+    ("x/kernel", (12, 3, 3, 3, 8, 8)): ["'biiiio'"],
+    ("x", (2, 2, 2, 2, 2, 3, 4)): ["'bbbbbio'", "None}  # not a matrix"],
+    ("query_key_value/kernel", (48, 144)): ["'i(3o)'", "'i(36o)'"],
+    ("rnn/cell/dense_i/kernel", (5, 16)): ["'io'", "'i(4o)'"],
+}
+
+
+@pytest.mark.parametrize(("path", "shape"), ASKED, ids=[f"{path} {shape}" for path, shape in ASKED])
+def test_likely_answers_are_offered(path, shape):
+    message = refusal({path: jax.ShapeDtypeStruct(shape, jnp.float32)})
+    places = [message.index(word) for word in ASKED[path, shape]]
+    assert places == sorted(places)

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -93,6 +94,21 @@ def check_params(who: str, params: Any, why: str) -> None:
             f"{who}: update was called without params, but {why}. "
             "Type tx.update(gradients, state, params) instead of tx.update(gradients, state)."
         )
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a tree is an array, or a number, or the shape and dtype of one."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return True
+    try:
+        return jnp.result_type(leaf) is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def not_an_array(who: str, path: str, leaf: Any) -> str:
+    """Which leaf of a tree is none, and how to leave it out."""
+    return f"{who}: {path!r} is {leaf!r}, no array. Leave such leaves out: eqx.filter(model, eqx.is_array)."
 
 
 def mismatch(who: str, absent: set[str], updates: Shapes, *rest: Shapes) -> str | None:

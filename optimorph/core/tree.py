@@ -93,9 +93,17 @@ def leaf_paths(tree: PyTree) -> list[str]:
         *_, last = path or (None,)
         nameless = isinstance(last, jax.tree_util.FlattenedIndexKey) or getattr(last, "name", None) == "value"
         boxed = nameless and len(path) > 1 and len(inside[path[:-1]]) == 1
-        return jax.tree_util.keystr(path[:-1] if boxed else path, simple=True, separator="/")
+        return "/".join(map(_word, path[:-1] if boxed else path))
 
     return [name(path) for path, leaf in entries if not _is_absent(leaf)]
+
+
+def _word(key: Any) -> str:
+    """A key of a path; one of several, as in Flax's flat dictionaries, is several."""
+    several = getattr(key, "key", None)
+    if isinstance(several, tuple):
+        return "/".join(map(str, several))
+    return jax.tree_util.keystr((key,), simple=True)
 
 
 def paths_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
-_TOKEN = re.compile(r"\s*(?:([iob])|\(\s*(\d+(?:\s*\+\s*\d+)*)\s*([io])\s*\))\s*")
+_TOKEN = re.compile(r"\s*(?:([iob])|\(\s*([0-9]+(?:\s*\+\s*[0-9]+)*)\s*([io])\s*\))\s*")
 
 
 _MOST_BLOCKS = 1 << 16
@@ -75,6 +75,8 @@ class Axes:
 
     def __post_init__(self):
         """Refuse a spec that is not a matrix."""
+        if not isinstance(self.spec, str):
+            raise ValueError(_refusal(self.spec))
         _parse(self.spec)
 
     @property
@@ -180,12 +182,16 @@ def _parse(spec: str) -> tuple[Axis, ...]:
         at = found.end()
     complete = {"i", "o"} <= {axis.letter for axis in axes}
     if at < len(spec) or not complete or not all(axis.blocks and all(axis.blocks) for axis in axes):
-        raise ValueError(
-            f"{spec!r} does not describe a matrix. Type one letter per axis, i (input), o (output) or b "
-            "(batch), with at least one i and one o, such as 'io', 'oi' or 'bio', and an axis of several "
-            "matrices with its blocks, such as 'i(3o)' or 'i(32+8+8 o)'."
-        )
+        raise ValueError(_refusal(spec))
     return tuple(axes)
+
+
+def _refusal(spec: object) -> str:
+    return (
+        f"{spec!r} does not describe a matrix. Type one letter per axis, i (input), o (output) or b "
+        "(batch), with at least one i and one o, such as 'io', 'oi' or 'bio', and an axis of several "
+        "matrices with its blocks, such as 'i(3o)' or 'i(32+8+8 o)'."
+    )
 
 
 def _sizes(axis: Axis, size: int) -> list[int]:

@@ -120,7 +120,7 @@ def _anywhere(task: Everywhere, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _divided_by_the_compiler(task: Everywhere, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Over a mesh that only the compiler knows; on one device this is `of_whole`."""
 
-    x64 = jax.config.jax_enable_x64
+    x64 = jnp.result_type(float) == np.float64
 
     @jax.jit  # which keeps constants to itself
     def whole(*arrays):

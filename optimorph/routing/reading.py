@@ -1,12 +1,16 @@
 """How leaves read as matrices: by the user's rules, and where they say nothing by the default ones."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from optimorph.core.types import AxesRules, Shape
 from optimorph.linalg.axes import Axes
 from optimorph.routing.names import UNDECIDED, by_name
+from optimorph.routing.question import question
 from optimorph.routing.rules import UNSAID, LeafError, by_pattern, finder, lookup
+
+_axes = functools.cache(Axes)
 
 
 class Reading(NamedTuple):
@@ -39,8 +43,8 @@ def reader(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Reading]
             return _by_rule(said, why(path), path, shape)
         role, spec = by_name(path, shape)
         if spec == UNDECIDED:
-            return Reading(None, "undecided", _ask(path, shape, "no rule says how it reads as matrices"))
-        return Reading(None if spec is None else Axes(spec), role)
+            return Reading(None, "undecided", question(path, shape, "no rule says how it reads as matrices"))
+        return Reading(None if spec is None else _axes(spec), role)
 
     return read
 
@@ -66,13 +70,13 @@ def _by_rule(said: Any, role: str, path: str, shape: Shape) -> Reading:
     if said is None:
         return Reading(None, role)
     if not isinstance(said, str | Axes):
-        return Reading(None, role, _ask(path, shape, f"{said!r} is no spec"))
+        return Reading(None, role, question(path, shape, f"{said!r} is no spec"))
     try:
-        axes = said if isinstance(said, Axes) else Axes(said)
+        axes = said if isinstance(said, Axes) else _axes(said)
     except ValueError as error:
-        return Reading(None, role, _ask(path, shape, str(error).rstrip(".")))
+        return Reading(None, role, question(path, shape, str(error).rstrip(".")))
     wrong = axes.misfit(shape)
-    return Reading(axes, role) if wrong is None else Reading(None, role, _ask(path, shape, wrong))
+    return Reading(axes, role) if wrong is None else Reading(None, role, question(path, shape, wrong))
 
 
 def _reasons(rules: AxesRules) -> Callable[[str], str]:
@@ -86,58 +90,3 @@ def _reasons(rules: AxesRules) -> Callable[[str], str]:
         return "rule" if k is None else f"rule {getattr(patterns[k], 'pattern', patterns[k])}"
 
     return why
-
-
-def _ask(path: str, shape: Shape, cause: str) -> str:
-    """What is wrong, and what to type for each thing that the leaf may be."""
-    last = path.split("/")[-1]
-    likely = _LIKELY[last.startswith("weight") or last.endswith("weight")].get(len(shape), {})
-    answers = {spec: what for spec, what in likely.items() if Axes(spec).misfit(shape) is None}
-    lines = [
-        f"  axes={{{path!r}: {spec!r}}}  # {what}" for spec, what in {**answers, None: "not a matrix"}.items()
-    ]
-    return "\n".join([f"{path!r} has shape {shape}, and {cause}. Type one of", *lines])
-
-
-_LIKELY = (
-    {
-        2: {
-            "io": "inputs x outputs",
-            "oi": "outputs x inputs",
-            "i(3o)": "three projections side by side: query, key and value",
-            "i(32+8+8 o)": "the same, where 32 heads of queries share 8 of keys and values",
-        },
-        3: {
-            "bio": "stacked layers or experts, inputs x outputs",
-            "ioo": "attention's query, key or value: width, heads, size",
-            "iio": "attention's output: heads, size, width; or a convolution over one axis",
-        },
-        4: {
-            "iiio": "a convolution over two axes",
-            "bbio": "stacked layers of experts",
-            "bioo": "stacked layers of attention's query, key or value",
-            "biio": "stacked layers of attention's output, or of convolutions over one axis",
-        },
-        5: {"iiiio": "a convolution over three axes", "biiio": "stacked convolutions over two axes"},
-    },
-    {
-        2: {
-            "oi": "outputs x inputs",
-            "io": "inputs x outputs",
-            "(3o)i": "the gates of a GRU, or query, key and value",
-            "(4o)i": "the gates of an LSTM",
-        },
-        3: {
-            "boi": "stacked layers or experts, outputs x inputs",
-            "oii": "a convolution over one axis; or attention's output: width, heads, size",
-            "ooi": "attention's query, key or value: heads, size, width",
-        },
-        4: {
-            "oiii": "a convolution over two axes",
-            "bboi": "stacked layers of experts",
-            "booi": "stacked layers of attention's query, key or value",
-        },
-        5: {"oiiii": "a convolution over three axes", "boiii": "stacked convolutions over two axes"},
-    },
-)
-"""Number of axes → spec → what the leaf would be, for kernels and for weights."""

@@ -10,15 +10,15 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
+from optimorph.core.checks import is_array, not_an_array
 from optimorph.core.tree import leaf_paths, map_paths
 from optimorph.core.types import Mask, PyTree, Rules, Shape
+from optimorph.routing.alike import listed
 
 Pattern = str | re.Pattern[str]
 
-UNSAID = object()
-"""What a lookup finds of a leaf that no rule matches."""
-
-_SHOWN = 20
+UNSAID = ...
+"""What a lookup finds of a leaf that no rule matches, and what a rule may say to have it so."""
 
 
 class LeafError(ValueError):
@@ -38,7 +38,7 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
     Args:
       rules: pattern → what is said, in order: a pattern is a path, fnmatch's on the whole path (`*` crosses
         slashes) or a compiled regular expression, searched for in it; or a function (path, shape); or a tree
-        like the parameters.
+        like the parameters. `...` says nothing: of axes, the default rules decide then.
     """
     if by_pattern(rules):
         patterns, find = list(rules), finder(rules)
@@ -96,10 +96,11 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
     Args:
       rules: an ordered mapping from pattern to label, of which the first match wins (fnmatch on the
         `/`-joined path, where `*` crosses slashes; or a compiled regular expression, searched for); or a
-        function (path, shape) → label; or a tree of labels, matched by path.
+        function (path, shape) → label; or a tree of labels, matched by path. A label of `...` says nothing,
+        which is refused here, and in `axes` leaves the leaf to the default rules.
 
     Raises:
-      ValueError: when called, naming all leaves of which nothing is said.
+      ValueError: when called, naming all leaves of which nothing is said, or that are no arrays.
 
     References:
       `optax.partition` and `optax.masked` take such functions.
@@ -111,18 +112,20 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
 
         def label(path, leaf):
             try:
+                if not is_array(leaf):
+                    raise LeafError(not_an_array("labels", path, leaf))
                 said = say(path, np.shape(leaf))
                 if said is UNSAID:
                     raise LeafError(f"labels: no rule matches {path!r}. Add one, or, last, '*' for all.")
             except LeafError as fault:
-                faults.append(str(fault))
+                faults.append((path, str(fault)))
                 return None
             return said
 
+        paths = leaf_paths(tree)
         tree = map_paths(label, tree)
         if faults:
-            more = [f"... and {len(faults) - _SHOWN} more leaves."] if len(faults) > _SHOWN else []
-            raise ValueError("\n".join(faults[:_SHOWN] + more))
+            raise ValueError("\n".join(listed(faults, paths)))
         return tree
 
     return found
