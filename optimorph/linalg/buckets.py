@@ -40,7 +40,7 @@ def parts(stack: jax.Array, counts: Sequence[int]) -> list[jax.Array]:
     parts compile in a tenth of the time. The barrier keeps the positions from being folded into the code.
     """
     if len(counts) == 1:
-        return [stack]
+        return [stack[: counts[0]]]
     starts = np.cumsum([0, *counts[:-1]])
     positions = jax.lax.optimization_barrier([np.array([start, 0], np.int32) for start in starts])
     zeros = [jnp.int32(0)] * (stack.ndim - 1)

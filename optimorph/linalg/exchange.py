@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,30 +39,36 @@ class Executor:
 
     def __call__(self, plan: Placement, shards: Sequence[jax.Array]) -> list[jax.Array]:
         """This device's shards of f of every matrix, from its shards of every leaf."""
-        found = list(shards)
+        found, sizes = list(shards), dict(plan.mesh)
         for exchange in plan.exchanges:
-            for group, results in zip(exchange.groups, self._exchanged(plan, exchange, shards), strict=True):
-                for cut, shard in zip(group.cuts, _unpacked(group, results), strict=True):
-                    found[cut.leaf] = shard.reshape(shards[cut.leaf].shape)
+            for cut, units in self._exchanged(sizes, exchange, shards):
+                x = units[0] if len(units) == 1 else jnp.concatenate(units)
+                found[cut.leaf] = _shard(x, cut).reshape(shards[cut.leaf].shape)
         return found
 
     def _exchanged(
-        self, plan: Placement, exchange: Exchange, shards: Sequence[jax.Array]
-    ) -> list[list[jax.Array]]:
-        """For each group, of every bucket its `(sharers, owners, slots, *piece)`."""
-        sizes = dict(plan.mesh)
-        packed = [_own_share(exchange, _packed(sizes, exchange, group, shards)) for group in exchange.groups]
-        done: list[list[jax.Array]] = [[] for _ in packed]
+        self, sizes: Sizes, exchange: Exchange, shards: Sequence[jax.Array]
+    ) -> Iterable[tuple[Cut, list[jax.Array]]]:
+        """For each leaf f of its units, in one piece or, from several buckets, more."""
+        sharers = _size(sizes, exchange.shared)
+        owners = 1 if exchange.gathered else _size(sizes, exchange.moved)
+        packed = [_packed(group, sharers * owners * group.slots, shards) for group in exchange.groups]
+        done: dict[Cut, list[jax.Array]] = {cut: [] for group in exchange.groups for cut in group.cuts}
         under_way: list[list[jax.Array]] = []
         for bucket in exchange.buckets:
-            pieces = [packed[g][:, first:last] for g, first, last in bucket.parts]
+            spans = [(sharers * owners * first, sharers * owners * last) for _, first, last in bucket.parts]
+            groups = [exchange.groups[g] for g, _, _ in bucket.parts]
+            pieces = [
+                _own_share(exchange, packed[g][i:j].reshape(sharers, owners, last - first, *group.piece))
+                for (g, first, last), (i, j), group in zip(bucket.parts, spans, groups, strict=True)
+            ]
             if len(under_way) == AHEAD:
                 pieces, _ = jax.lax.optimization_barrier((pieces, under_way.pop(0)))
-            groups = [exchange.groups[g] for g, _, _ in bucket.parts]
             under_way.append(self._computed(sizes, exchange, groups, pieces))
-            for (g, _, _), result in zip(bucket.parts, under_way[-1], strict=True):
-                done[g].append(result)
-        return done
+            for group, span, result in zip(groups, spans, under_way[-1], strict=True):
+                for cut, units in _unpacked(group, span, result):
+                    done[cut].append(units)
+        return done.items()
 
     def _computed(
         self, sizes: Sizes, exchange: Exchange, groups: Sequence[Group], pieces: Sequence[jax.Array]
@@ -110,15 +116,12 @@ class Executor:
         return (jax.lax.bitcast_convert_type(x, kind) if short else x).astype(own)
 
 
-def _packed(sizes: Sizes, exchange: Exchange, group: Group, shards: Sequence[jax.Array]) -> jax.Array:
-    """All units of a group, `(sharers, owners, slots, *piece)`, the last ones zero."""
+def _packed(group: Group, count: int, shards: Sequence[jax.Array]) -> jax.Array:
+    """All units of a group, `(count, *piece)`, the last ones zero."""
     units = [_cut(shards[cut.leaf], cut, group.piece) for cut in group.cuts]
-    x = units[0] if len(units) == 1 else jnp.concatenate(units)
-    owners = 1 if exchange.gathered else _size(sizes, exchange.moved)
-    sharers = _size(sizes, exchange.shared)
-    if empty := sharers * owners * group.slots - len(x):
-        x = jnp.concatenate([x, jnp.zeros((empty, *group.piece), x.dtype)])
-    return x.reshape(sharers, owners, group.slots, *group.piece)
+    if empty := count - group.units:
+        units.append(jnp.zeros((empty, *group.piece), units[0].dtype))
+    return units[0] if len(units) == 1 else jnp.concatenate(units)
 
 
 def _own_share(exchange: Exchange, x: jax.Array) -> jax.Array:
@@ -172,12 +175,16 @@ def _cut(shard: jax.Array, cut: Cut, piece: Shape) -> jax.Array:
     return x if piece == cut.piece else jnp.pad(x, missing)
 
 
-def _unpacked(group: Group, results: list[jax.Array]) -> list[jax.Array]:
-    """The shards of a group's leaves from `(sharers, owners, slots, *piece)` of every bucket."""
-    x = results[0] if len(results) == 1 else jnp.concatenate(results, axis=2)
-    x = x.reshape(-1, *group.piece)[: group.units]
-    units = parts(x, [cut.units for cut in group.cuts])
-    return [_shard(part, cut) for part, cut in zip(units, group.cuts, strict=True)]
+def _unpacked(group: Group, span: tuple[int, int], x: jax.Array) -> Iterable[tuple[Cut, jax.Array]]:
+    """Of `(sharers, owners, slots, *piece)`, which are the units of a span, those of each leaf."""
+    first, last = span
+    ends = itertools.accumulate(cut.units for cut in group.cuts)
+    inside = [
+        (cut, min(end, last) - max(end - cut.units, first)) for cut, end in zip(group.cuts, ends, strict=True)
+    ]
+    inside = [(cut, count) for cut, count in inside if count > 0]
+    units = parts(x.reshape(-1, *group.piece), [count for _, count in inside])
+    return [(cut, each) for (cut, _), each in zip(inside, units, strict=True)]
 
 
 def _shard(x: jax.Array, cut: Cut) -> jax.Array:

@@ -106,9 +106,8 @@ def test_bfloat16_between_devices(layout, mode):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw"])
-@pytest.mark.parametrize("layout", ["fsdp x tensor", "mixed", "replicated"])
-def test_elementwise_recipes(layout, name, mode):
-    tx, places = getattr(om, name)(0.1), trees.shardings(layout, 8, mode)
+def test_elementwise_recipes(name, mode):
+    tx, places = getattr(om, name)(0.1), trees.shardings("mixed", 8, mode)
     got = steps(tx, spread(places), np.float32)
     close(got, steps(tx, trees.on_one, np.float32), 1e-5)
     params = trees.put(trees.drawn(0), places)
