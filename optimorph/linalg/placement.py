@@ -90,7 +90,7 @@ class Group:
     def cost(self, mesh: Mapping[str, int], cost: Cost) -> float:
         """Of one unit."""
         stacks = self.form.stacks((1, *self.whole(mesh)))
-        return sum(math.prod(batch) * cost(min(n, m), max(n, m)) for *batch, n, m in stacks)
+        return float(sum(math.prod(batch) * cost(min(n, m), max(n, m)) for *batch, n, m in stacks))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,128 @@
+"""What cannot be known is asked, and what cannot be is refused, with the leaf's name and what to type."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import trees
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optimorph as om
+
+PLAIN = {"*": "io"}
+NONE = optax.EmptyState()
+
+
+def mesh(mode=AxisType.Auto):
+    return trees.mesh_of(8, 2, mode)
+
+
+def update(shardings, shape=(8, 24)):
+    return om.orthogonalize(None, PLAIN, shardings).update({"w": jnp.ones(shape)}, NONE)[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"v": P("data")}, ["orthogonalize", "nothing of 'w'", "P()"]),
+        ({"w": "data"}, ["'w'", "'data'", "PartitionSpec"]),
+        ({"w": P("data", None, None)}, ["'w'", "(8, 24)", "3 axes"]),
+        ({"w": P("rows", None)}, ["'w'", "'rows'", "['data', 'model']"]),
+        ({"w": P(None, ("data", "model"))}, []),
+        ({"w": P(("data", "model", "data"), None)}, ["'w'"]),
+    ],
+)
+def test_shardings(said, words):
+    with jax.set_mesh(mesh()):
+        if words:
+            with pytest.raises(ValueError) as error:
+                update(said)
+            assert all(word in str(error.value) for word in words), str(error.value)
+        else:
+            update(said)
+
+
+def test_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match=r"'w' has shape \(6, 24\).*divides 6 by 4"):
+        update({"w": NamedSharding(mesh(), P("data", None))}, (6, 24))
+
+
+def test_no_mesh():
+    with pytest.raises(ValueError, match=r"'w' is to lie as .* over no mesh.*NamedSharding.*set_mesh"):
+        update({"w": P("data", None)})
+
+
+def test_two_meshes():
+    other = trees.mesh_of(4, 1, AxisType.Auto)
+    tx = om.orthogonalize(None, PLAIN, {"a": NamedSharding(mesh(), P()), "b": NamedSharding(other, P())})
+    with pytest.raises(ValueError, match="2 meshes"):
+        tx.update({"a": jnp.ones((4, 8)), "b": jnp.ones((4, 8))}, NONE)
+
+
+def test_inside_shard_map_nothing_is_guessed():
+    tx = om.muon(0.1, axes=PLAIN)
+
+    def body(w):
+        return tx.update({"w": w}, tx.init({"w": w}), {"w": w})[0]["w"]
+
+    run = jax.shard_map(body, mesh=mesh(), in_specs=P("data", None), out_specs=P("data", None))
+    with pytest.raises(ValueError, match=r"inside jax.shard_map over data, model 'w' has shape \(2, 24\)"):
+        jax.jit(run)(jnp.ones((8, 24)))
+
+
+def test_exported_with_shardings_that_are_said():
+    place = NamedSharding(mesh(), P("data", None))
+    tx, arrays = om.orthogonalize(None, PLAIN, {"w": place}), jax.device_put(jnp.ones((8, 24)), place)
+    exported = jax.export.export(jax.jit(lambda w: tx.update({"w": w}, NONE)[0]["w"]))(arrays)
+    np.testing.assert_allclose(exported.call(arrays), tx.update({"w": arrays}, NONE)[0]["w"], atol=1e-6)
+
+
+def test_exported_without():
+    """The compiler cannot be asked later: jax itself refuses."""
+    place = NamedSharding(mesh(), P("data", None))
+    tx, arrays = om.orthogonalize(None, PLAIN), jax.device_put(jnp.ones((8, 24)), place)
+    with pytest.raises(NotImplementedError, match="host_callbacks"):
+        jax.export.export(jax.jit(lambda w: tx.update({"w": w}, NONE)[0]["w"]))(arrays)
+
+
+CACHED = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import NamedSharding, PartitionSpec as P
+import optimorph as om
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:8])
+g = jax.device_put(jnp.arange(192.0).reshape(8, 24) % 7, NamedSharding(mesh, P("data", None)))
+names = []
+jax.monitoring.register_event_listener(lambda name, **_: names.append(name))
+for steps in map(int, sys.argv[2:]):
+    tx = om.orthogonalize(om.linalg.NewtonSchulz(steps=steps), {"*": "io"})
+    got = jax.jit(lambda g: tx.update({"w": g}, optax.EmptyState())[0]["w"])(g)
+    want = om.linalg.NewtonSchulz(steps=steps)(jax.device_put(g, jax.devices()[0]))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+print(sum(name.endswith("cache_hits") for name in names) > 0)
+"""
+
+
+def test_compilation_cache(tmp_path):
+    """Programs that differ only in what the compiler is answered are not taken for each other."""
+
+    def run(*steps):
+        command = [sys.executable, "-c", CACHED, str(tmp_path), *map(str, steps)]
+        root = Path(__file__).parent.parent.parent
+        done = subprocess.run(command, env=os.environ, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.strip()
+
+    run(3)
+    assert run(4, 3) == "True"

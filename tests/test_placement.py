@@ -1,0 +1,152 @@
+"""Plans, from shapes alone: no device is asked."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optimorph.linalg import Axes, NewtonSchulz
+from optimorph.linalg.placement import Leaf, place
+
+F32 = np.dtype(np.float32)
+MESH = {"x": 4, "y": 2}
+
+
+def leaf(shape, spec="io", over=None):
+    return Leaf(shape, Axes(spec), ((),) * len(shape) if over is None else over, F32)
+
+
+def one(plan):
+    (exchange,) = plan.exchanges
+    (group,) = exchange.groups
+    return exchange, group
+
+
+@pytest.mark.parametrize(
+    ("over", "spec", "roles", "units", "slots"),
+    [
+        (((), (), ()), "bio", ((), (), ("x", "y")), 16, 2),
+        (((), ("x",), ()), "bio", ((), ("x",), ("y",)), 16, 2),
+        (((), ("y",), ("x",)), "bio", ((), ("x", "y"), ()), 16, 2),
+        ((("x",), (), ()), "bio", (("x",), (), ("y",)), 4, 2),
+        ((("x",), (), ("y",)), "bio", (("x",), ("y",), ()), 4, 2),
+        ((("x", "y"), (), ()), "bio", (("x", "y"), (), ()), 2, 2),
+    ],
+)
+def test_kept_moved_and_shared(over, spec, roles, units, slots):
+    exchange, group = one(place(MESH, [leaf((16, 8, 24), spec, over)]))
+    assert (exchange.kept, exchange.moved, exchange.shared) == roles
+    assert (group.units, group.slots) == (units, slots)
+
+
+def test_blocks_that_no_shard_cuts_are_matrices_of_their_own():
+    _, group = one(place(MESH, [leaf((8, 48), "i(3o)", (("x",), ()))]))
+    assert (group.units, group.form.spec, group.whole(MESH)) == (3, "bio", (8, 16))
+    exchange, group = one(place(MESH, [leaf((8, 48), "i(12o)", ((), ("x",)))]))
+    assert (exchange.kept, exchange.moved, group.units) == (("x",), (), 3)
+    exchange, group = one(place(MESH, [leaf((8, 48), "i(2o)", ((), ("y", "x")))]))
+    assert (exchange.kept, exchange.moved, group.whole(MESH)) == (("y",), ("x",), (8, 24))
+
+
+def test_blocks_that_shards_cut_come_whole():
+    _, group = one(place(MESH, [leaf((8, 48), "i(3o)", ((), ("x",)))]))
+    assert (group.units, group.form.spec, group.piece, group.whole(MESH)) == (1, "bi(3o)", (8, 12), (8, 48))
+
+
+def test_high_and_wide_and_squares_that_lie_alike_go_together():
+    leaves = [leaf((8, 24), over=((), ("x",))), leaf((24, 8), over=(("x",), ()))]
+    leaves += [leaf((24, 8), "oi", ((), ())), leaf((8, 24), "oi", ((), ()))]
+    assert [[g.units for g in e.groups] for e in place(MESH, leaves).exchanges] == [[2], [2]]
+    squares = [leaf((8, 8), over=(("x",), ("y",))), leaf((8, 8), over=(("y",), ("x",)))]
+    assert one(place(MESH, squares))[1].units == 2
+
+
+def test_functions_that_may_mind_get_matrices_as_they_are():
+    leaves = [leaf((8, 24), over=((), ("x",))), leaf((24, 8), over=(("x",), ()))]
+    groups = [group for exchange in place(MESH, leaves, free=False).exchanges for group in exchange.groups]
+    assert [group.whole(MESH) for group in groups] == [(8, 24), (24, 8)]
+
+
+def test_work_is_shared_over_no_more_than_it_needs():
+    """Four matrices are one each on four devices: eight would only be sent more."""
+    exchange, _ = one(place(MESH, [leaf((4, 8, 24), "bio")]))
+    assert exchange.shared == ("x",)
+    exchange, _ = one(place(MESH, [leaf((8, 24))]))
+    assert exchange.shared == ()
+
+
+def test_a_lone_matrix_is_gathered():
+    exchange, group = one(place(MESH, [leaf((8, 24), over=(("x",), ()))]))
+    assert (exchange.gathered, group.slots) == (True, 1)
+
+
+def test_near_shapes_go_together_where_slots_would_stay_empty():
+    few = [leaf((8, 24), over=(("x",), ())), leaf((8, 20), over=(("x",), ()))]
+    groups = place(MESH, few * 2).exchanges[0].groups
+    assert [(group.units, group.slots, group.piece) for group in groups] == [(4, 1, (2, 24))]
+    full = [leaf((4, 8, 24), "bio", ((), ("x",), ())), leaf((4, 8, 20), "bio", ((), ("x",), ()))]
+    assert len(place(MESH | {"y": 1}, full).exchanges[0].groups) == 2
+
+
+def test_flops_and_bytes():
+    """Two slots of 8 x 24 on each of eight owners; seven eighths of a device's pieces go out and come back."""
+    plan = place(MESH, [leaf((16, 8, 24), "bio", ((), ("y",), ("x",)))], cost=lambda n, m: n * n * m)
+    assert plan.flops == plan.least_flops == 2 * 8 * 8 * 24
+    assert plan.sent == plan.least_sent == 2 * (7 / 8) * 4 * (16 * 8 * 24) / 8
+    half = place(MESH, [leaf((16, 8, 24), "bio", ((), ("y",), ("x",)))], wire=np.dtype(np.float16))
+    assert half.sent == plan.sent / 2
+
+
+def test_printed():
+    text = str(place(MESH, [leaf((16, 8, 24), "bio", ((), ("y",), ()))]))
+    for words in ("mesh x 4 x y 2", "move y", "share x", "16 units of 8 x 24 over 8 owners, 2 each", "flops"):
+        assert words in text, text
+
+
+def test_a_tree_of_thousands_of_matrices_on_thousands_of_devices_is_planned_at_once():
+    leaves = [leaf((60, 384, 7168, 2048), "bbio", ((), ("e",), ("d",), ()))] * 2 + [
+        leaf((7168 + 64 * k, 2048), over=(("d",), ())) for k in range(500)
+    ]
+    plan = place({"d": 8, "e": 128}, leaves, cost=NewtonSchulz().flops)
+    assert plan.exchanges[0].kept == ("e",)
+
+
+NAMES = ("x", "y", "z")
+
+
+@st.composite
+def problems(draw):
+    sizes = draw(st.sampled_from([(2,), (8,), (4, 2), (2, 3), (2, 2, 2)]))
+    mesh = dict(zip(NAMES, sizes, strict=False))
+    leaves = []
+    for _ in range(draw(st.integers(1, 6))):
+        batch = draw(st.integers(1, 9))
+        names = draw(st.permutations(list(mesh)))
+        cuts = sorted(draw(st.tuples(st.integers(0, len(names)), st.integers(0, len(names)))))
+        over = ((), tuple(names[: cuts[0]]), tuple(names[cuts[0] : cuts[1]]))
+        shape = (batch, *(8 * math.prod(mesh[n] for n in o) for o in over[1:]))
+        leaves.append((shape, over))
+    return mesh, leaves
+
+
+@settings(deadline=None, max_examples=100)
+@given(problem=problems(), at_once=st.sampled_from([1, 2**14, 2**28]), free=st.booleans())
+def test_every_unit_has_one_place(problem, at_once, free):
+    mesh, kinds = problem
+    leaves = [leaf(shape, "bio", over) for shape, over in kinds]
+    plan = place(mesh, leaves, bytes_at_once=at_once, free=free)
+    cuts = [cut for exchange in plan.exchanges for group in exchange.groups for cut in group.cuts]
+    assert sorted(cut.leaf for cut in cuts) == list(range(len(leaves)))
+    assert all(cut.units == leaves[cut.leaf].shape[0] for cut in cuts)
+    assert plan.flops >= plan.least_flops * (1 - 1e-9)
+    for exchange in plan.exchanges:
+        owners = math.prod(mesh[name] for name in (*exchange.moved, *exchange.shared))
+        seen = {k: [] for k in range(len(exchange.groups))}
+        for k, first, last in itertools.chain.from_iterable(b.parts for b in exchange.buckets):
+            seen[k] += range(first, last)
+        for k, group in enumerate(exchange.groups):
+            assert seen[k] == list(range(group.slots))
+            assert group.units <= group.slots * owners < group.units + owners
