@@ -42,7 +42,24 @@ def gpt(width, layers):
     return {f"layer{k}": layer for k in range(layers)}
 
 
+def vit(width, layers):
+    """The shapes of a vision transformer's layers, query, key and value in one."""
+    layer = {
+        "qkv": (width, 3 * width),
+        "out": (width, width),
+        "up": (width, 4 * width),
+        "down": (4 * width, width),
+    }
+    return {f"layer{k}": layer for k in range(layers)}
+
+
 GPT2 = gpt(768, 2)
+CONVOLUTIONS = {
+    f"stage{k}_conv{j}": (9 * inputs, outputs)
+    for k, outputs in enumerate((64, 128, 256))
+    for j, inputs in enumerate((outputs // 2, outputs, outputs))
+}
+"""Of 3 x 3 windows, as the matrices that they are."""
 SMALL = {f"w{k}": (32, 32) for k in range(400)}
 MODELS = {
     "adamw: GPT-2 small, 2 layers": ("adamw", GPT2),
@@ -51,6 +68,8 @@ MODELS = {
     "muon: GPT-2 small, 2 layers": ("muon", GPT2),
     "muon: 4 leaves of 768 x 3072": ("muon", {f"w{k}": (768, 3072) for k in range(4)}),
     "muon: 4 leaves of 512 x 4096": ("muon", {f"w{k}": (512, 4096) for k in range(4)}),
+    "muon: ViT-B, 2 layers": ("muon", vit(768, 2)),
+    "muon: 9 convolutions of 3 x 3": ("muon", CONVOLUTIONS),
     "muon: GPT, 4 layers of width 256": ("muon", gpt(256, 4)),
     "muon: 400 leaves of 32 x 32": ("muon", SMALL),
 }
@@ -126,20 +145,24 @@ def copy_bandwidth(size=2**25):
     return 2 * x.nbytes / min(times)
 
 
-def torch_adamw(shapes):
-    """Milliseconds of PyTorch's fused AdamW on the same leaves, None where it is not installed."""
+def torch_ms(kind, shapes):
+    """Milliseconds of PyTorch's own optimizer on the same leaves, None where it is not installed."""
     if importlib.util.find_spec("torch") is None:
         return None
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leaves = jax.tree.leaves(shapes, is_leaf=lambda s: isinstance(s, tuple))
+    leaves = [shape for shape in leaves if kind == "adamw" or len(shape) == 2]  # its Muon takes no others
     params = [torch.nn.Parameter(torch.ones(shape, device=device)) for shape in leaves]
     for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+        param.grad = torch.randn_like(param)
+    if kind == "adamw":
+        optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+    else:
+        optimizer = torch.optim.Muon(params, lr=0.02)
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS // 3):
         started = time.perf_counter()
         optimizer.step()
         if device == "cuda":
@@ -171,7 +194,7 @@ def measure(kind, shapes):
         "state_bytes_per_parameter": [ours.state_bytes / size, theirs.state_bytes / size],
         "gigaflops": [ours.flops / 1e9, theirs.flops / 1e9],
         "hlo_kilobytes": [ours.hlo_bytes / 1e3, theirs.hlo_bytes / 1e3],
-        "torch_fused_ms": torch_adamw(shapes) if kind == "adamw" else None,
+        "torch_ms": torch_ms(kind, shapes),
         "gigabytes_per_second": 28e-9 * size / (1e-3 * ours.milliseconds) if kind == "adamw" else None,
     }
 
@@ -209,7 +232,7 @@ def table(rows):
             pair(row["state_bytes_per_parameter"], 2),
             pair(row["gigaflops"], 2),
             pair(row["hlo_kilobytes"], 0),
-            "-" if row["torch_fused_ms"] is None else f"{row['torch_fused_ms']:.2f}",
+            "-" if row["torch_ms"] is None else f"{row['torch_ms']:.2f}",
             "-" if row["gigabytes_per_second"] is None else f"{row['gigabytes_per_second']:.1f}",
         )
     return out
@@ -226,7 +249,9 @@ def main():
         "rounds": ROUNDS,
         "copy_gigabytes_per_second": copy_bandwidth() / 1e9,
         "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "optimorph")
+            name: importlib.metadata.version(name)
+            for name in ("jax", "jaxlib", "optax", "optimorph", "torch")
+            if importlib.util.find_spec(name) is not None
         },
     }
     console.print(table(rows))

@@ -3,8 +3,8 @@
     python benchmarks/polar.py
 
 At the same number of steps with the same coefficients: ours (the iteration of fewer operations, and the
-standard one), optax's, and where they are installed the same written out in PyTorch, and on GPUs
-gram-newton-schulz's. Milliseconds are medians of interleaved rounds; the ratio is optax's over ours. Peak is
+standard one), optax's, and where they are installed the same written out in PyTorch, and
+gram-newton-schulz's, with its kernels on GPUs. Milliseconds are medians of interleaved rounds; the ratio is optax's over ours. Peak is
 the fastest large product of two matrices seen in the same run. Written to
 `benchmarks/results/polar.json`.
 """
@@ -33,6 +33,8 @@ from optimorph.linalg.newton_schulz import operations
 ROUNDS = 5
 RESULTS = Path(__file__).parent / "results" / "polar.json"
 ACCELERATED = jax.default_backend() != "cpu"
+HALF_ON_CPUS = 5e8
+"""Multiplications beyond which gram-newton-schulz, which is float16 always, would take minutes on a CPU."""
 
 CASES = {  # name → (matrices, n, m); the large ones only where there is an accelerator
     "GPT-2 small: attention": (4, 768, 768),
@@ -103,13 +105,11 @@ def torch_sides():
         return x
 
     sides["torch, written out in float32"] = plain
-    if (
-        ACCELERATED and importlib.util.find_spec("gram_newton_schulz") is not None
-    ):  # float16 always: hopeless on CPUs
+    if importlib.util.find_spec("gram_newton_schulz") is not None:
         from gram_newton_schulz import GramNewtonSchulz
 
         sides["gram-newton-schulz"] = GramNewtonSchulz(
-            ns_use_kernels=True,
+            ns_use_kernels=ACCELERATED,
             ns_coefficients=[list(row) for row in rows],
             gram_newton_schulz_reset_iterations=[2],
             compile_kwargs=None,
@@ -156,7 +156,12 @@ def measure(shape):
     if ACCELERATED:
         sides["optimorph, its default dtype"] = NewtonSchulz()
     calls = {name: (jax.jit(f).lower(x).compile(), x) for name, f in sides.items()}
-    calls |= {name: (f, convert(x)) for name, (f, convert) in torch_sides().items()}
+    light = ACCELERATED or shape[0] * operations(shape, rows, None) < HALF_ON_CPUS
+    calls |= {
+        name: (f, convert(x))
+        for name, (f, convert) in torch_sides().items()
+        if light or name != "gram-newton-schulz"
+    }
     seconds = {name: [] for name in calls}
     for _ in range(ROUNDS + 1):  # interleaved: the machine's noise meets all
         for name, (f, argument) in calls.items():
@@ -175,7 +180,7 @@ def measure(shape):
 
 
 def table(rows, top):
-    names = list(next(iter(rows.values()))["ms"])
+    names = list(dict.fromkeys(name for row in rows.values() for name in row["ms"]))
     out = Table(title="milliseconds", box=box.SIMPLE_HEAD, title_justify="left")
     for head in ("stack", *names, "optax / ours", "of peak", "temporaries"):
         out.add_column(head, justify="left" if head == "stack" else "right")
