@@ -4,8 +4,8 @@
 
 At the same number of steps with the same coefficients: ours (the iteration of fewer operations, and the
 standard one), optax's, and where they are installed the same written out in PyTorch, and
-gram-newton-schulz's, with its kernels on GPUs. Milliseconds are medians of interleaved rounds; the ratio is optax's over ours. Peak is
-the fastest large product of two matrices seen in the same run. Written to
+gram-newton-schulz's, with its kernels on GPUs. Milliseconds are medians of interleaved rounds; the ratio is
+optax's over ours. Peak is the fastest large product of two matrices seen in the same run. Written to
 `benchmarks/results/polar.json`.
 """
 

@@ -92,7 +92,7 @@ def test_near_shapes_go_together_where_slots_would_stay_empty():
 
 
 def test_flops_and_bytes():
-    """Two slots of 8 x 24 on each of eight owners; seven eighths of a device's pieces go out and come back."""
+    """Two slots of 8 x 24 on each of eight owners; seven eighths of the pieces go out, and come back."""
     plan = place(MESH, [leaf((16, 8, 24), "bio", ((), ("y",), ("x",)))], cost=lambda n, m: n * n * m)
     assert plan.flops == plan.least_flops == 2 * 8 * 8 * 24
     assert plan.sent == plan.least_sent == 2 * (7 / 8) * 4 * (16 * 8 * 24) / 8

@@ -1,4 +1,8 @@
-"""Matrices of one shape, whatever leaves they come from, as one stack."""
+"""Matrices of one shape, whatever leaves they come from, as one stack.
+
+Nearly equal shapes are not padded to one here: that never takes fewer operations. Over a mesh, where places
+would stay empty, it may, and `placement` does.
+"""
 
 from collections.abc import Callable, Sequence
 
