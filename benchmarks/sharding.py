@@ -161,6 +161,7 @@ def simulated():
         for name, (mesh, leaves) in {
             "Llama-3-405B": llama(devices),
             "1 T mixture of experts": experts(devices),
+            "its experts alone": (experts(devices)[0], experts(devices)[1][:3]),
         }.items():
             started = time.perf_counter()
             plan = place(mesh, leaves, cost=NewtonSchulz().flops)
@@ -199,7 +200,7 @@ def experts(devices):
     spread = ((), ("expert",), ("data",), ())
     leaves = [Leaf((60, 384, width, hidden), Axes("bbio"), spread, F32)] * 2
     leaves += [Leaf((60, 384, hidden, width), Axes("bbio"), (*spread[:2], (), ("data",)), F32)]
-    return mesh, leaves + [Leaf((60, width, width), Axes("bio"), ((), ("expert",), ()), F32)] * 4
+    return mesh, leaves + [Leaf((60, width, width), Axes("bio"), ((), ("expert",), ("data",)), F32)] * 4
 
 
 def table(rows):

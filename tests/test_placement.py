@@ -48,7 +48,7 @@ def test_blocks_that_no_shard_cuts_are_matrices_of_their_own():
     exchange, group = one(place(MESH, [leaf((8, 48), "i(12o)", ((), ("x",)))]))
     assert (exchange.kept, exchange.moved, group.units) == (("x",), (), 3)
     exchange, group = one(place(MESH, [leaf((8, 48), "i(2o)", ((), ("y", "x")))]))
-    assert (exchange.kept, exchange.moved, group.whole(MESH)) == (("y",), ("x",), (8, 24))
+    assert (exchange.kept, exchange.gathered, group.whole(MESH)) == (("y",), ("x",), (8, 24))
 
 
 def test_blocks_that_shards_cut_come_whole():
@@ -80,7 +80,22 @@ def test_work_is_shared_over_no_more_than_it_needs():
 
 def test_a_lone_matrix_is_gathered():
     exchange, group = one(place(MESH, [leaf((8, 24), over=(("x",), ()))]))
-    assert (exchange.gathered, group.slots) == (True, 1)
+    assert (exchange.moved, exchange.gathered, group.slots) == ((), ("x",), 1)
+
+
+def test_few_matrices_move_over_few_axes():
+    """Four on eight devices: four owners, whose neighbours are told the same, and have their part at hand."""
+    exchange, group = one(place(MESH, [leaf((4, 8, 24), "bio", ((), ("y",), ("x",)))]))
+    assert (exchange.moved, exchange.gathered, group.slots) == (("x",), ("y",), 1)
+    assert place(MESH, [leaf((4, 8, 24), "bio", ((), ("y",), ("x",)))]).sent == (7 + 3) * 4 * 8 * 24 / 8
+
+
+def test_shapes_that_occur_once_divide_the_work():
+    """Eight lone matrices of nearly one shape are one each for eight owners, whether sharded or replicated."""
+    for over in (((), ("x", "y")), ((), ())):
+        plan = place(MESH, [leaf((64, 72 + 8 * k), over=over) for k in range(8)], cost=lambda n, m: n * n * m)
+        assert one(plan)[1].slots == 1
+        assert plan.flops <= 1.4 * plan.least_flops
 
 
 def test_near_shapes_go_together_where_slots_would_stay_empty():
@@ -102,7 +117,12 @@ def test_flops_and_bytes():
 
 def test_printed():
     text = str(place(MESH, [leaf((16, 8, 24), "bio", ((), ("y",), ()))]))
-    for words in ("mesh x 4 x y 2", "move y", "share x", "16 units of 8 x 24 over 8 owners, 2 each", "flops"):
+    for words in (
+        "mesh x 4 x y 2",
+        "moved y; shared x; in 1",
+        "16 units of 8 x 24 over 8 owners, 2 each",
+        "flops",
+    ):
         assert words in text, text
 
 

@@ -51,7 +51,7 @@ class Executor:
     ) -> Iterable[tuple[Cut, list[jax.Array]]]:
         """For each leaf f of its units, in one piece or, from several buckets, more."""
         sharers = _size(sizes, exchange.shared)
-        owners = 1 if exchange.gathered else _size(sizes, exchange.moved)
+        owners = _size(sizes, exchange.moved)
         packed = [_packed(group, sharers * owners * group.slots, shards) for group in exchange.groups]
         done: dict[Cut, list[jax.Array]] = {cut: [] for group in exchange.groups for cut in group.cuts}
         under_way: list[list[jax.Array]] = []
@@ -59,7 +59,7 @@ class Executor:
             spans = [(sharers * owners * first, sharers * owners * last) for _, first, last in bucket.parts]
             groups = [exchange.groups[g] for g, _, _ in bucket.parts]
             pieces = [
-                _own_share(exchange, packed[g][i:j].reshape(sharers, owners, last - first, *group.piece))
+                _own(packed[g][i:j].reshape(sharers, owners, last - first, *group.piece), exchange.shared)
                 for (g, first, last), (i, j), group in zip(bucket.parts, spans, groups, strict=True)
             ]
             if len(under_way) == AHEAD:
@@ -74,7 +74,7 @@ class Executor:
         self, sizes: Sizes, exchange: Exchange, groups: Sequence[Group], pieces: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """f of units: this device's pieces `(owners, slots, *piece)` in, those of all sharers out."""
-        arrived = self._sent(exchange, pieces)
+        arrived = self._gathered(exchange.gathered, self._moved(exchange, pieces), "varying")
         wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, arrived, strict=True)]
         stacks = [group.form.matrices(whole) for group, whole in zip(groups, wholes, strict=True)]
         factors = iter(together(self.f, [x for each in stacks for x in each], turn=self.free))
@@ -82,28 +82,22 @@ class Executor:
         for group, whole, each in zip(groups, wholes, stacks, strict=True):
             y = group.form.array([next(factors) for _ in each], whole.shape)
             results.append(_pieces(sizes, exchange, group, y))
-        if exchange.gathered:
-            own = jax.lax.axis_index(exchange.moved)
-            return [jax.lax.dynamic_index_in_dim(x, own, keepdims=True)[None] for x in results]
-        return self._shared(exchange, self._sent(exchange, results))
+        return self._gathered(exchange.shared, self._moved(exchange, results), self.to)
 
-    def _sent(self, exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
+    def _moved(self, exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
         """Packets `(owners, ...)` to the owners, from whom as many come; all in one go."""
         if not exchange.moved:
             return [*packets]
         flat = _joined([x.reshape(len(x), -1) for x in packets])
-        if exchange.gathered:
-            flat = self._wired(lambda x: jax.lax.all_gather(x[0], exchange.moved), flat)
-        else:
-            flat = self._wired(lambda x: jax.lax.all_to_all(x, exchange.moved, 0, 0, tiled=True), flat)
+        flat = self._wired(lambda x: jax.lax.all_to_all(x, exchange.moved, 0, 0, tiled=True), flat)
         return _apart(flat, [x.shape[1:] for x in packets])
 
-    def _shared(self, exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
-        """Packets `(owners, ...)` of all sharers, `(sharers, owners, ...)`; all in one go."""
-        if not exchange.shared:
+    def _gathered(self, names: Names, packets: Sequence[jax.Array], to: str) -> list[jax.Array]:
+        """Packets of all devices along some axes, `(devices, ...)`; all in one go."""
+        if not names:
             return [x[None] for x in packets]
         flat = _joined([x.reshape(1, -1) for x in packets])
-        flat = self._wired(lambda x: jax.lax.all_gather(x[0], exchange.shared, to=self.to), flat)
+        flat = self._wired(lambda x: jax.lax.all_gather(x[0], names, to=to), flat)
         return _apart(flat, [x.shape for x in packets])
 
     def _wired(self, send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -124,11 +118,9 @@ def _packed(group: Group, count: int, shards: Sequence[jax.Array]) -> jax.Array:
     return units[0] if len(units) == 1 else jnp.concatenate(units)
 
 
-def _own_share(exchange: Exchange, x: jax.Array) -> jax.Array:
-    """What of replicated units falls to this device's row of owners."""
-    if not exchange.shared:
-        return x[0]
-    return jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(exchange.shared), keepdims=False)
+def _own(x: jax.Array, names: Names) -> jax.Array:
+    """Of what there is for each device along some axes, this one's."""
+    return jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(names), keepdims=False) if names else x[0]
 
 
 def _joined(rows: list[jax.Array]) -> jax.Array:
@@ -142,28 +134,29 @@ def _apart(flat: jax.Array, shapes: Sequence[Shape]) -> list[jax.Array]:
 
 
 def _whole(sizes: Sizes, exchange: Exchange, group: Group, x: jax.Array) -> jax.Array:
-    """Pieces from all owners, `(owners, slots, *piece)`, as whole units `(slots, *axes)`."""
-    x = x.reshape(*(sizes[name] for name in exchange.moved), *x.shape[1:])
-    x = x.transpose(_order(exchange.moved, group))
+    """Pieces of all who hold some, `(gathered, owners, slots, *piece)`, as whole units `(slots, *axes)`."""
+    names = (*exchange.gathered, *exchange.moved)
+    x = x.reshape(*(sizes[name] for name in names), *x.shape[2:]).transpose(_order(names, group))
     return x.reshape(x.shape[0], *group.whole(sizes))
 
 
 def _pieces(sizes: Sizes, exchange: Exchange, group: Group, y: jax.Array) -> jax.Array:
-    """The inverse of `_whole`."""
-    order = _order(exchange.moved, group)
+    """Of whole units what goes back to each owner, `(owners, slots, *piece)`."""
+    names = (*exchange.gathered, *exchange.moved)
+    order = _order(names, group)
     split = [len(y)]
-    for names, size in zip(group.spread, group.piece, strict=True):
-        split += [*(sizes[name] for name in names), size]
-    back = sorted(range(len(order)), key=order.__getitem__)
-    y = y.reshape(split).transpose(back)
-    return y.reshape(-1, *y.shape[len(exchange.moved) :])
+    for over, size in zip(group.spread, group.piece, strict=True):
+        split += [*(sizes[name] for name in over), size]
+    y = y.reshape(split).transpose(sorted(range(len(order)), key=order.__getitem__))
+    y = y.reshape(-1, _size(sizes, exchange.moved), *y.shape[len(names) :])
+    return _own(y, exchange.gathered)
 
 
-def _order(moved: Names, group: Group) -> list[int]:
-    """Of `(*moved, slots, *piece)`: the slots, and every axis behind the mesh axes that divide it."""
-    order = [len(moved)]
-    for k, names in enumerate(group.spread):
-        order += [*(moved.index(name) for name in names), len(moved) + 1 + k]
+def _order(names: Names, group: Group) -> list[int]:
+    """Of `(*names, slots, *piece)`: the slots, and every axis behind the mesh axes that divide it."""
+    order = [len(names)]
+    for k, over in enumerate(group.spread):
+        order += [*map(names.index, over), len(names) + 1 + k]
     return order
 
 

@@ -1,13 +1,15 @@
 """Which device makes which matrices whole, and what it is sent for that: a plan, from shapes alone.
 
 A matrix that is spread over a mesh is computed whole by one owner. Of every leaf some mesh axes divide its
-batch: its matrices are there already (kept). Others divide the matrices themselves: their pieces are sent to
-the owners and back (moved). Over the rest it is replicated: they share the work (shared), or, where that
-would save nothing, repeat it.
+batch: its matrices are there already (kept). Others divide the matrices themselves. Over as many of these as
+give every owner its share pieces are sent to the owners, and results back (moved); over the rest of them
+every device gets all pieces (gathered). The other axes replicate the leaf: they share the work (shared), or,
+where that would save nothing, repeat it.
 
     units   U = matrices of one kind on a device's share of the kept axes
     slots   k = ⌈U / (|moved| |shared|)⌉ for every owner, the last ones empty              (1)
-    sent    k (|moved| - 1) pieces in, as many back; k |moved| (|shared| - 1) shared out   (2)
+    sent    k (|moved| |gathered| - 1) pieces in, k (|moved| - 1) back,
+            k |moved| (|shared| - 1) shared out                                            (2)
 
 No device is needed to plan, and no name of a mesh axis means anything.
 """
@@ -105,20 +107,21 @@ class Exchange:
     """Leaves of one dtype that the same mesh axes keep, move and share.
 
     Args:
-      kept, moved, shared: mesh axes, in the mesh's order.
-      gathered: whether every device gets whole units and nothing is sent back: the lesser evil for one.
+      kept, moved, gathered, shared: mesh axes, in the mesh's order.
       groups: the units.
       buckets: what goes together.
+      dtype: of the leaves.
       itemsize: bytes of a number as it is sent.
     """
 
     kept: Names
     moved: Names
+    gathered: Names
     shared: Names
-    gathered: bool
-    groups: tuple[Group, ...]
-    buckets: tuple[Bucket, ...]
+    dtype: np.dtype
     itemsize: int
+    groups: tuple[Group, ...] = ()
+    buckets: tuple[Bucket, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +149,11 @@ class Placement:
         mesh = dict(self.mesh)
         lines = ["mesh " + (" x ".join(f"{name} {size}" for name, size in self.mesh) or "of one device")]
         for exchange in self.exchanges:
-            how = "gather" if exchange.gathered else "move"
-            lines.append(
-                f"kept {_said(exchange.kept)}, {how} {_said(exchange.moved)}, "
-                f"share {_said(exchange.shared)}, in {len(exchange.buckets)} go(es)"
-            )
+            roles = ("kept", "moved", "gathered", "shared")
+            said = [f"{role} {', '.join(names)}" for role in roles if (names := getattr(exchange, role))]
+            lines.append(f"{'; '.join(said) or 'all on each device'}; in {len(exchange.buckets)} go(es)")
             for group in exchange.groups:
-                owners = _size(mesh, exchange.shared)
-                owners *= 1 if exchange.gathered else _size(mesh, exchange.moved)
+                owners = _size(mesh, exchange.shared) * _size(mesh, exchange.moved)
                 whole = " x ".join(map(str, group.whole(mesh)))
                 lines.append(f"  {group.units} units of {whole} over {owners} owners, {group.slots} each")
         lines.append(f"flops of a device {self.flops:.4g}, at least {self.least_flops:.4g}")
@@ -181,27 +181,28 @@ def place(
       wire: the dtype of what is sent, if narrower than the leaf's.
       bytes_at_once: of whole units that a device holds in one go, unless one alone is larger.
     """
-    kinds: dict[Any, tuple[Exchange, list[Group]]] = {}
-    true_cost = true_sent = 0.0
+    alike: dict[Any, list[Group]] = {}
     for group, kept, dtype in _groups(mesh, leaves, free):
-        exchange, group = _divided(mesh, group, kept, _bytes(dtype, wire))
-        key = (exchange, dtype)
-        kinds.setdefault(key, (exchange, []))[1].append(group)
-        share = _size(mesh, [name for name in mesh if name not in kept])
-        true_cost += group.units * group.cost(mesh, cost) / share
-        true_sent += _sent(mesh, exchange, group, least=True)
-    exchanges = tuple(
-        _bucketed(mesh, exchange, _merged(mesh, exchange, groups, cost) if free else groups, bytes_at_once)
-        for exchange, groups in kinds.values()
-    )
+        alike.setdefault((kept, _over(mesh, group.spread), dtype), []).append(group)
+    found: dict[Exchange, list[Group]] = {}
+    least_flops = least_sent = 0.0
+    for (kept, over, dtype), groups in alike.items():
+        owners, itemsize = [name for name in mesh if name not in kept], _bytes(dtype, wire)
+        least_flops += sum(group.units * group.cost(mesh, cost) for group in groups) / _size(mesh, owners)
+        least_sent += itemsize * sum(_least_sent(mesh, over, owners, group) for group in groups)
+        for group in _merged(mesh, owners, groups, cost) if free else groups:
+            moved, gathered, shared, slots = _divided(mesh, over, owners, group)
+            exchange = Exchange(kept, moved, gathered, shared, dtype, itemsize)
+            found.setdefault(exchange, []).append(dataclasses.replace(group, slots=slots))
+    exchanges = tuple(_bucketed(mesh, exchange, groups, bytes_at_once) for exchange, groups in found.items())
     pairs = [(exchange, group) for exchange in exchanges for group in exchange.groups]
     return Placement(
         tuple(mesh.items()),
         exchanges,
-        flops=sum(group.slots * group.cost(mesh, cost) for _, group in pairs),
-        least_flops=true_cost,
-        sent=sum(_sent(mesh, exchange, group) for exchange, group in pairs),
-        least_sent=true_sent,
+        flops=float(sum(group.slots * group.cost(mesh, cost) for _, group in pairs)),
+        least_flops=float(least_flops),
+        sent=float(sum(exchange.itemsize * _sent(mesh, exchange, group) for exchange, group in pairs)),
+        least_sent=float(least_sent),
     )
 
 
@@ -215,7 +216,7 @@ def _groups(
         cut, spread, form, kept = _cut(mesh, leaf, number, free)
         found.setdefault((cut.piece, spread, form, kept, leaf.dtype), []).append(cut)
     for (piece, spread, form, kept, dtype), cuts in found.items():
-        yield Group(piece, spread, form, tuple(cuts)), kept, dtype
+        yield Group(piece, spread, form, tuple(cuts)), _over(mesh, [kept]), dtype
 
 
 def _cut(mesh: Mapping[str, int], leaf: Leaf, number: int, free: bool) -> tuple[Cut, Spec, Axes, Names]:
@@ -263,35 +264,32 @@ def _between(mesh: Mapping[str, int], blocks: int, names: Names) -> tuple[Names,
     return names, ()
 
 
-def _divided(mesh: Mapping[str, int], group: Group, kept: Names, itemsize: int) -> tuple[Exchange, Group]:
-    """The group with its slots (1), over as few of the idle axes as give the fewest."""
-    moved = tuple(name for name in mesh if any(name in names for names in group.spread))
-    idle = [name for name in mesh if name not in (*kept, *moved)]
-    owners = _size(mesh, moved)
+def _divided(
+    mesh: Mapping[str, int], over: Names, owners: Sequence[str], group: Group
+) -> tuple[Names, Names, Names, int]:
+    """What to move, gather and share over, and the slots: as few as can be (1), then as few bytes (2)."""
 
-    def slots(shared: Iterable[str]) -> int:
-        return -(-group.units // (owners * _size(mesh, shared)))
+    def weighed(moved: Names, shared: Names) -> tuple[int, int]:
+        slots = _slots(mesh, (*moved, *shared), group.units)
+        return slots, slots * _pieces(mesh, moved, tuple(n for n in over if n not in moved), shared)
 
-    subsets = [each for n in range(len(idle) + 1) for each in itertools.combinations(idle, n)]
-    shared = min(subsets, key=lambda each: (slots(each), _size(mesh, each)))
-    gathered = bool(moved) and group.units == 1
-    exchange = Exchange(
-        tuple(name for name in mesh if name in kept), moved, shared, gathered, (), (), itemsize
-    )
-    return exchange, dataclasses.replace(group, slots=slots(shared))
+    idle = [name for name in owners if name not in over]
+    moved, shared = min(itertools.product(_subsets(over), _subsets(idle)), key=lambda pair: weighed(*pair))
+    gathered = tuple(name for name in over if name not in moved)
+    return moved, gathered, shared, weighed(moved, shared)[0]
 
 
-def _merged(mesh: Mapping[str, int], exchange: Exchange, groups: list[Group], cost: Cost) -> list[Group]:
+def _merged(mesh: Mapping[str, int], owners: Sequence[str], groups: list[Group], cost: Cost) -> list[Group]:
     """Kinds of nearly the same shape as one, padded, where that makes empty slots of use."""
-    owners = _size(mesh, exchange.moved) * _size(mesh, exchange.shared)
+
+    def spent(group: Group) -> float:
+        return _slots(mesh, owners, group.units) * group.cost(mesh, cost)
+
     done: list[Group] = []
     for group in sorted(groups, key=lambda group: group.cost(mesh, cost), reverse=True):
         for k, large in enumerate(done):
-            both = _together(large, group, owners)
-            if both is None or exchange.gathered:
-                continue
-            apart = sum(each.slots * each.cost(mesh, cost) for each in (large, group))
-            if both.slots * both.cost(mesh, cost) < apart:
+            both = _together(large, group)
+            if both is not None and spent(both) < spent(large) + spent(group):
                 done[k] = both
                 break
         else:
@@ -299,12 +297,10 @@ def _merged(mesh: Mapping[str, int], exchange: Exchange, groups: list[Group], co
     return done
 
 
-def _together(a: Group, b: Group, owners: int) -> Group | None:
+def _together(a: Group, b: Group) -> Group | None:
     if a.spread != b.spread or a.form != b.form or a.form.spec != "bio":
         return None
-    piece = tuple(map(max, a.piece, b.piece))
-    slots = -(-(a.units + b.units) // owners)
-    return dataclasses.replace(a, piece=piece, cuts=a.cuts + b.cuts, slots=slots)
+    return dataclasses.replace(a, piece=tuple(map(max, a.piece, b.piece)), cuts=a.cuts + b.cuts)
 
 
 def _bucketed(
@@ -313,7 +309,7 @@ def _bucketed(
     buckets: list[list[tuple[int, int, int]]] = [[]]
     room = bytes_at_once
     for number, group in enumerate(groups):
-        size, first = math.prod(group.whole(mesh)) * max(4, exchange.itemsize), 0
+        size, first = math.prod(group.whole(mesh)) * max(4, exchange.dtype.itemsize), 0
         while first < group.slots:
             if room < size and buckets[-1]:
                 buckets.append([])
@@ -326,14 +322,36 @@ def _bucketed(
     return dataclasses.replace(exchange, groups=tuple(groups), buckets=found)
 
 
-def _sent(mesh: Mapping[str, int], exchange: Exchange, group: Group, least: bool = False) -> float:
-    """Bytes (2) that a device sends for a group."""
-    moved, shared = _size(mesh, exchange.moved), _size(mesh, exchange.shared)
-    pieces = group.units / shared if least else group.slots * moved
-    size = exchange.itemsize * math.prod(group.piece)
-    if exchange.gathered:
-        return float(group.units * size * (moved - 1))
-    return size * pieces * (2 * (1 - 1 / moved) + (shared - 1))
+def _slots(mesh: Mapping[str, int], owners: Iterable[str], units: int) -> int:
+    return -(-units // _size(mesh, owners))  # (1)
+
+
+def _pieces(mesh: Mapping[str, int], moved: Names, gathered: Names, shared: Names) -> int:
+    """How many a device sends for each slot (2)."""
+    m, g, s = (_size(mesh, names) for names in (moved, gathered, shared))
+    return (m * g - 1) + (m - 1) + m * (s - 1)
+
+
+def _sent(mesh: Mapping[str, int], exchange: Exchange, group: Group) -> int:
+    """How many numbers a device sends for a group."""
+    pieces = _pieces(mesh, exchange.moved, exchange.gathered, exchange.shared)
+    return group.slots * math.prod(group.piece) * pieces
+
+
+def _least_sent(mesh: Mapping[str, int], over: Names, owners: Sequence[str], group: Group) -> float:
+    """How many if its units could be divided evenly."""
+    shared = tuple(name for name in owners if name not in over)
+    return group.units / _size(mesh, owners) * math.prod(group.piece) * _pieces(mesh, over, (), shared)
+
+
+def _over(mesh: Mapping[str, int], spread: Iterable[Names]) -> Names:
+    """All mesh axes of a spec, in the mesh's order."""
+    found = {*itertools.chain.from_iterable(spread)}
+    return tuple(name for name in mesh if name in found)
+
+
+def _subsets(names: Sequence[str]) -> list[Names]:
+    return [each for n in range(len(names) + 1) for each in itertools.combinations(names, n)]
 
 
 def _bytes(dtype: np.dtype, wire: np.dtype | None) -> int:
@@ -348,7 +366,3 @@ def _joined(spread: Sequence[Names], axes: Iterable[int]) -> Names:
 
 def _size(mesh: Mapping[str, int], names: Iterable[str]) -> int:
     return math.prod(mesh[name] for name in names)
-
-
-def _said(names: Names) -> str:
-    return ", ".join(names) or "nothing"
