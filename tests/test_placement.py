@@ -91,7 +91,7 @@ def test_few_matrices_move_over_few_axes():
 
 
 def test_shapes_that_occur_once_divide_the_work():
-    """Eight lone matrices of nearly one shape are one each for eight owners, whether sharded or replicated."""
+    """Eight lone matrices of nearly one shape are one each for eight owners, sharded or replicated."""
     for over in (((), ("x", "y")), ((), ())):
         plan = place(MESH, [leaf((64, 72 + 8 * k), over=over) for k in range(8)], cost=lambda n, m: n * n * m)
         assert one(plan)[1].slots == 1

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class Everywhere:
             return self._of_shards(manual, specs, arrays, "invarying")
         if layouts is not None:
             return self._over(_mesh(layouts), layouts, arrays)
-        if jax.device_count() == 1:
+        if jax.device_count() == 1 and not explicit_axes(arrays):
             return self.of_whole(arrays)
         return [*_anywhere(self, *arrays)]
 
@@ -93,28 +94,32 @@ class Everywhere:
     def _over(
         self, mesh: Mesh | AbstractMesh, layouts: Sequence[Layout], arrays: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        """Over a mesh and layouts that are known; of a mesh's axes those that layouts can name."""
-        explicit = [name for name, kind in _kinds(mesh) if kind is AxisType.Explicit]
-        names = {name: mesh.shape[name] for name in explicit or mesh.axis_names}
+        """Over a mesh, and layouts, that are known."""
         specs = tuple(layout if isinstance(layout, PartitionSpec) else layout.spec for layout in layouts)
 
         def body(*shards):
-            read = [spec_of(spec, x.ndim, names) for spec, x in zip(specs, shards, strict=True)]
-            return tuple(self._of_shards(names, read, shards, "varying"))
+            sizes = manual_axes()  # of the mesh those that no vmap is over
+            read = [spec_of(spec, x.ndim, sizes) for spec, x in zip(specs, shards, strict=True)]
+            return tuple(self._of_shards(sizes, read, shards, "varying"))
 
-        run = jax.shard_map(
-            body, mesh=mesh, in_specs=specs, out_specs=specs, axis_names={*names}, check_vma=False
-        )
+        run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
         return [*run(*arrays)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _anywhere(task: Everywhere, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Over a mesh that types name, or the compiler; where types name some axes only, it is asked for all."""
+    names = explicit_axes(arrays)
+    if not names:
+        return _divided_by_the_compiler(task, *arrays)
     shardings = [jax.typeof(x).sharding for x in arrays]
-    known = next((s for s in shardings if AxisType.Explicit in s.mesh.axis_types), None)
-    if known is not None:
-        return tuple(task._over(known.mesh, shardings, arrays))
-    return _divided_by_the_compiler(task, *arrays)
+    context = jax.sharding.get_abstract_mesh()
+    mesh = shardings[0].mesh if context.empty else context
+    if len(names) == len(mesh.axis_names):
+        return tuple(task._over(mesh, shardings, arrays))
+    asked: Any = functools.partial(_divided_by_the_compiler, task)
+    asked = jax.sharding.auto_axes(asked, axes=names, out_sharding=tuple(shardings))
+    return asked(*arrays)
 
 
 def _divided_by_the_compiler(task: Everywhere, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -165,7 +170,7 @@ def _divided_by_the_compiler(task: Everywhere, *arrays: jax.Array) -> tuple[jax.
 
     @differentiable.defjvp
     def slope(primals, tangents):
-        return mapped(*primals), jax.jvp(whole, primals, tangents)[1]
+        return differentiable(*primals), jax.jvp(whole, primals, tangents)[1]
 
     return differentiable(*arrays)
 
@@ -176,9 +181,17 @@ def _mark(task: Everywhere) -> np.ndarray:
 
 
 def manual_axes() -> dict[str, int]:
-    """The axes of the mesh over which this is one device's program, as inside `jax.shard_map`."""
+    """The mesh axes of more than one device over which this is one device's program: `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return {name: mesh.shape[name] for name in mesh.manual_axes}
+    return {name: mesh.shape[name] for name in mesh.manual_axes if mesh.shape[name] > 1}
+
+
+def explicit_axes(arrays: Sequence[jax.Array]) -> tuple[str, ...]:
+    """The mesh axes over which types say how arrays lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(arrays[0]).sharding.mesh if mesh.empty else mesh
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in pairs if kind is AxisType.Explicit)
 
 
 def spec_of(layout: Layout, ndim: int, mesh: Mapping[str, int]) -> Spec:
@@ -212,10 +225,6 @@ def whole_shape(mesh: Mapping[str, int], spec: Spec, shard: Shape) -> Shape:
 
 def _names(entry: str | Names | None) -> Names:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _kinds(mesh: Mesh | AbstractMesh) -> Iterable[tuple[str, AxisType]]:
-    return zip(mesh.axis_names, mesh.axis_types, strict=True)
 
 
 def _mesh(layouts: Sequence[Layout]) -> Mesh | AbstractMesh:

@@ -25,9 +25,9 @@ def layouts_of(
     """
     manual = manual_axes()
     if rules is None:
-        if math.prod(manual.values()) > 1 and paths:
+        if manual and paths:
             raise ValueError(
-                f"{who}: inside jax.shard_map over {', '.join(manual)} {paths[0]!r} has shape "
+                f"{who}: inside jax.shard_map or pmap over {', '.join(manual)} {paths[0]!r} has shape "
                 f"{arrays[0].shape}, which may be a shard of a matrix. Type shardings=, with the in_specs of "
                 "the parameters, such as shardings={'*/kernel': P('data', None), '*': P()}; P() is whole."
             )

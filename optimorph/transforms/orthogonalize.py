@@ -1,6 +1,6 @@
 """Every matrix replaced by its polar factor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from optimorph.linalg.newton_schulz import NewtonSchulz
 from optimorph.routing.layouts import layouts_of, of_whole
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import labels
+
+_WIRES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
 
 
 def orthogonalize(
@@ -51,8 +53,14 @@ def orthogonalize(
     """
     who = "orthogonalize"
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
+    polar = polar if isinstance(polar, Hashable) else _by_identity(polar)
     free = isinstance(polar, NewtonSchulz | Exact)
     wire = None if wire_dtype is None else jnp.dtype(wire_dtype)
+    if wire is not None and wire not in _WIRES:
+        raise ValueError(
+            f"{who}: wire_dtype must be one of {[*map(str, _WIRES)]}, but is {wire}. Type "
+            "wire_dtype='bfloat16': a narrower exponent would lose small gradients."
+        )
     read = of_whole(who, shardings, leaf_axes(who, axes))
 
     def init(params):
@@ -73,3 +81,7 @@ def orthogonalize(
         return jax.tree.unflatten(structure, leaves), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _by_identity(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: f(x)

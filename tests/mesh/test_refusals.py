@@ -73,7 +73,9 @@ def test_inside_shard_map_nothing_is_guessed():
         return tx.update({"w": w}, tx.init({"w": w}), {"w": w})[0]["w"]
 
     run = jax.shard_map(body, mesh=mesh(), in_specs=P("data", None), out_specs=P("data", None))
-    with pytest.raises(ValueError, match=r"inside jax.shard_map over data, model 'w' has shape \(2, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"inside jax.shard_map or pmap over data, model 'w' has shape \(2, 24\)"
+    ):
         jax.jit(run)(jnp.ones((8, 24)))
 
 

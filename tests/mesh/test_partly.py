@@ -1,0 +1,108 @@
+"""Meshes of which types name some axes only, of one device, and functions that are not plain."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optimorph as om
+from optimorph.linalg import NewtonSchulz
+
+E, A = AxisType.Explicit, AxisType.Auto
+NONE = optax.EmptyState()
+G = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
+
+
+def polar(**more):
+    tx = om.orthogonalize(NewtonSchulz(steps=2), {"*": "io"}, **more)
+    return lambda g: tx.update({"w": g}, NONE)[0]["w"]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return np.asarray(polar()(jax.device_put(G, jax.devices()[0])))
+
+
+def mesh(sizes, kinds):
+    count = int(np.prod(sizes))
+    return jax.make_mesh(
+        sizes, ("a", "b", "c")[: len(sizes)], axis_types=kinds, devices=jax.devices()[:count]
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kinds", "spec"),
+    [
+        ((4, 2), (E, A), P("a", "b")),
+        ((4, 2), (A, E), P("a", "b")),
+        ((2, 2, 2), (E, A, A), P(("a", "b"), "c")),
+        ((2, 2, 2), (E, A, E), P(("c", "a"), "b")),
+    ],
+)
+@pytest.mark.parametrize("said", [False, True])
+def test_partly_explicit(expected, sizes, kinds, spec, said):
+    place = NamedSharding(mesh(sizes, kinds), spec)
+    got = jax.jit(polar(**({"shardings": {"w": place}} if said else {})))(jax.device_put(G, place))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert got.sharding.is_equivalent_to(place, 2)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_an_explicit_mesh_of_one(expected, jitted):
+    place = [NamedSharding(mesh((1,), (E,)), spec) for spec in (P("a", None), P(None, "a"))]
+    tx = om.orthogonalize(NewtonSchulz(steps=2), {"*": "io"})
+    g = {"w": jax.device_put(G, place[0]), "v": jax.device_put(G, place[1])}
+    update = jax.jit(tx.update) if jitted else tx.update
+    got = update(g, NONE)[0]
+    for x in got.values():
+        np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+def test_shard_map_over_axes_of_one(expected):
+    one = mesh((1, 1), (A, A))
+    run = jax.shard_map(polar(), mesh=one, in_specs=P("a", "b"), out_specs=P("a", "b"))
+    np.testing.assert_allclose(jax.jit(run)(jax.device_put(G, NamedSharding(one, P()))), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [A, E])
+def test_vmap_over_a_divided_axis(expected, kind):
+    both = mesh((2, 4), (kind, kind))
+    place = NamedSharding(both, P("a", None, "b"))
+    got = jax.jit(jax.vmap(polar()))(jax.device_put(np.stack([G, 2 * G]), place))
+    np.testing.assert_allclose(np.asarray(got)[1], expected, atol=1e-5)
+    assert got.sharding.is_equivalent_to(place, 3)
+
+
+def test_a_function_that_has_no_hash():
+    @dataclasses.dataclass
+    class Double:
+        by: float = 2.0
+
+        def __call__(self, x):
+            return self.by * x
+
+    tx = om.orthogonalize(Double(), {"*": "io"})
+    place = NamedSharding(mesh((8,), (A,)), P(None, "a"))
+    np.testing.assert_allclose(tx.update({"w": jax.device_put(G, place)}, NONE)[0]["w"], 2 * G)
+
+
+def test_second_derivatives():
+    place = NamedSharding(mesh((2,), (A,)), P(None, "a"))
+    tx = om.orthogonalize(lambda x: x**3, {"*": "io"})
+
+    def size(t, place):
+        return jnp.sum(tx.update({"w": jax.device_put(G, place) + t}, NONE)[0]["w"])
+
+    got = jax.jit(jax.grad(jax.grad(size)), static_argnums=1)(0.0, place)
+    np.testing.assert_allclose(got, np.sum(6 * G), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8, jnp.float8_e4m3fn])
+def test_dtypes_that_would_lose_gradients_are_not_sent(dtype):
+    with pytest.raises(ValueError, match=r"wire_dtype must be one of .*bfloat16"):
+        polar(wire_dtype=dtype)
