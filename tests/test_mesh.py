@@ -17,18 +17,8 @@ FLAGS = (
 
 @pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
 def test_on_sixteen_devices(file):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=16"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n0",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(FOLDER / file),
-    ]
+    flags = FLAGS + os.environ.get("XLA_FLAGS", "")
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
     process = subprocess.run(
         command,
         env=os.environ | {"XLA_FLAGS": flags},

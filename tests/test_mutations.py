@@ -59,7 +59,7 @@ MUTATIONS = {
         "state",
         "scale_by_learning_rate",
     ),
-    "orthogonalize: nothing": (T + "orthogonalize.py", "together(polar, ", "together(lambda x: x, ", "orthogonalize"),
+    "orthogonalize: nothing": (T + "orthogonalize.py", "Everywhere(polar, ", "Everywhere(lambda x: x, ", "orthogonalize"),
     "shape: no scale": (T + "scale_by_shape.py", "factor * ", "", "scale_by_shape"),
     "shape: no root": (T + "scale_by_shape.py", "math.sqrt(outputs / inputs)", "outputs / inputs", "scale_by_shape"),
     "shape: no maximum": (T + "scale_by_shape.py", "max(1, outputs / inputs)", "outputs / inputs", "scale_by_shape"),
@@ -71,7 +71,7 @@ MUTATIONS = {
     "polar: no norm": ("linalg/unit.py", "return x / jnp.sqrt(_not_zero(squares)).astype(x.dtype)", "return x", "orthogonalize"),
     "polar: no safety": ("linalg/polar_express.py", "safety: float = 0.02", "safety: float = 0.0", "orthogonalize"),
     "polar: no cushion": ("linalg/polar_express.py", "cushion: float = _CUSHION", "cushion: float = 0.0", "orthogonalize"),
-    "polar: a step less": (N, "_standard(x, found.rows,", "_standard(x, found.rows[1:],", "orthogonalize"),
+    "polar: a step less": (N, "_standard(x, rows,", "_standard(x, rows[1:],", "orthogonalize"),
     "gram: no linear term of the first Q": (N, ", (a, identity(z))", "", "orthogonalize"),
     "gram: no linear term of Q": (N, ", (a, q))", ")", "orthogonalize"),
     "gram: no linear term of R": (N, ", (a, r))", ")", "orthogonalize"),
@@ -98,8 +98,8 @@ MUTATIONS = {
     "axes: no order": ("linalg/axes.py", '[k for x in "bio" for k, found in enumerate(letters) if found == x]', "list(range(len(letters)))", "muon"),
     "muon: no momentum": (M, "        ema(momentum, nesterov=nesterov, dtype=mu_dtype),\n", "", "muon"),
     "muon: no lookahead": (M, "ema(momentum, nesterov=nesterov, dtype=mu_dtype)", "ema(momentum, dtype=mu_dtype)", "muon"),
-    "muon: no polar factor": (M, "        orthogonalize(orthogonalizer, spec),\n", "", "muon"),
-    "muon: no scale": (M, "        scale_by_shape(scale, spec),\n", "", "muon"),
+    "muon: no polar factor": (M, "        orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),\n", "", "muon"),
+    "muon: no scale": (M, "        scale_by_shape(scale, spec, shardings),\n", "", "muon"),
     "muon: others' rate": (M, "learning_rate if others_learning_rate is None else others_learning_rate", "learning_rate", "muon"),
 }  # fmt: skip
 
