@@ -1,17 +1,20 @@
 """Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
 
 Transforms, the words: `momentum`, `ema`, `square`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
-`orthogonalize`, `scale_by_shape`, `add_decayed_weights`, `scale_by_learning_rate`, `dampen`, `in_float32`.
-They chain with optax's (`optax.chain`, `optax.identity`).
+`orthogonalize`, `scale_by_shape`, `add_decayed_weights`, `scale_by_learning_rate`, `dampen`, `in_float32`,
+`clip_by_global_norm`, `skip_nonfinite`. They chain with optax's (`optax.chain`, `optax.identity`).
 
 Optimizers, the sentences: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
 
 Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` route by the same rules.
 
+The end of a step: `apply_updates`, which can round bfloat16 weights stochastically.
+
 Beside them: `linalg` (the polar factor), `schedules`, `theory`.
 """
 
 from optimorph import linalg, schedules, theory
+from optimorph.apply_updates import apply_updates
 from optimorph.muon import muon
 from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph.plan import Plan, PlanRow, plan
@@ -20,6 +23,7 @@ from optimorph.routing.rules import labels
 from optimorph.transforms.accumulate import AccumulateState, accumulate
 from optimorph.transforms.add import AddState, add
 from optimorph.transforms.add_decayed_weights import DecayState, add_decayed_weights
+from optimorph.transforms.clip_by_global_norm import ClipState, clip_by_global_norm
 from optimorph.transforms.dampen import DampenState, dampen
 from optimorph.transforms.debias import DebiasState, debias
 from optimorph.transforms.divide import DivideState, divide
@@ -31,6 +35,7 @@ from optimorph.transforms.orthogonalize import orthogonalize
 from optimorph.transforms.root import root
 from optimorph.transforms.scale_by_learning_rate import LearningRateState, scale_by_learning_rate
 from optimorph.transforms.scale_by_shape import scale_by_shape
+from optimorph.transforms.skip_nonfinite import SkipState, skip_nonfinite
 from optimorph.transforms.square import square
 
 __version__ = "0.1.0"
@@ -38,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
     "AddState",
+    "ClipState",
     "DampenState",
     "DebiasState",
     "DecayState",
@@ -48,12 +54,15 @@ __all__ = [
     "MomentumState",
     "Plan",
     "PlanRow",
+    "SkipState",
     "accumulate",
     "adagrad",
     "adam",
     "adamw",
     "add",
     "add_decayed_weights",
+    "apply_updates",
+    "clip_by_global_norm",
     "dampen",
     "debias",
     "divide",
@@ -75,6 +84,7 @@ __all__ = [
     "scale_by_shape",
     "schedules",
     "sgd",
+    "skip_nonfinite",
     "square",
     "theory",
 ]

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 import papers
 
@@ -23,6 +25,7 @@ class Entry:
       matrices: the formula holds for matrices only.
       real: the formula holds for real leaves only.
       positive: the input should not be negative (roots).
+      together: the rule is one of all leaves, as mappings.
     """
 
     id: str
@@ -31,6 +34,7 @@ class Entry:
     matrices: bool = False
     real: bool = False
     positive: bool = False
+    together: bool = False
 
     @property
     def name(self) -> str:
@@ -43,6 +47,18 @@ class Entry:
 def linear(start, slope):
     """A schedule that NumPy and JAX both compute."""
     return lambda count: start + slope * (count if type(count) is int else count.astype(float))
+
+
+def with_a_nan(every):
+    """Makes each `every`th gradient NaN."""
+
+    def update(updates, count, params=None):
+        def spoil(g):
+            return jnp.where((count + 1) % every == 0, jnp.nan, g).astype(g.dtype)
+
+        return jax.tree.map(spoil, updates), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
 
 
 def _muon_matrices(om, **kwargs):
@@ -58,6 +74,21 @@ TRANSFORMS = [
     Entry("ema", lambda om: om.ema(0.9), lambda: papers.ema(0.9)),
     Entry("ema-nesterov", lambda om: om.ema(0.8, nesterov=True), lambda: papers.ema(0.8, True)),
     Entry("ema-initial", lambda om: om.ema(0.8, initial=0.5), lambda: papers.ema(0.8, initial=0.5)),
+    *(
+        Entry(
+            f"clip_by_global_norm-{name}",
+            lambda om, norm=norm: om.clip_by_global_norm(norm),
+            lambda norm=norm: papers.clip_by_global_norm(norm),
+            together=True,
+        )
+        for name, norm in (("always", 1.5), ("at-times", 5.0))
+    ),
+    Entry("skip_nonfinite", lambda om: om.skip_nonfinite(om.ema(0.9), 1), lambda: papers.ema(0.9)),
+    Entry(
+        "skip_nonfinite-each-third",
+        lambda om: optax.chain(with_a_nan(3), om.skip_nonfinite(om.ema(0.9))),
+        lambda: papers.with_a_nan(papers.skip_nonfinite(papers.ema(0.9)), 3),
+    ),
     Entry("square", lambda om: om.square(), papers.square),
     Entry("accumulate", lambda om: om.accumulate(), papers.accumulate),
     Entry("accumulate-initial", lambda om: om.accumulate(0.1), lambda: papers.accumulate(0.1)),

@@ -1,4 +1,4 @@
-"""Float64 transcriptions of the papers and of PyTorch's documented algorithms, one leaf at a time.
+"""Float64 transcriptions of the papers and of PyTorch's documented algorithms, most of one leaf at a time.
 
 `rule(...)` returns a function (gradient, weight) → update that keeps its own state; `torch_*` and `keller_*`
 return a function (gradient, weight) → new weight, the form in which those are published. Nothing here knows
@@ -63,6 +63,32 @@ def debias(beta, ahead=0):
         nonlocal t
         t += 1
         return g / (1 - beta ** (t + ahead))
+
+    return step
+
+
+def clip_by_global_norm(max_norm):
+    """Of a tree."""
+
+    def step(g, w):
+        norm = np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in g.values()))
+        return {name: x * min(1, max_norm / norm) for name, x in g.items()}
+
+    return step
+
+
+def skip_nonfinite(rule):
+    return lambda g, w: rule(g, w) if np.all(np.isfinite(g)) else 0 * w
+
+
+def with_a_nan(rule, every):
+    """What a rule makes of gradients of which each `every`th is NaN."""
+    t = 0
+
+    def step(g, w):
+        nonlocal t
+        t += 1
+        return rule(g if t % every else np.nan * g, w)
 
     return step
 

@@ -162,6 +162,18 @@ def keller_muon():
         )
 
 
+def applied_as_by_optax():
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.int32):
+        params = {name: (5 * rng.standard_normal(9)).astype(dtype) for name in "ab"} | {"none": None}
+        updates = jax.tree.map(lambda w: rng.standard_normal(9).astype(w.dtype), params)
+        ours, theirs = (apply(params, updates) for apply in (om.apply_updates, optax.apply_updates))
+        for name in "ab":
+            assert ours[name].dtype == dtype
+            np.testing.assert_array_equal(ours[name], theirs[name])
+        assert ours["none"] is None
+
+
 PROOFS = {
     "optax.trace(decay, nesterov)": lambda: [
         same_as_optax(om.momentum(0.9, nesterov=look), optax.trace(0.9, look)) for look in (False, True)
@@ -170,6 +182,10 @@ PROOFS = {
     "optax.tree.bias_correction(updates, decay, t)": lambda: same_as_optax(
         om.debias(0.9), first_bias_correction()
     ),
+    "optax.clip_by_global_norm(max_norm)": lambda: [
+        same_as_optax(om.clip_by_global_norm(norm), optax.clip_by_global_norm(norm)) for norm in (1.0, 5.5)
+    ],
+    "optax.apply_updates(params, updates)": applied_as_by_optax,
     "optax.add_decayed_weights(weight_decay, mask)": lambda: [
         same_as_optax(om.add_decayed_weights(*args), optax.add_decayed_weights(*args))
         for args in ((0.1,), (0.1, {"matrix": True, "vector": False, "scalar": False}), (keyed_schedule,))

@@ -34,6 +34,19 @@ REFUSED = {
     "negative eps_root": (lambda: om.root(0.0, -1.0), ["root", "eps_root", "-1.0"]),
     "negative weight decay": (lambda: om.muon(0.1, weight_decay=-0.1), ["muon", "weight_decay", "-0.1"]),
     "atom's decay": (lambda: om.ema(1.0), ["ema", "decay", "1.0", "decay=0.9"]),
+    "max_norm of 0": (
+        lambda: om.clip_by_global_norm(0.0),
+        ["clip_by_global_norm", "max_norm", "0.0", "above 0", "max_norm=1.0"],
+    ),
+    "max_norm NaN": (
+        lambda: om.clip_by_global_norm(float("nan")),
+        ["clip_by_global_norm", "max_norm", "nan"],
+    ),
+    "negative limit": (
+        lambda: om.skip_nonfinite(om.ema(0.9), -1),
+        ["skip_nonfinite", "max_consecutive", "-1", "at least 0", "max_consecutive=10"],
+    ),
+    "boolean limit": (lambda: om.skip_nonfinite(om.ema(0.9), True), ["skip_nonfinite", "True"]),
     "array number": (lambda: om.momentum(jnp.float32(2.0)), ["momentum", "decay", "2.0"]),
     "nothing to add": (lambda: om.add(), ["add", "add(first, second)"]),
     "unknown preset": (
@@ -127,6 +140,13 @@ def test_gradients_that_are_not_the_states(tx):
     refused(lambda: tx.update({"w": W["w"]}, tx.init(W)), "'b'", "(3,)", "no gradient")
     with pytest.raises(ValueError, match="'w'"):
         jax.jit(tx.update)(W | {"w": jnp.ones((3, 4))}, tx.init(W))
+
+
+def test_updates_that_are_not_the_parameters():
+    refused(lambda: om.apply_updates(W, {"w": W["w"]}), "apply_updates", "'b'", "(3,)")
+    refused(
+        lambda: om.apply_updates(W, W | {"b": jnp.ones(4)}, jax.random.key(0)), "apply_updates", "'b'", "(4,)"
+    )
 
 
 def test_ambiguous_leaves_are_refused_together():

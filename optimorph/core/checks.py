@@ -32,6 +32,7 @@ RANGES = {
     "initial_scale": _NOT_NEGATIVE,
     "initial_value": _POSITIVE,
     "learning_rate": _RATE,
+    "max_norm": ("above 0", lambda x: x > 0, "1.0"),
     "momentum": _DECAY,
     "offset": _POSITIVE,
     "others_learning_rate": _RATE,

@@ -1,0 +1,21 @@
+"""Rounding that is right on average."""
+
+import jax
+import jax.numpy as jnp
+
+
+def stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 numbers rounded to one of their two neighbours in bfloat16, up or down by chance.
+
+        P(up) = (x - below) / (above - below), so that E[rounded] = x        (1)
+
+    bfloat16 is the upper half of a float32: a random lower half added to x carries into the upper one with
+    the probability (1), and the rest is cut off. Numbers of bfloat16, ±0 and ±inf stay what they are, and so
+    does NaN. Finite numbers stay finite: beyond the largest of bfloat16, 3.39e38, they become that.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    upper = ((bits + noise) >> 16).astype(jnp.uint16)  # (1)
+    upper = jnp.where(jnp.isfinite(x) & (upper & 0x7FFF == 0x7F80), upper - 1, upper)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)
