@@ -8,10 +8,13 @@ Optimizers, the sentences: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`
 
 Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` route by the same rules.
 
+Coming from optax: `from_optax_state` carries a run over in mid-training.
+
 Beside them: `linalg` (the polar factor), `schedules`, `theory`.
 """
 
 from optimorph import linalg, schedules, theory
+from optimorph.from_optax import from_optax_state
 from optimorph.muon import muon
 from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph.plan import Plan, PlanRow, plan
@@ -58,6 +61,7 @@ __all__ = [
     "debias",
     "divide",
     "ema",
+    "from_optax_state",
     "in_float32",
     "labels",
     "linalg",
