@@ -166,7 +166,7 @@ def _slots(node: Any, fields: Fields, kind: str = AVERAGE, part: Part = ()) -> I
     for field, role in known.items():
         held = getattr(node, field)
         if role in COUNTS:
-            yield Slot(role, part), held
+            yield from ((Slot(role, part), count) for count in jax.tree.leaves(held))
         elif role != UNUSED:
             yield from zip(
                 [Slot(role, path) for path in leaf_paths(held)], jax.tree.leaves(held), strict=True

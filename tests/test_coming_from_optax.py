@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from flax import nnx
 
 import optimorph as om
 from optimorph.linalg import NewtonSchulz
@@ -152,6 +153,23 @@ def test_inside_jit_and_from_shapes():
     inside = jax.jit(lambda s, p: om.from_optax_state(s, tx, p))(state, params)
     outside = om.from_optax_state(state, tx, jax.eval_shape(lambda: params))
     assert jax.tree.all(jax.tree.map(np.array_equal, inside, outside))
+
+
+def test_from_an_nnx_optimizer():
+    """Its state has boxes around its arrays; so has the one that they are put into."""
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    theirs = nnx.Optimizer(model, optax.adamw(schedule), wrt=nnx.Param)
+    gradient = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    with jax.numpy_dtype_promotion("standard"):
+        theirs.update(model, gradient)
+        ours = nnx.Optimizer(model, om.adamw(schedule), wrt=nnx.Param)
+        converted = om.from_optax_state(theirs.opt_state, ours.tx, nnx.state(model, nnx.Param))
+        structure = jax.tree.structure(ours.opt_state)
+        ours.opt_state = nnx.data(jax.tree.unflatten(structure, jax.tree.leaves(converted)))
+        other = nnx.clone(model)
+        theirs.update(model, gradient)
+        ours.update(other, gradient)
+    np.testing.assert_allclose(other.kernel[...], model.kernel[...], rtol=1e-6)
 
 
 REFUSED = {
