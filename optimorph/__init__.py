@@ -10,11 +10,14 @@ Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` 
 
 The end of a step: `apply_updates`, which can round bfloat16 weights stochastically.
 
+Coming from optax: `from_optax_state` carries a run over in mid-training.
+
 Beside them: `linalg` (the polar factor), `schedules`, `theory`.
 """
 
 from optimorph import linalg, schedules, theory
 from optimorph.apply_updates import apply_updates
+from optimorph.from_optax import from_optax_state
 from optimorph.muon import muon
 from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph.plan import Plan, PlanRow, plan
@@ -67,6 +70,7 @@ __all__ = [
     "debias",
     "divide",
     "ema",
+    "from_optax_state",
     "in_float32",
     "labels",
     "linalg",

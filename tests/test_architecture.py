@@ -23,6 +23,7 @@ FLOORS = {
     "theory": 3,
     "optimizers": 4,
     "muon": 4,
+    "from_optax": 4,
     "plan": 5,
     "plan_command": 7,
     "__init__": 6,
@@ -104,7 +105,7 @@ def test_documented(thing):
 TRANSFORMS = [
     n
     for n in om.__all__
-    if inspect.isfunction(getattr(om, n)) and n not in ("apply_updates", "labels", "plan")
+    if inspect.isfunction(getattr(om, n)) and n not in ("apply_updates", "from_optax_state", "labels", "plan")
 ]
 
 

@@ -263,19 +263,49 @@ def test_every_number_may_be_traced(name, argument):
         chex.assert_trees_all_close(jax.tree.map(lambda x, k=k: x[k], swept), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_a_new_array_value_does_not_recompile():
-    params = {"w": jnp.ones((2, 3))}
+SWEPT = {
+    "learning_rate": [0.1, 0.3],
+    "others_learning_rate": [0.2, 0.1],
+    "momentum": [0.5, 0.9],
+    "decay": [0.8, 0.9],
+    "b1": [0.5, 0.9],
+    "b2": [0.9, 0.99],
+    "eps": [1e-2, 1e-3],
+    "eps_root": [1e-3, 1e-2],
+    "weight_decay": [0.1, 0.3],
+    "initial_accumulator_value": [0.1, 0.5],
+    "initial_scale": [0.1, 0.5],
+    "dampening": [0.1, 0.4],
+}
+
+
+@pytest.mark.parametrize("name", sorted({entry.name for entry in catalog.RECIPES}))
+def test_a_sweep_is_one_program(name):
+    """All numbers of a recipe at once: vmap equals separate runs, and new array values do not recompile."""
+    numbers = [argument for recipe, argument in NUMBERS if recipe == name]
+    params = {"w": jnp.linspace(0.1, 1.0, 6).reshape(2, 3), "b": jnp.ones(2)}
+    gs = [gradients(params, seed) for seed in range(2)]
     traces = []
 
-    @jax.jit
-    def step(rate, g, state):
+    def train(values):
         traces.append(1)
-        return om.adamw(rate).update(g, state, params)
+        tx, w = getattr(om, name)(**values), params
+        state = tx.init(w)
+        for g in gs:
+            updates, state = tx.update(g, state, w)
+            w = optax.apply_updates(w, updates)
+        return w
 
-    state = om.adamw(0.1).init(params)
-    for rate in (0.1, 0.2, 0.3):
-        _, state = step(jnp.float32(rate), params, state)
-    assert len(traces) == 1
+    one, many = jax.jit(train), jax.jit(jax.vmap(train))
+    for values in (
+        {argument: jnp.asarray(SWEPT[argument]) for argument in numbers},
+        {argument: 0.9 * jnp.asarray(SWEPT[argument]) for argument in numbers},
+    ):
+        swept = many(values)
+        for k in range(2):
+            alone = one(jax.tree.map(lambda value, k=k: value[k], values))
+            chex.assert_trees_all_close(jax.tree.map(lambda x, k=k: x[k], swept), alone, rtol=1e-5, atol=1e-6)
+    assert len(traces) == 2
 
 
 @pytest.mark.parametrize("name", ["adam", "nadam", "adamw"])

@@ -54,6 +54,15 @@ def test_the_cost_table_is_the_recorded_one():
         assert line in README
 
 
+def test_the_sweep_is_the_recorded_one():
+    recorded = json.loads((RESULTS / "sweep.json").read_text())
+    rows = recorded["recipes"]["adamw"]["rows"]
+    assert f"{len(recorded['rates'])} learning rates of AdamW, {recorded['steps']} steps" in README
+    for row in rows.values():
+        assert f"in {row['seconds']:.1f} s" in README
+        assert row["ratio"] == 1 or f"({row['ratio']:.2f} times" in README
+
+
 def test_the_plan_shown_is_the_plan(capsys):
     (block,) = [block for block in BLOCKS if "print(om.plan(" in block]
     exec(compile(block, "README.md", "exec"), {})

@@ -1,6 +1,6 @@
 """Weight decay as one more term of the update."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,4 +72,18 @@ def add_decayed_weights(
         return map_updates(who, decayed, updates, params), state
 
     transform = optax.GradientTransformation(init, update)
-    return transform if mask is None else optax.masked(transform, as_mask(mask))
+    return transform if mask is None else _masked(transform, as_mask(mask))
+
+
+def _masked(transform: optax.GradientTransformation, mask: Mask) -> optax.GradientTransformation:
+    """`optax.masked` with the transform's own state, so that a checkpoint does not depend on the mask."""
+    masked: Any = optax.masked(transform, mask)
+
+    def init(params):
+        return masked.init(params).inner_state
+
+    def update(updates, state, params=None):
+        updates, state = masked.update(updates, optax.MaskedState(state), params)
+        return updates, state.inner_state
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,245 @@
+"""The state of an optax optimizer as that of one of these: a run changes over in mid-training."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph.core.tree import cast_like, leaf_paths
+from optimorph.core.types import PyTree
+from optimorph.transforms.accumulate import AccumulateState
+from optimorph.transforms.add import AddState
+from optimorph.transforms.add_decayed_weights import DecayState
+from optimorph.transforms.dampen import DampenState
+from optimorph.transforms.debias import DebiasState
+from optimorph.transforms.divide import DivideState
+from optimorph.transforms.ema import EmaState
+from optimorph.transforms.mix import MixState
+from optimorph.transforms.momentum import MomentumState
+from optimorph.transforms.scale_by_learning_rate import LearningRateState
+
+WHO = "from_optax_state"
+Part = tuple[str, ...]
+
+FIRST, SECOND, MEAN = "first moment", "second moment", "mean of a centered RMSprop"
+AVERAGE, VELOCITY, TOTAL = "average of Muon", "velocity", "sum of squares"
+STEPS, RATE, DECAY = (
+    "count for bias correction",
+    "count of a learning rate schedule",
+    "count of a decay schedule",
+)
+DAMPED, UNUSED = "count for dampening", ""
+COUNTS = (STEPS, RATE, DECAY, DAMPED)
+
+OPTAX: dict[str, tuple[str, dict[str, str]]] = {
+    "ScaleByAdamState": ("adam, adamw, nadam or nadamw", {"count": STEPS, "mu": FIRST, "nu": SECOND}),
+    "TraceState": ("sgd with momentum", {"trace": VELOCITY}),
+    "ScaleByRmsState": ("rmsprop", {"nu": SECOND}),
+    "ScaleByRmsWithCountState": ("rmsprop with bias_correction", {"count": STEPS, "nu": SECOND}),
+    "ScaleByRStdDevState": ("rmsprop with centered", {"mu": MEAN, "nu": SECOND}),
+    "ScaleByRStdDevWithCountState": (
+        "rmsprop with centered and bias_correction",
+        {"count": STEPS, "mu": MEAN, "nu": SECOND},
+    ),
+    "ScaleByRssState": ("adagrad", {"sum_of_squares": TOTAL}),
+    "MuonState": ("contrib.muon", {"count": UNUSED, "mu": AVERAGE, "ns_coeffs": UNUSED}),
+    "ScaleByScheduleState": ("a schedule of learning rates", {"count": RATE}),
+    "WeightDecaySchedule": ("a schedule of weight decay", {"count": DECAY}),
+}
+"""optax's states by the names of their types: whose they are, and what each field holds."""
+
+OWN: dict[type, dict[str, str]] = {
+    MomentumState: {"velocity": VELOCITY},
+    AccumulateState: {"total": TOTAL},
+    DebiasState: {"count": STEPS},
+    DampenState: {"count": DAMPED},
+    LearningRateState: {"count": RATE},
+    DecayState: {"count": DECAY},
+}
+"""This library's states; what an `EmaState` holds depends on where it stands."""
+
+SAME: dict[Any, str] = {"matrix": "muon", "other": "adam"}
+"""The two parts of a Muon, here and in optax."""
+
+ADVICE = {
+    STEPS: "bias_correction must be as it was",
+    RATE: "where one learning rate is a schedule the other must be: lambda count: 1e-3 is a constant one",
+    DECAY: "where one weight decay is a schedule the other must be: lambda count: 0.1 is a constant one",
+    DAMPED: "optax has no dampening",
+}
+
+
+class Slot(NamedTuple):
+    """What one array of a state is.
+
+    Args:
+      kind: one of the names above.
+      where: the leaf's path, or of a count the part of a partition.
+    """
+
+    kind: str
+    where: str | Part
+
+    def __str__(self) -> str:
+        """As errors name it."""
+        if isinstance(self.where, str):
+            return f"{self.where!r}, {self.kind}"
+        return f"{'/'.join(self.where)!r}, {self.kind}" if self.where else self.kind
+
+
+Fields = Callable[[Any, str], dict[str, str] | None]
+
+
+def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """Carry a run over from optax: its optimizer's state becomes that of `tx`, and training goes on.
+
+        opt_state = from_optax_state(opt_state, optimorph.adamw(schedule), params)
+
+    It knows optax's `adam`, `adamw`, `nadam`, `nadamw`, `sgd`, `rmsprop`, `adagrad` and `contrib.muon`, also
+    in chains with transforms that hold nothing (clipping, say) and inside `optax.masked` and
+    `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
+
+    A state says which averages there are, not what is made of them: the numbers, the schedules and `nesterov`
+    are those of `tx`. A state of optax's `adamax`, `yogi` or `lamb` looks like Adam's and passes for it.
+    With the same arguments the run goes on as it would have in optax, by the `Equals:` of each recipe.
+
+    Muon's average is carried over too, but the rule differs: optax divides it by 1 - β^t, which this library
+    does not. Without `nesterov` that is one number, which the polar factor ignores; with it the difference
+    is gone after some multiples of 1 / (1 - β) steps. Beside a Muon with `nesterov` optax's other leaves
+    have Nadam: `others=optimorph.nadamw(...)`.
+
+    The arrays are copies, in the dtypes of `tx.init(params)`; inside a `jax.jit` to which `state` is
+    donated none is made.
+
+    Args:
+      state: as optax returned it; of a checkpoint, restored into the state of optax's own `init`.
+      tx: one of this library's recipes, alone or in a chain.
+      params: what `tx` is to update, or their shapes.
+
+    Raises:
+      ValueError: arrays that `tx` wants and `state` lacks or the other way round, by path, or that differ in
+        shape; states of other optimizers and of wrappers such as `optax.MultiSteps`.
+    """
+    blank = jax.eval_shape(tx.init, params)
+    slots = [*_slots(state, _optax_fields)]
+    held, wanted = dict(slots), [*_slots(blank, _own_fields)]
+    faults = [*_repeated(slots), *_misfits(held, dict(wanted))]
+    if faults:
+        shown = "\n  ".join(faults[:8]) + ("\n  ..." if len(faults) > 8 else "")
+        raise ValueError(
+            f"{WHO}: the state does not fit tx.\n  {shown}\nThe state is that of {_owners(state)}. Type "
+            "for tx the recipe of that name with the same arguments, and the parameters of that state."
+        )
+    filled = [_copy(held[slot], leaf) for slot, leaf in wanted]
+    return jax.tree.unflatten(jax.tree.structure(blank), filled)
+
+
+def _copy(array: Any, like: Any) -> jax.Array:
+    """`array` in the dtype of `like`, and its own: what is donated may not be shared."""
+    return jnp.array(cast_like(jnp.asarray(array), like))
+
+
+def _optax_fields(node: Any, kind: str) -> dict[str, str] | None:
+    """What the fields of one of optax's states hold; None if it is none that is known."""
+    _, fields = OPTAX.get(type(node).__name__, ("", {}))
+    return fields if fields and getattr(node, "_fields", ()) == tuple(fields) else None
+
+
+def _own_fields(node: Any, kind: str) -> dict[str, str] | None:
+    """What the fields of one of this library's states hold, an average that stands for `kind`; or None."""
+    return {"average": kind} if isinstance(node, EmaState) else OWN.get(type(node))
+
+
+def _slots(node: Any, fields: Fields, kind: str = AVERAGE, part: Part = ()) -> Iterator[tuple[Slot, Any]]:
+    """Every array of a state with what it is, in the order of the state's leaves."""
+    if node is None or isinstance(node, optax.EmptyState | optax.MaskedNode):
+        return
+    known = fields(node, kind)
+    if known is None:
+        for child in _children(node, kind, part):
+            yield from _slots(child[0], fields, *child[1:])
+        return
+    for field, role in known.items():
+        held = getattr(node, field)
+        if role in COUNTS:
+            yield from ((Slot(role, part), count) for count in jax.tree.leaves(held))
+        elif role != UNUSED:
+            yield from zip(
+                [Slot(role, path) for path in leaf_paths(held)], jax.tree.leaves(held), strict=True
+            )
+
+
+def _children(node: Any, kind: str, part: Part) -> list[tuple[Any, str, Part]]:
+    """The states that a state is made of, and what an average means there."""
+    if isinstance(node, DivideState):
+        return [(node.signal, FIRST, part), (node.by, SECOND, part)]
+    if isinstance(node, AddState):
+        return [(term, MEAN if k else kind, part) for k, term in enumerate(node.terms)]
+    if isinstance(node, MixState):
+        return [(node.first, kind, part), (node.second, kind, part)]
+    if isinstance(node, optax.MaskedState):
+        return [(node.inner_state, kind, part)]
+    if isinstance(node, optax.transforms.PartitionState):
+        inner = node.inner_states
+        return [(inner[name], kind, (*part, SAME.get(name, str(name)))) for name in sorted(inner, key=str)]
+    if isinstance(node, OrderedDict):  # of optax.named_chain
+        return [(child, kind, part) for child in node.values()]
+    if type(node) in (tuple, list):
+        return [(child, kind, part) for child in node]
+    raise ValueError(_unknown(node))
+
+
+def _unknown(node: Any) -> str:
+    """That a state is none of those that are known, and what to do."""
+    name = type(node).__name__
+    if isinstance(node, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return (
+            f"{WHO}: there is an array of shape {node.shape} where a state was expected, such as "
+            "ScaleByAdamState. Restore a checkpoint into what optax's init makes: types are lost without it."
+        )
+    inner = [field for field in getattr(node, "_fields", ()) if field.startswith("inner")]
+    fix = "Type tx.init(params) to begin with a new state"
+    if inner:
+        fix = f"If the optimizer inside is one of these, give its state: state.{inner[0]}"
+    known = "adam, adamw, nadam, nadamw, sgd, rmsprop, adagrad and contrib.muon"
+    return (
+        f"{WHO}: {name} is no state that can be carried over; those of optax's {known} are, to the recipes "
+        f"of this library. {fix}."
+    )
+
+
+def _repeated(slots: list[tuple[Slot, Any]]) -> Iterator[str]:
+    """What the state holds more than once."""
+    for slot, times in Counter(slot for slot, _ in slots).items():
+        if times > 1:
+            yield f"{slot}: the state has {times} of them, of which one was expected"
+
+
+def _misfits(held: dict[Slot, Any], wanted: dict[Slot, Any]) -> Iterator[str]:
+    """What one side has and the other lacks, or has in another shape."""
+    for slot, leaf in wanted.items():
+        if slot not in held:
+            yield f"{slot}: tx wants it, the state has none{_advice(slot)}"
+        elif np.shape(held[slot]) != np.shape(leaf):
+            yield f"{slot}: of shape {np.shape(held[slot])} in the state, but tx wants {np.shape(leaf)}"
+    for slot in held:
+        if slot not in wanted:
+            yield f"{slot}: the state has it, tx has no place for it{_advice(slot)}"
+
+
+def _advice(slot: Slot) -> str:
+    """What would make the difference go away."""
+    if slot.kind == AVERAGE:
+        return f" (axes of muon: {{{slot.where!r}: 'io'}} or {{{slot.where!r}: None}})"
+    return f" ({ADVICE[slot.kind]})" if slot.kind in ADVICE else ""
+
+
+def _owners(state: PyTree) -> str:
+    """The names in optax of what a state belongs to."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in OPTAX)
+    names = dict.fromkeys(OPTAX[type(node).__name__][0] for node in nodes if type(node).__name__ in OPTAX)
+    return " and ".join(names) or "sgd without momentum"

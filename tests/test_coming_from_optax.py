@@ -1,0 +1,267 @@
+"""A run that changes over from optax in mid-training goes on as if it had not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+from flax import nnx
+
+import optimorph as om
+from optimorph.linalg import NewtonSchulz
+
+MASK = {"matrix": True, "vector": False, "scalar": True}
+
+
+def schedule(count):
+    return 0.1 / (1.0 + count.astype(jnp.float32))
+
+
+def tree(rng, dtype=jnp.float32):
+    shapes = {"matrix": (6, 4), "vector": (5,), "scalar": ()}
+    return {name: jnp.asarray(rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
+
+
+def train(tx, params, state, rng, steps):
+    update = jax.jit(tx.update)
+    for _ in range(steps):
+        updates, state = update(tree(rng), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def both_ways(theirs, ours, edit=lambda state: state):
+    """Five steps in optax, then ten in each, the same gradients: two trees of parameters."""
+    with jax.numpy_dtype_promotion("standard"):  # optax's own code does not run under strict promotion
+        rng = np.random.default_rng(0)
+        params = tree(rng)
+        params, state = train(theirs, params, theirs.init(params), rng, 5)
+        state = edit(state)
+        converted = om.from_optax_state(state, ours, params)
+        assert jax.tree.structure(converted) == jax.tree.structure(ours.init(params))
+        ends = [train(theirs, params, state, np.random.default_rng(1), 10)]
+        ends.append(train(ours, params, converted, np.random.default_rng(1), 10))
+    return [end for end, _ in ends]
+
+
+def same(theirs, ours, edit=lambda state: state):
+    """To 1e-6 of the leaf's largest value."""
+    expected, found = both_ways(theirs, ours, edit)
+    for name, leaf in expected.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=1e-6 * np.max(np.abs(leaf)), err_msg=name)
+
+
+ALIKE = {
+    "sgd": {},
+    "sgd-momentum": {"momentum": 0.9},
+    "sgd-nesterov": {"momentum": 0.9, "nesterov": True},
+    "adagrad": {},
+    "rmsprop": {"initial_scale": 0.5},
+    "rmsprop-momentum": {"momentum": 0.9, "bias_correction": True},
+    "rmsprop-centered": {"centered": True, "eps": 1e-2},
+    "rmsprop-centered-corrected": {"centered": True, "bias_correction": True, "eps": 1.0},
+    "adam": {},
+    "adam-numbers": {"b1": 0.8, "b2": 0.9, "eps_root": 1e-3},
+    "nadam": {},
+    "adamw": {"weight_decay": 0.1, "mask": MASK},
+    "adamw-decay-schedule": {"weight_decay": schedule},
+    "adamw-decay-schedule-mask": {"weight_decay": schedule, "mask": MASK},
+    "nadamw": {"weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("rate", [0.01, schedule], ids=["constant", "schedule"])
+@pytest.mark.parametrize("name", ALIKE)
+def test_the_run_goes_on(name, rate):
+    recipe, arguments = name.split("-")[0], ALIKE[name]
+    same(getattr(optax, recipe)(rate, **arguments), getattr(om, recipe)(rate, **arguments))
+
+
+def muons(nesterov, rate, **arguments):
+    """optax's Muon and what is nearest to it here."""
+    others = (om.nadamw if nesterov else om.adamw)(rate, weight_decay=0.0)
+    return (
+        optax.contrib.muon(rate, nesterov=nesterov, **arguments),
+        om.muon(
+            rate,
+            nesterov=nesterov,
+            others=others,
+            orthogonalizer=NewtonSchulz("jordan", iteration="standard"),
+            scale="keller",
+            axes={"matrix": "io"},
+            **arguments,
+        ),
+    )
+
+
+def test_muon_goes_on():
+    """Without nesterov the polar factor ignores the bias correction, and the rules are the same."""
+    same(*muons(False, 0.02, weight_decay=0.1))
+    same(*muons(False, schedule))
+
+
+def test_muon_with_nesterov_goes_on_once_the_bias_is_gone():
+    def late(state):
+        def aged(node):
+            return node._replace(count=node.count + 10_000) if is_muon(node) else node
+
+        def is_muon(node):
+            return isinstance(node, optax.contrib.MuonState)
+
+        return jax.tree.map(aged, state, is_leaf=is_muon)
+
+    same(*muons(True, 0.02), edit=late)
+    expected, found = both_ways(*muons(True, 0.02))
+    assert np.max(np.abs(found["matrix"] - expected["matrix"])) > 1e-4  # the rule does differ before
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+        lambda tx: optax.named_chain(("clip", optax.clip(1.0)), ("optimizer", tx)),
+        lambda tx: optax.masked(tx, MASK),
+        lambda tx: optax.partition({"all": tx, "none": optax.set_to_zero()}, dict.fromkeys(MASK, "all")),
+    ],
+    ids=["chain", "named_chain", "masked", "partition"],
+)
+def test_inside_what_holds_nothing(around):
+    same(around(optax.adamw(schedule)), around(om.adamw(schedule)))
+
+
+def test_dtypes_are_those_of_tx():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(np.random.default_rng(0)))
+    state = optax.adam(0.1).init(params)
+    tx = om.adam(0.1, mu_dtype=jnp.bfloat16)
+    converted = om.from_optax_state(state, tx, params)
+    assert jax.tree.map(jnp.result_type, converted) == jax.tree.map(jnp.result_type, tx.init(params))
+
+
+def test_nothing_is_shared():
+    """Both states can be donated: neither the two counts nor the moments are one array under two names."""
+    params = tree(np.random.default_rng(0))
+    state = optax.adam(0.1).init(params)
+    converted = om.from_optax_state(state, om.adam(0.1), params)
+    jax.jit(om.adam(0.1).update, donate_argnums=1)(params, converted, params)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def test_inside_jit_and_from_shapes():
+    params, tx = tree(np.random.default_rng(0)), om.adamw(schedule)
+    state = optax.adamw(schedule).init(params)
+    inside = jax.jit(lambda s, p: om.from_optax_state(s, tx, p))(state, params)
+    outside = om.from_optax_state(state, tx, jax.eval_shape(lambda: params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, inside, outside))
+
+
+def test_from_an_nnx_optimizer():
+    """Its state has boxes around its arrays; so has the one that they are put into."""
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    theirs = nnx.Optimizer(model, optax.adamw(schedule), wrt=nnx.Param)
+    gradient = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    with jax.numpy_dtype_promotion("standard"):
+        theirs.update(model, gradient)
+        ours = nnx.Optimizer(model, om.adamw(schedule), wrt=nnx.Param)
+        converted = om.from_optax_state(theirs.opt_state, ours.tx, nnx.state(model, nnx.Param))
+        structure = jax.tree.structure(ours.opt_state)
+        ours.opt_state = nnx.data(jax.tree.unflatten(structure, jax.tree.leaves(converted)))
+        other = nnx.clone(model)
+        theirs.update(model, gradient)
+        ours.update(other, gradient)
+    np.testing.assert_allclose(other.kernel[...], model.kernel[...], rtol=1e-6)
+
+
+REFUSED = {
+    "another optimizer": (
+        lambda: (optax.lion(0.1), om.adam(0.1)),
+        ["ScaleByLionState", "adam, adamw, nadam, nadamw, sgd, rmsprop"],
+    ),
+    "a wrapper": (
+        lambda: (optax.MultiSteps(optax.adam(0.1), 2), om.adam(0.1)),
+        ["MultiStepsState", "state.inner_opt_state"],
+    ),
+    "injected hyperparameters": (
+        lambda: (optax.inject_hyperparams(optax.adam)(learning_rate=0.1), om.adam(0.1)),
+        ["state.inner_state"],
+    ),
+    "optax's own average": (lambda: (optax.ema(0.9), om.adam(0.1)), ["EmaState"]),
+    "optax inside tx": (
+        lambda: (optax.adam(0.1), optax.chain(om.adam(0.1), optax.trace(0.9))),
+        ["TraceState", "of this library"],
+    ),
+    "no moment": (
+        lambda: (optax.rmsprop(0.1), om.adam(0.1)),
+        ["'matrix', first moment: tx wants it", "that of rmsprop."],
+    ),
+    "no place": (
+        lambda: (optax.adam(0.1), om.rmsprop(0.1)),
+        ["'vector', first moment", "no place", "adam, adamw, nadam or nadamw"],
+    ),
+    "no velocity": (
+        lambda: (optax.sgd(0.1), om.sgd(0.1, 0.9)),
+        ["'matrix', velocity: tx wants it", "sgd without momentum"],
+    ),
+    "a velocity": (lambda: (optax.sgd(0.1, 0.9), om.sgd(0.1)), ["'scalar', velocity", "no place"]),
+    "a mean": (
+        lambda: (optax.rmsprop(0.1, centered=True), om.rmsprop(0.1)),
+        ["'matrix', mean of a centered RMSprop", "no place", "rmsprop with centered"],
+    ),
+    "a sum": (lambda: (optax.adagrad(0.1), om.rmsprop(0.1)), ["'matrix', sum of squares", "adagrad"]),
+    "a correction": (
+        lambda: (optax.rmsprop(0.1, bias_correction=True), om.rmsprop(0.1)),
+        ["count for bias correction: the state has it", "bias_correction"],
+    ),
+    "a schedule there": (
+        lambda: (optax.adam(schedule), om.adam(0.1)),
+        ["learning rate schedule: the state has it", "lambda count: 1e-3"],
+    ),
+    "a schedule here": (
+        lambda: (optax.adamw(0.1), om.adamw(0.1, weight_decay=schedule)),
+        ["decay schedule: tx wants it", "lambda count: 0.1"],
+    ),
+    "dampening": (
+        lambda: (optax.sgd(0.1, 0.9), om.sgd(0.1, 0.9, dampening=0.1)),
+        ["count for dampening: tx wants it", "optax has no dampening"],
+    ),
+    "two moments": (
+        lambda: (optax.chain(optax.adam(0.1), optax.adam(0.1)), om.adam(0.1)),
+        ["'matrix', first moment: the state has 2"],
+    ),
+    "other matrices": (
+        lambda: (optax.contrib.muon(0.1), om.muon(0.1, axes={"*": None})),
+        ["'matrix', average of Muon", "{'matrix': 'io'}", "'matrix', second moment: tx wants it"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("pair", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(pair, words):
+    params = tree(np.random.default_rng(0))
+    theirs, ours = pair()
+    refuse(theirs.init(params), ours, params, *words)
+
+
+def refuse(state, tx, params, *words):
+    with pytest.raises(ValueError) as caught:
+        om.from_optax_state(state, tx, params)
+    for word in ("from_optax_state", *words):
+        assert word in str(caught.value)
+
+
+def test_other_trees_are_refused():
+    params, tx = tree(np.random.default_rng(0)), om.adam(0.1)
+    state = optax.adam(0.1).init(params)
+    refuse(state, tx, params | {"new": jnp.ones(3)}, "'new', first moment: tx wants it")
+    refuse(state, tx, {"matrix": params["matrix"]}, "'scalar', second moment", "no place")
+    refuse(state, tx, params | {"matrix": jnp.ones((4, 6))}, "'matrix', first moment", "(6, 4)", "(4, 6)")
+    refuse(
+        optax.masked(optax.adam(0.1), MASK).init(params), tx, params, "'vector', first moment: tx wants it"
+    )
+
+
+def test_a_checkpoint_without_its_types_is_refused():
+    params = tree(np.random.default_rng(0))
+    adam, _ = optax.adam(0.1).init(params)
+    refuse([adam._asdict(), None], om.adam(0.1), params, "dict", "optax's")
+    refuse([[*adam], None], om.adam(0.1), params, "array of shape ()", "Restore a checkpoint")
