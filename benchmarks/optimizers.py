@@ -1,6 +1,6 @@
 """AdamW composed from atoms and Muon beside optax's, in one run.
 
-    python benchmarks/optimizers.py
+    python benchmarks/optimizers.py [words of the rows to measure again ...]
 
 Prints and writes to `benchmarks/results/optimizers.json`: milliseconds of one jitted update (median of
 interleaved rounds, and the ratio of the medians), seconds to compile, bytes of state per parameter, and of
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -243,8 +244,9 @@ def table(rows):
 
 def main():
     console = Console(width=150)
-    cases = list(MODELS.items())
-    rows = {name: measure(*case) for name, case in track(cases, console=console)}
+    words = sys.argv[1:]
+    cases = {name: case for name, case in MODELS.items() if not words or any(word in name for word in words)}
+    rows = {name: measure(*case) for name, case in track(cases.items(), total=len(cases), console=console)}
     about = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
@@ -260,7 +262,8 @@ def main():
     console.print(table(rows))
     console.print(about)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    kept = json.loads(RESULTS.read_text())["rows"] if words else {}
+    RESULTS.write_text(json.dumps(about | {"rows": kept | rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
