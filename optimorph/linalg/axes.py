@@ -156,8 +156,7 @@ class Axes:
 
     def _unstack(self, stack: jax.Array, piece: Shape) -> jax.Array:
         _, sizes, order = self._view(piece)
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return stack.reshape([sizes[k] for k in order]).transpose(back).reshape(piece)
+        return stack.reshape([sizes[k] for k in order]).transpose(inverse(order)).reshape(piece)
 
     def _view(self, piece: Shape) -> tuple[str, Shape, list[int]]:
         """Every axis of equal blocks as two, (block, within): letters, sizes, and batch-in-out order."""
@@ -167,6 +166,11 @@ class Axes:
             letters += axis.letter if n == 1 else "b" + axis.letter
             sizes += (size,) if n == 1 else (n, size // n)
         return letters, sizes, [k for x in "bio" for k, found in enumerate(letters) if found == x]
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The order that undoes a transposition."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Shape = tuple[int, ...]
+from optimorph.linalg.axes import Axes, Shape
 
 
 def together(
@@ -35,6 +35,18 @@ def together(
         for k, part in zip(members, parts(done, list(map(len, flat))), strict=True):
             found[k] = part.reshape(wide[k].shape)
     return [x if wide[k] is stacks[k] else _turned(x) for k, x in found.items()]
+
+
+def of_matrices(
+    f: Callable[[jax.Array], jax.Array], forms: Sequence[Axes], arrays: Sequence[jax.Array], *, turn: bool
+) -> list[jax.Array]:
+    """`f` of every matrix of arrays, read by their forms, in as few calls as `together` makes."""
+    stacks = [form.matrices(x) for form, x in zip(forms, arrays, strict=True)]
+    results = iter(together(f, [x for each in stacks for x in each], turn=turn))
+    return [
+        form.array([next(results) for _ in each], x.shape)
+        for form, x, each in zip(forms, arrays, stacks, strict=True)
+    ]
 
 
 def parts(stack: jax.Array, counts: Sequence[int]) -> list[jax.Array]:

@@ -2,16 +2,15 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph.linalg.axes import Shape
-from optimorph.linalg.buckets import parts, together
-from optimorph.linalg.placement import Cut, Exchange, Group, Names, Placement
+from optimorph.linalg.axes import Shape, inverse
+from optimorph.linalg.buckets import of_matrices, parts
+from optimorph.linalg.placement import Cut, Exchange, Group, Names, Placement, devices
 
 Sizes = Mapping[str, int]
 
@@ -23,18 +22,18 @@ AHEAD = 2
 class Executor:
     """Carries out plans on the devices they were made for, where the mesh's axes are manual.
 
+    Computed is in the leaf's dtype; what is sent may be narrower. With bfloat16 every number sent is rounded
+    to 8 bits, once in and once out: directions of singular values below 2⁻⁹ of the norm are lost, and the
+    result is known to 2⁻⁹ of itself.
+
     Args:
       f: a function of stacks `(batch, n, m)` that treats each matrix by itself.
       free: whether f allows what a plan made with `free` does.
-      wire: the dtype of what is sent, if narrower than the leaf's. With bfloat16 every number sent is rounded
-        to 8 bits, once in and once out: directions of singular values below 2⁻⁹ of the norm are lost, and the
-        result is known to 2⁻⁹ of itself. Computed is in the leaf's dtype.
       to: "invarying" where types track what differs between devices, as in `jax.shard_map(check_vma=True)`.
     """
 
     f: Callable[[jax.Array], jax.Array]
     free: bool = True
-    wire: jnp.dtype | None = None
     to: str = "varying"
 
     def __call__(self, plan: Placement, shards: Sequence[jax.Array]) -> list[jax.Array]:
@@ -50,8 +49,8 @@ class Executor:
         self, sizes: Sizes, exchange: Exchange, shards: Sequence[jax.Array]
     ) -> Iterable[tuple[Cut, list[jax.Array]]]:
         """For each leaf f of its units, in one piece or, from several buckets, more."""
-        sharers = _size(sizes, exchange.shared)
-        owners = _size(sizes, exchange.moved)
+        sharers = devices(sizes, exchange.shared)
+        owners = devices(sizes, exchange.moved)
         packed = [_packed(group, sharers * owners * group.slots, shards) for group in exchange.groups]
         done: dict[Cut, list[jax.Array]] = {cut: [] for group in exchange.groups for cut in group.cuts}
         under_way: list[list[jax.Array]] = []
@@ -74,40 +73,37 @@ class Executor:
         self, sizes: Sizes, exchange: Exchange, groups: Sequence[Group], pieces: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """f of units: this device's pieces `(owners, slots, *piece)` in, those of all sharers out."""
-        arrived = self._gathered(exchange.gathered, self._moved(exchange, pieces), "varying")
+        arrived = _gathered(exchange, exchange.gathered, _moved(exchange, pieces), "varying")
         wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, arrived, strict=True)]
-        stacks = [group.form.matrices(whole) for group, whole in zip(groups, wholes, strict=True)]
-        factors = iter(together(self.f, [x for each in stacks for x in each], turn=self.free))
-        results = []
-        for group, whole, each in zip(groups, wholes, stacks, strict=True):
-            y = group.form.array([next(factors) for _ in each], whole.shape)
-            results.append(_pieces(sizes, exchange, group, y))
-        return self._gathered(exchange.shared, self._moved(exchange, results), self.to)
+        results = of_matrices(self.f, [group.form for group in groups], wholes, turn=self.free)
+        back = [_pieces(sizes, exchange, group, y) for group, y in zip(groups, results, strict=True)]
+        return _gathered(exchange, exchange.shared, _moved(exchange, back), self.to)
 
-    def _moved(self, exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
-        """Packets `(owners, ...)` to the owners, from whom as many come; all in one go."""
-        if not exchange.moved:
-            return [*packets]
-        flat = _joined([x.reshape(len(x), -1) for x in packets])
-        flat = self._wired(lambda x: jax.lax.all_to_all(x, exchange.moved, 0, 0, tiled=True), flat)
-        return _apart(flat, [x.shape[1:] for x in packets])
 
-    def _gathered(self, names: Names, packets: Sequence[jax.Array], to: str) -> list[jax.Array]:
-        """Packets of all devices along some axes, `(devices, ...)`; all in one go."""
-        if not names:
-            return [x[None] for x in packets]
-        flat = _joined([x.reshape(1, -1) for x in packets])
-        flat = self._wired(lambda x: jax.lax.all_gather(x[0], names, to=to), flat)
-        return _apart(flat, [x.shape for x in packets])
+def _moved(exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
+    """Packets `(owners, ...)` to the owners, from whom as many come; all in one go."""
+    if not exchange.moved:
+        return [*packets]
+    flat = _joined([x.reshape(len(x), -1) for x in packets])
+    flat = _wired(exchange, lambda x: jax.lax.all_to_all(x, exchange.moved, 0, 0, tiled=True), flat)
+    return _apart(flat, [x.shape[1:] for x in packets])
 
-    def _wired(self, send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """What is sent, in its dtype; of two bytes as whole numbers, as some compilers widen the others."""
-        own = kind = x.dtype
-        if self.wire is not None and jnp.issubdtype(own, jnp.floating) and own.itemsize > self.wire.itemsize:
-            kind = self.wire
-        x, short = x.astype(kind), kind.itemsize == 2
-        x = send(jax.lax.bitcast_convert_type(x, jnp.uint16) if short else x)
-        return (jax.lax.bitcast_convert_type(x, kind) if short else x).astype(own)
+
+def _gathered(exchange: Exchange, names: Names, packets: Sequence[jax.Array], to: str) -> list[jax.Array]:
+    """Packets of all devices along some axes, `(devices, ...)`; all in one go."""
+    if not names:
+        return [x[None] for x in packets]
+    flat = _joined([x.reshape(1, -1) for x in packets])
+    flat = _wired(exchange, lambda x: jax.lax.all_gather(x[0], names, to=to), flat)
+    return _apart(flat, [x.shape for x in packets])
+
+
+def _wired(exchange: Exchange, send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """What is sent, in its dtype; of two bytes as whole numbers, as some compilers widen the others."""
+    kind, short = exchange.sent, exchange.sent.itemsize == 2
+    y = x.astype(kind)
+    y = send(jax.lax.bitcast_convert_type(y, jnp.uint16) if short else y)
+    return (jax.lax.bitcast_convert_type(y, kind) if short else y).astype(x.dtype)
 
 
 def _packed(group: Group, count: int, shards: Sequence[jax.Array]) -> jax.Array:
@@ -147,8 +143,8 @@ def _pieces(sizes: Sizes, exchange: Exchange, group: Group, y: jax.Array) -> jax
     split = [len(y)]
     for over, size in zip(group.spread, group.piece, strict=True):
         split += [*(sizes[name] for name in over), size]
-    y = y.reshape(split).transpose(sorted(range(len(order)), key=order.__getitem__))
-    y = y.reshape(-1, _size(sizes, exchange.moved), *y.shape[len(names) :])
+    y = y.reshape(split).transpose(inverse(order))
+    y = y.reshape(-1, devices(sizes, exchange.moved), *y.shape[len(names) :])
     return _own(y, exchange.gathered)
 
 
@@ -184,13 +180,8 @@ def _shard(x: jax.Array, cut: Cut) -> jax.Array:
     """The inverse of `_cut`."""
     x = x[(slice(None), *map(slice, cut.piece))]
     x = x.mT.conj() if cut.turned else x
-    back = sorted(range(len(cut.order)), key=cut.order.__getitem__)
-    return x.reshape([cut.view[k] for k in cut.order]).transpose(back)
+    return x.reshape([cut.view[k] for k in cut.order]).transpose(inverse(cut.order))
 
 
 def _upright(cut: Cut) -> Shape:
     return cut.piece[::-1] if cut.turned else cut.piece
-
-
-def _size(sizes: Sizes, names: Names) -> int:
-    return math.prod(sizes[name] for name in names)

@@ -8,7 +8,6 @@ How arrays lie is known, in this order: by what the caller says; by their types,
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,9 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimorph.linalg.axes import Axes, Shape
-from optimorph.linalg.buckets import together
+from optimorph.linalg.buckets import of_matrices
 from optimorph.linalg.exchange import Executor
-from optimorph.linalg.placement import Leaf, Names, Spec, place
+from optimorph.linalg.placement import Leaf, Names, Spec, devices, place
 
 Layout = NamedSharding | PartitionSpec
 
@@ -71,12 +70,7 @@ class Everywhere:
 
     def of_whole(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """f of every matrix of whole arrays, on one device."""
-        stacks = [form.matrices(x) for form, x in zip(self.forms, arrays, strict=True)]
-        results = iter(together(self.f, [x for each in stacks for x in each], turn=self.free))
-        return [
-            form.array([next(results) for _ in each], x.shape)
-            for form, x, each in zip(self.forms, arrays, stacks, strict=True)
-        ]
+        return of_matrices(self.f, self.forms, arrays, turn=self.free)
 
     def _of_shards(
         self, mesh: Mapping[str, int], specs: Sequence[Spec], shards: Sequence[jax.Array], to: str
@@ -89,13 +83,13 @@ class Everywhere:
         plan = place(
             mesh, leaves, cost=cost, free=self.free, wire=self.wire, bytes_at_once=self.bytes_at_once
         )
-        return Executor(self.f, self.free, self.wire, to)(plan, shards)
+        return Executor(self.f, self.free, to)(plan, shards)
 
     def _over(
         self, mesh: Mesh | AbstractMesh, layouts: Sequence[Layout], arrays: Sequence[jax.Array]
     ) -> list[jax.Array]:
         """Over a mesh, and layouts, that are known."""
-        specs = tuple(layout if isinstance(layout, PartitionSpec) else layout.spec for layout in layouts)
+        specs = tuple(map(partition_spec, layouts))
 
         def body(*shards):
             sizes = manual_axes()  # of the mesh those that no vmap is over
@@ -194,9 +188,14 @@ def explicit_axes(arrays: Sequence[jax.Array]) -> tuple[str, ...]:
     return tuple(name for name, kind in pairs if kind is AxisType.Explicit)
 
 
+def partition_spec(layout: Layout) -> PartitionSpec:
+    """A layout without its mesh."""
+    return layout if isinstance(layout, PartitionSpec) else layout.spec
+
+
 def spec_of(layout: Layout, ndim: int, mesh: Mapping[str, int]) -> Spec:
     """For each axis of an array the mesh axes that divide it, of those in `mesh`."""
-    entries = tuple(layout if isinstance(layout, PartitionSpec) else layout.spec)
+    entries = tuple(partition_spec(layout))
     entries += (None,) * (ndim - len(entries))
     return tuple(tuple(n for n in _names(entry) if mesh.get(n, 1) > 1) for entry in entries)
 
@@ -211,16 +210,14 @@ def own_part(x: np.ndarray, spec: Spec) -> jax.Array:
     part = jnp.asarray(x)
     for k, names in enumerate(spec):
         if names and x.shape[k] > 1:
-            size = x.shape[k] // math.prod(manual_axes()[name] for name in names)
+            size = x.shape[k] // devices(manual_axes(), names)
             part = jax.lax.dynamic_slice_in_dim(part, jax.lax.axis_index(names) * size, size, k)
     return part
 
 
 def whole_shape(mesh: Mapping[str, int], spec: Spec, shard: Shape) -> Shape:
     """The shape of an array, from that of its shards."""
-    return tuple(
-        size * math.prod(mesh[name] for name in names) for size, names in zip(shard, spec, strict=True)
-    )
+    return tuple(size * devices(mesh, names) for size, names in zip(shard, spec, strict=True))
 
 
 def _names(entry: str | Names | None) -> Names:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from optimorph.linalg.axes import Axes, Shape
@@ -39,6 +40,11 @@ class Leaf(NamedTuple):
     form: Axes
     spec: Spec
     dtype: np.dtype
+
+
+def devices(mesh: Mapping[str, int], names: Iterable[str]) -> int:
+    """How many there are along some axes of a mesh."""
+    return math.prod(mesh[name] for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Group:
 
     def whole(self, mesh: Mapping[str, int]) -> Shape:
         """The shape of a unit put together."""
-        return tuple(size * _size(mesh, names) for size, names in zip(self.piece, self.spread, strict=True))
+        return tuple(size * devices(mesh, names) for size, names in zip(self.piece, self.spread, strict=True))
 
     def cost(self, mesh: Mapping[str, int], cost: Cost) -> float:
         """Of one unit."""
@@ -110,8 +116,7 @@ class Exchange:
       kept, moved, gathered, shared: mesh axes, in the mesh's order.
       groups: the units.
       buckets: what goes together.
-      dtype: of the leaves.
-      itemsize: bytes of a number as it is sent.
+      dtype, sent: of the leaves, and of the numbers as they are sent.
     """
 
     kept: Names
@@ -119,7 +124,7 @@ class Exchange:
     gathered: Names
     shared: Names
     dtype: np.dtype
-    itemsize: int
+    sent: np.dtype
     groups: tuple[Group, ...] = ()
     buckets: tuple[Bucket, ...] = ()
 
@@ -153,7 +158,7 @@ class Placement:
             said = [f"{role} {', '.join(names)}" for role in roles if (names := getattr(exchange, role))]
             lines.append(f"{'; '.join(said) or 'all on each device'}; in {len(exchange.buckets)} go(es)")
             for group in exchange.groups:
-                owners = _size(mesh, exchange.shared) * _size(mesh, exchange.moved)
+                owners = devices(mesh, exchange.shared) * devices(mesh, exchange.moved)
                 whole = " x ".join(map(str, group.whole(mesh)))
                 lines.append(f"  {group.units} units of {whole} over {owners} owners, {group.slots} each")
         lines.append(f"flops of a device {self.flops:.4g}, at least {self.least_flops:.4g}")
@@ -187,12 +192,12 @@ def place(
     found: dict[Exchange, list[Group]] = {}
     least_flops = least_sent = 0.0
     for (kept, over, dtype), groups in alike.items():
-        owners, itemsize = [name for name in mesh if name not in kept], _bytes(dtype, wire)
-        least_flops += sum(group.units * group.cost(mesh, cost) for group in groups) / _size(mesh, owners)
-        least_sent += itemsize * sum(_least_sent(mesh, over, owners, group) for group in groups)
+        owners, sent = [name for name in mesh if name not in kept], _as_sent(dtype, wire)
+        least_flops += sum(group.units * group.cost(mesh, cost) for group in groups) / devices(mesh, owners)
+        least_sent += sent.itemsize * sum(_least_sent(mesh, over, owners, group) for group in groups)
         for group in _merged(mesh, owners, groups, cost) if free else groups:
             moved, gathered, shared, slots = _divided(mesh, over, owners, group)
-            exchange = Exchange(kept, moved, gathered, shared, dtype, itemsize)
+            exchange = Exchange(kept, moved, gathered, shared, dtype, sent)
             found.setdefault(exchange, []).append(dataclasses.replace(group, slots=slots))
     exchanges = tuple(_bucketed(mesh, exchange, groups, bytes_at_once) for exchange, groups in found.items())
     pairs = [(exchange, group) for exchange in exchanges for group in exchange.groups]
@@ -201,7 +206,7 @@ def place(
         exchanges,
         flops=float(sum(group.slots * group.cost(mesh, cost) for _, group in pairs)),
         least_flops=float(least_flops),
-        sent=float(sum(exchange.itemsize * _sent(mesh, exchange, group) for exchange, group in pairs)),
+        sent=float(sum(exchange.sent.itemsize * _sent(mesh, exchange, group) for exchange, group in pairs)),
         least_sent=float(least_sent),
     )
 
@@ -222,7 +227,7 @@ def _groups(
 def _cut(mesh: Mapping[str, int], leaf: Leaf, number: int, free: bool) -> tuple[Cut, Spec, Axes, Names]:
     sides = [*_sides(mesh, leaf)]
     letters, sizes, spread = ([side[k] for side in sides] for k in range(3))
-    view = tuple(size // _size(mesh, names) for size, names in zip(sizes, spread, strict=True))
+    view = tuple(size // devices(mesh, names) for size, names in zip(sizes, spread, strict=True))
     batch, rest, rows, columns = (
         [k for k, letter in enumerate(letters) if chosen(letter)]
         for chosen in (lambda x: x == "b", lambda x: x != "b", lambda x: x == "i", lambda x: x == "o")
@@ -323,12 +328,12 @@ def _bucketed(
 
 
 def _slots(mesh: Mapping[str, int], owners: Iterable[str], units: int) -> int:
-    return -(-units // _size(mesh, owners))  # (1)
+    return -(-units // devices(mesh, owners))  # (1)
 
 
 def _pieces(mesh: Mapping[str, int], moved: Names, gathered: Names, shared: Names) -> int:
     """How many a device sends for each slot (2)."""
-    m, g, s = (_size(mesh, names) for names in (moved, gathered, shared))
+    m, g, s = (devices(mesh, names) for names in (moved, gathered, shared))
     return (m * g - 1) + (m - 1) + m * (s - 1)
 
 
@@ -341,7 +346,7 @@ def _sent(mesh: Mapping[str, int], exchange: Exchange, group: Group) -> int:
 def _least_sent(mesh: Mapping[str, int], over: Names, owners: Sequence[str], group: Group) -> float:
     """How many if its units could be divided evenly."""
     shared = tuple(name for name in owners if name not in over)
-    return group.units / _size(mesh, owners) * math.prod(group.piece) * _pieces(mesh, over, (), shared)
+    return group.units / devices(mesh, owners) * math.prod(group.piece) * _pieces(mesh, over, (), shared)
 
 
 def _over(mesh: Mapping[str, int], spread: Iterable[Names]) -> Names:
@@ -354,15 +359,11 @@ def _subsets(names: Sequence[str]) -> list[Names]:
     return [each for n in range(len(names) + 1) for each in itertools.combinations(names, n)]
 
 
-def _bytes(dtype: np.dtype, wire: np.dtype | None) -> int:
-    return (
-        np.dtype(dtype).itemsize if wire is None else min(np.dtype(dtype).itemsize, np.dtype(wire).itemsize)
-    )
+def _as_sent(dtype: np.dtype, wire: np.dtype | None) -> np.dtype:
+    """The wire's dtype, where it is the narrower one of real numbers."""
+    real = wire is not None and jnp.issubdtype(dtype, jnp.floating)
+    return np.dtype(wire) if real and np.dtype(wire).itemsize < dtype.itemsize else dtype
 
 
 def _joined(spread: Sequence[Names], axes: Iterable[int]) -> Names:
     return tuple(itertools.chain.from_iterable(spread[k] for k in axes))
-
-
-def _size(mesh: Mapping[str, int], names: Iterable[str]) -> int:
-    return math.prod(mesh[name] for name in names)

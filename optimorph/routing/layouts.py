@@ -1,6 +1,5 @@
 """How leaves lie over a mesh, where it must be said: by rules, as everything else of leaves."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,8 +7,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph.core.types import Rules, Shape
-from optimorph.linalg.meshes import Layout, manual_axes, spec_names, spec_of, whole_shape
-from optimorph.linalg.placement import Spec
+from optimorph.linalg.meshes import Layout, manual_axes, partition_spec, spec_names, spec_of, whole_shape
+from optimorph.linalg.placement import Spec, devices
 from optimorph.routing.rules import UNSAID, LeafError, lookup
 
 
@@ -36,7 +35,7 @@ def layouts_of(
     layouts = [say(path, x.shape) for path, x in zip(paths, arrays, strict=True)]
     layouts = [PartitionSpec() if layout is None else layout for layout in layouts]
     meshes = {layout.mesh for layout in layouts if isinstance(layout, NamedSharding)}
-    mesh = jax.sharding.get_abstract_mesh() if manual or not meshes else min(meshes, key=str)
+    mesh = jax.sharding.get_abstract_mesh() if manual or not meshes else next(iter(meshes))
     faults = [
         _fault(path, x.shape, layout, mesh, manual)
         for path, x, layout in zip(paths, arrays, layouts, strict=True)
@@ -51,21 +50,27 @@ def layouts_of(
 
 def of_whole(who: str, rules: Rules | None, say: Callable[[str, Shape], Any]) -> Callable[[str, Shape], Any]:
     """`say` of a leaf's path and its whole shape, where only shards are seen."""
-    return say if rules is None else lambda path, shape: say(path, shard(who, rules, path, shape)[1])
+    cut = cuts(who, rules)
+    return say if rules is None else lambda path, shape: say(path, cut(path, shape)[1])
 
 
-def shard(who: str, rules: Rules | None, path: str, shape: Shape) -> tuple[Spec, Shape]:
-    """How this device's shard is cut from a leaf, and the whole's shape; that is its own where none is cut.
+def cuts(who: str, rules: Rules | None) -> Callable[[str, Shape], tuple[Spec, Shape]]:
+    """(path, shape) → how this device's shard is cut from a leaf, and the whole's shape.
 
     Raises:
-      LeafError: naming `who` and the leaf of which the rules say nothing.
+      LeafError: when called inside `jax.shard_map`, naming `who` and a leaf of which the rules say nothing.
     """
-    manual = manual_axes() if rules is not None else {}
-    layout = lookup(rules)(path, shape) if manual else None
-    if layout is UNSAID:
-        raise LeafError(f"{who}: {_unsaid(path)}")
-    spec = spec_of(PartitionSpec() if layout is None else layout, len(shape), manual)
-    return spec, whole_shape(manual, spec, shape)
+    layout = lookup({} if rules is None else rules)
+
+    def cut(path: str, shape: Shape) -> tuple[Spec, Shape]:
+        manual = manual_axes() if rules is not None else {}
+        said = layout(path, shape) if manual else None
+        if said is UNSAID:
+            raise LeafError(f"{who}: {_unsaid(path)}")
+        spec = spec_of(PartitionSpec() if said is None else said, len(shape), manual)
+        return spec, whole_shape(manual, spec, shape)
+
+    return cut
 
 
 def _fault(path: str, shape: Shape, layout: Any, mesh: Any, manual: dict[str, int]) -> str | None:
@@ -73,7 +78,7 @@ def _fault(path: str, shape: Shape, layout: Any, mesh: Any, manual: dict[str, in
         return _unsaid(path)
     if not isinstance(layout, NamedSharding | PartitionSpec):
         return f"{path!r} is said to lie as {layout!r}. Type a jax.sharding.PartitionSpec or NamedSharding."
-    spec = layout if isinstance(layout, PartitionSpec) else layout.spec
+    spec = partition_spec(layout)
     if not mesh.shape:
         return f"{path!r} is to lie as {spec}, but over no mesh. Type a NamedSharding, or use jax.set_mesh."
     if len(tuple(spec)) > len(shape):
@@ -81,7 +86,7 @@ def _fault(path: str, shape: Shape, layout: Any, mesh: Any, manual: dict[str, in
     if unknown := [name for name in spec_names(spec) if name not in mesh.shape]:
         return f"{path!r} is to lie as {spec}, but the mesh has no {unknown[0]!r}, only {[*mesh.shape]}."
     for size, divided in zip(shape, spec_of(spec, len(shape), mesh.shape), strict=True):
-        count = math.prod(mesh.shape[name] for name in divided)
+        count = devices(mesh.shape, divided)
         if not manual and size % count:
             return f"{path!r} has shape {shape}, and {spec} divides {size} by {count}, which leaves a rest."
     return None

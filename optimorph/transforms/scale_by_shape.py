@@ -8,7 +8,7 @@ import optax
 from optimorph.core.tree import map_paths, wide
 from optimorph.core.types import AxesRules, Rules
 from optimorph.linalg.meshes import own_part
-from optimorph.routing.layouts import of_whole, shard
+from optimorph.routing.layouts import cuts, of_whole
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import labels
 
@@ -47,7 +47,7 @@ def scale_by_shape(
             f"{who}: no scale is called {scale!r}. Type one of {', '.join(map(repr, SCALES))}, or None."
         )
 
-    read = of_whole(who, shardings, leaf_axes(who, axes))
+    read, cut = of_whole(who, shardings, leaf_axes(who, axes)), cuts(who, shardings)
 
     def init(params):
         labels(read)(params)
@@ -57,7 +57,7 @@ def scale_by_shape(
         form = read(path, g.shape)
         if form is None or scale is None or g.size == 0:
             return g
-        spec, whole = shard(who, shardings, path, g.shape)
+        spec, whole = cut(path, g.shape)
         x, factor = wide(g), form.spread(SCALES[scale], whole)
         factor = factor.item() if factor.size == 1 else own_part(factor.astype(x.real.dtype), spec)
         return (factor * x).astype(g.dtype)
