@@ -54,6 +54,18 @@ def test_the_cost_table_is_the_recorded_one():
         assert line in README
 
 
+def test_the_polar_table_is_the_recorded_one():
+    recorded = json.loads((RESULTS / "polar.json").read_text())
+    for name, row in recorded["rows"].items():
+        ours, theirs = row["ms"]["optimorph"], row["ms"]["optax"]
+        share = 2e-4 * row["multiplications"] / ours / recorded["peak_gigaflops"]
+        line = (
+            f"| {name} | {ours:.1f} / {theirs:.1f} | {theirs / ours:.2f} | {share:.0f}% "
+            f"| {row['temporary_bytes_per_byte']:.1f}x |"
+        )
+        assert line in README
+
+
 def test_the_sweep_is_the_recorded_one():
     recorded = json.loads((RESULTS / "sweep.json").read_text())
     rows = recorded["recipes"]["adamw"]["rows"]
