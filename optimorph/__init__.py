@@ -2,7 +2,8 @@
 
 Transforms, the words: `momentum`, `ema`, `square`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
 `orthogonalize`, `scale_by_shape`, `add_decayed_weights`, `scale_by_learning_rate`, `dampen`, `in_float32`,
-`clip_by_global_norm`, `skip_nonfinite`. They chain with optax's (`optax.chain`, `optax.identity`).
+`in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`, `multi_steps`. They chain with optax's (`optax.chain`,
+`optax.identity`).
 
 Optimizers, the sentences: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
 
@@ -10,7 +11,8 @@ Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` 
 
 The end of a step: `apply_updates`, which can round bfloat16 weights stochastically.
 
-Coming from optax: `from_optax_state` carries a run over in mid-training.
+Coming from optax: `from_optax_state` carries a run over in mid-training; `inject_hyperparams` is optax's, but
+rounds no number.
 
 Beside them: `linalg` (the polar factor), `schedules`, `theory`.
 """
@@ -18,6 +20,7 @@ Beside them: `linalg` (the polar factor), `schedules`, `theory`.
 from optimorph import linalg, schedules, theory
 from optimorph.apply_updates import apply_updates
 from optimorph.from_optax import from_optax_state
+from optimorph.inject_hyperparams import inject_hyperparams
 from optimorph.muon import muon
 from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph.plan import Plan, PlanRow, plan
@@ -31,9 +34,11 @@ from optimorph.transforms.dampen import DampenState, dampen
 from optimorph.transforms.debias import DebiasState, debias
 from optimorph.transforms.divide import DivideState, divide
 from optimorph.transforms.ema import EmaState, ema
+from optimorph.transforms.in_bfloat16 import HalfState, in_bfloat16
 from optimorph.transforms.in_float32 import in_float32
 from optimorph.transforms.mix import MixState, mix
 from optimorph.transforms.momentum import MomentumState, momentum
+from optimorph.transforms.multi_steps import MultiStepsState, multi_steps
 from optimorph.transforms.orthogonalize import orthogonalize
 from optimorph.transforms.root import root
 from optimorph.transforms.scale_by_learning_rate import LearningRateState, scale_by_learning_rate
@@ -52,9 +57,11 @@ __all__ = [
     "DecayState",
     "DivideState",
     "EmaState",
+    "HalfState",
     "LearningRateState",
     "MixState",
     "MomentumState",
+    "MultiStepsState",
     "Plan",
     "PlanRow",
     "SkipState",
@@ -71,11 +78,14 @@ __all__ = [
     "divide",
     "ema",
     "from_optax_state",
+    "in_bfloat16",
     "in_float32",
+    "inject_hyperparams",
     "labels",
     "linalg",
     "mix",
     "momentum",
+    "multi_steps",
     "muon",
     "nadam",
     "nadamw",

@@ -1,11 +1,9 @@
 """The end of a step: weights and updates added, and rounded once."""
 
-import zlib
-
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.rounding import stochastic_bfloat16
+from optimorph.core.rounding import leaf_key, stochastic_bfloat16
 from optimorph.core.tree import cast_like, leaf_paths, map_state, wide
 from optimorph.core.types import PyTree
 
@@ -56,4 +54,4 @@ def _sum(u, w):
 def _rounded(path, x, w, key):
     if key is None or x.dtype == jnp.result_type(w) or jnp.result_type(w) != jnp.bfloat16:
         return cast_like(x, w)
-    return stochastic_bfloat16(x.astype(jnp.float32), jax.random.fold_in(key, zlib.crc32(path.encode())))
+    return stochastic_bfloat16(x.astype(jnp.float32), leaf_key(key, path))

@@ -18,6 +18,7 @@ from optimorph.transforms.dampen import DampenState
 from optimorph.transforms.debias import DebiasState
 from optimorph.transforms.divide import DivideState
 from optimorph.transforms.ema import EmaState
+from optimorph.transforms.in_bfloat16 import HalfState
 from optimorph.transforms.mix import MixState
 from optimorph.transforms.momentum import MomentumState
 from optimorph.transforms.scale_by_learning_rate import LearningRateState
@@ -34,6 +35,7 @@ STEPS, RATE, DECAY = (
 )
 DAMPED, UNUSED = "count for dampening", ""
 COUNTS = (STEPS, RATE, DECAY, DAMPED)
+NEW = ("learning rate", "weight decay", "seed of rounding", "count of rounding")
 
 OPTAX: dict[str, tuple[str, dict[str, str]]] = {
     "ScaleByAdamState": ("adam, adamw, nadam or nadamw", {"count": STEPS, "mu": FIRST, "nu": SECOND}),
@@ -57,8 +59,8 @@ OWN: dict[type, dict[str, str]] = {
     AccumulateState: {"total": TOTAL},
     DebiasState: {"count": STEPS},
     DampenState: {"count": DAMPED},
-    LearningRateState: {"count": RATE},
-    DecayState: {"count": DECAY},
+    LearningRateState: {"count": RATE, "learning_rate": NEW[0]},
+    DecayState: {"count": DECAY, "weight_decay": NEW[1]},
 }
 """This library's states; what an `EmaState` holds depends on where it stands."""
 
@@ -67,8 +69,6 @@ SAME: dict[Any, str] = {"matrix": "muon", "other": "adam"}
 
 ADVICE = {
     STEPS: "bias_correction must be as it was",
-    RATE: "where one learning rate is a schedule the other must be: lambda count: 1e-3 is a constant one",
-    DECAY: "where one weight decay is a schedule the other must be: lambda count: 0.1 is a constant one",
     DAMPED: "optax has no dampening",
 }
 
@@ -103,6 +103,9 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
     in chains with transforms that hold nothing (clipping, say) and inside `optax.masked` and
     `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
 
+    A state of this library is taken as well: that of an earlier version, or one whose moments were stored in
+    another dtype.
+
     A state says which averages there are, not what is made of them: the numbers, the schedules and `nesterov`
     are those of `tx`. A state of optax's `adamax`, `yogi` or `lamb` looks like Adam's and passes for it.
     With the same arguments the run goes on as it would have in optax, by the `Equals:` of each recipe.
@@ -111,6 +114,9 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
     does not. Without `nesterov` that is one number, which the polar factor ignores; with it the difference
     is gone after some multiples of 1 / (1 - β) steps. Beside a Muon with `nesterov` optax's other leaves
     have Nadam: `others=optimorph.nadamw(...)`.
+
+    A schedule goes on from its own count; where optax had a constant, from the count of steps, and where
+    optax counted none, from zero.
 
     The arrays are copies, in the dtypes of `tx.init(params)`; inside a `jax.jit` to which `state` is
     donated none is made.
@@ -125,7 +131,7 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
         shape; states of other optimizers and of wrappers such as `optax.MultiSteps`.
     """
     blank = jax.eval_shape(tx.init, params)
-    slots = [*_slots(state, _optax_fields)]
+    slots = [*_slots(state, lambda node, kind: _optax_fields(node, kind) or _own_fields(node, kind))]
     held, wanted = dict(slots), [*_slots(blank, _own_fields)]
     faults = [*_repeated(slots), *_misfits(held, dict(wanted))]
     if faults:
@@ -134,8 +140,32 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
             f"{WHO}: the state does not fit tx.\n  {shown}\nThe state is that of {_owners(state)}. Type "
             "for tx the recipe of that name with the same arguments, and the parameters of that state."
         )
-    filled = [_copy(held[slot], leaf) for slot, leaf in wanted]
+    sources = [_source(slot, held) for slot, _ in wanted]
+    starts = _scalars(tx, params)
+    filled = [
+        start if source is None else _copy(held[source], leaf)
+        for source, start, (_, leaf) in zip(sources, starts, wanted, strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(blank), filled)
+
+
+def _source(slot: Slot, held: dict[Slot, Any]) -> Slot | None:
+    """Which array of the state belongs there; a schedule that optax had not counts what else was counted."""
+    if slot in held or slot.kind not in (RATE, DECAY, *NEW):
+        return slot
+    if slot.kind in NEW:
+        return None
+    return next((other for kind in COUNTS if (other := Slot(kind, slot.where)) in held), None)
+
+
+def _scalars(tx: optax.GradientTransformation, params: PyTree) -> list[jax.Array | None]:
+    """The counts and readings that `tx` begins with; None for arrays, which are never made."""
+
+    def scalars():
+        blank = jax.tree.map(lambda p: jnp.zeros(np.shape(p), jnp.result_type(p)), params)
+        return [leaf if leaf.ndim == 0 else None for leaf in jax.tree.leaves(tx.init(blank))]
+
+    return jax.jit(scalars)()
 
 
 def _copy(array: Any, like: Any) -> jax.Array:
@@ -159,13 +189,21 @@ def _slots(node: Any, fields: Fields, kind: str = AVERAGE, part: Part = ()) -> I
     if node is None or isinstance(node, optax.EmptyState | optax.MaskedNode):
         return
     known = fields(node, kind)
-    if known is None:
+    if isinstance(node, HalfState):
+        yield from _slots(node.inner, fields, kind, part)
+        yield from ((Slot(NEW[2], part), node.seed), (Slot(NEW[3], part), node.count))
+    elif known is None:
         for child in _children(node, kind, part):
             yield from _slots(child[0], fields, *child[1:])
-        return
+    else:
+        yield from _fields_of(node, known, part)
+
+
+def _fields_of(node: Any, known: dict[str, str], part: Part) -> Iterator[tuple[Slot, Any]]:
+    """Every array of one transform's state with what it is."""
     for field, role in known.items():
         held = getattr(node, field)
-        if role in COUNTS:
+        if role in COUNTS + NEW:
             yield from ((Slot(role, part), count) for count in jax.tree.leaves(held))
         elif role != UNUSED:
             yield from zip(
@@ -213,21 +251,24 @@ def _unknown(node: Any) -> str:
 
 
 def _repeated(slots: list[tuple[Slot, Any]]) -> Iterator[str]:
-    """What the state holds more than once."""
+    """What the state holds more than once; but all counts of one kind are one."""
     for slot, times in Counter(slot for slot, _ in slots).items():
-        if times > 1:
+        if times > 1 and isinstance(slot.where, str):
             yield f"{slot}: the state has {times} of them, of which one was expected"
 
 
 def _misfits(held: dict[Slot, Any], wanted: dict[Slot, Any]) -> Iterator[str]:
     """What one side has and the other lacks, or has in another shape."""
     for slot, leaf in wanted.items():
-        if slot not in held:
+        source = _source(slot, held)
+        if source is None:
+            continue
+        if source not in held:
             yield f"{slot}: tx wants it, the state has none{_advice(slot)}"
-        elif np.shape(held[slot]) != np.shape(leaf):
-            yield f"{slot}: of shape {np.shape(held[slot])} in the state, but tx wants {np.shape(leaf)}"
+        elif np.shape(held[source]) != np.shape(leaf):
+            yield f"{slot}: of shape {np.shape(held[source])} in the state, but tx wants {np.shape(leaf)}"
     for slot in held:
-        if slot not in wanted:
+        if slot not in wanted and slot.kind not in NEW:
             yield f"{slot}: the state has it, tx has no place for it{_advice(slot)}"
 
 

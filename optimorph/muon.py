@@ -10,16 +10,15 @@ from optax import chain
 from optimorph.core.recipe import Transform, recipe
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
+from optimorph.descend import descend
 from optimorph.optimizers import adamw
 from optimorph.routing.layouts import of_whole
 from optimorph.routing.partition import partition
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import unused
-from optimorph.transforms.add_decayed_weights import add_decayed_weights
 from optimorph.transforms.ema import ema
 from optimorph.transforms.in_float32 import in_float32
 from optimorph.transforms.orthogonalize import orthogonalize
-from optimorph.transforms.scale_by_learning_rate import scale_by_learning_rate
 from optimorph.transforms.scale_by_shape import scale_by_shape
 
 
@@ -37,6 +36,8 @@ def muon(
     others: optax.GradientTransformation | None = None,
     others_learning_rate: ScalarOrSchedule | None = None,
     mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
+    weight_decay_form: str = "coupled",
     shardings: Rules | None = None,
     wire_dtype: DTypeLike | None = None,
 ) -> Transform:
@@ -47,13 +48,14 @@ def muon(
         `optax.inject_hyperparams`); `linalg.NewtonSchulz()`, the default, takes five
         Polar Express steps.
       scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
+      weight_decay_form: as that of `adamw`.
       axes: how leaves read as matrices, for those that the default rules do not know or get wrong: an
         ordered mapping from path pattern (fnmatch, `*` crosses slashes; or a compiled regular expression) to
         a spec of `linalg.Axes`, or to None for no matrix, the first match wins; or a function
         (path, shape) → spec; or a tree of specs. The default rules know the names of Flax, Equinox, Haiku,
         MaxText and Levanter: `plan` shows what becomes of every leaf.
-      others: the transform of the other leaves; `adamw(others_learning_rate, weight_decay=weight_decay)`
-        without one.
+      others: the transform of the other leaves; without one `adamw(others_learning_rate)` with this
+        `weight_decay`, in this form, and these dtypes.
       others_learning_rate: of that AdamW; `learning_rate` without one.
       shardings: how leaves lie over a mesh, which is found out where it is not said: a tree of
         `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
@@ -84,14 +86,21 @@ def muon(
         ema(momentum, nesterov=nesterov, dtype=mu_dtype),
         orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),
         scale_by_shape(scale, spec, shardings),
-        add_decayed_weights(weight_decay, mask),
-        scale_by_learning_rate(learning_rate),
+        *descend("muon", learning_rate, weight_decay, mask, weight_decay_form),
     )
     rate = learning_rate if others_learning_rate is None else others_learning_rate
-    rest = adamw(rate, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask) if others is None else others
+    if others is None:
+        others = adamw(
+            rate,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+            weight_decay=weight_decay,
+            mask=mask,
+            weight_decay_form=weight_decay_form,
+        )
     both = partition(
         lambda path, shape: "other" if whole(path, shape) is None else "matrix",
-        {"matrix": in_float32(matrices), "other": rest},
+        {"matrix": in_float32(matrices), "other": others},
     )
 
     def init(params):

@@ -1,4 +1,11 @@
-"""The recipes: each optimizer is a short sentence of transforms, and the sentence is the formula."""
+"""The recipes: each optimizer is a short sentence of transforms, and the sentence is the formula.
+
+First moments and velocities are stored in `mu_dtype` (`accumulator_dtype` of `sgd`, optax's name), rounded to
+the nearest; second moments in `nu_dtype`, which in bfloat16 are rounded by chance, as `in_bfloat16` does it.
+Without them moments are in float32, or in the parameter's own dtype if that is wider.
+"""
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
@@ -7,6 +14,7 @@ from optax import chain, identity, scale
 from optimorph.core.recipe import Transform, recipe
 from optimorph.core.tree import map_updates
 from optimorph.core.types import DTypeLike, Mask, Numeric, ScalarOrSchedule
+from optimorph.descend import descend
 from optimorph.transforms.accumulate import accumulate
 from optimorph.transforms.add import add
 from optimorph.transforms.add_decayed_weights import add_decayed_weights
@@ -14,6 +22,7 @@ from optimorph.transforms.dampen import dampen
 from optimorph.transforms.debias import debias
 from optimorph.transforms.divide import divide
 from optimorph.transforms.ema import ema
+from optimorph.transforms.in_bfloat16 import in_bfloat16
 from optimorph.transforms.in_float32 import in_float32
 from optimorph.transforms.mix import mix
 from optimorph.transforms.momentum import momentum as heavy_ball
@@ -72,6 +81,7 @@ def adagrad(
     eps: Numeric = 1e-7,
     *,
     eps_in_sqrt: bool = True,
+    nu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
 ) -> Transform:
@@ -91,7 +101,11 @@ def adagrad(
             _l2(weight_decay, mask),
             divide(
                 identity(),
-                by=chain(square(), accumulate(initial_accumulator_value), _root(eps, eps_in_sqrt)),
+                by=chain(
+                    square(),
+                    _stored(accumulate, initial_accumulator_value, dtype=nu_dtype),
+                    _root(eps, eps_in_sqrt),
+                ),
             ),
             scale_by_learning_rate(learning_rate),
         )
@@ -110,6 +124,7 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
+    mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
@@ -128,8 +143,8 @@ def rmsprop(
       Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv:1308.0850, equations 38-45.
     """
     correct = debias(decay) if bias_correction else identity()
-    mean_square = chain(square(), ema(decay, initial=initial_scale, dtype=nu_dtype), correct)
-    square_mean = chain(ema(decay, dtype=nu_dtype), correct, square())
+    mean_square = chain(square(), _stored(ema, decay, initial=initial_scale, dtype=nu_dtype), correct)
+    square_mean = chain(_stored(ema, decay, dtype=nu_dtype), correct, square())
     variance = chain(add(mean_square, chain(square_mean, scale(-1.0))), _not_negative())
     spread = variance if centered else mean_square
     return in_float32(
@@ -137,7 +152,7 @@ def rmsprop(
             _l2(weight_decay, mask),
             divide(identity(), by=chain(spread, _root(eps, eps_in_sqrt))),
             scale_by_learning_rate(learning_rate),
-            identity() if momentum is None else heavy_ball(momentum, nesterov=nesterov),
+            identity() if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=mu_dtype),
         )
     )
 
@@ -171,7 +186,7 @@ def adam(
             _l2(weight_decay, mask),
             divide(
                 chain(ema(b1, dtype=mu_dtype), debias(b1)),
-                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
             ),
             scale_by_learning_rate(learning_rate),
         )
@@ -207,7 +222,7 @@ def nadam(
             _l2(weight_decay, mask),
             divide(
                 _dozat(b1, mu_dtype),
-                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
             ),
             scale_by_learning_rate(learning_rate),
         )
@@ -226,6 +241,7 @@ def adamw(
     mask: Mask | None = None,
     *,
     nu_dtype: DTypeLike | None = None,
+    weight_decay_form: str = "coupled",
 ) -> Transform:
     """AdamW: Adam, and then every weight shrinks by the same fraction.
 
@@ -234,20 +250,23 @@ def adamw(
         adam(η, weight_decay=λ)  = chain(add_decayed_weights(λ), divide(...), scale_by_learning_rate(η))
         adamw(η, weight_decay=λ) = chain(divide(...), add_decayed_weights(λ), scale_by_learning_rate(η))
 
+    `weight_decay_form` is "coupled", -η (u + λ w), as in PyTorch and optax; "independent", -η u - λ w, which
+    the learning rate leaves alone (give λ a schedule of its own); or "cautious", which lets only those
+    weights decay that the step itself makes smaller.
+
     Equals:
       optax.adamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)
       torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)
     References:
-      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
+      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; cautious: Chen et al. 2025, arXiv:2510.12402.
     """
     return in_float32(
         chain(
             divide(
                 chain(ema(b1, dtype=mu_dtype), debias(b1)),
-                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
             ),
-            add_decayed_weights(weight_decay, mask),
-            scale_by_learning_rate(learning_rate),
+            *descend("adamw", learning_rate, weight_decay, mask, weight_decay_form),
         )
     )
 
@@ -264,8 +283,9 @@ def nadamw(
     mask: Mask | None = None,
     *,
     nu_dtype: DTypeLike | None = None,
+    weight_decay_form: str = "coupled",
 ) -> Transform:
-    """NadamW: Nadam, and then every weight shrinks by the same fraction.
+    """NadamW: Nadam, and then every weight shrinks by the same fraction, or as `adamw` has it.
 
     Equals:
       optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)
@@ -277,12 +297,23 @@ def nadamw(
         chain(
             divide(
                 _dozat(b1, mu_dtype),
-                by=chain(square(), ema(b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
+                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
             ),
-            add_decayed_weights(weight_decay, mask),
-            scale_by_learning_rate(learning_rate),
+            *descend("nadamw", learning_rate, weight_decay, mask, weight_decay_form),
         )
     )
+
+
+def _stored(
+    moment: Callable[..., optax.GradientTransformation],
+    *args: Numeric,
+    dtype: DTypeLike | None,
+    **initial: Numeric,
+) -> optax.GradientTransformation:
+    """A second moment in this dtype; in bfloat16 rounded by chance, or it would stand still."""
+    if dtype is not None and jnp.dtype(dtype) == jnp.bfloat16:
+        return in_bfloat16(moment(*args, **initial))
+    return moment(*args, dtype=dtype, **initial)
 
 
 def _root(eps: Numeric, eps_in_sqrt: bool) -> optax.GradientTransformation:

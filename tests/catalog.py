@@ -115,6 +115,13 @@ TRANSFORMS = [
         lambda om: om.divide(optax.scale(0.0), by=optax.scale(0.0)),
         lambda: lambda g, w: 0.0 * g,
     ),
+    Entry("in_bfloat16", lambda om: om.in_bfloat16(om.dampen(0.3)), lambda: papers.dampen(0.3)),
+    Entry(
+        "multi_steps",
+        lambda om: om.multi_steps(om.ema(0.9), 3),
+        lambda: papers.multi_steps(papers.ema(0.9), 3),
+    ),
+    Entry("multi_steps-each", lambda om: om.multi_steps(om.ema(0.9), 1), lambda: papers.ema(0.9)),
     Entry("in_float32", lambda om: om.in_float32(om.ema(0.9)), lambda: papers.ema(0.9)),
     Entry(
         "partition",
@@ -154,6 +161,11 @@ TRANSFORMS = [
         "add_decayed_weights-schedule",
         lambda om: om.add_decayed_weights(linear(0.1, 0.02)),
         lambda: papers.add_decayed_weights(linear(0.1, 0.02)),
+    ),
+    Entry(
+        "add_decayed_weights-cautious",
+        lambda om: om.add_decayed_weights(0.1, cautious=True),
+        lambda: papers.add_decayed_weights(0.1, cautious=True),
     ),
     Entry(
         "scale_by_learning_rate",
@@ -229,6 +241,19 @@ RECIPES = [
         lambda om: om.adamw(0.1, eps=1e-2, eps_root=1e-2, weight_decay=0.2),
         lambda: papers.adam(0.1, 0.9, 0.999, 1e-2, 1e-2, decay=0.2),
     ),
+    *(
+        Entry(
+            f"{name}-{form}",
+            lambda om, name=name, form=form: getattr(om, name)(
+                0.1, eps=1e-2, weight_decay=0.2, weight_decay_form=form
+            ),
+            lambda name=name, form=form: papers.adam(
+                0.1, 0.9, 0.999, 1e-2, decay=0.2, nesterov=name == "nadamw", form=form
+            ),
+        )
+        for name in ("adamw", "nadamw")
+        for form in ("independent", "cautious")
+    ),
     Entry(
         "nadamw",
         lambda om: om.nadamw(0.1, eps=1e-2, eps_root=1e-2, weight_decay=0.2),
@@ -240,6 +265,16 @@ RECIPES = [
         lambda: papers.muon(0.02, decay=0.2),
         matrices=True,
         real=True,
+    ),
+    *(
+        Entry(
+            f"muon-{form}",
+            lambda om, form=form: _muon_matrices(om, weight_decay=0.2, weight_decay_form=form),
+            lambda form=form: papers.muon(0.02, decay=0.2, form=form),
+            matrices=True,
+            real=True,
+        )
+        for form in ("independent", "cautious")
     ),
     Entry(
         "muon-jordan-keller",
@@ -263,6 +298,11 @@ RECIPES = [
         lambda: _transposed(papers.muon(0.02)),
         matrices=True,
         real=True,
+    ),
+    Entry(
+        "muon-others-cautious",
+        lambda om: om.muon(0.1, axes={"*": None}, weight_decay=0.2, weight_decay_form="cautious"),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-8, decay=0.2, form="cautious"),
     ),
     Entry(
         "muon-others",

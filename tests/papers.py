@@ -97,14 +97,33 @@ def root(eps=0.0, eps_root=0.0):
     return lambda g, w: np.sqrt(g + eps_root) + eps
 
 
-def add_decayed_weights(rate):
+def add_decayed_weights(rate, cautious=False):
     t = 0
 
     def step(g, w):
         nonlocal t
         r = rate(t) if callable(rate) else rate
         t += 1
-        return g + r * w
+        return g + r * (aligned(g, w) if cautious else w)
+
+    return step
+
+
+def aligned(g, w):
+    """The weights that a step against g makes smaller; of the others, nothing."""
+    return np.where(np.real(g * np.conj(w)) >= 0, w, 0)
+
+
+def multi_steps(rule, k):
+    total, t = 0.0, 0
+
+    def step(g, w):
+        nonlocal total, t
+        total, t = total + g, t + 1
+        if t % k:
+            return 0 * w
+        mean, total = total / k, 0.0
+        return rule(mean, w)
 
     return step
 
@@ -162,7 +181,14 @@ def rmsprop(
     return step
 
 
-def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False):
+def descent(lr, decay, form):
+    """From a direction and a weight, the step, with Loshchilov & Hutter's decay in one of its forms."""
+    if form == "independent":
+        return lambda u, w: -lr * u - decay * w
+    return lambda u, w: -lr * (u + decay * (aligned(u, w) if form == "cautious" else w))
+
+
+def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False, form="coupled"):
     m, v, t = 0.0, 0.0, 0
 
     def step(g, w):
@@ -174,7 +200,7 @@ def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False):
         average = m / (1 - b1**t)
         if nesterov:  # Dozat, algorithm 2
             average = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
-        return -lr * (average / (np.sqrt(v / (1 - b2**t) + eps_root) + eps) + decay * w)
+        return descent(lr, decay, form)(average / (np.sqrt(v / (1 - b2**t) + eps_root) + eps), w)
 
     return step
 
@@ -216,7 +242,7 @@ def scale_by_shape(name):
     return lambda g, w: SHAPES[name](*g.shape) * g
 
 
-def muon(lr, beta=0.95, nesterov=True, decay=0.0, rows=EXPRESS, scale="rms_to_rms"):
+def muon(lr, beta=0.95, nesterov=True, decay=0.0, rows=EXPRESS, scale="rms_to_rms", form="coupled"):
     """For a matrix stored (in, out)."""
     m = 0.0
 
@@ -224,7 +250,7 @@ def muon(lr, beta=0.95, nesterov=True, decay=0.0, rows=EXPRESS, scale="rms_to_rm
         nonlocal m
         m = beta * m + (1 - beta) * g
         u = (1 - beta) * g + beta * m if nesterov else m
-        return -lr * (SHAPES[scale](*g.shape) * on_singular_values(u, rows) + decay * w)
+        return descent(lr, decay, form)(SHAPES[scale](*g.shape) * on_singular_values(u, rows), w)
 
     return step
 

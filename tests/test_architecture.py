@@ -23,7 +23,9 @@ FLOORS = {
     "theory": 3,
     "optimizers": 4,
     "muon": 4,
+    "descend": 4,
     "from_optax": 4,
+    "inject_hyperparams": 4,
     "plan": 5,
     "plan_command": 7,
     "__init__": 6,
@@ -105,7 +107,8 @@ def test_documented(thing):
 TRANSFORMS = [
     n
     for n in om.__all__
-    if inspect.isfunction(getattr(om, n)) and n not in ("apply_updates", "from_optax_state", "labels", "plan")
+    if inspect.isfunction(getattr(om, n))
+    and n not in ("apply_updates", "from_optax_state", "inject_hyperparams", "labels", "plan")
 ]
 
 

@@ -26,9 +26,10 @@ from optimorph.linalg import NewtonSchulz
 TRANSFORMS = {entry.id: entry.build() for entry in catalog.RECIPES}
 SHAPES = {"hidden": (3, 4), "head": (3, 4)}
 STORED = TRANSFORMS | {
+    "adamw-bfloat16": om.adamw(0.1, nu_dtype="bfloat16"),
     "adamw-schedules": om.adamw(
         catalog.linear(0.1, 0.01), weight_decay=catalog.linear(0.2, 0.1), mask={"head": False, "*": True}
-    )
+    ),
 }
 LAYOUTS = sorted((Path(__file__).parent / "fixtures").glob("states-*.json"))
 
@@ -408,11 +409,13 @@ def written(states):
 
 
 def read(kept, like):
-    """The state that was written, into the structure of today's."""
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
-    assert sorted(paths) == sorted(kept)
-    arrays = [jnp.asarray(kept[p]["values"], kept[p]["dtype"]).reshape(kept[p]["shape"]) for p in paths]
-    return jax.tree.unflatten(jax.tree.structure(like), arrays)
+    """The state that was written, into today's: every array has its place, what was not there begins anew."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    found = {jax.tree_util.keystr(path): x for path, x in leaves}
+    assert set(kept) <= set(found)
+    for path, x in kept.items():
+        found[path] = jnp.asarray(x["values"], x["dtype"]).reshape(x["shape"])
+    return jax.tree.unflatten(structure, found.values())
 
 
 def layout():
@@ -448,6 +451,30 @@ def test_states_of_earlier_versions(path):
         lambda: {k: follow(STORED[k], *start, gradients(2, 20))[0] for k, start in starts.items()}
     )()
     agree(found, {name: read(end, weights()) for name, end in kept["later"].items()})
+
+
+def test_a_state_without_readings():
+    """Of the first version, whose constant rates had no state: `from_optax_state` makes today's of it."""
+    params, tx = weights(), om.adamw(0.1, weight_decay=0.2)
+    state = tx.init(params)
+    _, state = tx.update(weights(1), state, params)
+    old = (state[0], optax.EmptyState(), optax.EmptyState())
+    after = om.from_optax_state(old, tx, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    expected, _ = tx.update(weights(2), state, params)
+    updates, _ = tx.update(weights(2), after, params)
+    for name, update in expected.items():
+        np.testing.assert_array_equal(updates[name], update)
+
+
+def test_moments_change_their_dtype():
+    params, wide, half = weights(), om.adamw(0.1), om.adamw(0.1, nu_dtype="bfloat16")
+    _, state = wide.update(weights(1), wide.init(params), params)
+    there = om.from_optax_state(state, half, params)
+    assert jax.tree.structure(there) == jax.tree.structure(half.init(params))
+    back = om.from_optax_state(there, wide, params)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2**-8)
 
 
 def test_every_recipe_has_a_layout():

@@ -228,6 +228,15 @@ PROOFS = {
             om.adamw(0.01, weight_decay=0.1), papers.torch_adam(0.01, weight_decay=0.1, decoupled=True)
         )
     ),
+    "optax.MultiSteps(inner, every_k)": lambda: same_as_optax(
+        om.multi_steps(om.adam(0.01), 4), optax.MultiSteps(om.adam(0.01), 4)
+    ),
+    "optax.inject_hyperparams(inner_factory, static_args, hyperparam_dtype=jnp.float32)": lambda: (
+        same_as_optax(
+            om.inject_hyperparams(om.adamw)(keyed_schedule, b1=0.8),
+            optax.inject_hyperparams(om.adamw, hyperparam_dtype=jnp.float32)(keyed_schedule, b1=0.8),
+        )
+    ),
     "optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)": lambda: (
         same_as_optax(om.nadamw(0.01, weight_decay=0.1), optax.nadamw(0.01, weight_decay=0.1))
     ),

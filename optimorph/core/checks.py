@@ -46,6 +46,10 @@ SCHEDULED = ("learning_rate", "others_learning_rate", "weight_decay")
 """Hyperparameters that may be functions of the step count."""
 
 
+DTYPES = ("accumulator_dtype", "mu_dtype", "nu_dtype")
+"""Arguments that say how states are stored."""
+
+
 def check_numbers(who: str, **values: Any) -> None:
     """Refuse a concrete number outside its range; None, tracers and schedules (of rates) pass.
 
@@ -71,14 +75,35 @@ def check_numbers(who: str, **values: Any) -> None:
             raise ValueError(f"{who}: {name} must be {text}, but is {value}. {fix}")
 
 
+def check_dtypes(who: str, **dtypes: Any) -> None:
+    """Refuse a dtype that cannot hold what it is for; None passes.
+
+    Raises:
+      ValueError: naming `who`, the argument and a dtype that would do.
+    """
+    for name, dtype in dtypes.items():
+        if dtype is None:
+            continue
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise ValueError(
+                f"{who}: {name} must be a dtype of real numbers, but is {dtype!r}. Type {name}='bfloat16'."
+            )
+        if name == "nu_dtype" and jnp.dtype(dtype) == jnp.float16:
+            raise ValueError(
+                f"{who}: {name} must not be float16, which has no squares below 6e-8 or above 65504, "
+                f"those of gradients of 0.00024 and 256. Type {name}='bfloat16'."
+            )
+
+
 def checked(recipe: Callable[P, R]) -> Callable[P, R]:
-    """Check every argument of `recipe` that has an entry in `RANGES`, under the recipe's own name."""
+    """Check every argument of `recipe` that `RANGES` or `DTYPES` name, under the recipe's own name."""
     signature = inspect.signature(recipe)
 
     @functools.wraps(recipe)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
         given = signature.bind(*args, **kwargs).arguments
         check_numbers(recipe.__name__, **{k: v for k, v in given.items() if k in RANGES})
+        check_dtypes(recipe.__name__, **{k: v for k, v in given.items() if k in DTYPES})
         return recipe(*args, **kwargs)
 
     return build

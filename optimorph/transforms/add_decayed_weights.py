@@ -8,24 +8,26 @@ import numpy as np
 import optax
 
 from optimorph.core.checks import check_numbers, check_params
-from optimorph.core.count import increment
+from optimorph.core.count import as_schedule, increment, reading
 from optimorph.core.tree import cast_like, map_updates, number, wide
 from optimorph.core.types import Mask, ScalarOrSchedule
 from optimorph.routing.rules import as_mask
 
 
 class DecayState(NamedTuple):
-    """How many updates a decay schedule has seen."""
+    """How many updates there have been, and the last one's decay (before it, the first one's), to be read."""
 
     count: jax.Array
+    weight_decay: jax.Array
 
 
 def add_decayed_weights(
-    weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None
+    weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None, *, cautious: bool = False
 ) -> optax.GradientTransformation:
     """Add a multiple of the weights to their updates.
 
-        u = g + λ w        (1)
+        u = g + λ w                  (1)
+        u = g + λ w [g w ≥ 0]        (2)  cautious: where the descent itself shrinks the weight
 
     What it means depends on where it stands. Before the quotient it is the gradient of (λ/2)‖w‖², L2
     regularisation, and the quotient rescales it weight by weight; after the quotient it is decoupled decay,
@@ -38,9 +40,10 @@ def add_decayed_weights(
 
     Args:
       weight_decay: λ, at least 0, a number, an array, a tracer or a schedule. The constant 0 asks for no
-        params.
+        params. What it was is in the state, in float32: `optax.tree.get(state, "weight_decay")`.
       mask: which leaves decay, as `optax.masked` takes it, or rules, `{"*norm*": False, "*": True}`; all of
         them without one.
+      cautious: add (2) instead of (1); of complex numbers, where Re(g w̄) ≥ 0.
 
     Raises:
       ValueError: λ negative, when it is a concrete number; at `update`, params missing.
@@ -48,27 +51,31 @@ def add_decayed_weights(
     Equals:
       optax.add_decayed_weights(weight_decay, mask)
     References:
-      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (both places).
+      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (both places); (2): Chen et al. 2025,
+      "Cautious weight decay", arXiv:2510.12402.
     """
     who = "add_decayed_weights"
     check_numbers(who, weight_decay=weight_decay)
-    scheduled = callable(weight_decay)
+    decay_at = as_schedule(weight_decay)
 
     def init(params):
-        return DecayState(jnp.zeros([], jnp.int32)) if scheduled else optax.EmptyState()
+        count = jnp.zeros([], jnp.int32)
+        return DecayState(count, reading(decay_at(count)))
 
     def update(updates, state, params=None):
+        decay = decay_at(state.count)
+        state = DecayState(increment(state.count), reading(decay))
         if isinstance(weight_decay, int | float | np.number) and weight_decay == 0:
             return updates, state
         check_params(who, params, "weight decay adds a multiple of them")
-        rate = weight_decay(state.count) if callable(weight_decay) else weight_decay
 
         def decayed(g, w):
             x = wide(g)
-            return cast_like(x + number(rate, x) * wide(w).astype(x.dtype), g)  # (1)
+            term = number(decay, x) * wide(w).astype(x.dtype)
+            if cautious:
+                term = jnp.where((x * wide(w).astype(x.dtype).conj()).real >= 0, term, 0)  # (2)
+            return cast_like(x + term, g)  # (1)
 
-        if scheduled:
-            state = DecayState(increment(state.count))
         return map_updates(who, decayed, updates, params), state
 
     transform = optax.GradientTransformation(init, update)

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import optax
 
 from optimorph.core.checks import check_numbers
-from optimorph.core.count import increment
+from optimorph.core.count import as_schedule, increment, reading
 from optimorph.core.tree import cast_like, map_updates, number, wide
 from optimorph.core.types import ScalarOrSchedule
 
 
 class LearningRateState(NamedTuple):
-    """How many updates a learning rate schedule has seen."""
+    """How many updates there have been, and the last one's rate (before it, the first one's), to be read."""
 
     count: jax.Array
+    learning_rate: jax.Array
 
 
 def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTransformation:
@@ -25,7 +26,8 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
 
     Args:
       learning_rate: η, at least 0, a number, an array, a tracer, or a schedule, which is called with the
-        number of updates before this one.
+        number of updates before this one. What it was is in the state, in float32:
+        `optax.tree.get(state, "learning_rate")`.
 
     Raises:
       ValueError: η negative, when it is a concrete number.
@@ -36,20 +38,20 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
       Cauchy 1847, "Méthode générale pour la résolution des systèmes d'équations simultanées".
     """
     check_numbers("scale_by_learning_rate", learning_rate=learning_rate)
-    scheduled = callable(learning_rate)
+    rate_at = as_schedule(learning_rate)
 
     def init(params):
-        return LearningRateState(jnp.zeros([], jnp.int32)) if scheduled else optax.EmptyState()
+        count = jnp.zeros([], jnp.int32)
+        return LearningRateState(count, reading(rate_at(count)))
 
     def update(updates, state, params=None):
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = rate_at(state.count)
 
         def step(g):
             x = wide(g)
             return cast_like(-number(rate, x) * x, g)  # (1)
 
-        if scheduled:
-            state = LearningRateState(increment(state.count))
-        return map_updates("scale_by_learning_rate", step, updates), state
+        out = map_updates("scale_by_learning_rate", step, updates)
+        return out, LearningRateState(increment(state.count), reading(rate))
 
     return optax.GradientTransformation(init, update)
