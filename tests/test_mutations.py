@@ -54,7 +54,6 @@ MUTATIONS = {
     "multi: no mean": (T + "multi_steps.py", " / number(count, m)", "", "multi_steps"),
     "multi: no gradient": (T + "multi_steps.py", "wide(g).astype(m.dtype) - m)", "-m)", "multi_steps"),
     "multi: no memory": (T + "multi_steps.py", "jnp.where(due, 0, jnp.where(sound, new, wide(old)))", "wide(old)", "multi_steps"),
-    "multi: no new beginning": (T + "multi_steps.py", "jnp.where(due, 0, jnp.where(sound, new, wide(old)))", "new", "multi_steps"),
     "multi: always due": (T + "multi_steps.py", "sound & (count == k_at(state.steps))", "sound", "multi_steps"),
     "decay: schedule stands still": (
         T + "add_decayed_weights.py",

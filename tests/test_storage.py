@@ -298,6 +298,16 @@ def test_the_inner_update_is_computed_at_every_kth_gradient_alone():
     assert "custom_partitioning" not in {eqn.primitive.name for eqn in jaxpr.eqns}
 
 
+def test_each_mean_begins_anew():
+    """Of numbers as far apart as float32 has digits, nothing of the mean before is left."""
+    tx = om.multi_steps(om.sgd(1.0), 2)
+    state, found = tx.init(jnp.zeros(())), []
+    for g in (1e20, 1e20, 1.0, 3.0):
+        update, state = tx.update(jnp.float32(g), state)
+        found.append(float(update))
+    assert found == [0, -np.float32(1e20), 0, -2]
+
+
 def test_k_may_grow():
     """As a function of the steps taken: 1, then 2."""
     tx, state = om.multi_steps(om.sgd(1.0), lambda steps: 1 + steps), None
