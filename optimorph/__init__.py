@@ -14,10 +14,10 @@ The end of a step: `apply_updates`, which can round bfloat16 weights stochastica
 Coming from optax: `from_optax_state` carries a run over in mid-training; `inject_hyperparams` is optax's, but
 rounds no number.
 
-Beside them: `linalg` (the polar factor), `schedules`, `theory`.
+Beside them: `linalg` (the polar factor, norms), `schedules`, `theory`, `curvature` (what theory asks for).
 """
 
-from optimorph import linalg, schedules, theory
+from optimorph import curvature, linalg, schedules, theory
 from optimorph.apply_updates import apply_updates
 from optimorph.from_optax import from_optax_state
 from optimorph.inject_hyperparams import inject_hyperparams
@@ -73,6 +73,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_updates",
     "clip_by_global_norm",
+    "curvature",
     "dampen",
     "debias",
     "divide",

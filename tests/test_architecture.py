@@ -21,6 +21,7 @@ FLOORS = {
     "transforms": 3,
     "schedules": 3,
     "theory": 3,
+    "curvature": 3,
     "optimizers": 4,
     "muon": 4,
     "descend": 4,
@@ -34,7 +35,9 @@ FLOORS = {
 }
 AT_RUN_TIME = {"jax", "optax", "jaxtyping", "numpy", "optimorph"}
 WITH_RACE = AT_RUN_TIME | {"flax", "rich", "matplotlib", "sklearn"}
-PUBLIC = {module: vars(module)["__all__"] for module in (om, om.linalg, om.schedules, om.theory)}
+PUBLIC = {
+    module: vars(module)["__all__"] for module in (om, om.linalg, om.schedules, om.theory, om.curvature)
+}
 OBJECTS = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
     for module, names in PUBLIC.items()

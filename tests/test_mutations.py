@@ -78,7 +78,7 @@ MUTATIONS = {
     "polar: no linear term": (N, "a * x.astype(step.dtype) + step", "step", "orthogonalize"),
     "polar: no cubic term": (N, "else [(b, r), (c,", "else [(c,", "orthogonalize"),
     "polar: no quintic term": (N, ", (c, multiply(r, r, precision))", "", "orthogonalize"),
-    "polar: no norm": ("linalg/unit.py", "return x / jnp.sqrt(_not_zero(squares)).astype(x.dtype)", "return x", "orthogonalize"),
+    "polar: no norm": ("linalg/unit.py", "return x / jnp.sqrt(not_zero(squares)).astype(x.dtype)", "return x", "orthogonalize"),
     "polar: no safety": ("linalg/polar_express.py", "safety: float = 0.02", "safety: float = 0.0", "orthogonalize"),
     "polar: no cushion": ("linalg/polar_express.py", "cushion: float = _CUSHION", "cushion: float = 0.0", "orthogonalize"),
     "polar: a step less": (N, "_standard(x, rows,", "_standard(x, rows[1:],", "orthogonalize"),

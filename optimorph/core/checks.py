@@ -36,6 +36,7 @@ RANGES = {
     "momentum": _DECAY,
     "offset": _POSITIVE,
     "others_learning_rate": _RATE,
+    "p": ("at least 1", lambda x: x >= 1, "2.0"),
     "smoothness": _POSITIVE,
     "strong_convexity": _POSITIVE,
     "weight_decay": _NOT_NEGATIVE,

@@ -1,0 +1,171 @@
+"""The extreme curvatures of a loss, from products with its Hessian alone: what `theory` asks for."""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optimorph.core.checks import is_array, not_an_array
+from optimorph.core.tree import leaf_paths, wide
+from optimorph.core.types import PyTree
+from optimorph.linalg.unit import not_zero
+
+
+class Extremes(NamedTuple):
+    """The ends of a Hessian's spectrum, and how far an eigenvalue can be from each of them."""
+
+    largest: jax.Array
+    smallest: jax.Array
+    largest_error: jax.Array
+    smallest_error: jax.Array
+
+    @property
+    def condition(self) -> jax.Array:
+        """The largest over the smallest; infinity if the Hessian is not positive definite."""
+        positive = self.smallest > 0
+        return jnp.where(positive, self.largest / jnp.where(positive, self.smallest, 1), jnp.inf)
+
+
+def extremes(
+    loss: Callable[..., Any], params: PyTree, *args: Any, steps: int = 32, key: jax.Array | None = None
+) -> Extremes:
+    """The largest and the smallest eigenvalue of the Hessian of a loss, by Lanczos' method.
+
+        βₖ vₖ₊₁ = w - αₖ vₖ - βₖ₋₁ vₖ₋₁,  w = H vₖ,  αₖ = ⟨vₖ, w⟩        (1)
+        T y = θ y,  T = tridiag(β, α, β)                                  (2)
+        |λ - θ| ≤ βₛ |yₛ| for an eigenvalue λ                             (3)  s = steps
+
+    The largest and the smallest θ are returned, each with (3) for its error. They lie inside the spectrum, so
+    the true ends can only be further out; a large error says that the steps were too few. Ends that stand
+    apart settle first; the smallest eigenvalue of a condition number R takes a few √R. Fewer steps are taken
+    where there are fewer parameters or the v run out, and then all is known: v₁ is random. Beyond (3) there
+    is rounding, some 1e-6 of the largest in size in float32: conditions above 1e5 ask for float64.
+
+    Every v is made orthogonal to all before it, so `steps` copies of the parameters are kept, in float32 or
+    wider, which is what the loss is given as well. It is compiled once for each loss and set of shapes: give
+    the same function again, not a new lambda, and let data come through `args`.
+
+    What is found goes to theory, the largest on the safe side, for beyond it steps diverge:
+
+        found = curvature.extremes(loss, params, batch)
+        best = theory.polyak(float(found.largest + found.largest_error), float(found.smallest))
+        tx = sgd(best.learning_rate, best.momentum)
+
+    Where the Hessian is not positive definite `smallest` is not above 0, and theory refuses it with its own
+    error. Where it is singular, `smallest` is rounding on either side of 0, and no condition means anything.
+
+    Args:
+      loss: a function of params and args, `loss(params, *args)`, to one real number, twice differentiable.
+      params: any tree of real arrays; None is left out.
+      args: trees of arrays.
+      steps: products with the Hessian, at least 1.
+      key: of v₁; `jax.random.key(0)` if it is left out.
+
+    Raises:
+      ValueError: a leaf that is no real floating array, a tree without any, fewer than one step.
+
+    References:
+      Lanczos 1950, "An iteration method for the solution of the eigenvalue problem of linear differential
+      and integral operators"; (3): Parlett 1998, "The symmetric eigenvalue problem", section 13.2; products:
+      Pearlmutter 1994, "Fast exact multiplication by the Hessian".
+    """
+    if isinstance(steps, bool) or steps != int(steps) or steps < 1:
+        raise ValueError(
+            f"extremes: steps must be a whole number of at least 1, but is {steps}. Type steps=32."
+        )
+    _check(params)
+    params = jax.tree.map(wide, params)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    key = jax.random.key(0) if key is None else key
+    return _extremes(loss, params, args, key, min(int(steps), size))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _extremes(loss: Callable[..., Any], params: PyTree, args: Any, key: jax.Array, steps: int) -> Extremes:
+    _, product = jax.linearize(lambda w: jax.grad(loss)(w, *args), params)
+    kind = max((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
+
+    def hessian(v: PyTree) -> PyTree:
+        w = product(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params))
+        return jax.tree.map(lambda x: x.astype(kind), w)
+
+    start = optax.tree.random_like(key, params, jax.random.normal, kind)
+    alpha, beta = _lanczos(hessian, start, steps)
+    t = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
+    scale = not_zero(jnp.max(jnp.abs(t)))
+    values, vectors = jnp.linalg.eigh(t / scale)  # (2)
+    values, errors = scale * values, beta[-1] * jnp.abs(vectors[-1])  # (3)
+    return Extremes(values[-1], values[0], errors[-1], errors[0])
+
+
+def _lanczos(hessian: Callable[[PyTree], PyTree], start: PyTree, steps: int) -> tuple[jax.Array, jax.Array]:
+    """α and β of (1). Once v has run out, they are α₁ and 0, whose eigenvalue is never beyond the others."""
+    length = _norm(start)
+    zeros, eps = jnp.zeros(steps, length.dtype), jnp.finfo(length.dtype).eps
+
+    def step(k, carry):
+        basis, v, alpha, beta, largest = carry
+        basis = jax.tree.map(lambda b, x: b.at[k].set(x), basis, v)
+        w = hessian(v)
+        a = _inner(v, w)
+        for _ in range(2):  # twice is enough to be orthogonal to rounding
+            w = jax.tree.map(operator.sub, w, _combination(basis, _components(basis, w)))  # (1)
+        b = _norm(w)
+        largest = jnp.maximum(largest, jnp.maximum(jnp.abs(a), b))
+        alive, goes_on = _norm(v) > 0, b > eps * largest
+        alpha = alpha.at[k].set(jnp.where(alive | (k == 0), a, alpha[0]))
+        beta = beta.at[k].set(jnp.where(goes_on, b, 0))
+        v = jax.tree.map(lambda x: jnp.where(goes_on, x / not_zero(b), 0), w)
+        return basis, v, alpha, beta, largest
+
+    basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), start)
+    v = jax.tree.map(lambda x: x / length, start)
+    _, _, alpha, beta, _ = jax.lax.fori_loop(0, steps, step, (basis, v, zeros, zeros, zeros[0]))
+    return alpha, beta
+
+
+def _components(basis: PyTree, w: PyTree) -> jax.Array:
+    """⟨vⱼ, w⟩ for every j."""
+    each = jax.tree.map(lambda b, x: jnp.tensordot(b, x, x.ndim, precision="highest"), basis, w)
+    return jax.tree.reduce(operator.add, each)
+
+
+def _combination(basis: PyTree, components: jax.Array) -> PyTree:
+    """Σ cⱼ vⱼ."""
+    return jax.tree.map(lambda b: jnp.tensordot(components, b, 1, precision="highest"), basis)
+
+
+def _inner(v: PyTree, w: PyTree) -> jax.Array:
+    return jax.tree.reduce(operator.add, jax.tree.map(lambda x, y: jnp.sum(x * y), v, w))
+
+
+def _norm(v: PyTree) -> jax.Array:
+    """‖v‖, whose squares neither overflow nor vanish."""
+    largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda x: jnp.max(jnp.abs(x), initial=0), v))
+    scaled = jax.tree.map(lambda x: x / not_zero(largest), v)
+    return largest * jnp.sqrt(_inner(scaled, scaled))
+
+
+def _check(params: PyTree) -> None:
+    """Refuse leaves that no Hessian is of."""
+    leaves = jax.tree.leaves(params)
+    for path, leaf in zip(leaf_paths(params), leaves, strict=True):
+        if not is_array(leaf):
+            raise ValueError(not_an_array("extremes", path, leaf))
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"extremes: {path!r} is of {jnp.result_type(leaf)}, but a Hessian is of real floating "
+                "numbers. Give the real and imaginary parts of complex numbers, and integers through args: "
+                "eqx.partition(model, eqx.is_inexact_array)."
+            )
+    if not sum(jnp.size(leaf) for leaf in leaves):
+        raise ValueError(
+            "extremes: params has no numbers, so there is no Hessian. Type extremes(loss, params)."
+        )
+
+
+__all__ = ["Extremes", "extremes"]
