@@ -173,6 +173,8 @@ def test_it_is_traced_once():
         found = extremes(loss, jnp.full(4, k), k * jnp.eye(4))
         np.testing.assert_allclose(ends(found), k, rtol=1e-6)
     assert len(traces) == 1
+    assert "[4,4]" in (text := str(jax.make_jaxpr(lambda w: extremes(quadratic, w, jnp.eye(4)))(jnp.ones(4))))
+    assert "[32,4]" not in text  # four parameters, four steps
     jitted = jax.jit(lambda h: extremes(quadratic, jnp.zeros(4), h).condition)
     np.testing.assert_allclose(jitted(jnp.diag(jnp.asarray([1.0, 2, 3, 8]))), 8, rtol=1e-5)
 

@@ -102,6 +102,7 @@ ZOO = {
     "1 % apart": np.array([1.0] + [0.99] * 100),
     "nearly equal": np.linspace(1, 0.999, 60),
     "worst": np.array([1.0] + [math.sqrt(1 - 4.34e-3)] * 300),
+    "worst for half the power": np.array([1.0] + [math.sqrt(1 - 8.66e-3)] * 300),
 }
 
 
@@ -190,7 +191,7 @@ def test_derivatives(name):
 
 
 def test_derivatives_of_gram_powers():
-    """u vᴴ; where several singular values are the largest, a mean that has trace norm 1."""
+    """u vᴴ; where several singular values are the largest, or nearly, a mean of nuclear norm 1."""
     with jax.enable_x64(True):
         x = of_values(np.array([4.0, 2.0, 1.5, 1.0]))
         u, _, vh = np.linalg.svd(x)
@@ -202,6 +203,10 @@ def test_derivatives_of_gram_powers():
         np.testing.assert_allclose(rank, exact, atol=1e-12)
         several = jax.grad(spectral_norm)(jnp.asarray(of_values(np.array([3.0, 3.0, 1.0]))))
         np.testing.assert_allclose(np.linalg.svd(several, compute_uv=False), [0.5, 0.5, 0], atol=1e-9)
+        near = jnp.asarray(of_values(np.linspace(1, 0.999, 60)))
+        mean = jax.grad(spectral_norm)(near)
+        assert linalg.nuclear_norm(mean) == pytest.approx(1, abs=1e-6)
+        np.testing.assert_allclose(jnp.sum(mean * near), spectral_norm(near), rtol=1e-12)
 
 
 seeds = given(st.integers(0, 10**6), st.sampled_from([(5, 9), (9, 5), (6, 6)]))
