@@ -17,7 +17,7 @@ rounds no number.
 Beside them: `linalg` (the polar factor, norms), `schedules`, `theory`, `curvature` (what theory asks for).
 """
 
-from optimorph import curvature, linalg, schedules, theory
+from optimorph import curvature, linalg, probes, schedules, theory
 from optimorph.apply_updates import apply_updates
 from optimorph.from_optax import from_optax_state
 from optimorph.inject_hyperparams import inject_hyperparams
@@ -93,6 +93,7 @@ __all__ = [
     "orthogonalize",
     "partition",
     "plan",
+    "probes",
     "rmsprop",
     "root",
     "scale_by_learning_rate",

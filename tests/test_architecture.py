@@ -28,6 +28,7 @@ FLOORS = {
     "from_optax": 4,
     "inject_hyperparams": 4,
     "plan": 5,
+    "probes": 5,
     "plan_command": 7,
     "__init__": 6,
     "race": 7,

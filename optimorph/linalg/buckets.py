@@ -19,7 +19,7 @@ def together(
     """`f` of every stack, called once for each distinct shape and dtype: programs grow with those alone.
 
     Args:
-      f: a function of stacks `(batch, n, m)` that treats each matrix by itself.
+      f: a function of stacks `(batch, n, m)` that treats each matrix by itself, to arrays `(batch, ...)`.
       stacks: arrays `(*batch, n, m)`.
       turn: whether f(xᴴ) = f(x)ᴴ, so that high and wide matrices may go together.
     """
@@ -33,7 +33,7 @@ def together(
         flat = [wide[k].reshape(-1, *wide[k].shape[-2:]) for k in members]
         done = f(flat[0] if len(flat) == 1 else jnp.concatenate(flat))
         for k, part in zip(members, parts(done, list(map(len, flat))), strict=True):
-            found[k] = part.reshape(wide[k].shape)
+            found[k] = part.reshape(*wide[k].shape[:-2], *part.shape[1:])
     return [x if wide[k] is stacks[k] else _turned(x) for k, x in found.items()]
 
 

@@ -1,0 +1,293 @@
+"""What an optimizer is doing: numbers about every leaf, kept in the state and read from there.
+
+tx = probe(muon(0.02))                                            # cheap ones, every tenth step
+tx = probe(tx, metrics=("update_stable_rank",), every=100)        # and of the spectra, now and then
+...
+logger.log(read(state), step)                                     # a flat dictionary of numbers
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph.core.checks import check_params
+from optimorph.core.count import increment
+from optimorph.core.tree import leaf_paths, paths_and_shapes, wide
+from optimorph.core.types import AxesRules, PyTree
+from optimorph.linalg import norms
+from optimorph.linalg.buckets import together
+from optimorph.linalg.meshes import explicit_axes
+from optimorph.routing.reading import leaf_axes
+from optimorph.transforms.add_decayed_weights import DecayState
+from optimorph.transforms.clip_by_global_norm import ClipState
+from optimorph.transforms.scale_by_learning_rate import LearningRateState
+from optimorph.transforms.skip_nonfinite import SkipState
+
+
+class Leaf(NamedTuple):
+    """What a metric sees of a leaf, before the step; None where there is none."""
+
+    gradient: jax.Array
+    update: jax.Array
+    weight: Any
+    momentum: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """The latest numbers, float32 `(len(names),)`, NaN until they are first measured.
+
+    Args:
+      values: one number for each name.
+      names: `path/metric`.
+    """
+
+    values: Any
+    names: tuple[str, ...]
+
+
+class ProbeState(NamedTuple):
+    """The inner state, how many updates there have been, and what was last seen."""
+
+    inner: Any
+    count: jax.Array
+    readings: Any
+
+
+def _rms(x: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(wide(x)))))
+
+
+def _ratio(leaf: Leaf) -> jax.Array:
+    step, size = _rms(leaf.update), _rms(leaf.weight)
+    return jnp.where(step == 0, 0, step / size)
+
+
+def _cosine(leaf: Leaf) -> jax.Array:
+    size = _rms(leaf.gradient) * _rms(leaf.momentum)
+    product = jnp.mean((wide(leaf.gradient) * wide(leaf.momentum).conj()).real)
+    return jnp.where(size == 0, 0, jnp.clip(product / jnp.where(size == 0, 1, size), -1, 1))
+
+
+OF_LEAVES: dict[str, Callable[[Leaf], jax.Array]] = {
+    "gradient_rms": lambda leaf: _rms(leaf.gradient),
+    "update_rms": lambda leaf: _rms(leaf.update),
+    "weight_rms": lambda leaf: _rms(leaf.weight),
+    "update_to_weight": _ratio,
+    "cosine": _cosine,
+}
+"""Metrics of any leaf: root mean squares, that of the update over that of the weight, and the cosine of the
+gradient with the first moment or velocity, where the state has one."""
+
+OF_MATRICES: dict[str, Callable[[Any], jax.Array]] = {
+    "spectral_norm": norms.spectral_norm,
+    "rms_to_rms_norm": norms.rms_to_rms_norm,
+    "stable_rank": norms.stable_rank,
+    "effective_rank": norms.effective_rank,
+    "top_energy": functools.partial(norms.top_energy, k=1),
+    "orthogonality_error": norms.orthogonality_error,
+}
+"""Metrics of matrices, `linalg`'s functions, after "gradient_", "update_", "weight_" or "momentum_"."""
+
+CHEAP = tuple(OF_LEAVES)
+SPECTRAL = tuple(f"update_{name}" for name in OF_MATRICES)
+
+
+def probe(
+    inner: optax.GradientTransformation,
+    metrics: Sequence[str] = CHEAP,
+    every: int = 10,
+    *,
+    axes: AxesRules | None = None,
+    exact: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Watch a transformation: its updates stay what they are, and every k steps numbers are taken.
+
+    The numbers are in the state, one array for all of them, until the next are taken; `read` makes a
+    dictionary of them. Between, nothing is computed. Probes may stand around one another, each with metrics
+    and a period of its own. Sizes below 1e-19 or above 1e19, whose squares are no float32 numbers, are not
+    measured right.
+
+    Args:
+      inner: any transformation, of this library or of optax.
+      metrics: names of `OF_LEAVES`, and of `OF_MATRICES` after "gradient_", "update_", "weight_" or
+        "momentum_". Of a leaf with several matrices, it is their mean.
+      every: k, an integer of at least 1; the first step is one of them.
+      axes: which leaves are matrices, and how, as that of `muon`.
+      exact: take singular values by decomposition also where Gram powers would do, whose norms are at most
+        0.4 % too small.
+
+    Raises:
+      ValueError: an unknown metric, `every` below 1; at `init`, leaves that no rule decides, if matrices are
+        asked for; at `update`, params missing, if weights are.
+    """
+    _check(metrics, every)
+    inner = optax.with_extra_args_support(inner)
+    of_matrices = [name for name in metrics if name not in OF_LEAVES]
+    form = leaf_axes("probe", axes) if of_matrices else lambda path, shape: None
+
+    def names_of(params: PyTree, state: PyTree) -> tuple[str, ...]:
+        """Every path with every metric that its leaf has."""
+        moments = _momenta(state)
+        return tuple(
+            f"{path}/{name}".lstrip("/")
+            for name in metrics
+            for path, shape in paths_and_shapes(params).items()
+            if 0 not in shape
+            and (path in moments or name.split("_")[0] not in ("cosine", "momentum"))
+            and (name in OF_LEAVES or form(path, shape) is not None)
+        )
+
+    def measure(names: tuple[str, ...], leaves: dict[str, Leaf]) -> jax.Array:
+        """All numbers; NaN for a leaf without a gradient."""
+        wanted = [(path, metric) for path, _, metric in (name.rpartition("/") for name in names)]
+        there = [(path, name) for path, name in wanted if path in leaves]
+        found = {(path, name): OF_LEAVES[name](leaves[path]) for path, name in there if name in OF_LEAVES}
+        found |= _of_matrices([pair for pair in there if pair not in found], leaves, form, exact)
+        return jnp.stack([jnp.asarray(found.get(pair, jnp.nan), jnp.float32) for pair in wanted])
+
+    def init(params):
+        state = inner.init(params)
+        names = names_of(params, state)
+        return ProbeState(state, jnp.zeros([], jnp.int32), Readings(jnp.full(len(names), jnp.nan), names))
+
+    def update(updates, state, params=None, **extra):
+        if any(name.startswith("weight") or name == "update_to_weight" for name in metrics):
+            check_params("probe", params, "it is asked for numbers about weights")
+        out, after = inner.update(updates, state.inner, params, **extra)
+        values, names = state.readings.values, state.readings.names
+        if names:
+            due = state.count % every == 0
+            values = jax.lax.cond(
+                due, lambda: measure(names, _leaves(updates, out, params, after)), lambda: values
+            )
+        return out, ProbeState(after, increment(state.count), Readings(values, names))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def read(state: PyTree) -> dict[str, Any]:
+    """All that a state has to say, as a flat dictionary: for any logger that takes names and numbers.
+
+    `path/metric` of every probe; `learning_rate` and `weight_decay`; `clip_norm` and `clip_factor`; `skipped`
+    and `consecutive_skips`; what `inject_hyperparams` injected. In a partition each has the part's name
+    before it, `matrix/learning_rate`. Numbers are Python's; of a state with further axes, as `jax.vmap` makes
+    them, arrays of NumPy's.
+    """
+    found: dict[str, Any] = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_speaks):
+        if _speaks(node):
+            part = "".join(f"{key.key}/" for key in path if isinstance(key, jax.tree_util.DictKey))
+            inside = read(getattr(node, "inner", getattr(node, "inner_state", ())))
+            found |= {part + name: value for name, value in (inside | _said(node)).items()}
+    return found
+
+
+def _said(node: Any) -> dict[str, Any]:
+    """What one state says for itself."""
+    if isinstance(node, ProbeState):
+        values = np.moveaxis(np.asarray(node.readings.values), -1, 0)
+        return dict(zip(node.readings.names, map(_plain, values), strict=True))
+    if isinstance(node, ClipState):
+        said = {"clip_norm": node.norm, "clip_factor": node.factor}
+    elif isinstance(node, SkipState):
+        said = {"skipped": node.skipped, "consecutive_skips": node.consecutive}
+    elif isinstance(node, LearningRateState):
+        said = {"learning_rate": node.learning_rate}
+    elif isinstance(node, DecayState):
+        said = {"weight_decay": node.weight_decay}
+    else:
+        said = node.hyperparams
+    return {name: _plain(value) for name, value in said.items()}
+
+
+def _speaks(node: Any) -> bool:
+    kinds = ProbeState | ClipState | SkipState | LearningRateState | DecayState
+    return isinstance(node, kinds) or hasattr(node, "hyperparams")
+
+
+def _plain(x: Any) -> Any:
+    array = np.asarray(x)
+    return array.item() if array.ndim == 0 else array
+
+
+def _of_matrices(
+    pairs: list[tuple[str, str]],
+    leaves: dict[str, Leaf],
+    form: Callable[[str, tuple[int, ...]], Any],
+    exact: bool,
+) -> dict[tuple[str, str], jax.Array]:
+    """The metrics of matrices; those of one shape are one stack, and each is decomposed once."""
+    found = {}
+    for of in Leaf._fields:
+        mine = [(path, name.removeprefix(of + "_")) for path, name in pairs if name.startswith(of + "_")]
+        names = list(dict.fromkeys(name for _, name in mine))
+        paths = list(dict.fromkeys(path for path, _ in mine))
+        arrays = [_whole(wide(getattr(leaves[path], of))) for path in paths]
+        stacks = [form(path, x.shape).matrices(x) for path, x in zip(paths, arrays, strict=True)]
+        numbers = iter(
+            together(
+                functools.partial(_numbers, names=names, exact=exact),
+                [x for each in stacks for x in each],
+                turn=False,
+            )
+        )
+        for path, each in zip(paths, stacks, strict=True):
+            rows = [next(numbers).reshape(-1, len(names)) for _ in each]
+            means = jnp.mean(jnp.concatenate(rows), axis=0)
+            found |= {(path, f"{of}_{name}"): means[k] for k, name in enumerate(names)}
+    return found
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    """An array whose type says how it is divided over a mesh, undivided; others the compiler sees to."""
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if explicit_axes([x]) else x
+
+
+def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:
+    """`(batch, len(names))` of a stack `(batch, inputs, outputs)`."""
+    by_gram = ("spectral_norm", "rms_to_rms_norm", "stable_rank")
+    decomposed = norms.spectrum(stack) if exact or not set(names) <= set(by_gram) else stack
+    return jnp.stack([OF_MATRICES[name](decomposed) for name in names], axis=-1)
+
+
+def _leaves(updates: PyTree, out: PyTree, params: PyTree, state: PyTree) -> dict[str, Leaf]:
+    """Every leaf that has a gradient, by its path."""
+    gradients, steps, weights = (
+        dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)) for tree in (updates, out, params)
+    )
+    moments = _momenta(state)
+    return {path: Leaf(g, steps[path], weights.get(path), moments.get(path)) for path, g in gradients.items()}
+
+
+FIRST_MOMENTS = ("velocity", "average", "mu", "trace")
+"""Fields of states that hold a first moment or velocity, here and in optax."""
+
+
+def _momenta(state: PyTree) -> dict[str, jax.Array]:
+    """The first moment or velocity of every leaf that has one, by the leaf's path."""
+    found = {}
+    for path, leaf in zip(leaf_paths(state), jax.tree.leaves(state), strict=True):
+        words = path.split("/")
+        at = next((k for k, word in enumerate(words) if word in FIRST_MOMENTS), None)
+        if at is not None and "by" not in words[:at]:  # below the quotient there are second moments
+            found.setdefault("/".join(words[at + 1 :]), leaf)
+    return found
+
+
+def _check(metrics: Sequence[str], every: int) -> None:
+    known = [*OF_LEAVES, *(f"{of}_{name}" for of in Leaf._fields for name in OF_MATRICES)]
+    if unknown := [name for name in metrics if name not in known]:
+        raise ValueError(f"probe: no metric is called {unknown[0]!r}. Type some of {', '.join(known)}.")
+    if not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=10.")
+
+
+__all__ = ["CHEAP", "SPECTRAL", "ProbeState", "Readings", "probe", "read"]

@@ -1,0 +1,51 @@
+"""States over meshes: the same bits in bfloat16, the same numbers from probes, one step for several."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import trees
+
+import optimorph as om
+from optimorph.probes import CHEAP, SPECTRAL, probe, read
+
+LAYOUTS = ("replicated", "fsdp, last axis", "fsdp x tensor")
+
+
+def two_steps(tx, layout, mode):
+    """State after two steps over the mesh, and on one device."""
+    places, update = trees.shardings(layout, 8, mode), jax.jit(tx.update)
+    found = []
+    for put in (lambda tree: trees.put(tree, places), trees.on_one):
+        params = put(trees.drawn(0))
+        state = tx.init(params)
+        for seed in (1, 2):
+            _, state = update(put(trees.drawn(seed)), state, params)
+        found.append(state)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rounding_by_chance(layout, mode):
+    there, here = two_steps(om.in_bfloat16(om.momentum(0.5)), layout, mode)
+    for name, x in here.inner.velocity.items():
+        np.testing.assert_array_equal(np.asarray(there.inner.velocity[name]), np.asarray(x))
+        place = trees.shardings(layout, 8, mode)[name]
+        assert there.inner.velocity[name].sharding.is_equivalent_to(place, x.ndim)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_probes(layout, mode):
+    metrics = (*CHEAP, *SPECTRAL)
+    there, here = two_steps(probe(om.adam(0.1), metrics, 1, axes=trees.AXES, exact=True), layout, mode)
+    expected = read(here)
+    for name, value in read(there).items():
+        np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+def test_several_gradients_for_one_muon(mode):
+    there, here = two_steps(om.multi_steps(om.muon(0.1, axes=trees.AXES), 2), "fsdp x tensor", mode)
+    for a, b in zip(jax.tree.leaves(there.inner), jax.tree.leaves(here.inner), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert int(there.steps) == 1
+    assert all(bool(jnp.all(x == 0)) for x in jax.tree.leaves(there.mean))
