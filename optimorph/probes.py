@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph.core.checks import check_params
 from optimorph.core.count import increment
@@ -248,7 +249,9 @@ def _of_matrices(
 
 def _whole(x: jax.Array) -> jax.Array:
     """An array whose type says how it is divided over a mesh, undivided; others the compiler sees to."""
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec()) if explicit_axes([x]) else x
+    if not explicit_axes([x]):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
 
 
 def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:
