@@ -36,7 +36,8 @@ def write_png(path: Path, record: Record, styles: dict[str, Style]) -> None:
     with mpl.rc_context(SETTINGS):
         figure = losses(record, styles)
         seeds = record.seeds
-        figure.suptitle(record.title + (f" (mean of {seeds} seeds, their range shaded)" if seeds > 1 else ""))
+        note = f" (mean of {seeds} seeds, their range shaded)" if seeds > 1 else ""
+        figure.suptitle(record.title + note, x=0.01, horizontalalignment="left")
         figure.savefig(path, dpi=130)
 
 
