@@ -61,7 +61,8 @@ def test_quadratic_race(tmp_path, capsys):
 
 def test_redrawn_from_its_figures(tmp_path, capsys):
     given = ["race", "--out", str(tmp_path)]
-    main([*given, "--task", "quadratic", "--steps", "3", "--optimizers", "sgd,muon"])
+    main([*given, "--task", "quadratic", "--steps", "30", "--optimizers", "sgd,muon", "--lr", "sgd=100"])
+    assert "null" in (tmp_path / "race.json").read_text()  # a loss that overflowed
     drawn = {path: path.read_bytes() for path in tmp_path.glob("race.*")}
     assert len(drawn) == 3
     for kind in ("png", "html"):
