@@ -1,5 +1,6 @@
 """`optimorph.race`: the user's own loss, parameters and batches."""
 
+import itertools
 import math
 import signal
 import subprocess
@@ -169,7 +170,7 @@ def test_bytes_decide_between_the_ways():
 
         def batches(seed):
             seeds.append(seed)
-            return BATCHES
+            return itertools.cycle(BATCHES)
 
         race({"adam": om.adam}, batches=batches, learning_rates=POINTS, sweep_bytes=sweep_bytes)
         return seeds.count(1000)
