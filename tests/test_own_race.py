@@ -259,7 +259,7 @@ def test_errors_say_what_to_type(optimizers, changed, words):
 
 def test_spectra_of_known_updates():
     diagonal = jnp.zeros((5, 4)).at[jnp.arange(4), jnp.arange(4)].set(jnp.array([4.0, 2.0, 1.0, 1.0]))
-    stack = jnp.stack([jnp.eye(3), jnp.ones((3, 3))])
+    stack = jnp.stack([jnp.eye(3), jnp.ones((3, 3)), jnp.zeros((3, 3))])  # the last does not move
     update = {
         "a": diagonal,
         "b": stack,
@@ -273,7 +273,7 @@ def test_spectra_of_known_updates():
     shares = np.array([4, 2, 1, 1]) / 8
     assert a.effective_rank == pytest.approx(np.exp(-np.sum(shares * np.log(shares))))
     np.testing.assert_allclose(b.values, [1, 0.5, 0.5], atol=1e-3)  # the mean of 1, 1, 1 and 1, 0, 0
-    assert b.effective_rank == pytest.approx(2, abs=1e-6)  # the mean of 3 and 1
+    assert b.effective_rank == pytest.approx(2, abs=1e-4)  # the mean of 3 and 1
 
 
 def test_spectra_leave_out_what_no_rule_decides():

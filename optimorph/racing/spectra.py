@@ -8,6 +8,7 @@ import numpy as np
 
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import AxesRules
+from optimorph.linalg import effective_rank, spectrum
 from optimorph.racing.record import Spectrum
 from optimorph.routing.reading import reader
 
@@ -16,13 +17,7 @@ VALUES = 24  # of a spectrum that are kept
 
 
 def spectra(name: str, update: Any, axes: AxesRules | None = None) -> Iterator[Spectrum]:
-    """The spectrum of every leaf that reads as matrices, the mean over its matrices.
-
-    (1)  s_k = σ_k / σ_1
-    (2)  effective rank = exp(-Σ p_k ln p_k),  p_k = σ_k / Σ_j σ_j
-
-    References: Roy & Vetterli 2007, The effective rank: a measure of effective dimensionality.
-    """
+    """The spectrum of every leaf that reads as matrices, the mean over those that are not zero."""
     read = reader("race", axes)
     for path, leaf in zip(leaf_paths(update), jax.tree.leaves(update), strict=True):
         reading = read(path, leaf.shape)
@@ -32,22 +27,17 @@ def spectra(name: str, update: Any, axes: AxesRules | None = None) -> Iterator[S
             rows, columns = stack.shape[-2:]
             if min(rows, columns) > LARGEST or not np.all(np.isfinite(stack)) or not np.any(stack):
                 continue
-            values = np.linalg.svd(_double(stack), compute_uv=False).reshape(-1, min(rows, columns))
-            values = values[values[:, 0] > 0]
-            shares = values / values.sum(axis=1, keepdims=True)
-            entropy = -np.sum(shares * np.log(np.where(shares > 0, shares, 1.0)), axis=1)
+            found = spectrum(stack.reshape(-1, rows, columns))
+            values, ranks = np.asarray(found.values), np.asarray(effective_rank(found))
+            moved = values[:, 0] > 0
             yield Spectrum(
                 optimizer=name,
                 path=path,
                 rows=rows,
                 columns=columns,
-                values=_thinned((values / values[:, :1]).mean(axis=0)),  # (1)
-                effective_rank=float(np.exp(entropy).mean()),  # (2)
+                values=_thinned((values[moved] / values[moved, :1]).mean(axis=0)),
+                effective_rank=float(ranks[moved].mean()),
             )
-
-
-def _double(stack: jax.Array) -> np.ndarray:
-    return np.asarray(stack, np.complex128 if np.iscomplexobj(stack) else np.float64)
 
 
 def _thinned(values: np.ndarray) -> list[float]:
