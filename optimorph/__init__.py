@@ -15,7 +15,13 @@ Coming from optax: `from_optax_state` carries a run over in mid-training; `injec
 rounds no number.
 
 Beside them: `linalg` (the polar factor, norms), `schedules`, `theory`, `curvature` (what theory asks for).
+
+To see: `probes` says what an optimizer does to every leaf; `race` trains your own model with several of them
+(`pip install 'optimorph[race]'`).
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from optimorph import curvature, linalg, probes, schedules, theory
 from optimorph.apply_updates import apply_updates
@@ -45,6 +51,9 @@ from optimorph.transforms.scale_by_learning_rate import LearningRateState, scale
 from optimorph.transforms.scale_by_shape import scale_by_shape
 from optimorph.transforms.skip_nonfinite import SkipState, skip_nonfinite
 from optimorph.transforms.square import square
+
+if TYPE_CHECKING:
+    from optimorph.racing.race import race as race
 
 __version__ = "0.1.0"
 
@@ -104,3 +113,18 @@ __all__ = [
     "square",
     "theory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`race`, imported when it is asked for: it needs packages that training does not."""
+    if name != "race":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return import_module("optimorph.racing.race").race
+    except ModuleNotFoundError as error:
+        package = (error.name or "optimorph").split(".")[0]
+        if package == "optimorph":
+            raise
+        raise ModuleNotFoundError(
+            f"optimorph.race needs {package}: pip install 'optimorph[race]'", name=error.name
+        ) from error

@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 COMMANDS = {
-    "race": ("optimorph.race.command", "train a real model with several optimizers and see who wins"),
+    "race": ("optimorph.racing.command", "train a real model with several optimizers and see who wins"),
     "plan": ("optimorph.plan_command", "show what muon makes of every parameter of a model"),
 }
 """Name → (module with `add_arguments`, `main` and `BadInput`; help)."""

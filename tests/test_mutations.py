@@ -184,7 +184,7 @@ def delete_word(source, name, word):
 def package(folder, file, change):
     """A copy of the package with one file changed, imported in the place of the real one."""
     copy = folder / "optimorph"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("race", "__pycache__"))
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("racing", "__pycache__"))
     path = copy / file
     source = path.read_text()
     changed = change(source)

@@ -16,16 +16,20 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
 from optimorph.__main__ import main
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
-from optimorph.race import command, contestants, race, report, sweep
-from optimorph.race.contestants import Rates
-from optimorph.race.display import Live, display
-from optimorph.race.run import Run, Track
-from optimorph.race.tasks import digits, quadratic, text
+from optimorph.racing import command, contestants, grids, laps
+from optimorph.racing.contestants import Rates
+from optimorph.racing.display import Live, display
+from optimorph.racing.record import Record
+from optimorph.racing.result import Result, row
+from optimorph.racing.run import Run, Track
+from optimorph.racing.table import table
+from optimorph.racing.tasks import digits, quadratic, text
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,22 @@ def test_quadratic_race(tmp_path, capsys):
     }
     assert all(c["seconds"] == sorted(c["seconds"]) and c["steps"][-1] == 40 for c in found["curves"])
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "race.html").read_text().count('<tr><th scope="row">') == 2 * len(contestants.MAKERS)
+    assert {each["path"] for each in found["spectra"]} == {"kernel"}
+    assert {each["optimizer"] for each in found["spectra"]} == set(contestants.MAKERS)
+
+
+def test_redrawn_from_its_figures(tmp_path, capsys):
+    given = ["race", "--out", str(tmp_path)]
+    main([*given, "--task", "quadratic", "--steps", "30", "--optimizers", "sgd,muon", "--lr", "sgd=100"])
+    assert "null" in (tmp_path / "race.json").read_text()  # a loss that overflowed
+    drawn = {path: path.read_bytes() for path in tmp_path.glob("race.*")}
+    assert len(drawn) == 3
+    for kind in ("png", "html"):
+        (tmp_path / f"race.{kind}").unlink()
+    assert main([*given, "--redraw"]) == 0
+    assert {path: path.read_bytes() for path in tmp_path.glob("race.*")} == drawn
+    assert "race.html" in capsys.readouterr().out
 
 
 def test_state_bytes(tmp_path):
@@ -131,7 +151,7 @@ def run_of(loss, step):
 
 def row_of(*losses_and_steps):
     runs = [run_of(*each) for each in losses_and_steps]
-    return report.row(race.Contestant("muon", Rates(0.02, 0.05), runs))
+    return row(laps.Contestant("muon", optax.identity(), Rates(0.02, 0.05), runs))
 
 
 def test_a_seed_that_diverged_is_not_left_out():
@@ -143,11 +163,13 @@ def test_a_seed_that_diverged_is_not_left_out():
 
 def test_the_table_fits_80_columns_whole():
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.table(quadratic.task(), [row_of((2.2138, 250), (2.2338, 250), (2.1938, 250))]))
-    text = console.export_text()
-    assert "…" not in text
+    rows = [row_of((2.2138, 250), (2.2338, 250), (2.1938, 250))]
+    task = text.task()
+    console.print(table(Record(task.name, task.title, task.measure, 250, 3, True, {}, rows, [])))
+    shown = console.export_text()
+    assert "…" not in shown
     for word in ("2.214 ± 0.02", "0.02", "0.05", "250", "others"):
-        assert word in text
+        assert word in shown
 
 
 BAD = {
@@ -166,6 +188,7 @@ BAD = {
     "condition of 1e9": (["--condition", "1e9"], ["--condition", "1e+06"]),
     "sweep with lr": (["--sweep", "--lr", "adam=1"], ["--sweep", "--lr"]),
     "folder": (["--out", "/proc/nothing"], ["'/proc/nothing'", "--out"]),
+    "nothing to redraw": (["--redraw", "--out", "nowhere"], ["race.json", "--out"]),
     "unknown option": (["--optimisers", "adam"], ["--optimisers"]),
 }
 
@@ -209,11 +232,11 @@ def test_every_task_has_learning_rates():
         assert list(rates) == list(contestants.MAKERS)
         for name, rate in rates.items():
             assert (rate.others is not None) == (name in contestants.WITH_OTHERS)
-            assert name in made.theory or rate in list(sweep.grid(name, task))
+            assert name in made.theory or rate in list(grids.grid(name, task))
 
 
 def test_sweep(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sweep.GRIDS["quadratic"], "adagrad", (0.01, 1.0, 1e30))
+    monkeypatch.setitem(grids.GRIDS["quadratic"], "adagrad", (0.01, 1.0, 1e30))
     arguments = ["--task", "quadratic", "--optimizers", "sgd,adagrad", "--steps", "20", "--sweep"]
     assert main(["race", *arguments, "--out", str(tmp_path)]) == 0
     written = (tmp_path / "learning_rates.toml").read_text()
@@ -221,15 +244,22 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert "sgd =" not in written  # theory knows it
     assert "--steps 20" in written
     assert "adagrad    1e+30" in capsys.readouterr().out
+    tried = Result.read(tmp_path / "sweep.json").trials
+    assert [trial.learning_rate for trial in tried] == [0.01, 1.0, 1e30]
+    assert not math.isfinite(tried[-1].loss)
+    assert "adagrad" in (tmp_path / "sweep.html").read_text()
+    main(["race", "--task", "quadratic", "--optimizers", "adagrad", "--steps", "3", "--out", str(tmp_path)])
+    assert Result.read(tmp_path / "race.json").trials[:2] == tried[:2]
+    assert "1 of 3" in (tmp_path / "race.html").read_text()
 
 
 def test_edges_of_a_grid():
-    low, *_, high = sweep.GRIDS["text"]["sgd"]
-    assert sweep.at_edge("sgd", Rates(low), "text")
-    assert sweep.at_edge("sgd", Rates(high), "text")
-    assert not sweep.at_edge("sgd", Rates(sweep.GRIDS["text"]["sgd"][2]), "text")
-    assert sweep.at_edge(
-        "muon", Rates(sweep.GRIDS["text"]["muon"][1], sweep.GRIDS["text"]["others"][0]), "text"
+    low, *_, high = grids.GRIDS["text"]["sgd"]
+    assert grids.at_edge("sgd", Rates(low), "text")
+    assert grids.at_edge("sgd", Rates(high), "text")
+    assert not grids.at_edge("sgd", Rates(grids.GRIDS["text"]["sgd"][2]), "text")
+    assert grids.at_edge(
+        "muon", Rates(grids.GRIDS["text"]["muon"][1], grids.GRIDS["text"]["others"][0]), "text"
     )
 
 
@@ -263,17 +293,20 @@ def test_live_display_draws_every_contestant():
     console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
     task = quadratic.task(10.0)
     rates = {"sgd": Rates(1.0), "adam": Rates(0.01)}
+    entered = [
+        laps.Contestant(name, contestants.make(name, task, each, 20), each) for name, each in rates.items()
+    ]
     shown = display(console, list(rates), 20)
     assert isinstance(shown, Live)
     with shown:
-        race.hold(task, rates, 20, 1, shown.moved, threading.Event())
+        laps.hold(task, entered, 20, 1, shown.moved, threading.Event())
     drawn = console.export_text()
     for word in ("sgd", "adam", "20/20", "loss", "left"):
         assert word in drawn
 
 
 def test_the_text_is_what_its_provenance_says():
-    data = importlib.resources.files("optimorph.race").joinpath("data")
+    data = importlib.resources.files("optimorph.racing").joinpath("data")
     content = data.joinpath("shakespeare.txt").read_bytes()
     assert hashlib.sha256(content).hexdigest() in data.joinpath("PROVENANCE.md").read_text()
     assert len(content) > 1_000_000
@@ -285,7 +318,7 @@ def test_validation_text_is_neither_trained_nor_tuned_on():
     parts, size = text._data()
     whole = sum(len(part) for part in parts.values())
     assert whole == len(
-        importlib.resources.files("optimorph.race").joinpath("data/shakespeare.txt").read_bytes()
+        importlib.resources.files("optimorph.racing").joinpath("data/shakespeare.txt").read_bytes()
     )
     assert len(parts["train"]) > 0.85 * whole
     train = parts["train"].astype(np.uint8).tobytes()

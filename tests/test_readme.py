@@ -14,7 +14,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
-def test_code_runs(block):
+def test_code_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where they write
     with jax.numpy_dtype_promotion("standard"):  # as users have it
         exec(compile(BLOCKS[block], f"README.md, block {block}", "exec"), {"om": __import__("optimorph")})
 

@@ -12,7 +12,8 @@ from optimorph.core.types import Schedule
 
 def warmup_cosine(peak: float, steps: int) -> Schedule:
     """A tenth of the steps up to the peak, then half a cosine down to zero."""
-    return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), max(2, steps))
+    unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), max(2, steps))
+    return lambda count: peak * unit(count)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
 """What is seen while a race runs: live bars on a terminal, plain lines in a pipe."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from optimorph.race.race import Contestant
+from optimorph.racing.contestants import Rates
+from optimorph.racing.laps import Contestant
+from optimorph.racing.record import Trial
 
 
 class Live:
@@ -68,3 +73,18 @@ def display(console: Console, names: list[str], total: int) -> Live | Lines:
     """The live display where the terminal can draw one."""
     live = console.is_terminal and not console.is_dumb_terminal
     return Live(console, names, total) if live else Lines(console, total)
+
+
+@contextlib.contextmanager
+def trying(console: Console, total: int) -> Iterator[Callable[[Trial], None]]:
+    """A bar on a terminal, and a line whenever a learning rate has been tried."""
+    bars = Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
+    with bars:
+        bar = bars.add_task("learning rates", total=total, visible=total > 0)
+
+        def tried(trial: Trial) -> None:
+            rates = Rates(trial.learning_rate, trial.others)
+            console.print(f"{trial.optimizer:<10} {rates!s:<16} loss {trial.loss:.4g}", highlight=False)
+            bars.advance(bar)
+
+        yield tried

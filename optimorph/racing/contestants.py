@@ -1,25 +1,24 @@
 """Who races: the optimizers by name, as their learning rates make them."""
 
-import dataclasses
 import importlib.resources
 import tomllib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import optax
 
 import optimorph as om
-from optimorph.race.task import Task
+from optimorph.racing.task import Task
 from optimorph.routing.reading import leaf_axes
 
 B2 = 0.99  # of adam, adamw and muon's adamw: a short run forgets faster
 
 
-@dataclasses.dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """A peak learning rate and, where the optimizer has one, another for leaves that are not matrices."""
 
-    learning_rate: float
-    others: float | None = None
+    learning_rate: Any  # a number, or in a sweep an array
+    others: Any = None
 
     def __str__(self):
         """As the table shows it."""
@@ -65,7 +64,7 @@ def make(name: str, task: Task, rates: Rates, steps: int) -> optax.GradientTrans
 
 def tuned(task: Task) -> dict[str, Rates]:
     """The learning rates of theory, where there is one, and of the table file beside this module."""
-    text = importlib.resources.files("optimorph.race").joinpath("learning_rates.toml").read_text()
+    text = importlib.resources.files("optimorph.racing").joinpath("learning_rates.toml").read_text()
     table = tomllib.loads(text)[task.name]
     known = {name: Rates(rate) for name, rate in task.theory.items()}
     return {name: known[name] if name in known else Rates(**table[name]) for name in MAKERS}

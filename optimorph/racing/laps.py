@@ -1,12 +1,14 @@
-"""The race: everybody trains on the same batches, a few steps each in turn."""
+"""The laps: everybody trains on the same batches, a few steps each in turn."""
 
 import dataclasses
 import threading
 from collections.abc import Callable
 
-from optimorph.race.contestants import Rates, make
-from optimorph.race.run import Run, Track
-from optimorph.race.task import Task
+import optax
+
+from optimorph.racing.contestants import Rates
+from optimorph.racing.run import Run, Track
+from optimorph.racing.task import Task
 
 LOOKS = 10  # times that the held-out loss is looked at
 TURN = 25  # steps that a contestant takes before it is the next one's turn
@@ -14,10 +16,11 @@ TURN = 25  # steps that a contestant takes before it is the next one's turn
 
 @dataclasses.dataclass
 class Contestant:
-    """An optimizer and its runs, one a seed."""
+    """An optimizer, its learning rates as far as they are known, and its runs, one a seed."""
 
     name: str
-    rates: Rates
+    optimizer: optax.GradientTransformation
+    rates: Rates | None = None
     runs: list[Run] = dataclasses.field(default_factory=list)
 
     @property
@@ -38,25 +41,23 @@ class Contestant:
 
 def hold(
     task: Task,
-    entries: dict[str, Rates],
+    contestants: list[Contestant],
     steps: int,
     seeds: int,
     moved: Callable[[Contestant], None],
     stop: threading.Event,
-) -> list[Contestant]:
-    """Train every entry with every seed; `moved` hears of every step, and `stop` ends it after one."""
-    contestants = [Contestant(name, rates) for name, rates in entries.items()]
+) -> None:
+    """Train everyone with every seed; `moved` hears of every step, and `stop` ends it after one."""
     track = Track(task)
     for seed in range(seeds):
         for one in contestants:
             if not stop.is_set():
-                one.runs.append(Run(track, make(one.name, task, one.rates, steps), seed))
+                one.runs.append(Run(track, one.optimizer, seed))
                 moved(one)
         if not stop.is_set():
             _lap(contestants, steps, moved, stop)
     for run in (run for one in contestants for run in one.runs):
         run.look()
-    return contestants
 
 
 def _lap(
@@ -71,7 +72,8 @@ def _lap(
             for _ in range(min(turn, steps - run.step)):
                 if stop.is_set() or run.diverged:
                     break
-                run.take_step()
+                ahead = run.step + 1
+                run.take_step(keep=run.seed == 0 and (ahead % stride == 0 or ahead == steps))
                 moved(one)
             if run.step == steps or run.step // stride > run.steps[-1] // stride:
                 run.look()

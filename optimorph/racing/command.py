@@ -7,17 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
-from optimorph.race import report
-from optimorph.race.contestants import MAKERS, WITH_OTHERS, Rates, tuned
-from optimorph.race.display import display
-from optimorph.race.interrupt import stop_on_ctrl_c
-from optimorph.race.plot import write_png
-from optimorph.race.race import hold
-from optimorph.race.sweep import at_edge, grid, sweep, toml
-from optimorph.race.task import Task
-from optimorph.race.tasks import digits, quadratic, text
+from optimorph.racing.contestants import MAKERS, WITH_OTHERS, Rates, make, tuned
+from optimorph.racing.display import display, trying
+from optimorph.racing.grids import at_edge, grid, toml
+from optimorph.racing.interrupt import stop_on_ctrl_c
+from optimorph.racing.lanes import Maker
+from optimorph.racing.laps import Contestant, hold
+from optimorph.racing.record import Trial
+from optimorph.racing.result import Result, collect
+from optimorph.racing.sweep import Sweep, best
+from optimorph.racing.table import show
+from optimorph.racing.task import Task
+from optimorph.racing.tasks import digits, quadratic, text
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "text": lambda given: text.task(),
@@ -59,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="race-results", help="folder for the results (default: race-results)"
     )
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw picture and page again, from the folder's race.json; stop"
+    )
     parser.add_argument("--list", action="store_true", help="show tasks, optimizers, learning rates; stop")
 
 
@@ -74,6 +79,8 @@ def main(given: argparse.Namespace) -> int:
         raise BadInput(f"no task is called {given.task!r}; there are {', '.join(TASKS)}")
     if given.list:
         return _list(console, given)
+    if given.redraw:
+        return _redraw(console, Path(given.out))
     names = _names(given.optimizers)
     seeds = _whole("--seeds", given.seeds)
     steps = None if given.steps is None else _whole("--steps", given.steps)
@@ -90,42 +97,70 @@ def main(given: argparse.Namespace) -> int:
 
 def _race(console: Console, task: Task, rates: dict[str, Rates], steps: int, seeds: int, out: Path) -> int:
     console.print(f"{task.title}: {steps} steps, {seeds} seed{'s' * (seeds > 1)}. Ctrl-C stops and reports.")
+    contestants = [Contestant(name, make(name, task, each, steps), each) for name, each in rates.items()]
     with stop_on_ctrl_c() as stop, display(console, list(rates), steps * seeds) as shown:
-        contestants = hold(task, rates, steps, seeds, shown.moved, stop)
-    finished = not stop.is_set()
-    rows = report.rank(contestants)
-    if not rows:
+        hold(task, contestants, steps, seeds, shown.moved, stop)
+    result = collect(task, contestants, steps, seeds, not stop.is_set(), _recorded(out, task))
+    if not result.rows:
         console.print("Stopped before the first step: nothing to report.")
         return 130
-    report.write_json(out / "race.json", task, contestants, {"steps": steps, "seeds": seeds}, finished)
-    write_png(out / "race.png", task, contestants)
-    report.show(console, task, rows, finished)
-    console.print(f"Wrote {out / 'race.json'} and {out / 'race.png'}.", highlight=False)
-    return 0 if finished else 130
+    show(console, result)
+    _wrote(console, result.write(out))
+    return 0 if result.finished else 130
+
+
+def _recorded(out: Path, task: Task) -> list[Trial]:
+    """The learning rates that a sweep of this task has left in the folder."""
+    path = out / "sweep.json"
+    if not path.exists():
+        return []
+    found = Result.read(path)
+    return found.trials if found.title == task.title else []
+
+
+def _redraw(console: Console, out: Path) -> int:
+    path = out / "race.json"
+    try:
+        result = Result.read(path)
+    except OSError as error:
+        raise BadInput(f"cannot read {str(path)!r} ({error.strerror}); race first, or type --out") from None
+    result.plot(out / "race.png")
+    result.report(out / "race.html")
+    _wrote(console, [out / "race.png", out / "race.html"])
+    return 0
 
 
 def _sweep(console: Console, task: Task, names: list[str], steps: int, out: Path) -> int:
-    names = [name for name in names if name not in task.theory]
-    points = sum(1 for name in names for _ in grid(name, task.name))
-    with Progress(
-        *Progress.get_default_columns(), console=console, disable=not console.is_terminal
-    ) as progress:
-        bar = progress.add_task("sweep", total=points)
-
-        def tried(name: str, rates: Rates, loss: float) -> None:
-            console.print(f"{name:<10} {rates!s:<16} tuning loss {loss:.4g}", highlight=False)
-            progress.advance(bar)
-
-        with stop_on_ctrl_c() as stop:
-            best = sweep(task, names, steps, tried, stop)
-    for name, rates in best.items():
+    points = {name: list(grid(name, task.name)) for name in names if name not in task.theory}
+    trials: list[Trial] = []
+    chosen: dict[str, Rates] = {}
+    with stop_on_ctrl_c() as stop, trying(console, sum(map(len, points.values()))) as tried:
+        sweep = Sweep(task, "tuning", steps, stop, 0)  # on CPUs one by one is faster
+        for name, rates in points.items():
+            found = [] if stop.is_set() else sweep.tries(name, _maker(name, task, steps), rates, tried)
+            trials += found
+            if len(found) == len(rates):
+                chosen[name] = best(found)
+    for name, rates in chosen.items():
         if at_edge(name, rates, task.name):
             console.print(f"{name}: {rates} is at the edge of its grid; a better rate may lie outside.")
-    section = toml(task.name, steps, best)
+    section = toml(task.name, steps, chosen)
     (out / "learning_rates.toml").write_text(section)
     console.print(section, highlight=False, markup=False)
-    console.print(f"Wrote {out / 'learning_rates.toml'}.", highlight=False)
-    return 130 if stop.is_set() else 0
+    result = collect(task, [], steps, 1, not stop.is_set(), trials)
+    result.write_json(out / "sweep.json")
+    result.report(out / "sweep.html")
+    _wrote(console, [out / f"{name}" for name in ("learning_rates.toml", "sweep.json", "sweep.html")])
+    return 0 if result.finished else 130
+
+
+def _maker(name: str, task: Task, steps: int) -> Maker:
+    return lambda rates: make(name, task, rates, steps)
+
+
+def _wrote(console: Console, paths: list[Path]) -> None:
+    *others, last = map(str, paths)
+    console.print(f"Wrote {', '.join(others)} and {last}.", highlight=False)
 
 
 def _list(console: Console, given: argparse.Namespace) -> int:

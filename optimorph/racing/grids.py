@@ -1,13 +1,9 @@
-"""The learning rates of the table: every grid point trained, judged on data that races never show."""
+"""The learning rates that `optimorph race --sweep` tries, and how it keeps the best."""
 
 import itertools
-import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from optimorph.race.contestants import WITH_OTHERS, Rates, make
-from optimorph.race.run import Run, Track
-from optimorph.race.task import Task
+from optimorph.racing.contestants import WITH_OTHERS, Rates
 
 Grid = dict[str, tuple[float, ...]]
 
@@ -43,38 +39,11 @@ _QUADRATIC: Grid = {
 GRIDS = {"text": _TEXT, "digits": _DIGITS, "quadratic": _QUADRATIC}
 """Task → optimizer → learning rates; `others` is for the second rate of all who have one."""
 
-SEED = 1000  # no race uses it
-
 
 def grid(name: str, task: str) -> Iterator[Rates]:
     """The learning rates that a sweep tries for an optimizer."""
     others = GRIDS[task]["others"] if name in WITH_OTHERS else (None,)
     return (Rates(*pair) for pair in itertools.product(GRIDS[task][name], others))
-
-
-def sweep(
-    task: Task,
-    names: list[str],
-    steps: int,
-    tried: Callable[[str, Rates, float], None],
-    stop: threading.Event,
-) -> dict[str, Rates]:
-    """The best rates of each whole grid by the tuning loss after `steps`; `tried` hears of every point."""
-    track = Track(task, "tuning")
-    best: dict[str, Rates] = {}
-    for name in names:
-        scores: dict[Rates, float] = {}
-        for rates in grid(name, task.name):
-            run = Run(track, make(name, task, rates, steps), SEED)
-            while run.step < steps:
-                if stop.is_set():
-                    return best
-                run.take_step()
-            run.look()
-            scores[rates] = run.losses[-1] if math.isfinite(run.losses[-1]) else math.inf
-            tried(name, rates, run.losses[-1])
-        best[name] = min(scores, key=scores.__getitem__)
-    return best
 
 
 def at_edge(name: str, rates: Rates, task: str) -> bool:

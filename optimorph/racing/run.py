@@ -3,19 +3,19 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from optimorph.race.task import Task
+from optimorph.racing.task import Task
 
 
 @dataclasses.dataclass
 class Track:
-    """The compiled model of a task, shared by all who race on it."""
+    """The compiled model of a task and the compiled updates, shared by all who race on it."""
 
     task: Task
     part: str = "validation"
@@ -25,10 +25,26 @@ class Track:
         self.gradient = jax.jit(jax.value_and_grad(self.task.loss))
         self._loss = jax.jit(self.task.loss)
         self._held_out = self.task.held_out(self.part)
+        self._compiled: dict[Callable[..., Any], tuple[Callable[..., Any], float]] = {}
 
     def evaluate(self, params: Any) -> float:
         """The mean loss over the held-out batches."""
         return float(np.mean([self._loss(params, batch) for batch in self._held_out]))
+
+    def compile(
+        self, update: Callable[..., Any], params: Any, state: Any
+    ) -> tuple[Callable[..., Any], float]:
+        """(gradients, state, params) → (state, params), and the seconds it took: once for every `update`."""
+
+        def apply(gradients, state, params):
+            updates, state = update(gradients, state, params)
+            return state, optax.apply_updates(params, updates)
+
+        if update not in self._compiled:
+            started = time.perf_counter()
+            compiled = jax.jit(apply, donate_argnums=(1, 2)).lower(params, state, params).compile()
+            self._compiled[update] = compiled, time.perf_counter() - started
+        return self._compiled[update]
 
 
 class Run:
@@ -37,25 +53,19 @@ class Run:
     def __init__(self, track: Track, optimizer: optax.GradientTransformation, seed: int):
         """Make parameters and state, and compile the update (whose time is kept)."""
         self.track, self.seed = track, seed
-        self.params = track.task.init(seed)
-        self.state = optimizer.init(self.params)
+        self.params = _own(track.task.init(seed))
+        self.state = _own(optimizer.init(self.params))
         self.batches: Iterator[Any] = track.task.batches(seed)
         self.steps: list[int] = [0]
         self.losses: list[float] = [track.evaluate(self.params)]
         self.seconds: list[float] = [0.0]
         self.model_seconds: list[float] = []
         self.update_seconds: list[float] = []
-
-        def apply(gradients, state, params):
-            updates, state = optimizer.update(gradients, state, params)
-            return state, optax.apply_updates(params, updates)
-
+        self.kept: Any = None  # the last update that was asked for
+        self._update = jax.jit(optimizer.update)
         self._batch = next(self.batches)
         jax.block_until_ready(track.gradient(self.params, self._batch))  # compiled once for all runs
-        started = time.perf_counter()
-        lowered = jax.jit(apply, donate_argnums=(1, 2)).lower(self.params, self.state, self.params)
-        self._apply = lowered.compile()
-        self.compile_seconds = time.perf_counter() - started
+        self._apply, self.compile_seconds = track.compile(optimizer.update, self.params, self.state)
 
     @property
     def step(self) -> int:
@@ -73,15 +83,16 @@ class Run:
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / size
 
-    def take_step(self) -> None:
-        """One gradient, one update, each timed to its end."""
+    def take_step(self, keep: bool = False) -> None:
+        """One gradient, one update, each timed to its end; the update is kept if asked, in no one's time."""
         start = time.perf_counter()
         _, gradients = jax.block_until_ready(self.track.gradient(self.params, self._batch))
-        middle = time.perf_counter()
+        self.model_seconds.append(time.perf_counter() - start)
+        if keep:
+            self.kept, _ = jax.block_until_ready(self._update(gradients, self.state, self.params))
+        start = time.perf_counter()
         self.state, self.params = jax.block_until_ready(self._apply(gradients, self.state, self.params))
-        end = time.perf_counter()
-        self.model_seconds.append(middle - start)
-        self.update_seconds.append(end - middle)
+        self.update_seconds.append(time.perf_counter() - start)
         self._batch = next(self.batches)
 
     def look(self) -> None:
@@ -90,3 +101,8 @@ class Run:
             self.steps.append(self.step)
             self.losses.append(self.track.evaluate(self.params))
             self.seconds.append(sum(self.model_seconds) + sum(self.update_seconds))
+
+
+def _own(tree: Any) -> Any:
+    """Copies: every step gives its arrays away, so nobody else may hold them, nor one be there twice."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)

@@ -1,0 +1,85 @@
+"""The table of a race: its cells, for people at a terminal and for the page."""
+
+import itertools
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from optimorph.racing.record import Record, Row
+
+HEADS = (
+    "optimizer",
+    "final loss",
+    "steps",
+    "steps/s",
+    "update\nms",
+    "state\nB/param",
+    "learning\nrate",
+    "others",
+)
+
+
+def cells(record: Record, between: str = " ± ") -> Iterator[tuple[str, ...]]:
+    """The heads, then a line an optimizer; a column that would be empty is left out."""
+    lines = [HEADS, *(_cells(row, between) for row in record.rows)]
+    kept = [any(column) for column in zip(*lines[1:], strict=True)]
+    return (tuple(itertools.compress(line, kept)) for line in lines)
+
+
+def _cells(r: Row, between: str) -> tuple[str, ...]:
+    loss = f"{r.loss:.4g}" + (f"{between}{r.spread:.2g}" if r.seeds > 1 else "")
+    return (
+        r.name,
+        "diverged" if r.diverged else loss,
+        str(r.steps),
+        f"{r.steps_per_second:.1f}",
+        f"{r.optimizer_ms:.2f}",
+        f"{r.state_bytes_per_parameter:.2f}",
+        "" if r.learning_rate is None else f"{r.learning_rate:.3g}",
+        "" if r.others_learning_rate is None else f"{r.others_learning_rate:.3g}",
+    )
+
+
+def table(record: Record, between: str = " ± ") -> Table:
+    """At most 80 characters wide."""
+    out = Table(
+        title=f"{record.title}: {record.measure}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    heads, *lines = cells(record, between)
+    for head in heads:
+        out.add_column(head, justify="left" if head == "optimizer" else "right", no_wrap=True)
+    for line in lines:
+        out.add_row(*line)
+    return out
+
+
+def notes(record: Record) -> list[str]:
+    """What the columns mean, and where it was measured."""
+    heads, rows = next(cells(record)), record.rows
+    where = record.machine
+    versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+    found = (
+        "" if record.finished else "Stopped early: every row shows what had been reached.",
+        f"Mean of {max(r.seeds for r in rows)} seeds ± their standard deviation."
+        if rows[0].seeds > 1
+        else "",
+        "Update ms: the optimizer's part of a step, the median, without the model.",
+        "Learning rate: the peak." if "others" in heads else "",
+        "Others: that of embeddings, head and norms, where they have their own." if "others" in heads else "",
+        f"{where['cores']} cores, {where['device']}, {where['date']}; {versions}.",
+    )
+    return list(filter(None, found))
+
+
+def show(console: Console, record: Record) -> None:
+    """The table and its notes."""
+    plus_minus = " ± " if "utf" in console.encoding.lower() else " +- "
+    console.print()
+    console.print(table(record, plus_minus))
+    for note in notes(record):
+        console.print(note, highlight=False)
