@@ -1,23 +1,141 @@
-"""The notebooks run from the first cell to the last, headless, and end with a picture."""
+"""The notebooks run from the first cell to the last, headless; committed files are clean and illustrated."""
 
+import ast
+import base64
+import io
+import re
+import sys
 from pathlib import Path
 
+import matplotlib.image
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import optimorph
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+PUBLIC = {"flax", "jax", "matplotlib", "numpy", "optax", "optimorph", "sklearn"} | sys.stdlib_module_names
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def figures(notebook):
+    """How many pictures each cell shows."""
+    return [
+        sum("image/png" in output.get("data", {}) for output in cell.get("outputs", []))
+        for cell in notebook.cells
+    ]
+
+
+def code(notebook):
+    return "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+
+
+def is_public(name):
+    """Whether a dotted name is of a package that may be used, private nowhere and, if ours, exported."""
+    package, *inner = name.split(".")
+    if package not in PUBLIC or any(part.startswith("_") for part in inner):
+        return False
+    here = optimorph
+    for part in inner if package == "optimorph" else []:
+        if part not in getattr(here, "__all__", ()):
+            return False
+        here = getattr(here, part)
+    return True
+
+
+def names_used(source):
+    """Every name that is imported, and every attribute of an imported package, dotted."""
+    imported = {}
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                imported |= {one.asname or one.name: one.name for one in names}
+                yield from (one.name for one in names)
+            case ast.ImportFrom(module=module, names=names):
+                yield from (f"{module}.{one.name}" for one in names)
+            case ast.Attribute():
+                package, *inner = ast.unparse(node).split(".")
+                if package in imported and all(part.isidentifier() for part in inner):
+                    yield ".".join((imported[package], *inner))
+
+
+@every_notebook
 @pytest.mark.filterwarnings("ignore")  # of the kernel's machinery, not of the notebook
 def test_notebook(path):
+    committed = nbformat.read(path, 4)
     notebook = nbformat.read(path, 4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not any(output.output_type == "error" for output in outputs)
+    assert figures(notebook) == figures(committed)
+    assert not any(
+        output.output_type == "error" for cell in notebook.cells for output in cell.get("outputs", [])
+    )
 
 
-def test_there_is_one():
-    assert NOTEBOOKS
+@every_notebook
+def test_the_committed_file_is_clean(path):
+    notebook = nbformat.read(path, nbformat.NO_CONVERT)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert not any(cell.metadata for cell in notebook.cells), "no timings, tags or folds"
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run once, in order"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data"}, (
+        "no error, no stray value"
+    )
+    assert all(output.name == "stdout" for output in outputs if output.output_type == "stream"), "no warning"
+    assert 8 <= len(notebook.cells) <= 14
+
+
+@every_notebook
+def test_the_figures_are_in_the_file(path):
+    notebook = nbformat.read(path, 4)
+    assert 1 <= sum(figures(notebook)) <= 2
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        if "image/png" in output.get("data", {}):
+            picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(output.data["image/png"])))
+            height, width, _ = picture.shape
+            assert height in range(400, 1001)
+            assert width in range(800, 1501)
+            assert picture[..., :3].std() > 0.05, "the picture is blank"
+
+
+@every_notebook
+def test_only_the_public_api_is_used(path):
+    used = names_used(code(nbformat.read(path, 4)))
+    assert [name for name in used if not is_public(name)] == []
+
+
+@every_notebook
+def test_the_claim_is_stated_asserted_and_limited(path):
+    notebook = nbformat.read(path, 4)
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert "**Claim" in notebook.cells[0].source
+    assert "$$" in prose
+    assert "## Where it does not hold" in prose
+    assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code(notebook))))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch",
+        "from scipy.linalg import polar",
+        "import optimorph.core",
+        "from optimorph.transforms.ema import ema",
+        "from optimorph import recipe",
+        "from optimorph.theory import _condition",
+        "import optimorph as om\nom.core.recipe",
+        "import jax\njax._src",
+    ],
+)
+def test_what_is_not_public_is_seen(source):
+    assert not all(map(is_public, names_used(source)))
+
+
+def test_they_are_numbered():
+    numbers = [re.fullmatch(r"(\d\d)(_[a-z]+)+", path.stem)[1] for path in NOTEBOOKS]
+    assert len(set(numbers)) == len(numbers) > 0
