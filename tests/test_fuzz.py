@@ -161,7 +161,10 @@ def check_updates(name, tree, found):
             if not leaf.moves:
                 assert update is None
                 continue
-            assert (np.shape(update), jnp.result_type(update)) == (leaf.shape, jnp.result_type(gradient(leaf)))
+            assert (np.shape(update), jnp.result_type(update)) == (
+                leaf.shape,
+                jnp.result_type(gradient(leaf)),
+            )
             expected = np.asarray(alone(name, leaf)[step], complex)
             assert np.all(np.isfinite(expected))
             rtol = 2.0**-7 if name in SHAPED else 0  # matrices go in stacks

@@ -73,7 +73,7 @@ def multi_steps(
 
         mean = map_state("multi_steps", add, updates, state.mean)  # (1)
         sound = _all_finite(updates)
-        due = sound & (count == k_at(state.steps))
+        due = sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))
 
         def step():
             g = map_updates("multi_steps", lambda g, m: m.astype(wide(g).dtype), updates, mean)
