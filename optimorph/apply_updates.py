@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from optimorph.core.checks import kind
+from optimorph.core.differences import UnlikeError
 from optimorph.core.rounding import leaf_key, stochastic_bfloat16
-from optimorph.core.tree import UnlikeError, cast_like, leaf_paths, map_present, wide
+from optimorph.core.tree import cast_like, leaf_paths, map_present, wide
 from optimorph.core.types import PyTree
 
 

@@ -1,8 +1,8 @@
 """Trees that nobody thought of, and arguments that nobody should give: a right result or one of our errors.
 
-What is right is simple: every leaf is updated as if it were alone, and a leaf that is not trained, one without
-a gradient or of integers, is left alone. Trees are drawn as descriptions of leaves, and made of arrays later:
-the type checker of these tests draws random numbers too.
+What is right is simple: every leaf is updated as if it were alone, and a leaf that is not trained, without a
+gradient or of integers, is left as it is. Trees are drawn as descriptions of leaves, and made of arrays
+later: the type checker of these tests draws random numbers too.
 """
 
 import dataclasses
@@ -178,7 +178,7 @@ def standing(updates, tree):
     return found
 
 
-@fuzzed(70)
+@fuzzed(60)
 @given(st.sampled_from(sorted(EACH)), trees)
 def test_every_leaf_as_if_alone(name, tree):
     assume(tree is not None)
@@ -212,12 +212,13 @@ def test_fifty_levels(name):
 
 def refuses(call):
     """Whether the call is refused, and in our words: the message begins with the name of what was called."""
+    found = None
     try:
         call()
     except (ValueError, TypeError) as error:
-        assert str(error).startswith(tuple(f"{name}: " for name in OURS)), repr(error)
-        return True
-    return False
+        found = error
+    assert found is None or str(found).startswith(tuple(f"{name}: " for name in OURS)), repr(found)
+    return found is not None
 
 
 OTHERS = {
@@ -252,7 +253,7 @@ def hand_made(leaf):
     return numbers(leaf, 1) if leaf.trained else None
 
 
-@fuzzed(80)
+@fuzzed(50)
 @given(st.sampled_from(RECIPES), trees, st.integers(0, 7), st.sampled_from(sorted(OTHERS)))
 def test_gradients_of_another_tree(name, tree, where, what):
     tx, params = EACH[name](), parameters(tree)
@@ -261,7 +262,7 @@ def test_gradients_of_another_tree(name, tree, where, what):
     assert refuses(lambda: tx.update(wrong, state, params))
 
 
-@fuzzed(80)
+@fuzzed(50)
 @given(st.sampled_from(sorted(EACH)), trees, st.integers(0, 7), st.sampled_from(sorted(OTHERS)))
 def test_gradients_of_another_state(name, tree, where, what):
     """Without parameters to compare: refused, or no state minds, and the update is right."""
@@ -281,7 +282,7 @@ def test_gradients_of_another_state(name, tree, where, what):
         refuses(update)
 
 
-@fuzzed(80)
+@fuzzed(50)
 @given(st.sampled_from(sorted(EACH)), trees, st.integers(0, 7), st.sampled_from(sorted(OTHERS)))
 def test_a_state_of_other_parameters(name, tree, where, what):
     tx, params, g = EACH[name](), parameters(tree), gradients(tree)
@@ -302,18 +303,26 @@ def test_a_state_of_other_parameters(name, tree, where, what):
     assert refused or jax.tree.map(jnp.shape, states[0]) == right
 
 
+PARAMS = {"w": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}
+
+
+@functools.cache
+def kinds_of_states():
+    """Of every structure that a recipe's state has, one."""
+    states = [EACH[name]().init(PARAMS) for name in RECIPES]
+    return {jax.tree.structure(state): state for state in states}.values()
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_state_of_another_recipe(name):
     """Refused, or taken for what it is: a velocity that nobody wants has no part in an update."""
-    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
     tx, found = EACH[name](), []
-    for other in RECIPES:
-        state = EACH[other]().init(params)
-        refuses(lambda state=state: found.append(tx.update(params, state, params)))
+    for state in kinds_of_states():
+        refuses(lambda state=state: found.append(tx.update(PARAMS, state, PARAMS)))
     for updates, _ in found:
-        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
         chex.assert_tree_all_finite(updates)
-    assert len(found) < len(RECIPES)
+    assert 0 < len(found) < len(kinds_of_states())
 
 
 def test_what_is_no_array_is_named():
@@ -323,7 +332,7 @@ def test_what_is_no_array_is_named():
                 EACH[name]().init({"x": [1.0, leaf]})
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(trees, st.integers(0, 3))
 def test_weights_and_updates_added(tree, seed):
     """In float32 or wider, rounded once; with a key, to one of the two neighbours."""
@@ -343,7 +352,7 @@ def test_weights_and_updates_added(tree, seed):
             np.testing.assert_allclose(np.asarray(w, complex), exact, rtol=rtol)
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(trees, st.integers(0, 7), st.sampled_from(sorted(OTHERS)))
 def test_updates_of_another_tree(tree, where, what):
     """Integers take no others, and a real leaf takes integers."""
@@ -356,7 +365,7 @@ def test_updates_of_another_tree(tree, where, what):
         assert refuses(lambda: om.apply_updates(parameters(tree), updates))
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(trees)
 def test_the_norm_of_any_tree(tree):
     g = gradients(tree)
@@ -375,7 +384,7 @@ def test_the_norm_of_any_tree(tree):
             assert u is None
 
 
-@fuzzed(30)
+@fuzzed(20)
 @given(trees, st.integers(0, 7), st.sampled_from((np.nan, np.inf)))
 def test_one_bad_number_in_any_tree(tree, where, bad):
     tx, inner = om.skip_nonfinite(om.ema(0.5)), om.ema(0.5)
@@ -394,10 +403,10 @@ def test_one_bad_number_in_any_tree(tree, where, bad):
     chex.assert_trees_all_equal(good, right)
 
 
-@fuzzed(30)
+@fuzzed(20)
 @given(trees)
 def test_what_the_plan_says_muon_does(tree):
-    """A row for every leaf; where it asks nothing muon begins, where it asks muon refuses with the question."""
+    """A row for every leaf; where it asks nothing muon begins, where it asks muon refuses."""
     assume(tree is not None)
     params, plans = parameters(tree), []
     if refuses(lambda: plans.append(om.plan(params))):  # two leaves of one name
@@ -417,7 +426,7 @@ def test_what_the_plan_says_muon_does(tree):
     assert str(plans[0])
 
 
-@fuzzed(60)
+@fuzzed(40)
 @given(trees)
 def test_labels_of_any_tree(tree):
     """By path, by shape, and by a tree of labels: each leaf has its own."""

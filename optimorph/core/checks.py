@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-Shapes = dict[str, tuple[int, ...]]
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -69,9 +68,10 @@ def check_numbers(who: str, **values: Any) -> None:
             raise ValueError(f"{who}: {name} is missing. {fix}")
         if not (is_array(value) and _is_real(value)):
             raise ValueError(f"{who}: {name} must be a number {text}, but is {value!r}. {fix}")
-        if np.ndim(value) != 0:
+        shape = getattr(value, "shape", ())
+        if shape != ():
             raise ValueError(
-                f"{who}: {name} must be one number {text}, but has shape {np.shape(value)}. "
+                f"{who}: {name} must be one number {text}, but has shape {shape}. "
                 f"For a sweep over {name}, jax.vmap a function of one {name}."
             )
         if not isinstance(value, Tracer) and not inside(value):
@@ -171,53 +171,3 @@ def is_trained(leaf: Any) -> bool:
 def not_an_array(who: str, path: str, leaf: Any) -> str:
     """Which leaf of a tree is none, and how to leave it out."""
     return f"{who}: {path!r} is {leaf!r}, no array. Leave such leaves out: eqx.filter(model, eqx.is_array)."
-
-
-def mismatch(who: str, absent: set[str], updates: Shapes, *rest: Shapes) -> str | None:
-    """Say every way in which the gradients differ from the trees beside them; None if they agree.
-
-    Leaves in `absent` have no gradient, which is no fault.
-    """
-    lines = []
-    for other in rest:
-        for path in updates | other:
-            here, there = updates.get(path), other.get(path)
-            if path in absent:
-                continue
-            if here is None:
-                lines.append(f"'{path}': a parameter of shape {there}, but no gradient")
-            elif there is None:
-                lines.append(f"'{path}': a gradient of shape {here}, but no parameter")
-            elif here != there:
-                lines.append(f"'{path}': a gradient of shape {here} for a parameter of shape {there}")
-    if not lines:
-        return None
-    shown = "\n  ".join(dict.fromkeys(lines[:8])) + ("\n  ..." if len(lines) > 8 else "")
-    return (
-        f"{who}: the gradients do not match the parameters.\n  {shown}\n"
-        "Take the gradient of the same tree that was given to init, and pass that tree as params."
-    )
-
-
-def unlike(who: str, updates: Mapping[str, Any], *rest: Mapping[str, Any]) -> str:
-    """Say which gradients are no real or complex numbers, or else which are others than those beside them."""
-    lines = [not_an_array(who, path, g) for path, g in updates.items() if kind(g) == "none"]
-    if lines:
-        return "\n".join(lines)
-    lines = [f"{path!r}: a gradient of {_dtype(g)}" for path, g in updates.items() if kind(g) == "integer"]
-    for other in () if lines else rest:
-        lines += [
-            f"{path!r}: a gradient of {_dtype(updates[path])} for a parameter of {_dtype(leaf)}"
-            for path, leaf in other.items()
-            if path in updates and kind(leaf) != kind(updates[path])
-        ]
-    shown = "\n  ".join(lines[:8]) + ("\n  ..." if len(lines) > 8 else "")
-    return (
-        f"{who}: no update can be made of some gradients.\n  {shown}\n"
-        "Give real gradients of real parameters and complex ones of complex parameters. Integers are not "
-        "trained: their gradient is None, or float0 as jax.grad(allow_int=True) has it."
-    )
-
-
-def _dtype(leaf: Any) -> str:
-    return str(jnp.result_type(leaf)) if is_array(leaf) else repr(leaf)

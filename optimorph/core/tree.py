@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.core.checks import is_trained, kind, mismatch, not_an_array, unlike
-from optimorph.core.types import DTypeLike, Numeric, PyTree, Shape
+from optimorph.core.checks import is_trained, kind, not_an_array
+from optimorph.core.differences import NotOneNumber, UnlikeError, mismatch, same_containers, unlike
+from optimorph.core.types import DTypeLike, Numeric, PyTree
 
 
 @functools.cache
@@ -87,9 +88,15 @@ def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree)
 
 
 def map_state(who: str, f: Callable[..., Any], updates: PyTree, state: PyTree) -> PyTree:
-    """`f(g, s)` on every leaf that has a gradient; where there is none the state stays as it is."""
+    """`f(g, s)` on every leaf that has a gradient; where there is none the state stays as it is.
+
+    Raises:
+      ValueError: as `map_updates`, and where a gradient is complex and the state is not.
+    """
 
     def leaf(g, s):
+        if g is not None and kind(g) == "complex" != kind(s):
+            raise UnlikeError
         return s if g is None else f(_gradient(g), s)
 
     return map_present(who, leaf, updates, state)
@@ -213,20 +220,12 @@ def _difference(who: str, updates: PyTree, *rest: PyTree) -> str | None:
     missing = {path for path in everywhere if path not in present}
     shapes = [{path: np.shape(leaf) for path, leaf in _by_path(tree).items()} for tree in rest]
     message = mismatch(who, missing, {path: np.shape(g) for path, g in present.items()}, *shapes)
-    if message is None and any(not _same_containers(updates, tree) for tree in rest):
+    if message is None and any(not same_containers(updates, tree) for tree in rest):
         message = (
             f"{who}: the gradients do not match the parameters: they have the same leaves in other "
             "containers, a list for a tuple, say. Pass trees of one structure."
         )
     return message
-
-
-def _same_containers(updates: PyTree, other: PyTree) -> bool:
-    try:
-        jax.tree.map(lambda g, o: None, updates, other, is_leaf=lambda x: x is None)
-    except (ValueError, TypeError, KeyError):
-        return False
-    return True
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:
@@ -242,18 +241,3 @@ def _gradient(g: Any) -> Any:
     if not is_trained(g):
         raise UnlikeError
     return g
-
-
-class UnlikeError(ValueError):
-    """A gradient is none, or is not one of what is beside it; which leaf it is `map_present` says."""
-
-
-class NotOneNumber(ValueError):
-    """A hyperparameter is an array; whose it is `map_present` says."""
-
-    def __init__(self, shape: Shape):
-        """Say which shape it has."""
-        super().__init__(
-            f"a schedule must return one number, but returned an array of shape {shape}. For a sweep, "
-            "jax.vmap a function of one number."
-        )
