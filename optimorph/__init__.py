@@ -14,6 +14,10 @@ The end of a step: `apply_updates`, which can round bfloat16 weights stochastica
 Coming from optax: `from_optax_state` carries a run over in mid-training; `inject_hyperparams` is optax's, but
 rounds no number.
 
+Leaves of integers, booleans and random keys are not trained. A gradient of None, or the float0 that
+`jax.grad(allow_int=True)` gives of them, is none: the update is None, and the state stays as it is; the
+optimizers hold no state for them, and refuse any other gradient.
+
 Beside them: `linalg` (the polar factor, norms), `schedules`, `theory`, `curvature` (what theory asks for).
 
 To see: `probes` says what an optimizer does to every leaf; `race` trains your own model with several of them

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from optimorph.core.checks import kind
+from optimorph.core.differences import UnlikeError
 from optimorph.core.rounding import leaf_key, stochastic_bfloat16
-from optimorph.core.tree import cast_like, leaf_paths, map_state, wide
+from optimorph.core.tree import cast_like, leaf_paths, map_present, wide
 from optimorph.core.types import PyTree
 
 
@@ -23,11 +25,12 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
 
     Args:
       params: the parameters.
-      updates: as a transformation returns them; where there is None, the parameters stay as they are.
+      updates: as a transformation returns them; where there is None, or float0, the parameters stay as they
+        are. Integers take integers alone: what is added to them would be cut to a whole number.
       key: of `jax.random`.
 
     Raises:
-      ValueError: updates that are not those of the parameters, by path.
+      ValueError: updates that are not those of the parameters, by path, or real ones of integers.
 
     Equals:
       optax.apply_updates(params, updates)
@@ -35,16 +38,20 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1; of
       bfloat16 weights: Zamirai et al. 2020, "Revisiting BFloat16 training", arXiv:2010.06192.
     """
-    sums = map_state("apply_updates", _sum, updates, params)
+    sums = map_present("apply_updates", _sum, updates, params)
     leaves, structure = jax.tree.flatten(sums)
     both = zip(leaf_paths(params), leaves, jax.tree.leaves(params), strict=True)
     return jax.tree.unflatten(structure, [_rounded(path, x, w, key) for path, x, w in both])  # (1)
 
 
 def _sum(u, w):
-    """In float32 or wider; of integers, as it is."""
-    if not any(jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in (u, w)):
+    """In float32 or wider; of integers, as it is, if both are; the weights where there is no update."""
+    if u is None:
+        return jax.tree.map(jnp.asarray, w)
+    if kind(w) == "integer" == kind(u):
         return w + jnp.asarray(u, jnp.result_type(w))
+    if kind(w) == "integer" or "none" in (kind(u), kind(w)):
+        raise UnlikeError
     x = wide(w)
     if jnp.iscomplexobj(u) and not jnp.iscomplexobj(x):
         u = u.real

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph.core.checks import is_trained
 from optimorph.core.tree import cast_like, leaf_paths
 from optimorph.core.types import PyTree
 from optimorph.transforms.accumulate import AccumulateState
@@ -206,9 +207,8 @@ def _fields_of(node: Any, known: dict[str, str], part: Part) -> Iterator[tuple[S
         if role in COUNTS + NEW:
             yield from ((Slot(role, part), count) for count in jax.tree.leaves(held))
         elif role != UNUSED:
-            yield from zip(
-                [Slot(role, path) for path in leaf_paths(held)], jax.tree.leaves(held), strict=True
-            )
+            arrays = zip(leaf_paths(held), jax.tree.leaves(held), strict=True)
+            yield from ((Slot(role, path), x) for path, x in arrays if is_trained(x))
 
 
 def _children(node: Any, kind: str, part: Part) -> list[tuple[Any, str, Part]]:

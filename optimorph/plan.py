@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.core.checks import is_array, not_an_array
+from optimorph.core.checks import is_array, kind, not_an_array
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import PyTree, Shape
 from optimorph.linalg.axes import Axes
@@ -37,7 +37,7 @@ class PlanRow:
       role: what the default rules take it for, or the rule that decides.
       spec: how it reads as matrices, None if it does not.
       matrices: (how many, inputs, outputs), for each size that it holds.
-      transform: "muon", "adamw" or "others"; "?" as long as nothing is decided.
+      transform: "muon", "adamw" or "others"; "none" of integers; "?" as long as nothing is decided.
       scales: of the update of each size, by its shape.
       state_bytes: what its optimizer state takes, counts and the like aside.
       question: what must be decided, if anything.
@@ -116,7 +116,12 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
     axes, scale, others = (given.arguments[name] for name in ("axes", "scale", "others"))
     read, paths, leaves = reader("plan", axes), leaf_paths(params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    readings = [read(path, leaf.shape) for path, leaf in zip(paths, shapes, strict=True)]
+    if twice := [path for path, times in collections.Counter(paths).items() if times > 1]:
+        raise ValueError(f"plan: several leaves are called {twice[0]!r}. Type keys without slashes.")
+    readings = [
+        read(path, leaf.shape) if kind(leaf) != "integer" else Reading(None, "integer")
+        for path, leaf in zip(paths, shapes, strict=True)
+    ]
     decided = {path: reading.axes for path, reading in zip(paths, readings, strict=True)}
     given.arguments["axes"] = lambda path, _: decided[path]
     optimizer = muon(*given.args, **given.kwargs)
@@ -128,11 +133,11 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
     first = dict(zip(alike, zip(paths, shapes, strict=True), strict=True))
     held = _state_bytes(optimizer, dict(first.values()))
 
-    def state_bytes(kind: Any, leaf: jax.ShapeDtypeStruct) -> int:
-        path, known = first[kind]
+    def state_bytes(same: Any, leaf: jax.ShapeDtypeStruct) -> int:
+        path, known = first[same]
         return held[path] * leaf.size // max(1, known.size)
 
-    def row(path: str, leaf: jax.ShapeDtypeStruct, reading: Reading, kind: Any) -> PlanRow:
+    def row(path: str, leaf: jax.ShapeDtypeStruct, reading: Reading, same: Any) -> PlanRow:
         form, matrices = reading.axes, _matrices(reading.axes, leaf.shape)
         return PlanRow(
             path=path,
@@ -141,11 +146,11 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
             role=reading.role,
             spec=None if form is None else form.spec,
             matrices=matrices,
-            transform=_transform(reading, others),
+            transform="none" if kind(leaf) == "integer" else _transform(reading, others),
             scales=tuple(
                 1.0 if scale is None else SCALES[scale](*size) for _, *size in matrices if 0 not in size
             ),
-            state_bytes=0 if reading.question is not None else state_bytes(kind, leaf),
+            state_bytes=0 if reading.question is not None else state_bytes(same, leaf),
             question=reading.question,
         )
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-Shapes = dict[str, tuple[int, ...]]
+_NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_LARGEST = sys.float_info.max
 _DECAY = ("in [0, 1)", lambda x: 0 <= x < 1, "0.9")
 _POSITIVE = ("finite and above 0", lambda x: 0 < x < np.inf, "1.0")
 _NOT_NEGATIVE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "0.0")
@@ -52,27 +54,27 @@ DTYPES = ("accumulator_dtype", "mu_dtype", "nu_dtype")
 
 
 def check_numbers(who: str, **values: Any) -> None:
-    """Refuse a concrete number outside its range; None, tracers and schedules (of rates) pass.
+    """Refuse what is not one number, or outside its range; of tracers the shape is seen, schedules pass.
 
     Raises:
       ValueError: naming `who`, the argument, its value, its range and a value that would do.
     """
     for name, value in values.items():
-        if value is None and name == "learning_rate":
-            raise ValueError(f"{who}: {name} is missing. Type {name}={RANGES[name][2]}, for example.")
-        if value is None or isinstance(value, Tracer) or (callable(value) and name in SCHEDULED):
+        if callable(value) and name in SCHEDULED:
             continue
         text, inside, example = RANGES[name]
         fix = f"Type {name}={example}, for example."
-        array = np.asarray(value)
-        if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        if value is None:
+            raise ValueError(f"{who}: {name} is missing. {fix}")
+        if not (is_array(value) and _is_real(value)):
             raise ValueError(f"{who}: {name} must be a number {text}, but is {value!r}. {fix}")
-        if array.ndim != 0:
+        shape = getattr(value, "shape", ())
+        if shape != ():
             raise ValueError(
-                f"{who}: {name} must be one number {text}, but has shape {array.shape}. "
+                f"{who}: {name} must be one number {text}, but has shape {shape}. "
                 f"For a sweep over {name}, jax.vmap a function of one {name}."
             )
-        if not inside(value):
+        if not isinstance(value, Tracer) and not inside(value):
             raise ValueError(f"{who}: {name} must be {text}, but is {value}. {fix}")
 
 
@@ -97,13 +99,18 @@ def check_dtypes(who: str, **dtypes: Any) -> None:
 
 
 def checked(recipe: Callable[P, R]) -> Callable[P, R]:
-    """Check every argument of `recipe` that `RANGES` or `DTYPES` name, under the recipe's own name."""
+    """Check every argument of `recipe` that `RANGES` or `DTYPES` name, under the recipe's own name.
+
+    None is a value where it is the default.
+    """
     signature = inspect.signature(recipe)
+    absent = {name for name, parameter in signature.parameters.items() if parameter.default is None}
 
     @functools.wraps(recipe)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
         given = signature.bind(*args, **kwargs).arguments
-        check_numbers(recipe.__name__, **{k: v for k, v in given.items() if k in RANGES})
+        numbers = {k: v for k, v in given.items() if k in RANGES and not (v is None and k in absent)}
+        check_numbers(recipe.__name__, **numbers)
         check_dtypes(recipe.__name__, **{k: v for k, v in given.items() if k in DTYPES})
         return recipe(*args, **kwargs)
 
@@ -127,38 +134,40 @@ def is_array(leaf: Any) -> bool:
     """Whether a leaf of a tree is an array, or a number, or the shape and dtype of one."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return True
+    if not isinstance(leaf, _NUMBERS) and not hasattr(leaf, "__jax_array__"):
+        return False  # though jax takes the names of dtypes for numbers of theirs
     try:
         return jnp.result_type(leaf) is not None
     except (TypeError, ValueError):
         return False
 
 
+def _is_real(value: Any) -> bool:
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        return False
+    dtype = jnp.result_type(value)
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def kind(leaf: Any) -> str:
+    """What a leaf's numbers are: "real", "complex", "integer", which is all others, or "none"."""
+    if not is_array(leaf):
+        return "none"
+    return _kind_of(leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf))
+
+
+@functools.cache
+def _kind_of(dtype: Any) -> str:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return "complex"
+    return "real" if jnp.issubdtype(dtype, jnp.floating) else "integer"
+
+
+def is_trained(leaf: Any) -> bool:
+    """Whether a leaf can have a gradient: real or complex numbers."""
+    return kind(leaf) in ("real", "complex")
+
+
 def not_an_array(who: str, path: str, leaf: Any) -> str:
     """Which leaf of a tree is none, and how to leave it out."""
     return f"{who}: {path!r} is {leaf!r}, no array. Leave such leaves out: eqx.filter(model, eqx.is_array)."
-
-
-def mismatch(who: str, absent: set[str], updates: Shapes, *rest: Shapes) -> str | None:
-    """Say every way in which the gradients differ from the trees beside them; None if they agree.
-
-    Leaves in `absent` have None for a gradient, which is no fault.
-    """
-    lines = []
-    for other in rest:
-        for path in updates | other:
-            here, there = updates.get(path), other.get(path)
-            if path in absent:
-                continue
-            if here is None:
-                lines.append(f"'{path}': a parameter of shape {there}, but no gradient")
-            elif there is None:
-                lines.append(f"'{path}': a gradient of shape {here}, but no parameter")
-            elif here != there:
-                lines.append(f"'{path}': a gradient of shape {here} for a parameter of shape {there}")
-    if not lines:
-        return None
-    shown = "\n  ".join(dict.fromkeys(lines[:8])) + ("\n  ..." if len(lines) > 8 else "")
-    return (
-        f"{who}: the gradients do not match the parameters.\n  {shown}\n"
-        "Take the gradient of the same tree that was given to init, and pass that tree as params."
-    )

@@ -13,8 +13,11 @@ def increment(count: jax.Array) -> jax.Array:
 
 
 def as_schedule(value: ScalarOrSchedule) -> Schedule:
-    """A function of the count, also of a number that does not change."""
-    return value if callable(value) else lambda count: value
+    """A function of the count, also of a number that does not change.
+
+    In x64 mode the count is given as int64, whose quotients are float64: those of int32 are float32.
+    """
+    return (lambda count: value(count.astype(int))) if callable(value) else lambda count: value
 
 
 def reading(value: Numeric) -> jax.Array:

@@ -20,7 +20,8 @@ def scaled(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     x = wide(g)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
-    middle = jnp.where(largest > 1, 2.0**-64, 2.0**64).astype(largest.dtype)  # reciprocals are all normal
+    number = largest.dtype.type
+    middle = jnp.where(largest > 1, number(2.0**-64), number(2.0**64))  # reciprocals are all normal
     return x * middle.astype(x.dtype) / not_zero(largest * middle).astype(x.dtype), largest
 
 

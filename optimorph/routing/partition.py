@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import optax
 
+from optimorph.core.tree import map_present
 from optimorph.core.types import Rules
 from optimorph.routing.rules import UNSAID, LeafError, labels, lookup
 
@@ -32,7 +33,7 @@ def partition(
 
     def name(path, shape):
         said = say(path, shape)
-        if said is UNSAID or said in transforms:
+        if said is UNSAID or said in [*transforms]:  # what cannot be hashed is no name
             return said
         raise LeafError(f"partition: {path!r} is to go to {said!r}, but there are only {[*transforms]}.")
 
@@ -41,6 +42,8 @@ def partition(
         return optax.partition({**transforms}, lambda _: found)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):
+        trees = (updates,) if params is None else (updates, params)
+        updates = map_present("partition", lambda g, *_: g, *trees)
         known = updates if params is None else params  # a missing gradient has no shape
         return split(known).update(updates, state, params, **extra)
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from optimorph.core.checks import check_numbers
-from optimorph.core.tree import cast_like, map_updates, number, wide
+from optimorph.core.tree import cast_like, gradients, map_updates, number, wide
 from optimorph.core.types import Numeric
 
 
@@ -55,7 +55,7 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
         return ClipState(jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32))
 
     def update(updates, state, params=None):
-        scale, root = _scaled_norm(jax.tree.leaves(updates))
+        scale, root = _scaled_norm(jax.tree.leaves(gradients(who, updates)))
         norm, bound = root / scale, number(max_norm, root)  # (1)
         finite = jnp.isfinite(root)
         whole = (norm <= bound) | ~finite

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optimorph.core.count import as_schedule, increment
-from optimorph.core.tree import cast_like, full, map_state, map_updates, number, wide
+from optimorph.core.tree import cast_like, full, gradients, map_state, map_updates, number, wide
 from optimorph.core.types import DTypeLike, PyTree
 
 
@@ -65,7 +65,7 @@ def multi_steps(
         return MultiStepsState(inner.init(params), full(params, dtype=accumulator_dtype), zero, zero)
 
     def update(updates, state, params=None, **extra):
-        count = state.count + 1
+        updates, count = gradients("multi_steps", updates), state.count + 1
 
         def add(g, mean):
             m = wide(mean)
@@ -73,7 +73,7 @@ def multi_steps(
 
         mean = map_state("multi_steps", add, updates, state.mean)  # (1)
         sound = _all_finite(updates)
-        due = sound & (count == k_at(state.steps))
+        due = sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))
 
         def step():
             g = map_updates("multi_steps", lambda g, m: m.astype(wide(g).dtype), updates, mean)

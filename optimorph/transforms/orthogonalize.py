@@ -4,9 +4,10 @@ from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optimorph.core.tree import leaf_paths
+from optimorph.core.tree import gradients, leaf_paths
 from optimorph.core.types import AxesRules, DTypeLike, Rules
 from optimorph.linalg.exact import Exact
 from optimorph.linalg.meshes import Everywhere
@@ -68,10 +69,11 @@ def orthogonalize(
         return optax.EmptyState()
 
     def update(updates, state, params=None):
+        updates = gradients(who, updates)
         leaves, structure = jax.tree.flatten(updates)
         paths = leaf_paths(updates)
-        forms = [read(path, g.shape) for path, g in zip(paths, leaves, strict=True)]
-        chosen = [k for k, form in enumerate(forms) if form is not None and leaves[k].size]
+        forms = [read(path, np.shape(g)) for path, g in zip(paths, leaves, strict=True)]
+        chosen = [k for k, form in enumerate(forms) if form is not None and np.size(leaves[k])]
         matrices = [leaves[k] for k in chosen]
         layouts = layouts_of(who, shardings, [paths[k] for k in chosen], matrices)
         everywhere = Everywhere(polar, tuple(forms[k] for k in chosen), free, wire, bytes_at_once)

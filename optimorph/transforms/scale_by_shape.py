@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import optax
 
-from optimorph.core.tree import map_paths, wide
+from optimorph.core.tree import cast_like, gradients, map_paths, wide
 from optimorph.core.types import AxesRules, Rules
 from optimorph.linalg.meshes import own_part
 from optimorph.routing.layouts import cuts, of_whole
@@ -54,15 +55,15 @@ def scale_by_shape(
         return optax.EmptyState()
 
     def scaled(path, g):
-        form = read(path, g.shape)
-        if form is None or scale is None or g.size == 0:
+        form = read(path, np.shape(g))
+        if form is None or scale is None or np.size(g) == 0:
             return g
-        spec, whole = cut(path, g.shape)
+        spec, whole = cut(path, np.shape(g))
         x, factor = wide(g), form.spread(SCALES[scale], whole)
         factor = factor.item() if factor.size == 1 else own_part(factor.astype(x.real.dtype), spec)
-        return (factor * x).astype(g.dtype)
+        return cast_like(factor * x, g)
 
     def update(updates, state, params=None):
-        return map_paths(scaled, updates), state
+        return map_paths(scaled, gradients(who, updates)), state
 
     return optax.GradientTransformation(init, update)

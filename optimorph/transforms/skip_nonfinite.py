@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph.core.checks import is_trained
 from optimorph.core.count import increment
-from optimorph.core.tree import leaf_paths
+from optimorph.core.tree import is_missing, leaf_paths
 
 
 class SkipState(NamedTuple):
@@ -82,7 +83,10 @@ def skip_nonfinite(
         def chosen(new, old):
             return jax.lax.select(fine, new, old)
 
-        out = jax.tree.map(lambda u: chosen(u, jnp.zeros_like(u)), out)  # (1), (2)
+        def or_zero(u):
+            return None if is_missing(u) else chosen(jnp.asarray(u), jnp.zeros_like(u))
+
+        out = jax.tree.map(or_zero, out)  # (1), (2)
         after = jax.tree.map(chosen, after, state.inner)
         return out, SkipState(after, skipped, consecutive)
 
@@ -94,7 +98,7 @@ def _sound(tree: Any, before: list | None = None) -> dict[str, jax.Array]:
     leaves = jax.tree.leaves(tree)
     found = {}
     for path, new, old in zip(leaf_paths(tree), leaves, before or [None] * len(leaves), strict=True):
-        if jnp.issubdtype(new.dtype, jnp.inexact):
+        if is_trained(new):
             fine = jnp.isfinite(new) if old is None else jnp.isfinite(new) | ~jnp.isfinite(old)
             found[path] = jnp.all(fine)
     return found
