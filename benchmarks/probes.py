@@ -47,6 +47,7 @@ class Step:
     """A compiled update, and what its calls took; with a state whose count decides whether probes look."""
 
     def __init__(self, transform, params, count=None):
+        """Compile one update."""
         state = transform.init(params)
         if count is not None:
             state = state._replace(count=jax.numpy.int32(count))
@@ -55,12 +56,14 @@ class Step:
         self.seconds = []
 
     def run(self):
+        """One call, timed."""
         started = time.perf_counter()
         jax.block_until_ready(self.compiled(*self.arguments))
         self.seconds.append(time.perf_counter() - started)
 
     @property
     def milliseconds(self):
+        """The median, without the first."""
         return 1e3 * statistics.median(self.seconds[1:])
 
 
