@@ -17,11 +17,11 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optimorph import linalg
 from optimorph.core.checks import check_params
 from optimorph.core.count import increment
 from optimorph.core.tree import leaf_paths, paths_and_shapes, wide
 from optimorph.core.types import AxesRules, PyTree
-from optimorph.linalg import norms
 from optimorph.linalg.buckets import together
 from optimorph.linalg.meshes import explicit_axes
 from optimorph.routing.reading import leaf_axes
@@ -88,12 +88,12 @@ OF_LEAVES: dict[str, Callable[[Leaf], jax.Array]] = {
 gradient with the first moment or velocity, where the state has one."""
 
 OF_MATRICES: dict[str, Callable[[Any], jax.Array]] = {
-    "spectral_norm": norms.spectral_norm,
-    "rms_to_rms_norm": norms.rms_to_rms_norm,
-    "stable_rank": norms.stable_rank,
-    "effective_rank": norms.effective_rank,
-    "top_energy": functools.partial(norms.top_energy, k=1),
-    "orthogonality_error": norms.orthogonality_error,
+    "spectral_norm": linalg.spectral_norm,
+    "rms_to_rms_norm": linalg.rms_to_rms_norm,
+    "stable_rank": linalg.stable_rank,
+    "effective_rank": linalg.effective_rank,
+    "top_energy": functools.partial(linalg.top_energy, k=1),
+    "orthogonality_error": linalg.orthogonality_error,
 }
 """Metrics of matrices, `linalg`'s functions, after "gradient_", "update_", "weight_" or "momentum_"."""
 
@@ -257,7 +257,7 @@ def _whole(x: jax.Array) -> jax.Array:
 def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:
     """`(batch, len(names))` of a stack `(batch, inputs, outputs)`."""
     by_gram = ("spectral_norm", "rms_to_rms_norm", "stable_rank")
-    decomposed = norms.spectrum(stack) if exact or not set(names) <= set(by_gram) else stack
+    decomposed = linalg.spectrum(stack) if exact or not set(names) <= set(by_gram) else stack
     return jnp.stack([OF_MATRICES[name](decomposed) for name in names], axis=-1)
 
 

@@ -11,20 +11,16 @@ from optimorph.linalg.coefficients import Coefficients
 from optimorph.linalg.exact import Exact
 from optimorph.linalg.newton_schulz import NewtonSchulz
 from optimorph.linalg.norms import (
-    Spectrum,
     dual_exponent,
-    effective_rank,
     nuclear_norm,
-    orthogonality_error,
     rms_to_rms_dual_norm,
     rms_to_rms_norm,
     schatten_norm,
     spectral_norm,
-    spectrum,
-    stable_rank,
-    top_energy,
 )
 from optimorph.linalg.polar_express import polar_express
+from optimorph.linalg.ranks import effective_rank, orthogonality_error, stable_rank, top_energy
+from optimorph.linalg.spectrum import Spectrum, spectrum
 
 __all__ = [
     "Axes",
