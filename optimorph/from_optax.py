@@ -15,6 +15,7 @@ from optimorph.core.types import PyTree
 from optimorph.transforms.accumulate import AccumulateState
 from optimorph.transforms.add import AddState
 from optimorph.transforms.add_decayed_weights import DecayState
+from optimorph.transforms.clip_by_global_norm import ClipState
 from optimorph.transforms.dampen import DampenState
 from optimorph.transforms.debias import DebiasState
 from optimorph.transforms.divide import DivideState
@@ -23,6 +24,7 @@ from optimorph.transforms.in_bfloat16 import HalfState
 from optimorph.transforms.mix import MixState
 from optimorph.transforms.momentum import MomentumState
 from optimorph.transforms.scale_by_learning_rate import LearningRateState
+from optimorph.transforms.skip_nonfinite import SkipState
 
 WHO = "from_optax_state"
 Part = tuple[str, ...]
@@ -36,7 +38,7 @@ STEPS, RATE, DECAY = (
 )
 DAMPED, UNUSED = "count for dampening", ""
 COUNTS = (STEPS, RATE, DECAY, DAMPED)
-NEW = ("learning rate", "weight decay", "seed of rounding", "count of rounding")
+NEW = "new"
 
 OPTAX: dict[str, tuple[str, dict[str, str]]] = {
     "ScaleByAdamState": ("adam, adamw, nadam or nadamw", {"count": STEPS, "mu": FIRST, "nu": SECOND}),
@@ -60,8 +62,8 @@ OWN: dict[type, dict[str, str]] = {
     AccumulateState: {"total": TOTAL},
     DebiasState: {"count": STEPS},
     DampenState: {"count": DAMPED},
-    LearningRateState: {"count": RATE, "learning_rate": NEW[0]},
-    DecayState: {"count": DECAY, "weight_decay": NEW[1]},
+    LearningRateState: {"count": RATE, "learning_rate": NEW},
+    DecayState: {"count": DECAY, "weight_decay": NEW},
 }
 """This library's states; what an `EmaState` holds depends on where it stands."""
 
@@ -104,8 +106,10 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
     in chains with transforms that hold nothing (clipping, say) and inside `optax.masked` and
     `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
 
-    A state of this library is taken as well: that of an earlier version, or one whose moments were stored in
-    another dtype.
+    A state of this library is taken as well: that of an earlier version, one whose moments were stored in
+    another dtype, or another `weight_decay_form`. (A checkpoint of 0.1.0, where constant rates had no state,
+    is restored into `tx.init(params)` with `optax.EmptyState()` in place of `LearningRateState` and
+    `DecayState`, and then given to this function.)
 
     A state says which averages there are, not what is made of them: the numbers, the schedules and `nesterov`
     are those of `tx`. A state of optax's `adamax`, `yogi` or `lamb` looks like Adam's and passes for it.
@@ -132,8 +136,9 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
         shape; states of other optimizers and of wrappers such as `optax.MultiSteps`.
     """
     blank = jax.eval_shape(tx.init, params)
+    wanted = [*_wanted(blank)]
     slots = [*_slots(state, lambda node, kind: _optax_fields(node, kind) or _own_fields(node, kind))]
-    held, wanted = dict(slots), [*_slots(blank, _own_fields)]
+    held = dict(slots)
     faults = [*_repeated(slots), *_misfits(held, dict(wanted))]
     if faults:
         shown = "\n  ".join(faults[:8]) + ("\n  ..." if len(faults) > 8 else "")
@@ -150,13 +155,34 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
     return jax.tree.unflatten(jax.tree.structure(blank), filled)
 
 
+def _wanted(blank: PyTree) -> Iterator[tuple[Slot, Any]]:
+    """Every array of the state of `tx`.
+
+    Raises:
+      ValueError: `tx` is no recipe of this library, or there is a wrapper around it.
+    """
+    try:
+        yield from _slots(blank, _own_fields)
+    except ValueError as error:
+        raise ValueError(
+            f"{WHO}: tx must be a recipe of this library, in chains, partitions, skip_nonfinite or behind "
+            "clip_by_global_norm, but there is something else in it. Convert the state of the recipe alone, "
+            f"and put it into the wrapper's state. ({str(error).removeprefix(WHO + ': ')})"
+        ) from error
+
+
 def _source(slot: Slot, held: dict[Slot, Any]) -> Slot | None:
     """Which array of the state belongs there; a schedule that optax had not counts what else was counted."""
-    if slot in held or slot.kind not in (RATE, DECAY, *NEW):
+    if slot in held or not (slot.kind in (RATE, DECAY) or _is_new(slot)):
         return slot
-    if slot.kind in NEW:
+    if _is_new(slot):
         return None
     return next((other for kind in COUNTS if (other := Slot(kind, slot.where)) in held), None)
+
+
+def _is_new(slot: Slot) -> bool:
+    """Whether optax has nothing of the kind: `tx` begins it anew."""
+    return slot.kind.startswith(NEW)
 
 
 def _scalars(tx: optax.GradientTransformation, params: PyTree) -> list[jax.Array | None]:
@@ -190,9 +216,10 @@ def _slots(node: Any, fields: Fields, kind: str = AVERAGE, part: Part = ()) -> I
     if node is None or isinstance(node, optax.EmptyState | optax.MaskedNode):
         return
     known = fields(node, kind)
-    if isinstance(node, HalfState):
-        yield from _slots(node.inner, fields, kind, part)
-        yield from ((Slot(NEW[2], part), node.seed), (Slot(NEW[3], part), node.count))
+    if isinstance(node, HalfState | ClipState | SkipState):
+        for field, held in node._asdict().items():
+            own = [(Slot(f"{NEW} {type(node).__name__}.{field}", part), held)]
+            yield from _slots(held, fields, kind, part) if field == "inner" else own
     elif known is None:
         for child in _children(node, kind, part):
             yield from _slots(child[0], fields, *child[1:])
@@ -204,8 +231,9 @@ def _fields_of(node: Any, known: dict[str, str], part: Part) -> Iterator[tuple[S
     """Every array of one transform's state with what it is."""
     for field, role in known.items():
         held = getattr(node, field)
-        if role in COUNTS + NEW:
-            yield from ((Slot(role, part), count) for count in jax.tree.leaves(held))
+        if role in (*COUNTS, NEW):
+            name = role if role in COUNTS else f"{NEW} {field}"
+            yield from ((Slot(name, part), count) for count in jax.tree.leaves(held))
         elif role != UNUSED:
             arrays = zip(leaf_paths(held), jax.tree.leaves(held), strict=True)
             yield from ((Slot(role, path), x) for path, x in arrays if is_trained(x))
@@ -268,7 +296,7 @@ def _misfits(held: dict[Slot, Any], wanted: dict[Slot, Any]) -> Iterator[str]:
         elif np.shape(held[source]) != np.shape(leaf):
             yield f"{slot}: of shape {np.shape(held[source])} in the state, but tx wants {np.shape(leaf)}"
     for slot in held:
-        if slot not in wanted and slot.kind not in NEW:
+        if slot not in wanted and not _is_new(slot):
             yield f"{slot}: the state has it, tx has no place for it{_advice(slot)}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from optimorph.core.checks import RANGES
 from optimorph.core.types import DTypeLike
 
 NEVER_SCHEDULES = (
@@ -52,7 +53,8 @@ def inject_hyperparams(
     Equals:
       optax.inject_hyperparams(inner_factory, static_args, hyperparam_dtype=jnp.float32)
     """
-    names = inspect.signature(inner_factory).parameters
+    signature = inspect.signature(inner_factory)
+    names = signature.parameters
     static = {static_args} if isinstance(static_args, str) else set(static_args)
     if unknown := static - set(names):
         raise ValueError(
@@ -67,4 +69,13 @@ def inject_hyperparams(
         )
     static |= {name for name in NEVER_SCHEDULES if name in names}
     injected: Any = optax.inject_hyperparams(inner_factory, tuple(sorted(static)), dtype)
-    return functools.wraps(inner_factory)(injected)
+
+    @functools.wraps(inner_factory)
+    def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            if name in RANGES and type(value) is int:
+                given.arguments[name] = float(value)  # an integer would stay one in the state
+        return injected(*given.args, **given.kwargs)
+
+    return make

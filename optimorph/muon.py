@@ -44,8 +44,7 @@ def muon(
     """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
 
     Args:
-      orthogonalizer: a function of stacks of matrices (name it, `axes` and `others` in the `static_args` of
-        `optax.inject_hyperparams`); `linalg.NewtonSchulz()`, the default, takes five
+      orthogonalizer: a function of stacks of matrices; `linalg.NewtonSchulz()`, the default, takes five
         Polar Express steps.
       scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
       weight_decay_form: as that of `adamw`.
@@ -75,9 +74,10 @@ def muon(
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
       arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.
     """
-    if others is not None and others_learning_rate is not None:
+    if others is not None and (others_learning_rate is not None or nu_dtype is not None):
+        name = "nu_dtype" if others_learning_rate is None else "others_learning_rate"
         raise ValueError(
-            "muon: others_learning_rate is for the AdamW that others replaces. Type one of the two, such as "
+            f"muon: {name} is for the AdamW that others replaces. Type one of the two, such as "
             "others=optimorph.adamw(1e-3)."
         )
     spec = leaf_axes("muon", axes)

@@ -2,7 +2,8 @@
 
 First moments and velocities are stored in `mu_dtype` (`accumulator_dtype` of `sgd`, optax's name), rounded to
 the nearest; second moments in `nu_dtype`, which in bfloat16 are rounded by chance, as `in_bfloat16` does it.
-Without them moments are in float32, or in the parameter's own dtype if that is wider.
+Without them moments are in float32, or in the parameter's own dtype if that is wider. In float16 nothing is
+above 65504.
 """
 
 from collections.abc import Callable
@@ -134,6 +135,9 @@ def rmsprop(
     `weight_decay` is L2 regularisation: it joins the gradient. As in optax the learning rate comes before
     the momentum; with a constant one the order makes no difference.
 
+    Raises:
+      ValueError: a number outside its range; `centered` with a narrow `nu_dtype`.
+
     Equals:
       optax.rmsprop(learning_rate, decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov,
         bias_correction)
@@ -142,6 +146,11 @@ def rmsprop(
     References:
       Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv:1308.0850, equations 38-45.
     """
+    if centered and nu_dtype is not None and jnp.finfo(nu_dtype).bits < 32:
+        raise ValueError(
+            "rmsprop: a centered variance is a difference, of which bfloat16 would leave nothing. Type "
+            "nu_dtype=None, or centered=False."
+        )
     correct = debias(decay) if bias_correction else identity()
     mean_square = chain(square(), _stored(ema, decay, initial=initial_scale, dtype=nu_dtype), correct)
     square_mean = chain(_stored(ema, decay, dtype=nu_dtype), correct, square())

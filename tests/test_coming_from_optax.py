@@ -197,6 +197,23 @@ def test_counts_of_schedules(theirs, ours, counts):
         assert getattr(found, name) > 0  # a reading, of the first step until the next is taken
 
 
+@pytest.mark.parametrize("wrap", [lambda tx: tx, om.skip_nonfinite], ids=["chain", "skip_nonfinite"])
+def test_behind_clipping(wrap):
+    """What optax has nothing of begins anew; of this library's own states it goes on."""
+    params = tree(np.random.default_rng(0))
+    theirs = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = theirs.update(params, theirs.init(params), params)
+    tx = wrap(optax.chain(om.clip_by_global_norm(1.0), om.adam(0.1)))
+    after = om.from_optax_state(state, tx, params)
+    assert jax.tree.structure(after) == jax.tree.structure(tx.init(params))
+    assert float(optax.tree.get(after, "factor")) == 1
+    _, moved = tx.update(params, after, params)
+    again = om.from_optax_state(moved, tx, params)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def is_schedule(node):
     return isinstance(node, om.LearningRateState | om.DecayState)
 
@@ -229,7 +246,7 @@ REFUSED = {
     "optax's own average": (lambda: (optax.ema(0.9), om.adam(0.1)), ["EmaState"]),
     "optax inside tx": (
         lambda: (optax.adam(0.1), optax.chain(om.adam(0.1), optax.trace(0.9))),
-        ["TraceState", "of this library"],
+        ["TraceState", "tx must be a recipe of this library"],
     ),
     "no moment": (
         lambda: (optax.rmsprop(0.1), om.adam(0.1)),

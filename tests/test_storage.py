@@ -214,10 +214,55 @@ def test_float16_holds_no_squares(name):
         getattr(om, name)(0.1, nu_dtype="float16")
 
 
-def test_dtypes_of_moments_are_those_of_real_numbers():
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "complex64", "nonsense"])
+def test_dtypes_of_moments_are_those_of_real_numbers(dtype):
     for name, argument in (("sgd", "accumulator_dtype"), ("adam", "mu_dtype"), ("rmsprop", "nu_dtype")):
-        with pytest.raises(ValueError, match=rf"{name}: {argument} must be a dtype of real numbers.*int8"):
-            getattr(om, name)(0.1, **{argument: "int8"})
+        with pytest.raises(
+            ValueError, match=rf"{name}: {argument} must be one of bfloat16, float16, .*{dtype}"
+        ):
+            getattr(om, name)(0.1, **{argument: dtype})
+    for make in (om.ema, om.momentum, om.accumulate):
+        with pytest.raises(ValueError, match=rf"{make.__name__}: dtype must be one of"):
+            make(0.5, dtype=dtype)
+    with pytest.raises(ValueError, match="multi_steps: accumulator_dtype must be one of"):
+        om.multi_steps(om.sgd(0.1), 2, accumulator_dtype=dtype)
+
+
+def test_a_centered_variance_is_not_narrow():
+    with pytest.raises(ValueError, match="rmsprop: a centered variance is a difference"):
+        om.rmsprop(0.1, centered=True, nu_dtype="bfloat16")
+    om.rmsprop(0.1, centered=True, nu_dtype="float32")
+
+
+def test_dtypes_of_what_others_replaces():
+    with pytest.raises(ValueError, match="muon: nu_dtype is for the AdamW that others replaces"):
+        om.muon(0.1, others=om.adam(0.1), nu_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, True])
+def test_seeds(seed):
+    with pytest.raises(ValueError, match="in_bfloat16: seed must be an integer in"):
+        om.in_bfloat16(om.ema(0.9), seed=seed)
+
+
+def test_float64_and_narrow_moments_of_optax_in_bfloat16():
+    with jax.enable_x64(True):
+        params = {"w": jnp.linspace(0.5, 1, 9)}
+        tx = om.adam(0.1, nu_dtype="bfloat16")
+        updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates["w"].dtype == jnp.float64
+    assert second_moments(state)[0].dtype == jnp.bfloat16
+    tx = om.in_bfloat16(optax.adam(0.1, mu_dtype=jnp.bfloat16))
+    params = {"w": jnp.ones(9)}
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = tx.update(params, tx.init(params), params)
+    assert {state.inner[0].mu["w"].dtype, state.inner[0].nu["w"].dtype} == {jnp.dtype("bfloat16")}
+
+
+def test_whole_numbers_are_injected_as_real_ones():
+    params = {"w": jnp.ones(3)}
+    state = om.inject_hyperparams(om.adamw)(1, weight_decay=0).init(params)
+    assert {x.dtype for x in state.hyperparams.values()} == {jnp.dtype("float32")}
 
 
 READ = {
@@ -308,6 +353,21 @@ def test_each_mean_begins_anew():
     assert found == [0, -np.float32(1e20), 0, -2]
 
 
+def test_a_mean_of_large_numbers():
+    tx, state = om.multi_steps(om.sgd(1.0), 2), None
+    state = tx.init(jnp.zeros(()))
+    for g in (3e38, -3e38):
+        update, state = tx.update(jnp.float32(g), state)
+    assert float(update) == 0
+
+
+def test_a_state_can_be_donated():
+    """Also one that was not made under jit: no two of its arrays are the same."""
+    params = {"w": jnp.ones(3)}
+    tx = om.multi_steps(om.adamw(0.1), 2)
+    jax.jit(tx.update, donate_argnums=1)(params, tx.init(params), params)
+
+
 def test_k_may_grow():
     """As a function of the steps taken: 1, then 2."""
     tx, state = om.multi_steps(om.sgd(1.0), lambda steps: 1 + steps), None
@@ -328,6 +388,15 @@ def test_forms_of_decay_are_refused_by_name():
     for name in ("adamw", "nadamw", "muon"):
         with pytest.raises(ValueError, match=rf"{name}: no form of weight decay is called 'decoupled'"):
             getattr(om, name)(0.1, weight_decay_form="decoupled")
+
+
+def test_cautious_decay_sees_the_smallest_numbers():
+    """The product of both would be zero, or infinite."""
+    tx = om.add_decayed_weights(0.5, cautious=True)
+    for size in (1e-30, 1e30):
+        w, g = jnp.float32([size, -size]), jnp.float32([size, size])
+        updates, _ = tx.update(g, tx.init(w), w)
+        np.testing.assert_array_equal(updates, jnp.float32([1.5 * size, size]))
 
 
 def test_independent_decay_does_not_know_the_learning_rate():

@@ -52,6 +52,9 @@ SCHEDULED = ("learning_rate", "others_learning_rate", "weight_decay")
 DTYPES = ("accumulator_dtype", "mu_dtype", "nu_dtype")
 """Arguments that say how states are stored."""
 
+STORED = ("bfloat16", "float16", "float32", "float64")
+"""What they may be; of complex numbers both halves."""
+
 
 def check_numbers(who: str, **values: Any) -> None:
     """Refuse what is not one number, or outside its range; of tracers the shape is seen, schedules pass.
@@ -87,15 +90,22 @@ def check_dtypes(who: str, **dtypes: Any) -> None:
     for name, dtype in dtypes.items():
         if dtype is None:
             continue
-        if not jnp.issubdtype(dtype, jnp.inexact):
+        if _name_of(dtype) not in STORED:
             raise ValueError(
-                f"{who}: {name} must be a dtype of real numbers, but is {dtype!r}. Type {name}='bfloat16'."
+                f"{who}: {name} must be one of {', '.join(STORED)}, but is {dtype!r}. Type {name}='bfloat16'."
             )
         if name == "nu_dtype" and jnp.dtype(dtype) == jnp.float16:
             raise ValueError(
                 f"{who}: {name} must not be float16, which has no squares below 6e-8 or above 65504, "
                 f"those of gradients of 0.00024 and 256. Type {name}='bfloat16'."
             )
+
+
+def _name_of(dtype: Any) -> str | None:
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return None
 
 
 def checked(recipe: Callable[P, R]) -> Callable[P, R]:

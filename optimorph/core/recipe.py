@@ -38,7 +38,8 @@ def recipe(make: Callable[P, Transform]) -> Callable[P, Transform]:
                     raise
                 raise ValueError(
                     f"{who}: the state is none of these parameters and this optimizer. Type "
-                    f"state = tx.init(params) with the same tx and the same tree of parameters."
+                    "state = tx.init(params) with the same tx and the same tree of parameters; "
+                    "optimorph.from_optax_state(state, tx, params) keeps the moments of other arguments."
                 ) from error
 
         return Transform(init, update)

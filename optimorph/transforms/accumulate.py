@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import optax
 
-from optimorph.core.checks import check_numbers
+from optimorph.core.checks import check_dtypes, check_numbers
 from optimorph.core.tree import cast_like, full, map_state, map_updates, wide
 from optimorph.core.types import DTypeLike, Numeric, PyTree
 
@@ -23,7 +23,8 @@ def accumulate(initial: Numeric = 0.0, *, dtype: DTypeLike | None = None) -> opt
 
     Args:
       initial: s before the first step, at least 0, a number, an array or a tracer.
-      dtype: of the stored sum; float32 or the parameter's own dtype, whichever is wider.
+      dtype: of the stored sum; float32 or the parameter's own dtype, whichever is wider. float16
+        has no numbers above 65504.
 
     Raises:
       ValueError: `initial` negative, when it is a concrete number.
@@ -32,6 +33,7 @@ def accumulate(initial: Numeric = 0.0, *, dtype: DTypeLike | None = None) -> opt
       Duchi, Hazan & Singer 2011, "Adaptive subgradient methods", algorithm 1 (diagonal).
     """
     check_numbers("accumulate", initial=initial)
+    check_dtypes("accumulate", dtype=dtype)
 
     def add(g, s):
         s = wide(s)

@@ -40,7 +40,7 @@ def add_decayed_weights(
 
     Args:
       weight_decay: λ, at least 0, a number, an array, a tracer or a schedule. The constant 0 asks for no
-        params. What it was is in the state, in float32: `optax.tree.get(state, "weight_decay")`.
+        params. What it was is in the state, in float32: `probes.read` shows it.
       mask: which leaves decay, as `optax.masked` takes it, or rules, `{"*norm*": False, "*": True}`; all of
         them without one.
       cautious: add (2) instead of (1); of complex numbers, where Re(g w̄) ≥ 0.
@@ -71,9 +71,10 @@ def add_decayed_weights(
 
         def decayed(g, w):
             x = wide(g)
-            term = number(decay, x) * wide(w).astype(x.dtype)
+            y = wide(w).astype(x.dtype)
+            term = number(decay, x) * y
             if cautious:
-                term = jnp.where((x * wide(w).astype(x.dtype).conj()).real >= 0, term, 0)  # (2)
+                term = jnp.where((jnp.sign(x) * jnp.sign(y).conj()).real >= 0, term, 0)  # (2)
             return cast_like(x + term, g)  # (1)
 
         return map_updates(who, decayed, updates, params), state

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import optax
 
-from optimorph.core.checks import check_numbers
+from optimorph.core.checks import check_dtypes, check_numbers
 from optimorph.core.tree import cast_like, full, map_state, map_updates, number, wide
 from optimorph.core.types import DTypeLike, Numeric, PyTree
 
@@ -30,7 +30,8 @@ def ema(
       decay: β in [0, 1), a number, an array or a tracer.
       nesterov: return (3) instead of (2).
       initial: m before the first step, at least 0.
-      dtype: of the stored average; float32 or the parameter's own dtype, whichever is wider.
+      dtype: of the stored average; float32 or the parameter's own dtype, whichever is wider. float16
+        has no numbers above 65504.
 
     Raises:
       ValueError: β outside [0, 1) or `initial` negative, when they are concrete numbers.
@@ -42,6 +43,7 @@ def ema(
       Nesterov momentum into Adam", section 3.
     """
     check_numbers("ema", decay=decay, initial=initial)
+    check_dtypes("ema", dtype=dtype)
 
     def lerp(g, m):
         m = wide(m)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optimorph.core.count import increment
@@ -31,16 +32,22 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     those of s', before it is rounded.
 
     The noise is that of the seed, the step and the leaf's path in the state, all of which are kept: a run
-    repeats to the bit, resumed or on another mesh. Arrays of float32 are stored in bfloat16; scalars,
-    integers, complex and other numbers stay as they are.
+    repeats to the bit, resumed or on another mesh; under `jax.vmap` all runs have the same. Arrays of real
+    numbers are stored in bfloat16, float64 too, which is float32 in between; scalars, integers and complex
+    numbers stay as they are.
 
     Args:
       inner: any transformation; of a recipe, ask for `nu_dtype="bfloat16"`.
-      seed: of the noise, an integer of at least 0.
+      seed: of the noise, an integer in [0, 2³²); that of a state which is restored goes on.
+
+    Raises:
+      ValueError: another seed.
 
     References:
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.
     """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(f"in_bfloat16: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
@@ -53,7 +60,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         leaves, structure = jax.tree.flatten(after)
         before = jax.tree.leaves(state.inner)
         rounded = [  # (2)
-            stochastic_bfloat16(new, leaf_key(key, path)) if old.dtype == jnp.bfloat16 else new
+            stochastic_bfloat16(_widened(new), leaf_key(key, path)) if old.dtype == jnp.bfloat16 else new
             for path, new, old in zip(leaf_paths(after), leaves, before, strict=True)
         ]
         return out, HalfState(jax.tree.unflatten(structure, rounded), state.seed, increment(state.count))
@@ -62,8 +69,8 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
 
 
 def _narrowed(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.bfloat16) if x.ndim and x.dtype == jnp.float32 else x
+    return x.astype(jnp.bfloat16) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x

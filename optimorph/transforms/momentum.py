@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import optax
 
-from optimorph.core.checks import check_numbers
+from optimorph.core.checks import check_dtypes, check_numbers
 from optimorph.core.tree import cast_like, full, map_state, map_updates, number, wide
 from optimorph.core.types import DTypeLike, Numeric, PyTree
 
@@ -27,7 +27,8 @@ def momentum(
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
       nesterov: return (3) instead of (2).
-      dtype: of the stored velocity; float32 or the parameter's own dtype, whichever is wider.
+      dtype: of the stored velocity; float32 or the parameter's own dtype, whichever is wider. float16
+        has no numbers above 65504.
 
     Raises:
       ValueError: β outside [0, 1), when it is a concrete number.
@@ -40,6 +41,7 @@ def momentum(
       momentum in deep learning", section 2.
     """
     check_numbers("momentum", decay=decay)
+    check_dtypes("momentum", dtype=dtype)
 
     def add(g, v):
         v = wide(v)

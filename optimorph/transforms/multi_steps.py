@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph.core.checks import check_dtypes
 from optimorph.core.count import as_schedule, increment
 from optimorph.core.tree import cast_like, full, gradients, map_state, map_updates, number, wide
 from optimorph.core.types import DTypeLike, PyTree
+from optimorph.linalg.meshes import manual_axes
 
 
 class MultiStepsState(NamedTuple):
@@ -38,7 +40,9 @@ def multi_steps(
     gradient alone, and sees their mean in float32 or wider, however narrow they are. With k = 1 it is `inner`
     itself, without a buffer for the mean of one. And a gradient with a NaN or an infinity in it is left out
     as if it had never come: the step waits for another in its place. (With k = 1 it reaches `inner`: put
-    `skip_nonfinite` around, whatever k is, and what is left out is counted as well.)
+    `skip_nonfinite` around, whatever k is, and what is left out is counted as well.) Inside `jax.shard_map` a
+    gradient is left out on all devices if it is so on one: they step together. A leaf may be None in all k
+    gradients, or in none.
 
     Args:
       inner: any transformation.
@@ -55,24 +59,26 @@ def multi_steps(
       (1) Welford 1962, "Note on a method for calculating corrected sums of squares and products".
     """
     _check_k(every_k)
+    check_dtypes("multi_steps", accumulator_dtype=accumulator_dtype)
     inner = optax.with_extra_args_support(inner)
     if isinstance(every_k, int | np.integer) and every_k == 1:
         return inner
     k_at = as_schedule(every_k)
 
     def init(params):
-        zero = jnp.zeros([], jnp.int32)
-        return MultiStepsState(inner.init(params), full(params, dtype=accumulator_dtype), zero, zero)
+        count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return MultiStepsState(inner.init(params), full(params, dtype=accumulator_dtype), count, steps)
 
     def update(updates, state, params=None, **extra):
         updates, count = gradients("multi_steps", updates), state.count + 1
 
         def add(g, mean):
             m = wide(mean)
-            return m + (wide(g).astype(m.dtype) - m) / number(count, m)
+            n = number(count, m)
+            return m + (wide(g).astype(m.dtype) / n - m / n)
 
         mean = map_state("multi_steps", add, updates, state.mean)  # (1)
-        sound = _all_finite(updates)
+        sound = _on_all_devices(_all_finite(updates))
         due = sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))
 
         def step():
@@ -102,6 +108,12 @@ def multi_steps(
 
 def _all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], bool))
+
+
+def _on_all_devices(so: jax.Array) -> jax.Array:
+    """Whether it is so everywhere: in one device's own program, of all of them."""
+    axes = tuple(manual_axes())
+    return jax.lax.pmin(so.astype(jnp.int32), axes) == 1 if axes else so
 
 
 def _check_k(every_k: Any) -> None:

@@ -26,8 +26,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
 
     Args:
       learning_rate: η, at least 0, a number, an array, a tracer, or a schedule, which is called with the
-        number of updates before this one. What it was is in the state, in float32:
-        `optax.tree.get(state, "learning_rate")`.
+        number of updates before this one. What it was is in the state, in float32: `probes.read` shows it.
 
     Raises:
       ValueError: η negative, when it is a concrete number.

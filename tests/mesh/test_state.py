@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trees
+from jax.sharding import PartitionSpec as P
 
 import optimorph as om
 from optimorph.probes import CHEAP, SPECTRAL, probe, read
@@ -41,6 +42,24 @@ def test_probes(layout, mode):
     expected = read(here)
     for name, value in read(there).items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+
+
+def test_devices_leave_a_gradient_out_together():
+    """Inside `shard_map`, where each sees its own: they would wait for each other, or drift apart."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    tx = om.multi_steps(om.muon(0.1, axes={"*": "io"}, shardings={"*": P("data")}), 2)
+
+    def steps(*gs):
+        state = tx.init(gs[0])
+        for g in gs:
+            updates, state = tx.update(g, state, gs[0])
+        return updates, state.steps[None]
+
+    one, sick = jnp.ones((8, 4)), jnp.ones((8, 4)).at[0, 0].set(jnp.nan)
+    inside = jax.jit(jax.shard_map(steps, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    updates, taken = inside(one, sick, 3 * one)
+    assert taken.tolist() == [1] * 4
+    assert bool(jnp.all(updates != 0))
 
 
 def test_several_gradients_for_one_muon(mode):
