@@ -32,9 +32,12 @@ class Track:
         return float(np.mean([self._loss(params, batch) for batch in self._held_out]))
 
     def compile(
-        self, update: Callable[..., Any], params: Any, state: Any
+        self, update: Callable[..., Any], gradients: Any, state: Any, params: Any
     ) -> tuple[Callable[..., Any], float]:
-        """(gradients, state, params) → (state, params), and the seconds it took: once for every `update`."""
+        """(gradients, state, params) → (state, params), and the seconds it took: once for every `update`.
+
+        State and parameters stay where they lie, on one device or divided over a mesh.
+        """
 
         def apply(gradients, state, params):
             updates, state = update(gradients, state, params)
@@ -42,7 +45,9 @@ class Track:
 
         if update not in self._compiled:
             started = time.perf_counter()
-            compiled = jax.jit(apply, donate_argnums=(1, 2)).lower(params, state, params).compile()
+            places = jax.tree.map(_place, (state, params))
+            step = jax.jit(apply, donate_argnums=(1, 2), out_shardings=places)
+            compiled = step.lower(gradients, state, params).compile()
             self._compiled[update] = compiled, time.perf_counter() - started
         return self._compiled[update]
 
@@ -64,8 +69,10 @@ class Run:
         self.kept: Any = None  # the last update that was asked for
         self._update = jax.jit(optimizer.update)
         self._batch = next(self.batches)
-        jax.block_until_ready(track.gradient(self.params, self._batch))  # compiled once for all runs
-        self._apply, self.compile_seconds = track.compile(optimizer.update, self.params, self.state)
+        _, gradients = jax.block_until_ready(track.gradient(self.params, self._batch))  # once for all runs
+        self._apply, self.compile_seconds = track.compile(
+            optimizer.update, gradients, self.state, self.params
+        )
 
     @property
     def step(self) -> int:
@@ -106,3 +113,8 @@ class Run:
 def _own(tree: Any) -> Any:
     """Copies: every step gives its arrays away, so nobody else may hold them, nor one be there twice."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
+
+
+def _place(x: Any) -> Any:
+    """Where an array was put; None where nobody put it."""
+    return x.sharding if isinstance(x, jax.Array) and x.committed else None
