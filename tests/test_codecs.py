@@ -423,6 +423,9 @@ def test_split_in_every_binade():
     assert steps[~top].max() == 129
     assert steps[top].max() <= 32769
     np.testing.assert_array_equal(got >> 31, bits >> 31)
+    rounded = bits.view(np.float32).astype(jnp.bfloat16)  # NumPy's, ties to even
+    np.testing.assert_array_equal(np.asarray(encoded.scales)[~top], rounded[~top])
+    assert np.all(np.isfinite(np.asarray(encoded.scales, np.float32)))
     narrow = bits & 0xFFFF == 0
     np.testing.assert_array_equal(got[narrow], bits[narrow])
     assert not np.any(np.asarray(encoded.codes)[narrow])

@@ -41,10 +41,9 @@ class Float8(BlockCodec):
     code_dtype: ClassVar[DTypeLike] = jnp.float8_e4m3fn
 
     def _codes(self, units: jax.Array, key: jax.Array | None) -> jax.Array:
-        return jnp.clip(TOP * units, -TOP, TOP)
+        return TOP * units
 
     def _values(self, codes: jax.Array) -> jax.Array:
+        """(1), the sign apart: of (c / TOP) s compilers make c (s / TOP), which may vanish."""
         c = codes.astype(jnp.float32)
-        return jnp.sign(c) * (
-            jnp.abs(c) / TOP
-        )  # (1); s / TOP, which compilers would make of c / TOP, may vanish
+        return jnp.sign(c) * (jnp.abs(c) / TOP)
