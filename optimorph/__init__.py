@@ -18,7 +18,8 @@ Leaves of integers, booleans and random keys are not trained. A gradient of None
 `jax.grad(allow_int=True)` gives of them, is none: the update is None, and the state stays as it is; the
 optimizers hold no state for them, and refuse any other gradient.
 
-Beside them: `linalg` (the polar factor, norms), `schedules`, `theory`, `curvature` (what theory asks for).
+Beside them: `linalg` (the polar factor, norms), `codecs` (numbers in fewer bytes), `schedules`, `theory`,
+`curvature` (what theory asks for).
 
 To see: `probes` says what an optimizer does to every leaf; `race` trains your own model with several of them
 (`pip install 'optimorph[race]'`).
@@ -27,7 +28,7 @@ To see: `probes` says what an optimizer does to every leaf; `race` trains your o
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from optimorph import curvature, linalg, probes, schedules, theory
+from optimorph import codecs, curvature, linalg, probes, schedules, theory
 from optimorph.apply_updates import apply_updates
 from optimorph.from_optax import from_optax_state
 from optimorph.inject_hyperparams import inject_hyperparams
@@ -86,6 +87,7 @@ __all__ = [
     "add_decayed_weights",
     "apply_updates",
     "clip_by_global_norm",
+    "codecs",
     "curvature",
     "dampen",
     "debias",

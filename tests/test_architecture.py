@@ -16,6 +16,7 @@ NAMES = [".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in M
 FLOORS = {
     "core": 0,
     "apply_updates": 1,
+    "codecs": 1,
     "linalg": 1,
     "routing": 2,
     "transforms": 3,
@@ -37,7 +38,8 @@ FLOORS = {
 AT_RUN_TIME = {"jax", "optax", "jaxtyping", "numpy", "optimorph"}
 WITH_RACE = AT_RUN_TIME | {"flax", "rich", "matplotlib", "sklearn"}
 PUBLIC = {
-    module: vars(module)["__all__"] for module in (om, om.linalg, om.schedules, om.theory, om.curvature)
+    module: vars(module)["__all__"]
+    for module in (om, om.codecs, om.linalg, om.schedules, om.theory, om.curvature)
 }
 OBJECTS = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")

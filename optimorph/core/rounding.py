@@ -1,4 +1,4 @@
-"""Rounding that is right on average."""
+"""Rounding to bfloat16: right on average, to the nearest, or never towards zero."""
 
 import zlib
 
@@ -20,9 +20,24 @@ def stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
     the probability (1), and the rest is cut off. Numbers of bfloat16, ±0 and ±inf stay what they are, and so
     does NaN. Finite numbers stay finite: beyond the largest of bfloat16, 3.39e38, they become that.
     """
+    return _carried(x, jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32))  # (1)
+
+
+def nearest_bfloat16(x: jax.Array) -> jax.Array:
+    """float32 numbers rounded to the nearest in bfloat16, of two the even one; finite ones stay finite."""
+    upper = jax.lax.bitcast_convert_type(x, jnp.uint32) >> 16
+    return _carried(x, 0x7FFF + (upper & 1))
+
+
+def outer_bfloat16(x: jax.Array) -> jax.Array:
+    """float32 numbers rounded to bfloat16 away from zero; finite ones stay finite."""
+    return _carried(x, jnp.uint32(0xFFFF))
+
+
+def _carried(x: jax.Array, lower: jax.Array) -> jax.Array:
+    """The upper half of x, one step away from zero where adding to the lower half carries."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    upper = ((bits + noise) >> 16).astype(jnp.uint16)  # (1)
+    upper = ((bits + lower) >> 16).astype(jnp.uint16)
     upper = jnp.where(jnp.isfinite(x) & (upper & 0x7FFF == 0x7F80), upper - 1, upper)
     rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
     return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)

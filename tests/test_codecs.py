@@ -1,0 +1,527 @@
+"""Numbers in fewer bytes: the nearest code or a fair choice of two, at any size; averages stay averages."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optimorph.codecs import BFloat16, Encoded, Float8, Float32, Nonneg8, Signed8, Split8
+from optimorph.codecs.blocks import one_of_two
+
+BLOCKS = {
+    "softsign": Signed8(),
+    "softsign, bfloat16": Signed8(scale_dtype=jnp.bfloat16),
+    "linear": Signed8(mapping="linear"),
+    "linear, bfloat16": Signed8(mapping="linear", scale_dtype=jnp.bfloat16),
+    "linear, 48": Signed8(48, mapping="linear"),
+    "float8": Float8(),
+    "float8, bfloat16": Float8(scale_dtype=jnp.bfloat16),
+    "nonneg": Nonneg8(),
+    "nonneg, bfloat16": Nonneg8(scale_dtype=jnp.bfloat16),
+}
+CODECS = {
+    "float32": Float32(),
+    "bfloat16": BFloat16(),
+    "bfloat16 by chance": BFloat16(stochastic=True),
+    "split": Split8(),
+} | BLOCKS
+FORMS = {name: codec for name, codec in CODECS.items() if name != "bfloat16" and ", bfloat16" not in name}
+NEAREST = {name: codec for name, codec in BLOCKS.items() if "nonneg" not in name}
+SIZES = [1e-36, 1e-30, 1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e30, 1e37]
+KEY = jax.random.key(0)
+
+
+def each(codecs):
+    return pytest.mark.parametrize("codec", codecs.values(), ids=codecs)
+
+
+def drawn(shape, size=1.0, seed=0):
+    """Heavy tails within every block."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
+    return (size * np.clip(x, -9, 9)).astype(np.float32)
+
+
+def inputs(codec, shape, size=1.0, seed=0):
+    x = drawn(shape, size, seed)
+    return np.abs(x) if isinstance(codec, Nonneg8) else x
+
+
+@functools.cache
+def compiled(codec):
+    return jax.jit(codec.encode), jax.jit(codec.decode)
+
+
+def round_trip(codec, x, key=KEY):
+    encode, decode = compiled(codec)
+    return np.array(decode(encode(x, key)))
+
+
+def of_all_codes(codec, scales, shape):
+    """What each of the 256 codes stands for at every place, (256, *shape), in float64; NaN for none."""
+    kind = jnp.dtype(codec.code_dtype)
+    codes = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), kind)
+    every = jax.vmap(lambda code: codec.decode(Encoded(jnp.full(shape, code, kind), scales)))(codes)
+    return np.asarray(every, np.float64)
+
+
+def largest_around(codec, x):
+    """The largest |x| of every number's block, in float64."""
+    found = np.empty(x.shape)
+    for start in range(0, x.shape[-1], codec.block):
+        part = np.s_[..., start : start + codec.block]
+        found[part] = np.abs(x[part].astype(np.float64)).max(axis=-1, keepdims=True)
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES)
+@each(NEAREST)
+def test_the_nearest_code(codec, size):
+    """Of all 256, for every number of three rows with a tail."""
+    x = drawn((3, 300), size)
+    encode, decode = compiled(codec)
+    encoded = encode(x)
+    distances = np.abs(of_all_codes(codec, encoded.scales, x.shape) - x)
+    got = np.abs(np.asarray(decode(encoded), np.float64) - x)
+    slack = np.maximum(3e-7 * largest_around(codec, x), 1.2e-38)
+    assert np.all(got <= np.nanmin(distances, axis=0) + slack)
+
+
+def neighbours(codec, x):
+    """The numbers that can be stored just below and above each x: itself twice, if it is one."""
+    if isinstance(codec, BFloat16):
+        below = (x.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64)
+        above = ((x.view(np.uint32) + 0xFFFF) & 0xFFFF0000).view(np.float32).astype(np.float64)
+        return np.minimum(below, above), np.maximum(below, above)
+    every = of_all_codes(codec, codec.encode(x, KEY).scales, x.shape)
+    below = np.where(every <= x, every, -np.inf).max(axis=0)
+    above = np.where(every >= x, every, np.inf).min(axis=0)
+    return np.where(np.isinf(below), above, below), np.where(np.isinf(above), below, above)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 1e30])
+@each({name: CODECS[name] for name in ("bfloat16 by chance", "nonneg", "nonneg, bfloat16")})
+def test_one_of_two_neighbours_and_right_on_average(codec, size):
+    """4096 times, each number within four standard errors, all of them together too."""
+    x, count = inputs(codec, (140,), size), 4096
+    low, high = neighbours(codec, x)
+    keys = jax.random.split(KEY, count)
+    got = np.asarray(jax.jit(jax.vmap(lambda key: codec.decode(codec.encode(x, key))))(keys), np.float64)
+    near = 3e-7 * np.abs(x).max() * np.ones_like(low)
+    one = (np.abs(got - low) <= near) | (np.abs(got - high) <= near)
+    assert one.mean() > 0.9999  # and the rest, a rounding away from a number that can be stored, the next
+    gap, inside = high - low, (low < x) & (x < high)
+    share = np.where(inside, (x - low) / np.where(inside, gap, 1), 0)
+    error = np.sqrt(share * (1 - share) / count) * gap
+    z = (got.mean(axis=0) - x)[inside] / (error + gap / 65536)[inside]
+    assert inside.sum() > 100
+    assert np.all(np.abs(z) <= 4)
+    assert abs(z.mean()) <= 4 / np.sqrt(inside.sum())
+
+
+def test_the_lowest_code_of_nonneg():
+    """What is below it becomes it: 1/65536 of the largest, never 0."""
+    x = np.array([1.0, 0, 1e-6, 1 / 65536, 1.4e-5], np.float32)
+    np.testing.assert_array_equal(round_trip(Nonneg8(), x)[1:], 2.0**-16)
+
+
+@each(
+    {n: c for n, c in CODECS.items() if "nonneg" not in n and "chance" not in n and n != "linear, bfloat16"}
+)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_second_round_trip_changes_nothing(codec, size):
+    once = round_trip(codec, drawn((64, 300), size))
+    np.testing.assert_array_equal(round_trip(codec, once), once)
+
+
+def test_a_third_round_trip_changes_nothing():
+    """With linear codes a scale rounded up may be lowered once."""
+    codec, x = BLOCKS["linear, bfloat16"], drawn((3000, 1))
+    once = round_trip(codec, x)
+    twice = round_trip(codec, once)
+    assert np.any(once != twice)
+    np.testing.assert_array_equal(round_trip(codec, twice), twice)
+
+
+BOUNDS = {
+    "bfloat16": (BFloat16(), lambda x: np.abs(x) / 257),
+    "bfloat16 by chance": (BFloat16(stochastic=True), lambda x: np.abs(x) / 128),
+    "softsign": (Signed8(20001), lambda x: 1 / 128 + 0 * x),
+    "linear": (Signed8(20001, mapping="linear"), lambda x: 1 / 254 + 0 * x),
+    "float8": (Float8(20001), lambda x: np.maximum(np.abs(x) / 17, 1 / 262144)),
+    "split": (Split8(), lambda x: 129 / 2**23 * np.abs(x)),
+}
+
+
+@pytest.mark.parametrize(("codec", "bound"), BOUNDS.values(), ids=BOUNDS)
+def test_errors_are_as_large_as_is_said_and_no_larger(codec, bound):
+    x = np.concatenate([np.linspace(-1, 1, 15001), np.geomspace(1e-7, 1, 5000)]).astype(np.float32)
+    error = np.abs(round_trip(codec, x) - x.astype(np.float64))
+    assert np.all(error <= 1.00001 * bound(x) + 1e-9 * (x != 0))
+    assert np.max(error[x != 0] / bound(x)[x != 0]) > 0.9
+
+
+def test_the_root_of_nonneg_is_within_a_256th():
+    x = np.linspace(0, 1, 20001).astype(np.float32)
+    error = np.abs(np.sqrt(round_trip(Nonneg8(20001), x).astype(np.float64)) - np.sqrt(x))
+    assert 0.97 / 256 < error.max() <= 1.0001 / 256
+
+
+@pytest.mark.parametrize("size", SIZES)
+@each(CODECS)
+def test_any_size(codec, size):
+    """The same relative to the largest of the block, within 1.6 %."""
+    x = inputs(codec, (4, 128), size)
+    got = round_trip(codec, x)
+    share = (got.astype(np.float64) - x) / np.abs(x).max(axis=-1, keepdims=True)
+    assert np.all(np.abs(share) < 0.05 if isinstance(codec, Float8) else np.abs(share) < 0.016)
+
+
+@pytest.mark.parametrize("size", [3.4e38, 3.395e38, 1.2e-38])
+@each(CODECS)
+def test_the_ends_of_the_range(codec, size):
+    """Scales neither overflow nor vanish; the largest are at most 0.4 % too small."""
+    x = np.full((2, 128), size, np.float32)
+    got = round_trip(codec, x)
+    np.testing.assert_allclose(got, x, rtol=0.016)
+    assert np.all(np.isfinite(got))
+
+
+@pytest.mark.parametrize("codec", [c for c in BLOCKS.values() if c.scale_dtype == jnp.bfloat16], ids=repr)
+def test_bfloat16_scales_are_the_next_above(codec):
+    x = np.abs(drawn((1000, 1))) + np.float32(1e-3)
+    scales = np.asarray(codec.encode(x, KEY).scales, np.float32)
+    assert np.all((scales >= x) & (scales <= x * (1 + 2**-7)))
+    exact = scales[:50]
+    np.testing.assert_array_equal(np.asarray(codec.encode(exact, KEY).scales, np.float32), exact)
+
+
+@each(FORMS)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 5), (1,), (129,), (2, 3, 300)])
+def test_shapes(codec, shape):
+    """Of codes, scales, zeros and all that comes back; and what they weigh."""
+    x = np.asarray(inputs(codec, shape))
+    encode, decode = compiled(codec)
+    encoded = encode(x, KEY)
+    assert encoded.codes.shape == shape
+    if hasattr(codec, "block"):
+        assert encoded.scales.shape == ((*shape[:-1], -(-shape[-1] // codec.block)) if shape else ())
+    got = decode(encoded)
+    assert (got.shape, got.dtype) == (shape, jnp.float32)
+    np.testing.assert_allclose(got, x, atol=0.05 * np.abs(x).max(initial=0))
+    zeros = codec.zeros(shape)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), zeros) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), encoded
+    )
+    np.testing.assert_array_equal(decode(zeros), np.zeros(shape))
+    assert codec.bytes_per_element(shape) == sum(x.nbytes for x in jax.tree.leaves(encoded)) / max(1, x.size)
+
+
+def test_bytes():
+    """AdamW's moments in 2.05 bytes for a parameter, with scales in bfloat16 2.03."""
+    shape = (4096, 14336)
+    found = {name: codec.bytes_per_element(shape) for name, codec in CODECS.items()}
+    assert found["softsign"] == found["nonneg"] == found["float8"] == 1 + 4 / 128
+    assert found["softsign, bfloat16"] == 1 + 2 / 128
+    assert (found["float32"], found["bfloat16"], found["split"]) == (4, 2, 3)
+
+
+@each(CODECS)
+def test_zero_blocks_are_exact(codec):
+    x = inputs(codec, (3, 256))
+    x[0, :128] = x[1] = 0
+    x[2, 128:] = 1e-39  # which is 0 to many machines
+    got = round_trip(codec, x)
+    np.testing.assert_array_equal(got[0, :128], 0)
+    np.testing.assert_array_equal(got[1], 0)
+    if hasattr(codec, "block") and codec.block == 128:
+        np.testing.assert_array_equal(got[2, 128:], 0)
+    assert np.all(np.isfinite(got))
+
+
+@pytest.mark.parametrize("sick", [np.nan, np.inf, -np.inf])
+@each(CODECS)
+def test_what_is_not_finite(codec, sick):
+    """It makes its block NaN, or comes back where there are no blocks; all others are as ever."""
+    x = inputs(codec, (2, 288))
+    well = round_trip(codec, x)
+    x[0, 150] = sick
+    got = round_trip(codec, x)
+    if not hasattr(codec, "block"):
+        assert np.array_equal(got[0, 150], np.float32(sick), equal_nan=True)
+        well[0, 150] = got[0, 150]
+    else:
+        first = 150 // codec.block * codec.block
+        well[0, first : first + codec.block] = np.nan
+    np.testing.assert_array_equal(got, well)
+
+
+def test_a_negative_second_moment_is_not_hidden():
+    x = np.ones((2, 128), np.float32)
+    x[1, 3] = -1e-6
+    got = round_trip(Nonneg8(), x)
+    assert np.all(got[0] == 1)
+    assert np.all(np.isnan(got[1]))
+
+
+def test_float32_comes_back_bit_by_bit():
+    """NaN's of any kind, subnormal numbers and -0 too."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 10000, np.uint32)
+    bits[:5] = 0x80000000, 1, 0x7FC12345, 0xFF800001, 0x7F800000
+    np.testing.assert_array_equal(round_trip(Float32(), bits.view(np.float32)).view(np.uint32), bits)
+
+
+@each(CODECS)
+def test_noise_is_that_of_the_key(codec):
+    """The same key gives the same bits; another one others, where there is chance at all."""
+    x = inputs(codec, (500,))
+    first, same, other = (np.asarray(codec.encode(x, jax.random.key(k)).codes) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first, same)
+    by_chance = isinstance(codec, Nonneg8) or codec == BFloat16(stochastic=True)
+    assert np.any(first != other) == by_chance
+
+
+@pytest.mark.parametrize("codec", [Signed8(48), Float8()], ids=repr)
+def test_blocks_know_nothing_of_each_other(codec):
+    """Each has the code and the scale that it has alone, the short one at the end too."""
+    x = drawn((2, 300))
+    encoded = codec.encode(x)
+    for start in range(0, 300, codec.block):
+        alone = codec.encode(x[:, start : start + codec.block])
+        np.testing.assert_array_equal(encoded.codes[:, start : start + codec.block], alone.codes)
+        np.testing.assert_array_equal(encoded.scales[:, start // codec.block], alone.scales[:, 0])
+
+
+@each(FORMS)
+def test_under_transformations(codec):
+    """vmap gives each what it has alone; eval_shape the shapes."""
+    x = inputs(codec, (5, 2, 129))
+    encode, decode = compiled(codec)
+    got = jax.jit(jax.vmap(encode, (0, None)))(x, KEY)
+    alone = encode(x[2], KEY)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(a[2], b)
+    np.testing.assert_array_equal(jax.vmap(decode)(got)[2], decode(alone))
+    shapes = jax.eval_shape(codec.encode, x, KEY)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), got
+    )
+    back = jax.eval_shape(codec.decode, shapes)
+    assert (back.shape, back.dtype) == (x.shape, jnp.float32)
+
+
+@each(FORMS)
+def test_dtypes(codec):
+    """Narrow numbers are widened, wide ones rounded; others are refused by name."""
+    x = inputs(codec, (9,))
+    for dtype in ("bfloat16", "float16"):
+        narrow = jnp.asarray(x).astype(dtype)
+        for a, b in zip(
+            codec.encode(narrow, KEY), codec.encode(narrow.astype(jnp.float32), KEY), strict=True
+        ):
+            np.testing.assert_array_equal(a, b)
+    with jax.enable_x64(True):
+        encoded = codec.encode(jnp.asarray(x, jnp.float64), KEY)
+        assert codec.decode(encoded).dtype == jnp.float32
+    name = type(codec).__name__
+    for bad in (np.arange(3, dtype=np.int32), np.ones(3, bool)):
+        with pytest.raises(
+            ValueError, match=rf"{name}: .* of {bad.dtype}\. Type encode\(x\.astype\('float32'\)\)"
+        ):
+            codec.encode(bad, KEY)
+    with pytest.raises(
+        ValueError, match=rf"{name}: .* complex64\. Type encode\(x\.real\) and encode\(x\.imag\)"
+    ):
+        codec.encode(np.ones(3, np.complex64), KEY)
+
+
+@pytest.mark.parametrize("codec", [Nonneg8(), BFloat16(stochastic=True)], ids=repr)
+def test_chance_needs_a_key(codec):
+    with pytest.raises(ValueError, match=r"without a key.*Type encode\(x, jax\.random\.key\(0\)\)"):
+        codec.encode(np.ones(3, np.float32))
+
+
+def test_descriptions():
+    """Equal and hashed by what they say, however it is written; nonsense is refused."""
+    assert Signed8(scale_dtype="bfloat16") == Signed8(128, scale_dtype=jnp.bfloat16) != Signed8()
+    assert len({*CODECS.values(), *CODECS.values()}) == len(CODECS)
+    assert len({Signed8(), Float8(), Nonneg8(), Signed8(64)}) == 4
+    for block in (0, -1, True):
+        with pytest.raises(ValueError, match="Float8: block must be a whole number of at least 1"):
+            Float8(block)
+    with pytest.raises(
+        ValueError, match=r"Signed8: no mapping is called 'log'\. Type 'softsign' or 'linear'"
+    ):
+        Signed8(mapping="log")
+    with pytest.raises(
+        ValueError, match=r"Nonneg8: scale_dtype must be .* float16.*Type scale_dtype='bfloat16'"
+    ):
+        Nonneg8(scale_dtype="float16")
+
+
+def finite_heads():
+    heads = np.arange(2**16, dtype=np.uint16)
+    return heads[heads & 0x7FFF < 0x7F80]
+
+
+def test_every_split_number_is_its_own():
+    """All finite bfloat16 numbers with all codes, subnormal ones too: decoded and encoded, the same pair.
+
+    So no two pairs are one number, none is rounded to another bfloat16 number than its own, and its sign is
+    kept; on each side of a number they follow each other in order.
+    """
+    heads, codes = finite_heads(), np.arange(-127, 128, dtype=np.int8)
+    codec = Split8()
+
+    @jax.jit
+    def there_and_back(heads):
+        shape = (len(heads), len(codes))
+        whole = jax.lax.bitcast_convert_type(jnp.broadcast_to(heads[:, None], shape), jnp.bfloat16)
+        x = codec.decode(Encoded(jnp.broadcast_to(codes, shape), whole))
+        again = codec.encode(x)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        return bits, again.codes, jax.lax.bitcast_convert_type(again.scales, jnp.uint16)
+
+    for part in np.split(heads, 10):
+        bits, again, whole = map(np.asarray, there_and_back(part))
+        real = (part & 0x7FFF != 0)[:, None] | (codes >= 0)  # nothing is smaller than 0
+        np.testing.assert_array_equal(np.where(real, again, 0), np.where(real, codes, 0))
+        np.testing.assert_array_equal(np.where(real, whole, 0), np.where(real, part[:, None], 0))
+        distance = bits.astype(np.int64) - (part.astype(np.int64) << 16)[:, None]
+        assert np.all(np.where(real, distance == 258 * codes.astype(np.int64), True))
+
+
+def test_split_in_every_binade():
+    """At most 129 steps of float32 away, but beyond 3.396e38, where there is no next bfloat16 number."""
+    rng = np.random.default_rng(0)
+    exponents = np.arange(255, dtype=np.uint32)[:, None] << 23
+    edges = [
+        0,
+        1,
+        128,
+        129,
+        130,
+        0x7FFF,
+        0x8000,
+        0x8001,
+        0xFFFF,
+        0x10000,
+        0x18000,
+        0x7FFFFF,
+        0x7F8000,
+        0x7F7FFF,
+    ]
+    mantissas = np.concatenate([np.array(edges, np.uint32), rng.integers(0, 2**23, 1000, np.uint32)])
+    bits = (exponents | mantissas).ravel()
+    bits = np.concatenate([bits, bits | 0x80000000])
+    encoded = jax.jit(Split8().encode)(bits.view(np.float32))
+    got = np.asarray(jax.jit(Split8().decode)(encoded)).view(np.uint32)
+    steps = np.abs(got.astype(np.int64) - bits)
+    top = bits & 0x7FFFFFFF >= 0x7F7F8000
+    assert steps[~top].max() == 129
+    assert steps[top].max() <= 32769
+    np.testing.assert_array_equal(got >> 31, bits >> 31)
+    rounded = bits.view(np.float32).astype(jnp.bfloat16)  # NumPy's, ties to even
+    np.testing.assert_array_equal(np.asarray(encoded.scales)[~top], rounded[~top])
+    assert np.all(np.isfinite(np.asarray(encoded.scales, np.float32)))
+    narrow = bits & 0xFFFF == 0
+    np.testing.assert_array_equal(got[narrow], bits[narrow])
+    assert not np.any(np.asarray(encoded.codes)[narrow])
+
+
+class ZeroCode(Nonneg8):
+    """As published: codes 0 to 255."""
+
+    def _codes(self, units, key):
+        noise = jax.random.uniform(key, units.shape)
+        below = jnp.clip(jnp.floor(255 * jnp.sqrt(units)), 0, 254)
+        return one_of_two(units, below, lambda c: (c / 255) ** 2, noise)
+
+    def _values(self, codes):
+        return (codes.astype(jnp.float32) / 255) ** 2
+
+
+class Nearest(Nonneg8):
+    """No zero, but rounded to the nearest."""
+
+    def _codes(self, units, key):
+        below = jnp.clip(jnp.floor(256 * jnp.sqrt(units)), 1, 255)
+        return one_of_two(units, below, lambda c: (c / 256) ** 2, 0.5) - 1
+
+
+def second_moment_after_a_fall(codec):
+    """Half of every block falls to a hundredth of its gradient for 3800 steps: its average over float64's."""
+    size, steps, b2 = 1024, 3800, 0.999
+    g = np.where(np.arange(size) % 2, 1.0, 0.01).astype(np.float32)
+
+    def step(stored, key):
+        v = b2 * codec.decode(stored) + (1 - b2) * g**2
+        return codec.encode(v, key), None
+
+    start = codec.encode(np.ones(size, np.float32), KEY)
+    keys = jax.random.split(jax.random.key(1), steps)
+    stored = jax.jit(lambda keys: jax.lax.scan(step, start, keys)[0])(keys)
+    v = np.asarray(codec.decode(stored), np.float64)
+    exact = b2**steps + (1 - b2**steps) * 1e-4
+    return v[::2].mean() / exact
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [Nonneg8(), Nonneg8(scale_dtype="bfloat16"), BFloat16(stochastic=True), Float32()],
+    ids=repr,
+)
+def test_second_moments_fall(codec):
+    assert abs(second_moment_after_a_fall(codec) - 1) < 0.1
+
+
+@pytest.mark.parametrize("codec", [Nearest(), BFloat16(), Float8()], ids=["Nearest", "BFloat16", "Float8"])
+def test_second_moments_would_not_fall(codec):
+    """Rounded to the nearest they stand still: why chance is needed."""
+    assert second_moment_after_a_fall(codec) > 5
+
+
+def sparse(rng, shape):
+    return rng.standard_normal(shape) * (rng.random(shape) < 0.05)
+
+
+def heavy(rng, shape):
+    return rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
+
+
+@functools.cache
+def adam(m_codec, v_codec):
+    """max |m / √v| of Adam, both moments stored by these codecs between steps, as a function of gradients."""
+    b1, b2 = 0.9, 0.999
+
+    def step(carry, g_and_key):
+        m, v, t = carry
+        g, key = g_and_key
+        m = b1 * m_codec.decode(m) + (1 - b1) * g
+        v = b2 * v_codec.decode(v) + (1 - b2) * g**2
+        update = m / (1 - b1**t) / (jnp.sqrt(v / (1 - b2**t)) + 1e-30)
+        return (m_codec.encode(m, key), v_codec.encode(v, key), t + 1), jnp.max(jnp.abs(update))
+
+    start = m_codec.zeros((512,)), v_codec.zeros((512,)), jnp.float32(1)
+    return jax.jit(lambda *xs: jnp.max(jax.lax.scan(step, start, xs)[1]))
+
+
+def largest_update(m_codec, v_codec, draw, size=1.0):
+    gs = (size * draw(np.random.default_rng(0), (1000, 512))).astype(np.float32)
+    return float(adam(m_codec, v_codec)(gs, jax.random.split(KEY, len(gs))))
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("draw", [sparse, heavy])
+def test_updates_stay_small(draw, size):
+    """Those of float32, within a twentieth; gradients of 1e-8 have squares of 1e-16."""
+    found = largest_update(Signed8(), Nonneg8(), draw, size)
+    assert found <= min(2.5, 1.05 * largest_update(Float32(), Float32(), draw, 1.0))
+
+
+@pytest.mark.parametrize("draw", [sparse, heavy])
+def test_updates_would_explode(draw):
+    """With a code for zero: why there is none."""
+    assert largest_update(Signed8(), ZeroCode(), draw) > 1e3
