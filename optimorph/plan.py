@@ -6,7 +6,6 @@ import difflib
 import functools
 import inspect
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from optimorph.core.tree import leaf_paths
 from optimorph.core.types import PyTree, Shape
 from optimorph.linalg.axes import Axes
 from optimorph.muon import muon
-from optimorph.routing.alike import listed, starred
+from optimorph.routing.alike import apart_from_numbers, listed, starred
 from optimorph.routing.reading import Reading, reader
 from optimorph.routing.rules import unused
 from optimorph.transforms.scale_by_shape import SCALES
@@ -202,7 +201,7 @@ def _alike(rows: Iterable[PlanRow]) -> Iterable[list[PlanRow]]:
     groups: dict[Any, list[PlanRow]] = {}
     for row in rows:
         same = (
-            re.sub(r"\d+", "*", row.path),
+            apart_from_numbers(row.path),
             row.shape,
             row.dtype,
             row.role,

@@ -161,11 +161,10 @@ def check_updates(name, tree, found):
             if not leaf.moves:
                 assert update is None
                 continue
-            assert (np.shape(update), jnp.result_type(update)) == (
-                leaf.shape,
-                jnp.result_type(gradient(leaf)),
-            )
-            expected = np.asarray(alone(name, leaf)[step], complex)
+            own = alone(name, leaf)[step]
+            assert (np.shape(update), jnp.result_type(update)) == (leaf.shape, own.dtype)
+            assert own.dtype == jnp.result_type(gradient(leaf)) or name == "square"  # which is real
+            expected = np.asarray(own, complex)
             assert np.all(np.isfinite(expected))
             rtol = 2.0**-7 if name in SHAPED else 0  # matrices go in stacks
             np.testing.assert_allclose(np.asarray(update, complex), expected, rtol, rtol, err_msg=name)
@@ -344,7 +343,7 @@ def test_weights_and_updates_added(tree, seed):
             before = numbers(leaf)
             assert jnp.result_type(w) == jnp.result_type(before)
             if not leaf.moves:
-                np.testing.assert_array_equal(w, before)
+                np.testing.assert_array_equal(w, jnp.asarray(before))
                 continue
             exact = np.asarray(before, complex) + np.asarray(gradient(leaf), complex)
             rtol = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(leaf.kind, 2.0**-23)
@@ -437,9 +436,28 @@ def test_labels_of_any_tree(tree):
     updates, _ = both.update(gradients(tree), both.init(params), params)
     alone, _ = om.ema(0.5).update(gradients(tree), om.ema(0.5).init(params))
     chex.assert_trees_all_equal(updates, alone)
-    again = []
-    if not refuses(lambda: again.append(om.labels(shapes)(params))):
-        assert again == [shapes]
+    if not isinstance(tree, dict) or not {"*"} & set(tree):  # which would be patterns
+        assert om.labels(shapes)(params) == shapes
+
+
+def test_two_leaves_of_one_name():
+    """Each has its own update; where paths must tell them apart they are refused."""
+    tree = {"a/b": Leaf("float32", (2, 3)), "a": {"b": Leaf("float32", (3,))}}
+    for name in EACH:
+        found, _ = follow(EACH[name](), tree)
+        check_updates(name, tree, found)
+    params = parameters(tree)
+    assert refuses(lambda: om.plan(params))
+    assert refuses(lambda: om.labels({"a/b": 1, "a": {"b": 2}})(params))
+    assert om.labels({"a/b": 1, "a": {"b": 1}})(params) == {"a/b": 1, "a": {"b": 1}}
+
+
+def test_a_star_in_a_name_is_no_number():
+    params = {"0": jnp.ones(3), "*": jnp.ones(3), "7": jnp.ones(3)}
+    lines = str(om.plan(params, axes=lambda path, shape: None)).splitlines()[2:]
+    assert [line.split()[:2] for line in lines[:2]] == [["*", "1"], ["*", "2"]]
+    with pytest.raises(ValueError, match=r"muon: '\*' has .*\n(.|\n)*muon: '\*' \(2 leaves\) has"):
+        om.muon(0.1, axes=lambda path, shape: "io").init(params)
 
 
 @fuzzed(40)

@@ -54,7 +54,7 @@ MUTATIONS = {
     "multi: no mean": (T + "multi_steps.py", " / number(count, m)", "", "multi_steps"),
     "multi: no gradient": (T + "multi_steps.py", "wide(g).astype(m.dtype) - m)", "-m)", "multi_steps"),
     "multi: no memory": (T + "multi_steps.py", "jnp.where(due, 0, jnp.where(sound, new, wide(old)))", "wide(old)", "multi_steps"),
-    "multi: always due": (T + "multi_steps.py", "sound & (count == k_at(state.steps))", "sound", "multi_steps"),
+    "multi: always due": (T + "multi_steps.py", "sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))", "sound", "multi_steps"),
     "decay: schedule stands still": (
         T + "add_decayed_weights.py",
         "DecayState(increment(state.count), reading(decay))",
@@ -111,7 +111,7 @@ MUTATIONS = {
     "clip: no bound": (T + "clip_by_global_norm.py", "bound / jnp.where", "1 / jnp.where", "clip_by_global_norm"),
     "clip: no imaginary part": (T + "clip_by_global_norm.py", "(x.real, x.imag)", "(x.real,)", "clip_by_global_norm"),
     "clip: no scale": (T + "clip_by_global_norm.py", "x * scale.astype(x.dtype) * ratio", "x * ratio", "clip_by_global_norm"),
-    "skip: the update not": (T + "skip_nonfinite.py", "lambda u: chosen(u, jnp.zeros_like(u))", "lambda u: u", "skip_nonfinite"),
+    "skip: the update not": (T + "skip_nonfinite.py", "chosen(jnp.asarray(u), jnp.zeros_like(u))", "u", "skip_nonfinite"),
     "skip: the state not": (T + "skip_nonfinite.py", "jax.tree.map(chosen, after, state.inner)", "after", "skip_nonfinite"),
     "skip: nothing else": (T + "skip_nonfinite.py", "jax.lax.select(fine, new, old)", "old", "skip_nonfinite"),
     "divide: no guard": (T + "divide.py", "jnp.maximum(d, least)", "d", "divide"),

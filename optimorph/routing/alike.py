@@ -7,6 +7,11 @@ from fnmatch import fnmatchcase
 _SHOWN = 20
 
 
+def apart_from_numbers(path: str) -> tuple[str, ...]:
+    """What paths that differ in numbers only have in common; a star of their own is no number."""
+    return tuple(re.split(r"\d+", path))
+
+
 def starred(paths: Iterable[str]) -> str:
     """Paths that differ in numbers only, as one, with a star for every number in which they differ."""
     pieces = zip(*(re.split(r"(\d+)", path) for path in paths), strict=True)
@@ -20,9 +25,9 @@ def listed(faults: Iterable[tuple[str, str]], paths: Iterable[str]) -> list[str]
       faults: (path, text) of leaves; a text names its path as `repr` does, and a rule for it so too.
       paths: of all leaves, which a rule for some must not mean.
     """
-    groups: dict[str, list[tuple[str, str]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for path, text in faults:
-        kind = text.replace(repr(path), repr(re.sub(r"\d+", "*", path)))
+        kind = (*apart_from_numbers(path), text.replace(repr(path), ""))
         groups.setdefault(kind, []).append((path, text))
     paths, shown, rest = list(paths), list(groups.values())[:_SHOWN], list(groups.values())[_SHOWN:]
     texts = [_text(group, paths) for group in shown]

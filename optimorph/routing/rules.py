@@ -46,7 +46,10 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
     if callable(rules) and _is_leaf(rules):
         return rules
     boxes = jax.tree.map(_Box, rules, is_leaf=lambda x: x is None)
-    known = {path: box.said for path, box in zip(leaf_paths(boxes), jax.tree.leaves(boxes), strict=True)}
+    known: dict[str, Any] = {}
+    for path, box in zip(leaf_paths(boxes), jax.tree.leaves(boxes), strict=True):
+        if known.setdefault(path, box.said) != box.said:
+            raise ValueError(f"labels: several leaves are called {path!r}. Type keys without slashes.")
     return lambda path, shape: known.get(path, UNSAID)
 
 

@@ -74,7 +74,7 @@ def orthogonalize(
         paths = leaf_paths(updates)
         forms = [read(path, np.shape(g)) for path, g in zip(paths, leaves, strict=True)]
         chosen = [k for k, form in enumerate(forms) if form is not None and np.size(leaves[k])]
-        matrices = [leaves[k] for k in chosen]
+        matrices = [jnp.asarray(leaves[k]) for k in chosen]
         layouts = layouts_of(who, shardings, [paths[k] for k in chosen], matrices)
         everywhere = Everywhere(polar, tuple(forms[k] for k in chosen), free, wire, bytes_at_once)
         factors = everywhere(matrices, layouts) if matrices else []  # (1)
