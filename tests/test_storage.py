@@ -217,9 +217,7 @@ def test_float16_holds_no_squares(name):
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "complex64", "nonsense"])
 def test_dtypes_of_moments_are_those_of_real_numbers(dtype):
     for name, argument in (("sgd", "accumulator_dtype"), ("adam", "mu_dtype"), ("rmsprop", "nu_dtype")):
-        with pytest.raises(
-            ValueError, match=rf"{name}: {argument} must be one of bfloat16, float16, .*{dtype}"
-        ):
+        with pytest.raises(ValueError, match=rf"{name}: {argument} must be one of bfloat16, .*{dtype}"):
             getattr(om, name)(0.1, **{argument: dtype})
     for make in (om.ema, om.momentum, om.accumulate):
         with pytest.raises(ValueError, match=rf"{make.__name__}: dtype must be one of"):
@@ -396,7 +394,7 @@ def test_cautious_decay_sees_the_smallest_numbers():
     for size in (1e-30, 1e30):
         w, g = jnp.float32([size, -size]), jnp.float32([size, size])
         updates, _ = tx.update(g, tx.init(w), w)
-        np.testing.assert_array_equal(updates, jnp.float32([1.5 * size, size]))
+        np.testing.assert_allclose(updates, jnp.float32([1.5 * size, size]), rtol=1e-6)
 
 
 def test_independent_decay_does_not_know_the_learning_rate():
