@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py
 
-Prints and writes to `benchmarks/results/sweep.json`: seconds to compile and to train, medians of interleaved
+Prints and writes to `benchmarks/results/vmap.json`: seconds to compile and to train, medians of interleaved
 rounds, and the ratios to the sweep in one program. The runs beside it are those of a user who passes the rate
 as an array to one program, and of one who types it as a Python number, which every program then has baked in
 (these sixteen compilations are their own repetition, and done in the first round only).
@@ -33,7 +33,7 @@ RATES = np.geomspace(1e-4, 0.1, 16).astype(np.float32)
 STEPS = 25
 ROUNDS = 3
 RECIPES = {"adamw": om.adamw}
-RESULTS = Path(__file__).parent / "results" / "sweep.json"
+RESULTS = Path(__file__).parent / "results" / "vmap.json"
 
 
 def trainer(make, digits):

@@ -8,6 +8,7 @@ logger.log(read(state), step)                                     # a flat dicti
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,15 +19,16 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
-from optimorph.core.checks import check_params
+from optimorph.core.checks import check_params, is_trained
 from optimorph.core.count import increment
-from optimorph.core.tree import leaf_paths, paths_and_shapes, wide
+from optimorph.core.tree import is_missing, leaf_paths, wide
 from optimorph.core.types import AxesRules, PyTree
 from optimorph.linalg.buckets import together
 from optimorph.linalg.meshes import explicit_axes
 from optimorph.routing.reading import leaf_axes
 from optimorph.transforms.add_decayed_weights import DecayState
 from optimorph.transforms.clip_by_global_norm import ClipState
+from optimorph.transforms.divide import DivideState
 from optimorph.transforms.scale_by_learning_rate import LearningRateState
 from optimorph.transforms.skip_nonfinite import SkipState
 
@@ -113,8 +115,12 @@ def probe(
 
     The numbers are in the state, one array for all of them, until the next are taken; `read` makes a
     dictionary of them. Between, nothing is computed. Probes may stand around one another, each with metrics
-    and a period of its own. Sizes below 1e-19 or above 1e19, whose squares are no float32 numbers, are not
-    measured right.
+    and a period of its own. Around `multi_steps` a probe would see the steps between, where updates are zero:
+    put it inside, `multi_steps(probe(tx), k)`.
+
+    Sizes below 1e-19 or above 1e19, whose squares are no float32 numbers, are not measured right. A step from
+    weights that are all zero is infinitely larger than they are. Integers are left out, and a leaf without a
+    gradient has NaN.
 
     Args:
       inner: any transformation, of this library or of optax.
@@ -127,8 +133,9 @@ def probe(
 
     Raises:
       ValueError: an unknown metric, `every` below 1; at `init`, leaves that no rule decides, if matrices are
-        asked for; at `update`, params missing, if weights are.
+        asked for, and two of one path; at `update`, params missing, if weights are asked for.
     """
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     _check(metrics, every)
     inner = optax.with_extra_args_support(inner)
     of_matrices = [name for name in metrics if name not in OF_LEAVES]
@@ -136,14 +143,17 @@ def probe(
 
     def names_of(params: PyTree, state: PyTree) -> tuple[str, ...]:
         """Every path with every metric that its leaf has."""
-        moments = _momenta(state)
+        moments, paths = _momenta(state), leaf_paths(params)
+        if twice := [path for path, times in Counter(paths).items() if times > 1]:
+            raise ValueError(f"probe: several leaves are called {twice[0]!r}. Type keys without slashes.")
         return tuple(
             f"{path}/{name}".lstrip("/")
             for name in metrics
-            for path, shape in paths_and_shapes(params).items()
-            if 0 not in shape
+            for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
+            if is_trained(leaf)
+            and 0 not in np.shape(leaf)
             and (path in moments or name.split("_")[0] not in ("cosine", "momentum"))
-            and (name in OF_LEAVES or form(path, shape) is not None)
+            and (name in OF_LEAVES or form(path, np.shape(leaf)) is not None)
         )
 
     def measure(names: tuple[str, ...], leaves: dict[str, Leaf]) -> jax.Array:
@@ -262,27 +272,45 @@ def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:
 
 
 def _leaves(updates: PyTree, out: PyTree, params: PyTree, state: PyTree) -> dict[str, Leaf]:
-    """Every leaf that has a gradient, by its path."""
-    gradients, steps, weights = (
-        dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True)) for tree in (updates, out, params)
-    )
+    """Every leaf that has a gradient and an update, by its path."""
+    gradients, steps, weights = map(_by_path, (updates, out, params))
     moments = _momenta(state)
-    return {path: Leaf(g, steps[path], weights.get(path), moments.get(path)) for path, g in gradients.items()}
+    return {
+        path: Leaf(g, steps[path], weights.get(path), moments.get(path))
+        for path, g in gradients.items()
+        if path in steps and not is_missing(g)
+    }
 
 
-FIRST_MOMENTS = ("velocity", "average", "mu", "trace")
-"""Fields of states that hold a first moment or velocity, here and in optax."""
+def _by_path(tree: PyTree) -> dict[str, Any]:
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
-def _momenta(state: PyTree) -> dict[str, jax.Array]:
+FIRST_MOMENTS = {
+    "MomentumState": "velocity",
+    "EmaState": "average",
+    "ScaleByAdamState": "mu",
+    "TraceState": "trace",
+    "MuonState": "mu",
+    "ScaleByLionState": "mu",
+}
+"""States that hold a first moment or velocity, here and in optax, and the field that is it."""
+
+
+def _momenta(state: PyTree) -> dict[str, Any]:
     """The first moment or velocity of every leaf that has one, by the leaf's path."""
-    found = {}
-    for path, leaf in zip(leaf_paths(state), jax.tree.leaves(state), strict=True):
-        words = path.split("/")
-        at = next((k for k, word in enumerate(words) if word in FIRST_MOMENTS), None)
-        if at is not None and "by" not in words[:at]:  # below the quotient there are second moments
-            found.setdefault("/".join(words[at + 1 :]), leaf)
+    found: dict[str, Any] = {}
+    for node in jax.tree.leaves(state, is_leaf=_holds_moments):
+        if isinstance(node, DivideState):
+            found = _momenta(node.signal) | found  # below the quotient there are second moments
+        elif _holds_moments(node):
+            found = _by_path(getattr(node, FIRST_MOMENTS[type(node).__name__])) | found
     return found
+
+
+def _holds_moments(node: Any) -> bool:
+    field = FIRST_MOMENTS.get(type(node).__name__)
+    return isinstance(node, DivideState) or (field is not None and hasattr(node, field))
 
 
 def _check(metrics: Sequence[str], every: int) -> None:

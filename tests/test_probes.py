@@ -177,6 +177,28 @@ def test_one_array_holds_all_numbers():
     assert extra == 2
 
 
+def test_names_that_are_also_those_of_states():
+    """Moments are found by the states that hold them, not by words."""
+    params = {"trace": {"w": jnp.ones((3, 4))}, "w": jnp.ones(5), "mu": jnp.ones(5)}
+    with jax.numpy_dtype_promotion("standard"):
+        tx = probe(optax.rmsprop(0.1), every=1)
+        _, state = tx.update(params, tx.init(params), params)
+    assert not any("cosine" in name for name in read(state))
+    tx = probe(om.partition({"*": "by"}, {"by": om.sgd(0.1, 0.9)}), ("cosine",), 1)
+    _, state = tx.update(params, tx.init(params), params)
+    for name in ("trace/w", "w", "mu"):
+        assert read(state)[f"{name}/cosine"] == pytest.approx(1.0)
+
+
+def test_what_is_not_trained_is_left_out():
+    params = {"w": jnp.ones(3), "count": jnp.arange(3)}
+    tx = probe(om.adam(0.1), every=1)
+    g = {"w": jnp.ones(3), "count": np.zeros(3, jax.dtypes.float0)}
+    _, state = tx.update(g, tx.init(params), params)
+    assert "w/update_rms" in read(state)
+    assert not any("count" in name for name in read(state))
+
+
 # Where they can stand.
 
 
@@ -329,5 +351,7 @@ def test_refusals():
         tx.update(weights(), tx.init(weights()))
     with refused(match=r"probe: 'mystery/kernel'"):
         probe(om.adam(0.1), ("update_stable_rank",)).init({"mystery/kernel": jnp.ones((3, 4, 5))})
-    tx = probe(om.adam(0.1), ("gradient_rms",))
+    with refused(match="probe: several leaves are called 'a/b'"):
+        probe(om.adam(0.1)).init({"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}})
+    tx = probe(om.adam(0.1), "gradient_rms")
     tx.update(weights(), tx.init(weights()))  # needs none

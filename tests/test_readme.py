@@ -68,7 +68,7 @@ def test_the_polar_table_is_the_recorded_one():
 
 
 def test_the_sweep_is_the_recorded_one():
-    recorded = json.loads((RESULTS / "sweep.json").read_text())
+    recorded = json.loads((RESULTS / "vmap.json").read_text())
     rows = recorded["recipes"]["adamw"]["rows"]
     assert f"{len(recorded['rates'])} learning rates of AdamW, {recorded['steps']} steps" in README
     for row in rows.values():

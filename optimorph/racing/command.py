@@ -111,10 +111,16 @@ def _race(console: Console, task: Task, rates: dict[str, Rates], steps: int, see
 
 def _recorded(out: Path, task: Task) -> list[Trial]:
     """The learning rates that a sweep of this task has left in the folder."""
-    path = out / "sweep.json"
-    if not path.exists():
+    try:
+        found = Result.read(out / "sweep.json")
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ):  # none, or something else
         return []
-    found = Result.read(path)
     return found.trials if found.title == task.title else []
 
 

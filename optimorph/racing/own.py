@@ -100,6 +100,16 @@ def check(found: Task, params: Any, batches: Any, seeds: int) -> None:
                 f"race: a batch of held_out is {_form(other)}, but one of batches is {_form(batch)}. "
                 "Both are lists of batches: type held_out=[batch]."
             )
+    _scalar(found, tree, batch)
+    if not all(jnp.isfinite(found.loss(tree, outside)) for outside in found.held_out("")):
+        raise ValueError(
+            "race: the loss is no finite number before the first step. Look for a division by zero, a "
+            "logarithm of zero or a NaN in held_out."
+        )
+
+
+def _scalar(found: Task, tree: Any, batch: Any) -> None:
+    """Refuse a loss that is not one real number."""
     out = jax.eval_shape(found.loss, tree, batch)
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"race: loss must return one real number, but returns {out}. Type its mean, alone.")

@@ -26,6 +26,7 @@ SETTINGS: Any = {
     "legend.handlelength": 2.8,
     "lines.linewidth": 2.0,
     "text.color": INK[0],
+    "text.parse_math": False,  # names are the user's
     "xtick.color": INK[0],
     "ytick.color": INK[0],
 }
