@@ -44,6 +44,19 @@ def test_the_race_table_is_the_recorded_one():
     assert f"jax {recorded['versions']['jax']}" in README
 
 
+def test_the_choice_is_that_of_the_recorded_races():
+    text, digits = (
+        {row["name"]: row for row in json.loads((RESULTS / name / "race.json").read_text())["rows"]}
+        for name in ("", "digits")
+    )
+    for name, row in text.items():
+        other = digits[name]
+        assert (
+            f"| {name} | {row['loss']:.3f} ± {row['spread']:.3f} "
+            f"| {other['loss']:.4f} ± {other['spread']:.4f} |" in README
+        )
+
+
 def test_the_cost_table_is_the_recorded_one():
     recorded = json.loads((RESULTS / "optimizers.json").read_text())
     for name, row in recorded["rows"].items():
