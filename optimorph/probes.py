@@ -1,6 +1,6 @@
 """What an optimizer is doing: numbers about every leaf, kept in the state and read from there.
 
-tx = probe(muon(0.02))                                            # cheap ones, every tenth step
+tx = probe(muon(0.02))                                            # cheap ones, every 25th step
 tx = probe(tx, metrics=("update_stable_rank",), every=100)        # and of the spectra, now and then
 ...
 logger.log(read(state), step)                                     # a flat dictionary of numbers
@@ -106,7 +106,7 @@ SPECTRAL = tuple(f"update_{name}" for name in OF_MATRICES)
 def probe(
     inner: optax.GradientTransformation,
     metrics: Sequence[str] = CHEAP,
-    every: int = 10,
+    every: int = 25,
     *,
     axes: AxesRules | None = None,
     exact: bool = False,
@@ -318,7 +318,7 @@ def _check(metrics: Sequence[str], every: int) -> None:
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"probe: no metric is called {unknown[0]!r}. Type some of {', '.join(known)}.")
     if not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=10.")
+        raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=25.")
 
 
 __all__ = ["CHEAP", "SPECTRAL", "ProbeState", "Readings", "probe", "read"]
