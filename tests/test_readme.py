@@ -80,6 +80,13 @@ def test_the_polar_table_is_the_recorded_one():
         assert line in README
 
 
+def test_the_cost_of_probes_is_the_recorded_one():
+    rows = json.loads((RESULTS / "probes.json").read_text())["rows"]
+    for row, digits in zip(rows.values(), (1, 0, 0), strict=True):
+        assert f"{row['look']:.{digits}f}" in README
+        assert f"({100 * row['share']:.1f} % " in README
+
+
 def test_the_sweep_is_the_recorded_one():
     recorded = json.loads((RESULTS / "vmap.json").read_text())
     rows = recorded["recipes"]["adamw"]["rows"]
