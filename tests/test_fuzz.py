@@ -36,7 +36,11 @@ def fuzzed(examples):
     checks = (HealthCheck.too_slow, HealthCheck.filter_too_much)
     phases = (Phase.generate,)  # trees are small as they are
     return settings(
-        max_examples=examples, deadline=None, derandomize=True, suppress_health_check=checks, phases=phases
+        max_examples=max(4, examples // 2),
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=checks,
+        phases=phases,
     )
 
 

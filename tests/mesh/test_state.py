@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import optimorph as om
 from optimorph.probes import CHEAP, SPECTRAL, probe, read
 
-LAYOUTS = ("replicated", "fsdp, last axis", "fsdp x tensor")
+LAYOUTS = ("replicated", "fsdp x tensor")
 
 
 def two_steps(tx, layout, mode):
