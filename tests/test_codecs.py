@@ -9,6 +9,7 @@ import pytest
 
 from optimorph.codecs import BFloat16, Encoded, Float8, Float32, Nonneg8, Signed8, Split8
 from optimorph.codecs.blocks import one_of_two
+from optimorph.core.rounding import noise, places
 
 BLOCKS = {
     "softsign": Signed8(),
@@ -434,7 +435,7 @@ def test_split_in_every_binade():
 class ZeroCode(Nonneg8):
     """As published: codes 0 to 255."""
 
-    def _codes(self, units, key):
+    def _codes(self, units, key, place):
         noise = jax.random.uniform(key, units.shape)
         below = jnp.clip(jnp.floor(255 * jnp.sqrt(units)), 0, 254)
         return one_of_two(units, below, lambda c: (c / 255) ** 2, noise)
@@ -446,7 +447,7 @@ class ZeroCode(Nonneg8):
 class Nearest(Nonneg8):
     """No zero, but rounded to the nearest."""
 
-    def _codes(self, units, key):
+    def _codes(self, units, key, place):
         below = jnp.clip(jnp.floor(256 * jnp.sqrt(units)), 1, 255)
         return one_of_two(units, below, lambda c: (c / 256) ** 2, 0.5) - 1
 
@@ -488,6 +489,10 @@ def sparse(rng, shape):
 
 
 def heavy(rng, shape):
+    return rng.standard_normal(shape) * np.exp(rng.standard_normal(shape))
+
+
+def heaviest(rng, shape):
     return rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
 
 
@@ -514,14 +519,44 @@ def largest_update(m_codec, v_codec, draw, size=1.0):
 
 
 @pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("draw", [sparse, heavy])
+@pytest.mark.parametrize("draw", [sparse, heavy, heaviest])
 def test_updates_stay_small(draw, size):
     """Those of float32, within a twentieth; gradients of 1e-8 have squares of 1e-16."""
-    found = largest_update(Signed8(), Nonneg8(), draw, size)
-    assert found <= min(2.5, 1.05 * largest_update(Float32(), Float32(), draw, 1.0))
+    found, wide = largest_update(Signed8(), Nonneg8(), draw, size), largest_update(Float32(), Float32(), draw)
+    assert found <= 1.05 * wide
+    assert found <= 2.5 or wide > 2.48  # as float32 is with the heaviest tails
 
 
-@pytest.mark.parametrize("draw", [sparse, heavy])
+@pytest.mark.parametrize("draw", [sparse, heaviest])
 def test_updates_would_explode(draw):
     """With a code for zero: why there is none."""
     assert largest_update(Signed8(), ZeroCode(), draw) > 1e3
+
+
+def test_noise_is_uniform_and_its_own():
+    """16 bits of a hash: every value as often, nothing of a neighbour, of another key, or of the step before."""
+    n = 1 << 20
+    keys = [KEY, jax.random.key(1), jax.random.fold_in(KEY, 1)]
+    drawn = np.array([noise(key, places((n,))) >> 16 for key in keys], np.float64)
+    counts = np.array([np.bincount(bits.astype(int) >> 6, minlength=1024) for bits in drawn])
+    chi = ((counts - n / 1024) ** 2 / (n / 1024)).sum(axis=1)
+    assert np.all(np.abs(chi - 1023) < 5 * np.sqrt(2 * 1023))
+    z = (drawn - 32767.5) / np.sqrt((2**32 - 1) / 12)
+    shifted = [z[0, :-k] @ z[0, k:] for k in (1, 2, 128, 4096)]
+    assert np.all(np.abs([*shifted, z[0] @ z[1], z[0] @ z[2], z[1] @ z[2]]) < 5 * np.sqrt(n))
+    bits = (drawn[0].astype(int)[:, None] >> np.arange(16)) & 1
+    assert np.all(np.abs(bits.mean(axis=0) - 0.5) < 5 * 0.5 / np.sqrt(n))
+
+
+def test_places_are_those_of_the_whole():
+    np.testing.assert_array_equal(places((3, 4, 5)), np.arange(60).reshape(3, 4, 5))
+    assert places(()) == 0
+
+
+@pytest.mark.parametrize("codec", [Nonneg8(32), BFloat16(stochastic=True)], ids=repr)
+def test_a_part_is_rounded_as_the_whole(codec):
+    x, place = inputs(codec, (6, 100)), places((6, 100))
+    whole = codec.encode(x, KEY)
+    part = codec.encode(x[2:4], KEY, place[2:4])
+    np.testing.assert_array_equal(part.codes, whole.codes[2:4])
+    assert np.any(np.asarray(codec.encode(x[2:4], KEY).codes) != np.asarray(part.codes))

@@ -33,8 +33,8 @@ class BFloat16(Codec):
         """Zeros."""
         return Encoded(jnp.zeros(shape, jnp.bfloat16), None)
 
-    def _encode(self, x: jax.Array, key: jax.Array | None) -> Encoded:
-        rounded = stochastic_bfloat16(x, self._key(key)) if self.stochastic else nearest_bfloat16(x)
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
+        rounded = stochastic_bfloat16(x, self._key(key), place) if self.stochastic else nearest_bfloat16(x)
         return Encoded(rounded, None)
 
     def _decode(self, encoded: Encoded) -> jax.Array:

@@ -55,10 +55,11 @@ class BlockCodec(Codec):
             jnp.zeros(shape, self.code_dtype), jnp.zeros(self._scales_shape(shape), self.scale_dtype)
         )
 
-    def _encode(self, x: jax.Array, key: jax.Array | None) -> Encoded:
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         blocks = self._blocks(x)
         scales = self._scales(blocks)
-        codes = self._codes(_over(blocks, scales.astype(jnp.float32)[..., None]), key)
+        units = _over(blocks, scales.astype(jnp.float32)[..., None])
+        codes = self._codes(units, key, self._blocks(place))
         return Encoded(_joined(codes.astype(self.code_dtype), x), scales.reshape(self._scales_shape(x.shape)))
 
     def _decode(self, encoded: Encoded) -> jax.Array:
@@ -75,7 +76,7 @@ class BlockCodec(Codec):
         return outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
 
     @abc.abstractmethod
-    def _codes(self, units: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
         """Of x / s, which is in [-1, 1] but for rounding, and 0 where s is 0 or NaN."""
 
     @abc.abstractmethod

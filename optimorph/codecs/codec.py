@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optimorph.core.rounding import places
 from optimorph.core.types import Shape
 
 
@@ -29,17 +30,20 @@ class Codec(abc.ABC):
     be divided over devices as the array is.
     """
 
-    def encode(self, x: Any, key: jax.Array | None = None) -> Encoded:
+    def encode(self, x: Any, key: jax.Array | None = None, place: jax.Array | None = None) -> Encoded:
         """Store an array of real numbers; those wider than float32 are rounded to it first.
 
         Args:
           x: of any shape, also `()` and empty ones.
           key: of `jax.random`; codecs that round by chance need one, the others take no notice of it.
+          place: of every number in the array that x is a part of, uint32: a part is rounded as the whole
+            would be. x is the whole without it.
 
         Raises:
           ValueError: integers, booleans or complex numbers; no key where one is needed.
         """
-        return self._encode(self._real(x), key)
+        x = self._real(x)
+        return self._encode(x, key, places(x.shape) if place is None else place)
 
     def decode(self, encoded: Encoded) -> jax.Array:
         """The numbers that are stored, in float32 and in the shape of the codes."""
@@ -55,7 +59,7 @@ class Codec(abc.ABC):
         return sum(x.size * x.dtype.itemsize for x in stored) / max(1, math.prod(shape))
 
     @abc.abstractmethod
-    def _encode(self, x: jax.Array, key: jax.Array | None) -> Encoded:
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         """`encode` of float32."""
 
     @abc.abstractmethod

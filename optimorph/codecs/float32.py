@@ -17,7 +17,7 @@ class Float32(Codec):
         """Zeros."""
         return Encoded(jnp.zeros(shape, jnp.float32), None)
 
-    def _encode(self, x: jax.Array, key: jax.Array | None) -> Encoded:
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         return Encoded(x, None)
 
     def _decode(self, encoded: Encoded) -> jax.Array:

@@ -40,7 +40,7 @@ class Float8(BlockCodec):
 
     code_dtype: ClassVar[DTypeLike] = jnp.float8_e4m3fn
 
-    def _codes(self, units: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
         return TOP * units
 
     def _values(self, codes: jax.Array) -> jax.Array:

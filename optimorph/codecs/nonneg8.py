@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optimorph.codecs.blocks import BlockCodec, one_of_two
+from optimorph.core.rounding import noise
 from optimorph.core.types import DTypeLike
 
 
@@ -43,10 +44,10 @@ class Nonneg8(BlockCodec):
     def _scales(self, blocks: jax.Array) -> jax.Array:
         return super()._scales(jnp.where(blocks < 0, jnp.nan, blocks))
 
-    def _codes(self, units: jax.Array, key: jax.Array | None) -> jax.Array:
-        noise = jax.random.bits(self._key(key), units.shape, jnp.uint16).astype(jnp.float32)
+    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        chance = (noise(self._key(key), place) >> 16).astype(jnp.float32)
         below = jnp.clip(jnp.floor(256 * jnp.sqrt(units)), 1, 255)
-        return one_of_two(units, below, _value, (noise + 0.5) / 65536) - 1  # (2)
+        return one_of_two(units, below, _value, (chance + 0.5) / 65536) - 1  # (2)
 
     def _values(self, codes: jax.Array) -> jax.Array:
         return _value(codes.astype(jnp.float32) + 1)

@@ -57,7 +57,7 @@ class Signed8(BlockCodec):
                 f"Signed8: no mapping is called {self.mapping!r}. Type {' or '.join(map(repr, VALUES))}."
             )
 
-    def _codes(self, units: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
         size = jnp.abs(units)
         below = jnp.clip(jnp.floor(CODES[self.mapping](size)), 0, 126)
         return jnp.sign(units) * one_of_two(size, below, VALUES[self.mapping], 0.5)

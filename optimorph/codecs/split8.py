@@ -37,7 +37,7 @@ class Split8(Codec):
         """Zeros."""
         return Encoded(jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.bfloat16))
 
-    def _encode(self, x: jax.Array, key: jax.Array | None) -> Encoded:
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         nearest = nearest_bfloat16(x)
         steps = jnp.where(jnp.isnan(x), 0, jax.lax.bitcast_convert_type(x, jnp.int32) - _bits(nearest))
         codes = jnp.clip(jnp.round(steps.astype(jnp.float32) / STEP), -127, 127)  # (1)

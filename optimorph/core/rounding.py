@@ -1,9 +1,12 @@
-"""Rounding to bfloat16: right on average, to the nearest, or never towards zero."""
+"""Rounding to bfloat16: right on average, to the nearest, or never towards zero; and the noise it takes."""
 
+import math
 import zlib
 
 import jax
 import jax.numpy as jnp
+
+from optimorph.core.types import Shape
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
@@ -11,7 +14,42 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
+def places(shape: Shape) -> jax.Array:
+    """The number of every element in its array, uint32, row by row; beyond 2³² from 0 again."""
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis in range(len(shape)):
+        step = math.prod(shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step)
+    return place
+
+
+def noise(key: jax.Array, place: jax.Array) -> jax.Array:
+    """32 random bits for every element, a hash of the key and the element's place and of nothing else.
+
+        x ← mix(x + word)  for every word of the key        (1)
+
+    `mix` is MurmurHash3's last step, which turns every bit of x into half of all bits. Element by element it
+    is part of the operation that needs it, where generators of whole arrays take 9 bytes an element; and it
+    is the same wherever the element lies, on any mesh and in any part of the array.
+
+    References:
+      Appleby 2011, MurmurHash3, fmix32.
+    """
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    words = jax.random.key_data(key) if typed else key
+    x = place
+    for k in range(words.shape[-1]):
+        x = _mix(x + words[..., k] + jnp.uint32(0x9E3779B9))  # (1)
+    return x
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def stochastic_bfloat16(x: jax.Array, key: jax.Array, place: jax.Array | None = None) -> jax.Array:
     """float32 numbers rounded to one of their two neighbours in bfloat16, up or down by chance.
 
         P(up) = (x - below) / (above - below), so that E[rounded] = x        (1)
@@ -19,8 +57,13 @@ def stochastic_bfloat16(x: jax.Array, key: jax.Array) -> jax.Array:
     bfloat16 is the upper half of a float32: a random lower half added to x carries into the upper one with
     the probability (1), and the rest is cut off. Numbers of bfloat16, ±0 and ±inf stay what they are, and so
     does NaN. Finite numbers stay finite: beyond the largest of bfloat16, 3.39e38, they become that.
+
+    Args:
+      x: the numbers.
+      key: of `jax.random`.
+      place: of every number in the array that x is a part of; x is the whole without it.
     """
-    return _carried(x, jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32))  # (1)
+    return _carried(x, noise(key, places(x.shape) if place is None else place) >> 16)  # (1)
 
 
 def nearest_bfloat16(x: jax.Array) -> jax.Array:
