@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optimorph.codecs import BFloat16, Encoded, Float8, Float32, Nonneg8, Signed8, Split8
+from optimorph.codecs import BFloat16, Encoded, Float8, Float32, Nonneg8, Signed8, Split8, Split16
 from optimorph.codecs.blocks import one_of_two
 from optimorph.core.rounding import noise, places
 
@@ -27,8 +27,11 @@ CODECS = {
     "bfloat16": BFloat16(),
     "bfloat16 by chance": BFloat16(stochastic=True),
     "split": Split8(),
+    "split by chance": Split8(stochastic=True),
+    "split, 16 bits": Split16(),
 } | BLOCKS
 FORMS = {name: codec for name, codec in CODECS.items() if name != "bfloat16" and ", bfloat16" not in name}
+CHANCE = ("bfloat16 by chance", "split by chance", "nonneg", "nonneg, bfloat16")
 NEAREST = {name: codec for name, codec in BLOCKS.items() if "nonneg" not in name}
 SIZES = [1e-36, 1e-30, 1e-8, 1e-6, 1e-4, 1e-2, 1.0, 1e30, 1e37]
 KEY = jax.random.key(0)
@@ -103,7 +106,7 @@ def neighbours(codec, x):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 1e30])
-@each({name: CODECS[name] for name in ("bfloat16 by chance", "nonneg", "nonneg, bfloat16")})
+@each({name: CODECS[name] for name in CHANCE})
 def test_one_of_two_neighbours_and_right_on_average(codec, size):
     """4096 times, each number within four standard errors, all of them together too."""
     x, count = inputs(codec, (140,), size), 4096
@@ -153,6 +156,7 @@ BOUNDS = {
     "linear": (Signed8(20001, mapping="linear"), lambda x: 1 / 254 + 0 * x),
     "float8": (Float8(20001), lambda x: np.maximum(np.abs(x) / 17, 1 / 262144)),
     "split": (Split8(), lambda x: 129 / 2**23 * np.abs(x)),
+    "split by chance": (Split8(stochastic=True), lambda x: 258 / 2**23 * np.abs(x)),
 }
 
 
@@ -226,7 +230,7 @@ def test_bytes():
     found = {name: codec.bytes_per_element(shape) for name, codec in CODECS.items()}
     assert found["softsign"] == found["nonneg"] == found["float8"] == 1 + 4 / 128
     assert found["softsign, bfloat16"] == 1 + 2 / 128
-    assert (found["float32"], found["bfloat16"], found["split"]) == (4, 2, 3)
+    assert (found["float32"], found["bfloat16"], found["split"], found["split, 16 bits"]) == (4, 2, 3, 4)
 
 
 @each(CODECS)
@@ -280,7 +284,7 @@ def test_noise_is_that_of_the_key(codec):
     x = inputs(codec, (500,))
     first, same, other = (np.asarray(codec.encode(x, jax.random.key(k)).codes) for k in (0, 0, 1))
     np.testing.assert_array_equal(first, same)
-    by_chance = isinstance(codec, Nonneg8) or codec == BFloat16(stochastic=True)
+    by_chance = codec in [CODECS[name] for name in CHANCE]
     assert np.any(first != other) == by_chance
 
 
@@ -338,7 +342,7 @@ def test_dtypes(codec):
         codec.encode(np.ones(3, np.complex64), KEY)
 
 
-@pytest.mark.parametrize("codec", [Nonneg8(), BFloat16(stochastic=True)], ids=repr)
+@pytest.mark.parametrize("codec", [Nonneg8(), BFloat16(stochastic=True), Split8(stochastic=True)], ids=repr)
 def test_chance_needs_a_key(codec):
     with pytest.raises(ValueError, match=r"without a key.*Type encode\(x, jax\.random\.key\(0\)\)"):
         codec.encode(np.ones(3, np.float32))
@@ -348,7 +352,7 @@ def test_descriptions():
     """Equal and hashed by what they say, however it is written; nonsense is refused."""
     assert Signed8(scale_dtype="bfloat16") == Signed8(128, scale_dtype=jnp.bfloat16) != Signed8()
     assert len({*CODECS.values(), *CODECS.values()}) == len(CODECS)
-    assert len({Signed8(), Float8(), Nonneg8(), Signed8(64)}) == 4
+    assert len({Signed8(), Float8(), Nonneg8(), Signed8(64), Split8(), Split16()}) == 6
     for block in (0, -1, True):
         with pytest.raises(ValueError, match="Float8: block must be a whole number of at least 1"):
             Float8(block)
@@ -430,6 +434,48 @@ def test_split_in_every_binade():
     narrow = bits & 0xFFFF == 0
     np.testing.assert_array_equal(got[narrow], bits[narrow])
     assert not np.any(np.asarray(encoded.codes)[narrow])
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 127, 254, 255])
+@pytest.mark.parametrize("sign", [0, 0x80000000], ids=["plus", "minus"])
+def test_float32_in_two_parts_of_16_bits(sign, exponent):
+    """Every mantissa comes back; θ' is the nearest, half-way away from zero, infinite beyond the last."""
+    bits = np.arange(2**23, dtype=np.uint32) | np.uint32(exponent << 23 | sign)
+    x = bits.view(np.float32)
+    encode, decode = compiled(Split16())
+    encoded = encode(x)
+    got = np.asarray(decode(encoded)).view(np.uint32)
+    whole = np.asarray(jax.lax.bitcast_convert_type(encoded.scales, jnp.uint16)).astype(np.int64) << 16
+    if exponent == 255:
+        np.testing.assert_array_equal(got[0], bits[0])
+        assert np.all(np.isnan(got[1:].view(np.float32)))
+        assert np.all(np.isnan(np.asarray(encoded.scales[1:], np.float32)))
+        assert not np.any(np.asarray(encoded.codes))
+        return
+    np.testing.assert_array_equal(got, bits)
+    distance = bits.astype(np.int64) - whole
+    assert (distance.min(), distance.max()) == (-0x8000, 0x7FFF)
+    np.testing.assert_array_equal(whole >> 31, sign >> 31)
+    assert np.all(np.isinf(np.asarray(encoded.scales, np.float32)) == (whole & 0x7FFFFFFF == 0x7F800000))
+
+
+def test_where_halves_of_16_bits_differ_from_astype():
+    """Half-way from an even number alone: once in 131072."""
+    bits = np.arange(2**23, dtype=np.uint32) | np.uint32(127 << 23)
+    x = bits.view(np.float32)
+    other = np.asarray(compiled(Split16())[0](x).scales) != x.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(other, bits & 0x1FFFF == 0x8000)
+
+
+def test_split_by_chance_keeps_what_a_code_says():
+    """Every number of a code has that code whatever the key; θ' is the nearest of any."""
+    codec, codes = Split8(stochastic=True), np.arange(-127, 128, dtype=np.int8)
+    x = codec.decode(Encoded(jnp.asarray(codes), jnp.full(255, -1.5, jnp.bfloat16)))
+    keys = jax.random.split(KEY, 1000)
+    again = jax.vmap(codec.encode, (None, 0))(x, keys)
+    np.testing.assert_array_equal(again.codes, np.broadcast_to(codes, (1000, 255)))
+    x = drawn((20000,))
+    np.testing.assert_array_equal(codec.encode(x, KEY).scales, x.astype(jnp.bfloat16))
 
 
 class ZeroCode(Nonneg8):
@@ -553,7 +599,7 @@ def test_places_are_those_of_the_whole():
     assert places(()) == 0
 
 
-@pytest.mark.parametrize("codec", [Nonneg8(32), BFloat16(stochastic=True)], ids=repr)
+@pytest.mark.parametrize("codec", [Nonneg8(32), BFloat16(stochastic=True), Split8(stochastic=True)], ids=repr)
 def test_a_part_is_rounded_as_the_whole(codec):
     x, place = inputs(codec, (6, 100)), places((6, 100))
     whole = codec.encode(x, KEY)

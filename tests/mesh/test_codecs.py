@@ -8,13 +8,15 @@ import trees
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optimorph.codecs import BFloat16, Float8, Float32, Nonneg8, Signed8, Split8
+from optimorph.codecs import BFloat16, Float8, Float32, Nonneg8, Signed8, Split8, Split16
 
 CODECS = [
     Float32(),
     BFloat16(),
     BFloat16(stochastic=True),
     Split8(),
+    Split8(stochastic=True),
+    Split16(),
     Signed8(),
     Signed8(mapping="linear", scale_dtype="bfloat16"),
     Nonneg8(),
@@ -72,7 +74,7 @@ def test_blocks_that_devices_share(codec, layout, mode):
             assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
-@pytest.mark.parametrize("codec", [Signed8(), Float8(), Split8()], ids=repr)
+@pytest.mark.parametrize("codec", [Signed8(), Float8(), Split8(), Split16()], ids=repr)
 def test_inside_shard_map(codec, mode):
     """Every device encodes its own blocks."""
     spec, axes, shape = WHOLE["both"]
