@@ -9,7 +9,8 @@ Optimizers, the sentences: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`
 
 Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` route by the same rules.
 
-The end of a step: `apply_updates`, which can round bfloat16 weights stochastically.
+The end of a step: `apply_updates`, which can round bfloat16 weights stochastically; `split_weights` and
+`join_weights`, which keep what bfloat16 leaves of float32 in one or two bytes.
 
 Coming from optax: `from_optax_state` carries a run over in mid-training; `inject_hyperparams` is optax's, but
 rounds no number.
@@ -37,6 +38,7 @@ from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, s
 from optimorph.plan import Plan, PlanRow, plan
 from optimorph.routing.partition import partition
 from optimorph.routing.rules import labels
+from optimorph.split_weights import join_weights, split_weights
 from optimorph.transforms.accumulate import AccumulateState, accumulate
 from optimorph.transforms.add import AddState, add
 from optimorph.transforms.add_decayed_weights import DecayState, add_decayed_weights
@@ -97,6 +99,7 @@ __all__ = [
     "in_bfloat16",
     "in_float32",
     "inject_hyperparams",
+    "join_weights",
     "labels",
     "linalg",
     "mix",
@@ -116,6 +119,7 @@ __all__ = [
     "schedules",
     "sgd",
     "skip_nonfinite",
+    "split_weights",
     "square",
     "theory",
 ]

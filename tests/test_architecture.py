@@ -18,6 +18,7 @@ FLOORS = {
     "apply_updates": 1,
     "codecs": 1,
     "linalg": 1,
+    "split_weights": 1,
     "routing": 2,
     "transforms": 3,
     "schedules": 3,
@@ -122,6 +123,7 @@ TRANSFORMS = [
     for n in om.__all__
     if inspect.isfunction(getattr(om, n))
     and n not in ("apply_updates", "from_optax_state", "inject_hyperparams", "labels", "plan")
+    and n not in ("join_weights", "split_weights")
 ]
 
 
