@@ -119,6 +119,12 @@ def test_presets(name):
     assert len(PRESETS[name](7).rows) == 7
 
 
+def test_tables_are_cut_to_the_steps():
+    rows = polar_express(steps=3).rows
+    assert NewtonSchulz(polar_express(steps=3), steps=2).table.rows == rows[:2]
+    assert NewtonSchulz(polar_express(steps=3), steps=4).table.rows == (*rows, rows[-1])
+
+
 def test_predicted_conditions():
     """The figures of the Gram Newton-Schulz autotune, to its two digits."""
     assert PRESETS["jordan"](5).conditions((3,))[0] == pytest.approx(62, rel=0.1)

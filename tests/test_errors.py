@@ -10,7 +10,7 @@ import pytest
 
 import optimorph as om
 from optimorph import schedules, theory
-from optimorph.linalg import Axes, NewtonSchulz, polar_express
+from optimorph.linalg import Axes, Coefficients, NewtonSchulz, polar_express
 
 W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
 
@@ -24,6 +24,7 @@ REFUSED = {
     "dampening alone": (lambda: om.sgd(0.1, dampening=0.1), ["sgd", "dampening", "momentum=0.9"]),
     "array learning rate": (lambda: om.adam(jnp.ones(3)), ["adam", "learning_rate", "(3,)", "vmap"]),
     "boolean learning rate": (lambda: om.adam(True), ["adam", "learning_rate", "True"]),
+    "an integer beyond all floats": (lambda: om.sgd(10**400), ["sgd", "learning_rate must be a number"]),
     "complex number": (lambda: om.momentum(np.array(0.5j)), ["momentum", "decay", "0.5j"]),
     "no number": (lambda: om.root(eps=np.array("x")), ["root", "eps", "x"]),
     "b1 of 1": (lambda: om.adam(0.1, b1=1.0), ["adam", "b1", "1.0", "[0, 1)"]),
@@ -71,6 +72,14 @@ REFUSED = {
     "safety": (lambda: polar_express(safety=-0.1), ["polar_express", "safety", "0.01"]),
     "cushion": (lambda: polar_express(cushion=1.0), ["polar_express", "cushion", "0.02"]),
     "empty table": (lambda: NewtonSchulz(()), ["Coefficients", "rows"]),
+    "a table's dtype": (
+        lambda: Coefficients(((1.5, -0.5, 0.0),), dtype="int8"),
+        ["Coefficients", "dtype", "'int8'", "'bfloat16', 'float16', 'float32', 'float64'"],
+    ),
+    "a table that only exact arithmetic keeps in bounds": (
+        lambda: NewtonSchulz(polar_express(1e-10, 12, safety=0.0, cushion=0.0), dtype="float64"),
+        ["safe in exact, not in float64", "polar_express"],
+    ),
     "short row": (lambda: NewtonSchulz(((1.0, 2.0),)), ["Coefficients", "(1.0, 2.0)"]),
     "unknown scale": (lambda: om.muon(0.1, scale="spectral"), ["scale_by_shape", "'spectral'", "'keller'"]),
     "both others": (
@@ -131,6 +140,17 @@ def test_trees_that_differ(name):
         tx.update({"w": jnp.ones((3, 4)), "b": None}, state, W)
     assert "'w'" in str(caught.value)
     assert "'b'" not in str(caught.value)
+
+
+def test_the_same_leaves_in_other_containers():
+    tx, params = om.sgd(0.1, weight_decay=0.1), (W["w"], W["b"])
+    refused(
+        lambda: tx.update([W["w"], W["b"]], tx.init(params), params), "sgd", "same leaves in other containers"
+    )
+
+
+def test_what_is_no_array_has_no_state():
+    refused(lambda: om.ema(0.9).init(W | {"f": jnp.tanh}), "'f'", "no array", "eqx.filter")
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,11 @@ def test_high_and_wide_and_squares_that_lie_alike_go_together():
     assert one(place(MESH, squares))[1].units == 2
 
 
+def test_what_is_empty_is_not_sent():
+    _, group = one(place(MESH, [leaf((0, 8, 24), "bio"), leaf((8, 24))]))
+    assert [cut.leaf for cut in group.cuts] == [1]
+
+
 def test_functions_that_may_mind_get_matrices_as_they_are():
     leaves = [leaf((8, 24), over=((), ("x",))), leaf((24, 8), over=(("x",), ()))]
     groups = [group for exchange in place(MESH, leaves, free=False).exchanges for group in exchange.groups]

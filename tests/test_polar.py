@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import optimorph as om
 from optimorph.linalg import Exact, NewtonSchulz, polar_express, symmetric
+from optimorph.linalg.buckets import together
 from optimorph.linalg.coefficients import LIMIT
 from optimorph.linalg.newton_schulz import operations
 
@@ -349,6 +350,14 @@ def test_high_and_wide_matrices_go_together():
     updates, _ = tx.update(params, tx.init(params))
     for name in params:
         np.testing.assert_allclose(updates[name], Exact()(params[name]), atol=1e-5)
+
+
+def test_empty_stacks_stay_empty():
+    """Of no matrices, and of matrices without rows: they go into no call."""
+    stacks = [jnp.zeros((0, 3, 5)), jnp.ones((2, 3, 5)), jnp.zeros((2, 5, 0))]
+    found = together(lambda x: 2 * x, stacks, turn=True)
+    assert [x.shape for x in found] == [x.shape for x in stacks]
+    np.testing.assert_array_equal(found[1], 2 * stacks[1])
 
 
 def test_the_program_grows_with_shapes_not_leaves():

@@ -416,6 +416,10 @@ def test_names_say_something_of_any_shape_and_by_any_number(path):
         assert by_name(re.sub(r"\d+", "17", path), shape) == (role, spec)
 
 
+def test_names_may_have_several_lines():
+    assert by_name("a name\nof two lines", (4, 3)) == ("dense", "io")
+
+
 @dataclasses.dataclass
 class Data:
     kernel: jax.Array

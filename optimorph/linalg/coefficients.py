@@ -193,11 +193,8 @@ def _condition(rows: Table, first: int, last: int) -> float:
 def _placed(rows: Table, limit: float) -> tuple[int, ...]:
     count = len(_greedy(rows, limit))
     ends = range(1, len(rows) + 1)
-    for tighter in sorted({_condition(rows, i, j) for j in ends for i in range(j)}):
-        placed = _greedy(rows, tighter)
-        if len(placed) <= count:
-            return placed
-    return _greedy(rows, limit)
+    tighter = sorted({_condition(rows, i, j) for j in ends for i in range(j)})
+    return next(placed for placed in (_greedy(rows, each) for each in tighter) if len(placed) <= count)
 
 
 def _greedy(rows: Table, limit: float) -> tuple[int, ...]:

@@ -244,25 +244,29 @@ def by_name(path: str, shape: Shape) -> tuple[str, str | None]:
 
 @lru_cache(maxsize=1 << 16)
 def _by_name(path: str, shape: Shape) -> tuple[str, str | None]:
+    return next(said for row in ROWS if (said := _said(row, path, shape)) is not None)
+
+
+def _said(row: Row, path: str, shape: Shape) -> tuple[str, str | None] | None:
+    """What one row says of a leaf; None where it is not meant, as the last one always is."""
+    pattern, outside = _compiled(row)
     lower = path.lower()
-    for row in ROWS:
-        pattern, outside = _compiled(row)
-        if not pattern.search(lower) or outside.search(lower):
-            continue
-        if not row.specs and row.only(shape):
-            return row.role, None
-        if row.specs and sum(size > 1 for size in shape) < 2:
-            return "vector", None
-        found = _readings(row, path, shape)
-        if (found or not row.whole) and row.only(shape):
-            return row.role, found[0] if len(found) == 1 else UNDECIDED
-    return "vector", None
+    if not pattern.search(lower) or outside.search(lower):
+        return None
+    if not row.specs and row.only(shape):
+        return row.role, None
+    if row.specs and sum(size > 1 for size in shape) < 2:
+        return "vector", None
+    found = _readings(row, path, shape)
+    if (found or not row.whole) and row.only(shape):
+        return row.role, found[0] if len(found) == 1 else UNDECIDED
+    return None
 
 
 @cache
 def _compiled(row: Row) -> tuple[re.Pattern[str], re.Pattern[str]]:
     anchored = row.pattern if row.pattern.startswith("^") else f"(?:^|/)(?:{row.pattern})"
-    return re.compile(f"{anchored}$"), re.compile(row.outside)
+    return re.compile(f"{anchored}$", re.DOTALL), re.compile(row.outside)
 
 
 def _readings(row: Row, path: str, shape: Shape) -> list[str]:

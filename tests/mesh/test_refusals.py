@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
+from optimorph.linalg.meshes import Everywhere
 
 PLAIN = {"*": "io"}
 NONE = optax.EmptyState()
@@ -77,6 +78,29 @@ def test_inside_shard_map_nothing_is_guessed():
         ValueError, match=r"inside jax.shard_map or pmap over data, model 'w' has shape \(2, 24\)"
     ):
         jax.jit(run)(jnp.ones((8, 24)))
+
+
+def test_inside_shard_map_every_leaf_is_said():
+    tx = om.muon(0.1, axes=PLAIN, shardings={"v": P("data")})
+    run = jax.shard_map(
+        lambda w: tx.init({"w": w}), mesh=mesh(), in_specs=P("data", None), out_specs=P(), check_vma=False
+    )
+    with pytest.raises(ValueError, match=r"muon: shardings say nothing of 'w'"):
+        jax.eval_shape(run, jnp.ones((8, 24)))
+
+
+def test_inside_shard_map_layouts_are_given():
+    task = Everywhere(om.linalg.NewtonSchulz(), (om.linalg.Axes("io"),))
+    place = {"mesh": mesh(), "in_specs": P("data", None), "out_specs": P("data", None)}
+    with pytest.raises(ValueError, match="layouts are not given"):
+        jax.eval_shape(jax.shard_map(lambda w: task([w])[0], **place), jnp.ones((8, 24)))
+
+
+def test_what_jax_refuses_is_in_its_own_words():
+    """The trees agree: they are on different devices."""
+    tx, (here, there) = om.ema(0.9), (jax.device_put(jnp.ones(3), device) for device in jax.devices()[:2])
+    with pytest.raises(ValueError, match="incompatible devices"):
+        tx.update({"w": there}, tx.init({"w": here}))
 
 
 def test_exported_with_shardings_that_are_said():
