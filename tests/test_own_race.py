@@ -245,6 +245,11 @@ BAD = {
     "whole numbers": ({"sgd": om.sgd(0.1)}, {"params": {"n": np.arange(3)}}, "at 'n'"),
     "functions": ({"sgd": om.sgd(0.1)}, {"params": {"f": jnp.tanh, "w": np.ones(2)}}, "which is no array"),
     "a vector": ({"sgd": om.sgd(0.1)}, {"loss": lambda p, batch: p["bias"]}, "one real number"),
+    "no number from the start": (
+        {"sgd": om.sgd(0.1)},
+        {"loss": lambda p, b: jnp.nan * loss(p, b)},
+        "no finite number before the first step",
+    ),
     "a loss with more": ({"sgd": om.sgd(0.1)}, {"loss": lambda p, b: (loss(p, b), 1)}, "one real number"),
 }
 
@@ -322,3 +327,12 @@ def test_a_missing_extra_is_named():
     assert done.stderr.endswith("optimorph.race needs rich: pip install 'optimorph[race]'\n")
     done = run_python("import optimorph as om\nom.rice")
     assert "module 'optimorph' has no attribute 'rice'" in done.stderr
+
+
+def test_a_missing_module_of_its_own_is_not_taken_for_an_extra(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(om, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'optimorph.racing.race'$"):
+        _ = om.race

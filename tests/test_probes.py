@@ -202,6 +202,11 @@ def test_what_is_not_trained_is_left_out():
 # Where they can stand.
 
 
+def test_where_nothing_has_the_metric():
+    """A cosine with the momentum that there is none of."""
+    assert list(after(probe(om.sgd(0.1), "cosine"))[0]) == ["learning_rate"]
+
+
 def test_around_each_other_and_what_else_speaks():
     """Every state that can be read is, under names that say whose it is."""
     inner = om.skip_nonfinite(

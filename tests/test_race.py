@@ -25,6 +25,7 @@ from optimorph.linalg import Axes  # noqa: F401  (the public package imports bes
 from optimorph.racing import command, contestants, grids, laps
 from optimorph.racing.contestants import Rates
 from optimorph.racing.display import Live, display
+from optimorph.racing.interrupt import stop_on_ctrl_c
 from optimorph.racing.record import Record
 from optimorph.racing.result import Result, row
 from optimorph.racing.run import Run, Track
@@ -287,6 +288,27 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert all(row["steps"] > 0 for row in found["rows"])
     for curve in found["curves"]:
         assert curve["steps"][-1] in [row["steps"] for row in found["rows"]]
+
+
+def test_a_second_ctrl_c_interrupts_at_once():
+    with stop_on_ctrl_c() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_thread_leaves_ctrl_c_alone():
+    found = []
+
+    def race():
+        with stop_on_ctrl_c() as stop:
+            found.append((stop.is_set(), signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=race)
+    thread.start()
+    thread.join()
+    assert found == [(False, signal.getsignal(signal.SIGINT))]
 
 
 def test_live_display_draws_every_contestant():
