@@ -149,6 +149,11 @@ def test_the_same_leaves_in_other_containers():
     )
 
 
+def test_complex_gradients_of_a_real_state():
+    tx = om.ema(0.9)
+    refused(lambda: tx.update(W | {"b": W["b"].astype(jnp.complex64)}, tx.init(W)), "ema", "'b'", "complex")
+
+
 def test_what_is_no_array_has_no_state():
     refused(lambda: om.ema(0.9).init(W | {"f": jnp.tanh}), "'f'", "no array", "eqx.filter")
 

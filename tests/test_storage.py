@@ -382,6 +382,13 @@ def test_multi_steps_refuses(every):
         om.multi_steps(om.sgd(0.1), every)
 
 
+def test_complex_numbers_stay_complex_in_any_dtype():
+    for dtype, stored in (("bfloat16", "complex64"), ("float64", "complex128")):
+        with jax.enable_x64(True):
+            state = om.ema(0.9, dtype=dtype).init(jnp.ones(3, jnp.complex64))
+        assert [x.dtype.name for x in jax.tree.leaves(state) if x.ndim] == [stored]
+
+
 def test_forms_of_decay_are_refused_by_name():
     for name in ("adamw", "nadamw", "muon"):
         with pytest.raises(ValueError, match=rf"{name}: no form of weight decay is called 'decoupled'"):
