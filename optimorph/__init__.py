@@ -39,6 +39,7 @@ from optimorph.plan import Plan, PlanRow, plan
 from optimorph.routing.partition import partition
 from optimorph.routing.rules import labels
 from optimorph.split_weights import join_weights, split_weights
+from optimorph.storage.compress_state import CompressedState, compress_state
 from optimorph.transforms.accumulate import AccumulateState, accumulate
 from optimorph.transforms.add import AddState, add
 from optimorph.transforms.add_decayed_weights import DecayState, add_decayed_weights
@@ -68,6 +69,7 @@ __all__ = [
     "AccumulateState",
     "AddState",
     "ClipState",
+    "CompressedState",
     "DampenState",
     "DebiasState",
     "DecayState",
@@ -90,6 +92,7 @@ __all__ = [
     "apply_updates",
     "clip_by_global_norm",
     "codecs",
+    "compress_state",
     "curvature",
     "dampen",
     "debias",

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from optimorph.core.checks import is_array, kind, not_an_array
-from optimorph.core.tree import leaf_paths
+from optimorph.core.tree import distinct_paths
 from optimorph.core.types import PyTree, Shape
 from optimorph.linalg.axes import Axes
 from optimorph.muon import muon
@@ -113,10 +113,8 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
     given = inspect.signature(muon).bind(**{"learning_rate": 0.0} | arguments)
     given.apply_defaults()
     axes, scale, others = (given.arguments[name] for name in ("axes", "scale", "others"))
-    read, paths, leaves = reader("plan", axes), leaf_paths(params), jax.tree.leaves(params)
+    read, paths, leaves = reader("plan", axes), distinct_paths("plan", params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    if twice := [path for path, times in collections.Counter(paths).items() if times > 1]:
-        raise ValueError(f"plan: several leaves are called {twice[0]!r}. Type keys without slashes.")
     readings = [
         read(path, leaf.shape) if kind(leaf) != "integer" else Reading(None, "integer")
         for path, leaf in zip(paths, shapes, strict=True)

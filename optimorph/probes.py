@@ -8,7 +8,6 @@ logger.log(read(state), step)                                     # a flat dicti
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optimorph import linalg
 from optimorph.core.checks import check_params, is_trained
 from optimorph.core.count import increment
-from optimorph.core.tree import is_missing, leaf_paths, wide
+from optimorph.core.tree import by_path, distinct_paths, is_missing, wide
 from optimorph.core.types import AxesRules, PyTree
 from optimorph.linalg.buckets import together
 from optimorph.linalg.meshes import explicit_axes
@@ -143,9 +142,7 @@ def probe(
 
     def names_of(params: PyTree, state: PyTree) -> tuple[str, ...]:
         """Every path with every metric that its leaf has."""
-        moments, paths = _momenta(state), leaf_paths(params)
-        if twice := [path for path, times in Counter(paths).items() if times > 1]:
-            raise ValueError(f"probe: several leaves are called {twice[0]!r}. Type keys without slashes.")
+        moments, paths = _momenta(state), distinct_paths("probe", params)
         return tuple(
             f"{path}/{name}".lstrip("/")
             for name in metrics
@@ -273,17 +270,13 @@ def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:
 
 def _leaves(updates: PyTree, out: PyTree, params: PyTree, state: PyTree) -> dict[str, Leaf]:
     """Every leaf that has a gradient and an update, by its path."""
-    gradients, steps, weights = map(_by_path, (updates, out, params))
+    gradients, steps, weights = map(by_path, (updates, out, params))
     moments = _momenta(state)
     return {
         path: Leaf(g, steps[path], weights.get(path), moments.get(path))
         for path, g in gradients.items()
         if path in steps and not is_missing(g)
     }
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 FIRST_MOMENTS = {
@@ -304,7 +297,7 @@ def _momenta(state: PyTree) -> dict[str, Any]:
         if isinstance(node, DivideState):
             found = _momenta(node.signal) | found  # below the quotient there are second moments
         elif _holds_moments(node):
-            found = _by_path(getattr(node, FIRST_MOMENTS[type(node).__name__])) | found
+            found = by_path(getattr(node, FIRST_MOMENTS[type(node).__name__])) | found
     return found
 
 

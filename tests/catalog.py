@@ -121,6 +121,12 @@ TRANSFORMS = [
         lambda om: om.multi_steps(om.ema(0.9), 3),
         lambda: papers.multi_steps(papers.ema(0.9), 3),
     ),
+    Entry(
+        "compress_state",
+        lambda om: om.compress_state(om.adam(0.1, eps=1e-2), {"*": om.codecs.Float32()}, elementwise=True),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-2),
+    ),
+    Entry("compress_state-default", lambda om: om.compress_state(om.ema(0.9)), lambda: papers.ema(0.9)),
     Entry("multi_steps-each", lambda om: om.multi_steps(om.ema(0.9), 1), lambda: papers.ema(0.9)),
     Entry("in_float32", lambda om: om.in_float32(om.ema(0.9)), lambda: papers.ema(0.9)),
     Entry(

@@ -29,6 +29,7 @@ FLOORS = {
     "descend": 4,
     "from_optax": 4,
     "inject_hyperparams": 4,
+    "storage": 4,
     "plan": 5,
     "probes": 5,
     "plan_command": 7,

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from optimorph.codecs import BFloat16, Encoded, Float8, Float32, Nonneg8, Signed8, Split8, Split16
-from optimorph.codecs.blocks import one_of_two
 from optimorph.core.rounding import noise, places
 
 BLOCKS = {
@@ -478,6 +477,12 @@ def test_split_by_chance_keeps_what_a_code_says():
     np.testing.assert_array_equal(codec.encode(x, KEY).scales, x.astype(jnp.bfloat16))
 
 
+def one_of_two(units, below, value, share):
+    """The code below, or the next where `units` is more than this share of the way there."""
+    low, high = value(below), value(below + 1)
+    return below + (units - low > share * (high - low)).astype(below.dtype)
+
+
 class ZeroCode(Nonneg8):
     """As published: codes 0 to 255."""
 
@@ -580,7 +585,7 @@ def test_updates_would_explode(draw):
 
 
 def test_noise_is_uniform_and_its_own():
-    """16 bits of a hash: every value as often, nothing of a neighbour, of another key, or of the step before."""
+    """16 bits of a hash: every value as often, nothing of a neighbour or of another key."""
     n = 1 << 20
     keys = [KEY, jax.random.key(1), jax.random.fold_in(KEY, 1)]
     drawn = np.array([noise(key, places((n,))) >> 16 for key in keys], np.float64)

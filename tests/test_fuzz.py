@@ -448,10 +448,13 @@ def test_labels_of_any_tree(tree):
 def test_two_leaves_of_one_name():
     """Each has its own update; where paths must tell them apart they are refused."""
     tree = {"a/b": Leaf("float32", (2, 3)), "a": {"b": Leaf("float32", (3,))}}
+    params = parameters(tree)
     for name in EACH:
+        if name.startswith("compress_state"):
+            assert refuses(lambda name=name: EACH[name]().init(params))
+            continue
         found, _ = follow(EACH[name](), tree)
         check_updates(name, tree, found)
-    params = parameters(tree)
     assert refuses(lambda: om.plan(params))
     assert refuses(lambda: om.labels({"a/b": 1, "a": {"b": 2}})(params))
     assert om.labels({"a/b": 1, "a": {"b": 1}})(params) == {"a/b": 1, "a": {"b": 1}}

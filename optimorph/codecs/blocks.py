@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -97,21 +96,11 @@ class BlockCodec(Codec):
         return x.reshape(*batch, count, width)
 
 
-def one_of_two(
-    units: jax.Array, below: jax.Array, value: Callable[[jax.Array], jax.Array], share: jax.Array | float
-) -> jax.Array:
-    """The code below, or the one above it where `units` is more than this share of the way there.
-
-    With a share of 1/2 it is the nearer one; with one drawn from [0, 1) it is right on average.
-    """
-    low, high = value(below), value(below + 1)
-    return below + (units - low > share * (high - low)).astype(below.dtype)
-
-
 def _over(blocks: jax.Array, scales: jax.Array) -> jax.Array:
-    """x / s, also where 1 / s, which compilers multiply by, is no normal number; 0 where s is 0 or NaN."""
+    """x / s, as x times 1 / s, also where that is no normal number; 0 where s is 0 or NaN."""
     middle = jnp.where(scales > 1, 2.0**-64, 2.0**64)
-    return jnp.where(scales > 0, blocks * middle / jnp.where(scales > 0, scales * middle, 1), 0)
+    inverse = jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales * middle, 1), 0)
+    return jnp.where(inverse > 0, blocks * middle * inverse, 0)
 
 
 def _whole(x: jax.Array, width: int) -> jax.Array:

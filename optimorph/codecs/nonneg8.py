@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph.codecs.blocks import BlockCodec, one_of_two
+from optimorph.codecs.blocks import BlockCodec
 from optimorph.core.rounding import noise
 from optimorph.core.types import DTypeLike
 
@@ -46,13 +46,10 @@ class Nonneg8(BlockCodec):
 
     def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
         chance = (noise(self._key(key), place) >> 16).astype(jnp.float32)
-        below = jnp.clip(jnp.floor(256 * jnp.sqrt(units)), 1, 255)
-        return one_of_two(units, below, _value, (chance + 0.5) / 65536) - 1  # (2)
+        size = 65536 * units
+        c = jnp.clip(jnp.floor(jnp.sqrt(size)), 1, 255)
+        above = size - c**2 > (chance + 0.5) / 65536 * (2 * c + 1)  # of the way to (c + 1)²
+        return c - 1 + above.astype(c.dtype)  # (2)
 
     def _values(self, codes: jax.Array) -> jax.Array:
-        return _value(codes.astype(jnp.float32) + 1)
-
-
-def _value(c: jax.Array) -> jax.Array:
-    """(1) of s = 1."""
-    return (c / 256) ** 2
+        return ((codes.astype(jnp.float32) + 1) / 256) ** 2  # (1)

@@ -6,14 +6,25 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph.codecs.blocks import BlockCodec, one_of_two
+from optimorph.codecs.blocks import BlockCodec
 from optimorph.core.types import DTypeLike
 
 VALUES = {"softsign": lambda c: c / (254 - c), "linear": lambda c: c / 127}
 """What the codes 0 to 127 stand for, in [0, 1]."""
 
-CODES = {"softsign": lambda z: 254 * z / (1 + z), "linear": lambda z: 127 * z}
-"""The other way: a code, and how far it is to the next."""
+
+def _softsign(z: jax.Array) -> jax.Array:
+    """The code nearest to z in [0, 1]: beyond half of the way from c to its next, in one division.
+
+    2 z > c / (254 - c) + (c + 1) / (253 - c)
+    """
+    c = jnp.clip(jnp.floor(254 * z / (1 + z)), 0, 126)
+    above = 2 * z * (254 - c) * (253 - c) > c * (253 - c) + (c + 1) * (254 - c)
+    return c + above.astype(z.dtype)
+
+
+CODES = {"softsign": _softsign, "linear": lambda z: jnp.clip(jnp.round(127 * z), 0, 127)}
+"""The other way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +69,10 @@ class Signed8(BlockCodec):
             )
 
     def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
-        size = jnp.abs(units)
-        below = jnp.clip(jnp.floor(CODES[self.mapping](size)), 0, 126)
-        return jnp.sign(units) * one_of_two(size, below, VALUES[self.mapping], 0.5)
+        codes = CODES[self.mapping](jnp.abs(units))
+        return jnp.where(units < 0, -codes, codes)
 
     def _values(self, codes: jax.Array) -> jax.Array:
         c = codes.astype(jnp.float32)
-        return jnp.sign(c) * VALUES[self.mapping](jnp.abs(c))
+        values = VALUES[self.mapping](jnp.abs(c))
+        return jnp.where(c < 0, -values, values)

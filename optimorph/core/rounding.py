@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +11,28 @@ from optimorph.core.types import Shape
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """The key of one leaf: that of all leaves and its path, whatever the order of the leaves."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+    """The key of one leaf, for `noise`: that of all leaves and its path, whatever the order of the leaves."""
+    return _mix(_words(key) + _mix(jnp.uint32(zlib.crc32(path.encode()))))
 
 
-def places(shape: Shape) -> jax.Array:
-    """The number of every element in its array, uint32, row by row; beyond 2³² from 0 again."""
+def places(shape: Shape, steps: Sequence[int] | None = None) -> jax.Array:
+    """The number of every element in its array, uint32, row by row; beyond 2³² from 0 again.
+
+    Args:
+      shape: of the array.
+      steps: how far it is from each element to the next along each axis, in an array that this is a part of.
+    """
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))] if steps is None else steps
     place = jnp.zeros(shape, jnp.uint32)
-    for axis in range(len(shape)):
-        step = math.prod(shape[axis + 1 :]) % 2**32
-        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step)
+    for axis, step in enumerate(steps):
+        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step % 2**32)
     return place
 
 
 def noise(key: jax.Array, place: jax.Array) -> jax.Array:
     """32 random bits for every element, a hash of the key and the element's place and of nothing else.
 
-        x ← mix(x + word)  for every word of the key        (1)
+        x ← c (x + word)  for every word of the key,  and  mix(x)        (1)
 
     `mix` is MurmurHash3's last step, which turns every bit of x into half of all bits. Element by element it
     is part of the operation that needs it, where generators of whole arrays take 9 bytes an element; and it
@@ -35,12 +41,14 @@ def noise(key: jax.Array, place: jax.Array) -> jax.Array:
     References:
       Appleby 2011, MurmurHash3, fmix32.
     """
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    words = jax.random.key_data(key) if typed else key
     x = place
-    for k in range(words.shape[-1]):
-        x = _mix(x + words[..., k] + jnp.uint32(0x9E3779B9))  # (1)
-    return x
+    for word in _words(key):
+        x = (x + word) * jnp.uint32(0x9E3779B1)
+    return _mix(x)  # (1)
+
+
+def _words(key: jax.Array) -> jax.Array:
+    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
 def _mix(x: jax.Array) -> jax.Array:

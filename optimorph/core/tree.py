@@ -1,5 +1,6 @@
 """Leaf arithmetic: float32 or wider inside, the gradient's own dtype outside, absent leaves left alone."""
 
+import collections
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -102,11 +103,17 @@ def map_state(who: str, f: Callable[..., Any], updates: PyTree, state: PyTree) -
     return map_present(who, leaf, updates, state)
 
 
-def map_paths(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
-    """`f(path, leaf)` on every leaf; None stays None."""
+def map_paths(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """`f(path, leaf, *others)` on every leaf and what else stands there in other trees; None stays None."""
     leaves, structure = jax.tree.flatten(tree)
-    found = [f(path, leaf) for path, leaf in zip(leaf_paths(tree), leaves, strict=True)]
+    others = map(structure.flatten_up_to, rest)
+    found = [f(*each) for each in zip(leaf_paths(tree), leaves, *others, strict=True)]
     return jax.tree.unflatten(structure, found)
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Every leaf by its path, in the tree's order."""
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -130,6 +137,18 @@ def leaf_paths(tree: PyTree) -> list[str]:
     return [name(path) for path, leaf in entries if not _is_absent(leaf)]
 
 
+def distinct_paths(who: str, tree: PyTree) -> list[str]:
+    """`leaf_paths`, of which no two are one.
+
+    Raises:
+      ValueError: naming `who` and the path of several leaves.
+    """
+    paths = leaf_paths(tree)
+    if twice := [path for path, times in collections.Counter(paths).items() if times > 1]:
+        raise ValueError(f"{who}: several leaves are called {twice[0]!r}. Type keys without slashes.")
+    return paths
+
+
 def _word(key: Any) -> str:
     """A key of a path; one of several, as in Flax's flat dictionaries, is several."""
     several = getattr(key, "key", None)
@@ -140,7 +159,7 @@ def _word(key: Any) -> str:
 
 def paths_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Every leaf's path and shape, in the tree's order."""
-    return dict(zip(leaf_paths(tree), map(np.shape, jax.tree.leaves(tree)), strict=True))
+    return {path: np.shape(leaf) for path, leaf in by_path(tree).items()}
 
 
 def gradients(who: str, updates: PyTree, params: PyTree = None) -> PyTree:
@@ -207,7 +226,7 @@ def map_present(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree)
     except (ValueError, TypeError, KeyError) as error:
         message = _difference(who, updates, *rest)
         if message is None and isinstance(error, UnlikeError):
-            message = unlike(who, *map(_by_path, (updates, *rest)))
+            message = unlike(who, *map(by_path, (updates, *rest)))
         if message is None:  # the trees agree, so the fault is f's own
             raise
         raise ValueError(message) from error
@@ -216,9 +235,9 @@ def map_present(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree)
 def _difference(who: str, updates: PyTree, *rest: PyTree) -> str | None:
     """How the trees differ, in leaves or else in containers; None if they agree."""
     everywhere = leaf_paths(jax.tree.map(lambda g: 0, updates, is_leaf=lambda x: x is None))
-    present = {path: g for path, g in _by_path(updates).items() if not is_missing(g)}
+    present = {path: g for path, g in by_path(updates).items() if not is_missing(g)}
     missing = {path for path in everywhere if path not in present}
-    shapes = [{path: np.shape(leaf) for path, leaf in _by_path(tree).items()} for tree in rest]
+    shapes = list(map(paths_and_shapes, rest))
     message = mismatch(who, missing, {path: np.shape(g) for path, g in present.items()}, *shapes)
     if message is None and any(not same_containers(updates, tree) for tree in rest):
         message = (
@@ -226,10 +245,6 @@ def _difference(who: str, updates: PyTree, *rest: PyTree) -> str | None:
             "containers, a list for a tuple, say. Pass trees of one structure."
         )
     return message
-
-
-def _by_path(tree: PyTree) -> dict[str, Any]:
-    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _beside(g: Any, other: Any) -> bool:

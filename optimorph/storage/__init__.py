@@ -1,0 +1,1 @@
+"""Floor 4: optimizer state in fewer bytes."""

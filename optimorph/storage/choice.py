@@ -1,0 +1,67 @@
+"""Which codec a moment is stored by."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from optimorph.codecs import Codec, Nonneg8, Signed8
+from optimorph.core.types import Rules, Shape
+from optimorph.routing.names import by_name
+from optimorph.routing.rules import UNSAID, lookup
+from optimorph.storage.moments import FIRST, SECOND
+
+WIDE = ("bias", "embedding", "norm", "vector")
+"""Roles of leaves whose moments stay as they are by default."""
+
+SMALL = 4096
+"""Leaves of fewer numbers stay as they are by default."""
+
+Choice = Callable[[str, str, Shape], Codec | None]
+"""(kind, path, shape) → codec, or None for as it is."""
+
+
+def choice(rules: Rules | None) -> Choice:
+    """The rules as one function; what they leave unsaid is as by default.
+
+    Raises:
+      ValueError: when called, naming what the rules say if it is no codec.
+    """
+    found = lookup({} if rules is None else rules)
+
+    def chosen(kind: str, path: str, shape: Shape) -> Codec | None:
+        codec = found(named(kind, path), shape)
+        if codec is UNSAID:
+            return _by_default(kind, path, shape)
+        if codec is not None and not isinstance(codec, Codec):
+            raise ValueError(
+                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, which is no codec. Type "
+                "optimorph.codecs.Signed8(), for example, or None for as it is."
+            )
+        return codec
+
+    return chosen
+
+
+def named(kind: str, path: str) -> str:
+    """What rules call a moment: `first/blocks/0/kernel`."""
+    return f"{kind}/{path}" if path else kind
+
+
+def stored_by(chosen: Choice, kind: str, path: str, codes: Any) -> Codec | None:
+    """The codec of what is stored; None of what was none for it, such as complex numbers."""
+    codec = chosen(kind, path, codes.shape)
+    return codec if codec is not None and codes.dtype == _code_dtype(codec) else None
+
+
+def _by_default(kind: str, path: str, shape: Shape) -> Codec | None:
+    if len(shape) < 2 or math.prod(shape) < SMALL or by_name(path, shape)[0] in WIDE:
+        return None
+    return {FIRST: Signed8(), SECOND: Nonneg8()}.get(kind)
+
+
+@functools.cache
+def _code_dtype(codec: Codec) -> Any:
+    return jax.eval_shape(lambda: codec.zeros(())).codes.dtype

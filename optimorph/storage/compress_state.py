@@ -1,0 +1,205 @@
+"""Any transformation's state in fewer bytes."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph.codecs import Encoded
+from optimorph.core.count import increment
+from optimorph.core.rounding import leaf_key
+from optimorph.core.slabs import slab_shape
+from optimorph.core.tree import by_path, distinct_paths, is_missing, map_paths
+from optimorph.core.types import PyTree, Rules
+from optimorph.routing.rules import unused
+from optimorph.storage.choice import Choice, choice, named, stored_by
+from optimorph.storage.encoding import begin, codes_of, decoded, encoded, scales_of
+from optimorph.storage.moments import FIELDS, Fields, map_moments, moments_of, with_moments
+from optimorph.storage.parts import Alone, Leaf, in_parts
+
+
+class CompressedState(NamedTuple):
+    """The inner state with codes in place of moments, their scales, the seed of the noise, and a count.
+
+    Args:
+      inner: as the inner transformation has it; codes have the shapes of the moments.
+      scales: a tree like the parameters for each moment, `(*batch, blocks)`; 0 blocks of what has none.
+      seed: uint32.
+      count: how many updates there have been, int32.
+    """
+
+    inner: Any
+    scales: tuple[Any, ...]
+    seed: jax.Array
+    count: jax.Array
+
+
+def compress_state(
+    inner: optax.GradientTransformation,
+    rules: Rules | None = None,
+    *,
+    elementwise: bool = False,
+    seed: int = 0,
+    fields: Fields = FIELDS,
+) -> optax.GradientTransformationExtraArgs:
+    """Keep a transformation's moments in codes of one byte or two, and take them out for the update alone.
+
+        u, s' = inner(g, decode(s))        (1)
+        s ← encode(s')                     (2)
+
+        tx = compress_state(optimorph.adamw(1e-3), elementwise=True)      # 2.06 bytes a parameter, not 8
+
+    Updates are those of s', before it is encoded. By default first moments and velocities become `Signed8`
+    and second moments `Nonneg8`, of leaves of at least two axes and 4096 numbers; embeddings, biases, norms
+    and vectors stay as they are, and so does all else that a state has. Rules say otherwise:
+
+        rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
+        rules={"*/embed*": Nonneg8(), ...}
+
+    Memory: with `elementwise` large leaves go slab by slab, in place, and there is never more of a decoded
+    moment than a slab. That is right for transformations that make every number of an update of the
+    gradient, parameter and moments at the same place: of the recipes here all but `muon`, and optax's `adam`
+    and its like, but no clipping by a norm: put that outside. It is checked when the update is traced.
+    Without, all moments are decoded, and updated, and encoded again.
+
+    The noise of codecs that round by chance is that of the seed, the step, the leaf's path and the place in
+    the leaf: a run repeats to the bit, resumed or on another mesh. Codes and scales lie as the parameters
+    do; where blocks are not cut no device sends anything. Moments of complex numbers and of float64 stay as
+    they are. Where a gradient is missing so does the state.
+
+    Args:
+      inner: any transformation, of this library or of optax, whose moments begin as one number everywhere.
+      rules: which codec, or None for as it is, by the moment's kind and the leaf's path, "first/..." or
+        "second/...": an ordered mapping from pattern, as that of `labels`, or a function (path, shape). What
+        they do not say, or say `...` of, is as by default.
+      elementwise: whether the inner transformation works place by place.
+      seed: of the noise, an integer in [0, 2³²); that of a state which is restored goes on.
+      fields: which fields of which states are moments, and of what kind; `moments.FIELDS` without it. Add
+        your own, `FIELDS | {"MyState": {"average": "first"}}`.
+
+    Raises:
+      ValueError: another seed; at `init`, rules that say what is no codec, two leaves of one path; at
+        `update`, naming the primitive, a transformation that is said to be element-wise and is not.
+
+    References:
+      Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
+    """
+    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"compress_state: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0."
+        )
+    inner = optax.with_extra_args_support(inner)
+    chosen = choice(rules)
+
+    def init(params):
+        distinct_paths("compress_state", params)
+        scales, paths = [], []
+
+        def narrow(kind, moment):
+            both = map_paths(lambda path, x: begin(chosen(kind, path, np.shape(x)), x), moment)
+            paths.extend(named(kind, path) for path in by_path(moment))
+            scales.append(scales_of(both))
+            return codes_of(both)
+
+        state = map_moments(narrow, inner.init(params), fields)
+        for rule in unused(rules, paths) if rules is not None and paths else ():
+            warnings.warn(f"compress_state: no moment matches the rule {rule!r}.", stacklevel=2)
+        return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra):
+        key = jax.random.fold_in(jax.random.key(state.seed), state.count)
+        leaves = _leaves(updates, state, params, chosen, fields)
+        large = {path: leaf for path, leaf in leaves.items() if elementwise and _is_large(leaf)}
+        small = {path: leaf for path, leaf in leaves.items() if path not in large}
+        wide = {path: _wide(leaf) for path, leaf in small.items()}
+        gradients, before, weights = _trees(wide, updates, state, params, fields)
+        out, after = inner.update(gradients, before.inner, weights, **extra)  # (1)
+        steps, moments = by_path(out), [by_path(moment) for _, moment in moments_of(after, fields)]
+        done = {  # (2)
+            path: leaf._replace(gradient=steps.get(path), moments=_stored(path, leaf, moments, key))
+            for path, leaf in small.items()
+        }
+        if large:
+            alone = Alone(inner, (updates, state.inner, params), fields, extra)
+            for path, (step, held) in in_parts(alone, large, key).items():
+                done[path] = leaves[path]._replace(gradient=step, moments=held)
+        out, full, _ = _trees(done, updates, state, None, fields)
+        codes = [moment for _, moment in moments_of(full.inner, fields)]
+        held = with_moments(after, codes, fields)
+        return out, CompressedState(held, full.scales, state.seed, increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_large(leaf: Leaf) -> bool:
+    """Whether a leaf is to go slab by slab."""
+    held = [moment for moment in leaf.moments if moment is not None]
+    return (
+        not is_missing(leaf.gradient)
+        and any(codec is not None for codec in leaf.codecs)
+        and all(np.shape(moment.codes) == np.shape(leaf.gradient) for moment in held)
+        and slab_shape(np.shape(leaf.gradient)) is not None
+    )
+
+
+def _wide(leaf: Leaf) -> Leaf:
+    """The leaf with decoded moments."""
+    moments = [
+        None if moment is None else moment._replace(codes=decoded(codec, moment))
+        for codec, moment in zip(leaf.codecs, leaf.moments, strict=True)
+    ]
+    return leaf._replace(moments=tuple(moments))
+
+
+def _stored(path: str, leaf: Leaf, moments: list[dict[str, Any]], key: jax.Array) -> tuple[Any, ...]:
+    """A leaf's new moments, encoded; those that stay as they were, bit by bit."""
+
+    def stored(kind, codec, old, new):
+        if old is None or (codec is not None and is_missing(leaf.gradient)):
+            return old
+        return encoded(codec, new[path], leaf_key(key, named(kind, path)), None, old)
+
+    return tuple(map(stored, leaf.kinds, leaf.codecs, leaf.moments, moments))
+
+
+def _leaves(
+    updates: PyTree, state: CompressedState, params: PyTree, chosen: Choice, fields: Fields
+) -> dict[str, Leaf]:
+    """What there is at every path."""
+    gradients, weights = by_path(updates), by_path(params)
+    moments = moments_of(state.inner, fields)
+    kinds, codes = tuple(kind for kind, _ in moments), [by_path(moment) for _, moment in moments]
+    scales = [by_path(each) for each in state.scales]
+
+    def leaf(path):
+        held = [Encoded(c[path], s[path]) if path in c else None for c, s in zip(codes, scales, strict=True)]
+        codecs = [
+            None if each is None else stored_by(chosen, kind, path, each.codes)
+            for kind, each in zip(kinds, held, strict=True)
+        ]
+        return Leaf(gradients.get(path), weights.get(path), tuple(held), tuple(codecs), kinds)
+
+    return {
+        path: leaf(path) for path in dict.fromkeys(p for tree in (gradients, weights, *codes) for p in tree)
+    }
+
+
+def _trees(
+    leaves: dict[str, Leaf], updates: PyTree, state: CompressedState, params: PyTree, fields: Fields
+) -> tuple[PyTree, CompressedState, PyTree]:
+    """The gradients, the state and the parameters with these leaves, and None for all others."""
+
+    def filled(tree, of):
+        return map_paths(lambda path, _: of(leaves[path]) if path in leaves else None, tree)
+
+    moments = enumerate(moment for _, moment in moments_of(state.inner, fields))
+    codes = [filled(each, lambda leaf, k=k: leaf.moments[k].codes) for k, each in moments]
+    scales = [filled(each, lambda leaf, k=k: leaf.moments[k].scales) for k, each in enumerate(state.scales)]
+    return (
+        filled(updates, lambda leaf: leaf.gradient),
+        state._replace(inner=with_moments(state.inner, codes, fields), scales=tuple(scales)),
+        filled(params, lambda leaf: leaf.weight),
+    )
