@@ -39,7 +39,8 @@ from optimorph.plan import Plan, PlanRow, plan
 from optimorph.routing.partition import partition
 from optimorph.routing.rules import labels
 from optimorph.split_weights import join_weights, split_weights
-from optimorph.storage.compress_state import CompressedState, compress_state
+from optimorph.storage.compress_state import compress_state
+from optimorph.storage.compressed import CompressedState
 from optimorph.transforms.accumulate import AccumulateState, accumulate
 from optimorph.transforms.add import AddState, add
 from optimorph.transforms.add_decayed_weights import DecayState, add_decayed_weights

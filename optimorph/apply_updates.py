@@ -61,4 +61,5 @@ def _sum(u, w):
 def _rounded(path, x, w, key):
     if key is None or x.dtype == jnp.result_type(w) or jnp.result_type(w) != jnp.bfloat16:
         return cast_like(x, w)
-    return stochastic_bfloat16(x.astype(jnp.float32), leaf_key(key, path))
+    bits = jax.random.bits(leaf_key(key, path), x.shape, jnp.uint16)
+    return stochastic_bfloat16(x.astype(jnp.float32), bits)

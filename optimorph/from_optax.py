@@ -12,6 +12,7 @@ import optax
 from optimorph.core.checks import is_trained
 from optimorph.core.tree import cast_like, leaf_paths
 from optimorph.core.types import PyTree
+from optimorph.storage.compressed import CompressedState
 from optimorph.transforms.accumulate import AccumulateState
 from optimorph.transforms.add import AddState
 from optimorph.transforms.add_decayed_weights import DecayState
@@ -266,6 +267,11 @@ def _unknown(node: Any) -> str:
         return (
             f"{WHO}: there is an array of shape {node.shape} where a state was expected, such as "
             "ScaleByAdamState. Restore a checkpoint into what optax's init makes: types are lost without it."
+        )
+    if isinstance(node, CompressedState):
+        return (
+            f"{WHO}: the moments of a CompressedState are in codes, which only its own transformation reads. "
+            "Type tx.init(params) to begin with a new state, or go on with the same compress_state."
         )
     inner = [field for field in getattr(node, "_fields", ()) if field.startswith("inner")]
     fix = "Type tx.init(params) to begin with a new state"

@@ -15,7 +15,9 @@ from optimorph.optimizers import adamw
 from optimorph.routing.layouts import of_whole
 from optimorph.routing.partition import partition
 from optimorph.routing.reading import leaf_axes
-from optimorph.routing.rules import unused
+from optimorph.routing.rules import lookup, unused
+from optimorph.storage.choice import linear
+from optimorph.storage.small import small
 from optimorph.transforms.ema import ema
 from optimorph.transforms.in_float32 import in_float32
 from optimorph.transforms.orthogonalize import orthogonalize
@@ -38,6 +40,7 @@ def muon(
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
     weight_decay_form: str = "coupled",
+    state: str | Rules | None = None,
     shardings: Rules | None = None,
     wire_dtype: DTypeLike | None = None,
 ) -> Transform:
@@ -48,13 +51,15 @@ def muon(
         Polar Express steps.
       scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
       weight_decay_form: as that of `adamw`.
+      state: "int8" stores moments of large leaves in one byte each, the average of matrices linearly; or the
+        rules of `compress_state`.
       axes: how leaves read as matrices, for those that the default rules do not know or get wrong: an
         ordered mapping from path pattern (fnmatch, `*` crosses slashes; or a compiled regular expression) to
         a spec of `linalg.Axes`, or to None for no matrix, the first match wins; or a function
         (path, shape) → spec; or a tree of specs. The default rules know the names of Flax, Equinox, Haiku,
         MaxText and Levanter: `plan` shows what becomes of every leaf.
       others: the transform of the other leaves; without one `adamw(others_learning_rate)` with this
-        `weight_decay`, in this form, and these dtypes.
+        `weight_decay`, in this form, and this state.
       others_learning_rate: of that AdamW; `learning_rate` without one.
       shardings: how leaves lie over a mesh, which is found out where it is not said: a tree of
         `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
@@ -80,10 +85,12 @@ def muon(
             f"muon: {name} is for the AdamW that others replaces. Type one of the two, such as "
             "others=optimorph.adamw(1e-3)."
         )
+    if state is not None and not isinstance(state, str):
+        state = lookup(state)  # of which some rules are for matrices, some for others
     spec = leaf_axes("muon", axes)
     whole = of_whole("muon", shardings, spec)
     matrices = chain(
-        ema(momentum, nesterov=nesterov, dtype=mu_dtype),
+        small("muon", ema(momentum, nesterov=nesterov, dtype=mu_dtype), state, nu_dtype, linear),
         orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),
         scale_by_shape(scale, spec, shardings),
         *descend("muon", learning_rate, weight_decay, mask, weight_decay_form),
@@ -97,6 +104,7 @@ def muon(
             weight_decay=weight_decay,
             mask=mask,
             weight_decay_form=weight_decay_form,
+            state=state,
         )
     both = partition(
         lambda path, shape: "other" if whole(path, shape) is None else "matrix",

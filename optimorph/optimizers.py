@@ -3,7 +3,8 @@
 First moments and velocities are stored in `mu_dtype` (`accumulator_dtype` of `sgd`, optax's name), rounded to
 the nearest; second moments in `nu_dtype`, which in bfloat16 are rounded by chance, as `in_bfloat16` does it.
 Without them moments are in float32, or in the parameter's own dtype if that is wider. In float16 nothing is
-above 65504.
+above 65504. `state="int8"` stores the moments of large leaves in one byte each, as `compress_state` does, and
+takes its rules too.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from optax import chain, identity, scale
 
 from optimorph.core.recipe import Transform, recipe
 from optimorph.core.tree import map_updates
-from optimorph.core.types import DTypeLike, Mask, Numeric, ScalarOrSchedule
+from optimorph.core.types import DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
 from optimorph.descend import descend
+from optimorph.storage.small import small
 from optimorph.transforms.accumulate import accumulate
 from optimorph.transforms.add import add
 from optimorph.transforms.add_decayed_weights import add_decayed_weights
@@ -42,6 +44,7 @@ def sgd(
     dampening: Numeric | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
+    state: str | Rules | None = None,
 ) -> Transform:
     """Gradient descent; with momentum Polyak's heavy ball, with `nesterov` Nesterov's accelerated gradient.
 
@@ -63,7 +66,7 @@ def sgd(
             "sgd: dampening shrinks what goes into a momentum without nesterov, and there is none. Type "
             "momentum=0.9, for example, or leave out dampening."
         )
-    return in_float32(
+    tx = in_float32(
         chain(
             _l2(weight_decay, mask),
             identity() if dampening is None else dampen(dampening),
@@ -73,6 +76,7 @@ def sgd(
             scale_by_learning_rate(learning_rate),
         )
     )
+    return small("sgd", tx, state)
 
 
 @recipe
@@ -85,6 +89,7 @@ def adagrad(
     nu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
+    state: str | Rules | None = None,
 ) -> Transform:
     """AdaGrad: the gradient over the root of the sum of all its squares.
 
@@ -97,7 +102,7 @@ def adagrad(
     References:
       Duchi, Hazan & Singer 2011, "Adaptive subgradient methods", algorithm 1 (diagonal).
     """
-    return in_float32(
+    tx = in_float32(
         chain(
             _l2(weight_decay, mask),
             divide(
@@ -111,6 +116,7 @@ def adagrad(
             scale_by_learning_rate(learning_rate),
         )
     )
+    return small("adagrad", tx, state, nu_dtype)
 
 
 @recipe
@@ -129,6 +135,7 @@ def rmsprop(
     nu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
+    state: str | Rules | None = None,
 ) -> Transform:
     """RMSprop: the gradient over its root mean square, or (`centered`) over its standard deviation.
 
@@ -156,7 +163,7 @@ def rmsprop(
     square_mean = chain(_stored(ema, decay, dtype=nu_dtype), correct, square())
     variance = chain(add(mean_square, chain(square_mean, scale(-1.0))), _not_negative())
     spread = variance if centered else mean_square
-    return in_float32(
+    tx = in_float32(
         chain(
             _l2(weight_decay, mask),
             divide(identity(), by=chain(spread, _root(eps, eps_in_sqrt))),
@@ -164,6 +171,7 @@ def rmsprop(
             identity() if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=mu_dtype),
         )
     )
+    return small("rmsprop", tx, state, nu_dtype)
 
 
 @recipe
@@ -178,6 +186,7 @@ def adam(
     nu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
+    state: str | Rules | None = None,
 ) -> Transform:
     """Adam: the average gradient over its root mean square, both corrected for their start at zero.
 
@@ -190,7 +199,7 @@ def adam(
     References:
       Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
     """
-    return in_float32(
+    tx = in_float32(
         chain(
             _l2(weight_decay, mask),
             divide(
@@ -200,6 +209,7 @@ def adam(
             scale_by_learning_rate(learning_rate),
         )
     )
+    return small("adam", tx, state, nu_dtype)
 
 
 @recipe
@@ -214,6 +224,7 @@ def nadam(
     nu_dtype: DTypeLike | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
+    state: str | Rules | None = None,
 ) -> Transform:
     """Nadam: Adam whose average gradient looks one step ahead.
 
@@ -226,7 +237,7 @@ def nadam(
       denominator is left out here as in optax and PyTorch. PyTorch's NAdam also changes b1 from step to step
       (its `momentum_decay`), which no argument here expresses.
     """
-    return in_float32(
+    tx = in_float32(
         chain(
             _l2(weight_decay, mask),
             divide(
@@ -236,6 +247,7 @@ def nadam(
             scale_by_learning_rate(learning_rate),
         )
     )
+    return small("nadam", tx, state, nu_dtype)
 
 
 @recipe
@@ -251,6 +263,7 @@ def adamw(
     *,
     nu_dtype: DTypeLike | None = None,
     weight_decay_form: str = "coupled",
+    state: str | Rules | None = None,
 ) -> Transform:
     """AdamW: Adam, and then every weight shrinks by the same fraction.
 
@@ -269,7 +282,7 @@ def adamw(
     References:
       Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; cautious: Chen et al. 2025, arXiv:2510.12402.
     """
-    return in_float32(
+    tx = in_float32(
         chain(
             divide(
                 chain(ema(b1, dtype=mu_dtype), debias(b1)),
@@ -278,6 +291,7 @@ def adamw(
             *descend("adamw", learning_rate, weight_decay, mask, weight_decay_form),
         )
     )
+    return small("adamw", tx, state, nu_dtype)
 
 
 @recipe
@@ -293,6 +307,7 @@ def nadamw(
     *,
     nu_dtype: DTypeLike | None = None,
     weight_decay_form: str = "coupled",
+    state: str | Rules | None = None,
 ) -> Transform:
     """NadamW: Nadam, and then every weight shrinks by the same fraction, or as `adamw` has it.
 
@@ -302,7 +317,7 @@ def nadamw(
       Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2; Loshchilov & Hutter 2019,
       arXiv:1711.05101.
     """
-    return in_float32(
+    tx = in_float32(
         chain(
             divide(
                 _dozat(b1, mu_dtype),
@@ -311,6 +326,7 @@ def nadamw(
             *descend("nadamw", learning_rate, weight_decay, mask, weight_decay_form),
         )
     )
+    return small("nadamw", tx, state, nu_dtype)
 
 
 def _stored(

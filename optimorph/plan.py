@@ -22,6 +22,8 @@ from optimorph.muon import muon
 from optimorph.routing.alike import apart_from_numbers, listed, starred
 from optimorph.routing.reading import Reading, reader
 from optimorph.routing.rules import unused
+from optimorph.storage.choice import by_default
+from optimorph.storage.moments import FIRST
 from optimorph.transforms.scale_by_shape import SCALES
 
 
@@ -104,7 +106,7 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
 
     Args:
       params: any tree of arrays, or of their shapes: nothing is computed.
-      arguments: those of `muon`; `axes`, `scale`, `others` and `mu_dtype` make a difference.
+      arguments: those of `muon`; `axes`, `scale`, `others`, `state` and `mu_dtype` make a difference.
 
     Raises:
       ValueError: axes that are no rules, a leaf that is no array. A leaf that nobody described, or whose spec
@@ -112,7 +114,7 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
     """
     given = inspect.signature(muon).bind(**{"learning_rate": 0.0} | arguments)
     given.apply_defaults()
-    axes, scale, others = (given.arguments[name] for name in ("axes", "scale", "others"))
+    axes, scale, others, state = (given.arguments[name] for name in ("axes", "scale", "others", "state"))
     read, paths, leaves = reader("plan", axes), distinct_paths("plan", params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     readings = [
@@ -122,11 +124,15 @@ def plan(params: PyTree, **arguments: Any) -> Plan:
     decided = {path: reading.axes for path, reading in zip(paths, readings, strict=True)}
     given.arguments["axes"] = lambda path, _: decided[path]
     optimizer = muon(*given.args, **given.kwargs)
-    # one leaf of each dtype tells what a number's state takes, unless others may tell leaves apart
-    alike = [
-        path if form is None and others is not None else (leaf.dtype, form is None, leaf.size > 0)
-        for (path, form), leaf in zip(decided.items(), shapes, strict=True)
-    ]
+
+    def same(path: str, form: Axes | None, leaf: jax.ShapeDtypeStruct) -> Any:
+        """One leaf tells what a number's state takes in those alike, unless rules may tell them apart."""
+        if (form is None and others is not None) or not (state is None or isinstance(state, str)):
+            return path
+        codec = None if state is None else (leaf.shape, by_default(FIRST, path, leaf.shape))
+        return leaf.dtype, form is None, leaf.size > 0, codec
+
+    alike = [same(path, decided[path], leaf) for path, leaf in zip(paths, shapes, strict=True)]
     first = dict(zip(alike, zip(paths, shapes, strict=True), strict=True))
     held = _state_bytes(optimizer, dict(first.values()))
 

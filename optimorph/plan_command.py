@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[*SCALES, "none"],
         help=f"of an update by its shape: {', '.join(SCALES)}, none (default: rms_to_rms)",
     )
+    parser.add_argument(
+        "--state",
+        choices=["float32", "int8"],
+        default="float32",
+        help="how moments are stored (default: float32)",
+    )
 
 
 def main(given: argparse.Namespace) -> int:
@@ -55,7 +61,8 @@ def main(given: argparse.Namespace) -> int:
         pattern, spec = _rule(text)
         axes.setdefault(pattern, spec)  # the first wins
     scale = None if given.scale == "none" else given.scale
-    found = plan(_shapes(given.target), scale=scale, axes=axes)
+    state = None if given.state == "float32" else given.state
+    found = plan(_shapes(given.target), scale=scale, axes=axes, state=state)
     if not len(found):
         raise BadInput(f"{given.target!r} returns no arrays; it must return parameters, or their shapes")
     print(found)

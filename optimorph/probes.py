@@ -25,9 +25,9 @@ from optimorph.core.types import AxesRules, PyTree
 from optimorph.linalg.buckets import together
 from optimorph.linalg.meshes import explicit_axes
 from optimorph.routing.reading import leaf_axes
+from optimorph.storage.moments import FIRST, moments_of
 from optimorph.transforms.add_decayed_weights import DecayState
 from optimorph.transforms.clip_by_global_norm import ClipState
-from optimorph.transforms.divide import DivideState
 from optimorph.transforms.scale_by_learning_rate import LearningRateState
 from optimorph.transforms.skip_nonfinite import SkipState
 
@@ -279,31 +279,13 @@ def _leaves(updates: PyTree, out: PyTree, params: PyTree, state: PyTree) -> dict
     }
 
 
-FIRST_MOMENTS = {
-    "MomentumState": "velocity",
-    "EmaState": "average",
-    "ScaleByAdamState": "mu",
-    "TraceState": "trace",
-    "MuonState": "mu",
-    "ScaleByLionState": "mu",
-}
-"""States that hold a first moment or velocity, here and in optax, and the field that is it."""
-
-
 def _momenta(state: PyTree) -> dict[str, Any]:
     """The first moment or velocity of every leaf that has one, by the leaf's path."""
     found: dict[str, Any] = {}
-    for node in jax.tree.leaves(state, is_leaf=_holds_moments):
-        if isinstance(node, DivideState):
-            found = _momenta(node.signal) | found  # below the quotient there are second moments
-        elif _holds_moments(node):
-            found = by_path(getattr(node, FIRST_MOMENTS[type(node).__name__])) | found
+    for kind, moment in moments_of(state):
+        if kind == FIRST:
+            found = by_path(moment) | found
     return found
-
-
-def _holds_moments(node: Any) -> bool:
-    field = FIRST_MOMENTS.get(type(node).__name__)
-    return isinstance(node, DivideState) or (field is not None and hasattr(node, field))
 
 
 def _check(metrics: Sequence[str], every: int) -> None:

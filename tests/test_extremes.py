@@ -153,14 +153,14 @@ def test_no_float32_in_float64(entry):
     with jax.enable_x64(True):
         text, (updates, state) = program(entry, jnp.float64)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("float64")}
-    assert {str(s.dtype) for s in jax.tree.leaves(state) if s.shape and s.size} <= {"float64"}
+    assert {str(s.dtype) for s in jax.tree.leaves(state) if s.shape} <= {"float64"}
     assert {str(s.dtype) for s in jax.tree.leaves(state) if not s.shape} <= {
         "int32",
         "uint32",
         "float32",
         "float64",
     }
-    assert not re.search(r"\b(bf16|f16|f32)\[(?!(\d+,)*0\])\d", text)  # but for what is empty
+    assert not re.search(r"\b(bf16|f16|f32)\[\d", text)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

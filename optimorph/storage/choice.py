@@ -34,7 +34,7 @@ def choice(rules: Rules | None) -> Choice:
     def chosen(kind: str, path: str, shape: Shape) -> Codec | None:
         codec = found(named(kind, path), shape)
         if codec is UNSAID:
-            return _by_default(kind, path, shape)
+            return by_default(kind, path, shape)
         if codec is not None and not isinstance(codec, Codec):
             raise ValueError(
                 f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, which is no codec. Type "
@@ -43,6 +43,13 @@ def choice(rules: Rules | None) -> Choice:
         return codec
 
     return chosen
+
+
+def linear(path: str, shape: Shape) -> Codec | None:
+    """A rule: as by default, but of first moments linear codes, which suffice for what is orthogonalized."""
+    kind, _, leaf = path.partition("/")
+    codec = by_default(kind, leaf, shape)
+    return Signed8(mapping="linear") if isinstance(codec, Signed8) else codec
 
 
 def named(kind: str, path: str) -> str:
@@ -56,7 +63,8 @@ def stored_by(chosen: Choice, kind: str, path: str, codes: Any) -> Codec | None:
     return codec if codec is not None and codes.dtype == _code_dtype(codec) else None
 
 
-def _by_default(kind: str, path: str, shape: Shape) -> Codec | None:
+def by_default(kind: str, path: str, shape: Shape) -> Codec | None:
+    """The codec of a moment of which no rule says anything."""
     if len(shape) < 2 or math.prod(shape) < SMALL or by_name(path, shape)[0] in WIDE:
         return None
     return {FIRST: Signed8(), SECOND: Nonneg8()}.get(kind)

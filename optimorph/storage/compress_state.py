@@ -1,7 +1,7 @@
 """Any transformation's state in fewer bytes."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +10,16 @@ import optax
 
 from optimorph.codecs import Encoded
 from optimorph.core.count import increment
-from optimorph.core.rounding import leaf_key
+from optimorph.core.rounding import leaf_words
 from optimorph.core.slabs import slab_shape
 from optimorph.core.tree import by_path, distinct_paths, is_missing, map_paths
 from optimorph.core.types import PyTree, Rules
 from optimorph.routing.rules import unused
 from optimorph.storage.choice import Choice, choice, named, stored_by
+from optimorph.storage.compressed import CompressedState
 from optimorph.storage.encoding import begin, codes_of, decoded, encoded, scales_of
 from optimorph.storage.moments import FIELDS, Fields, map_moments, moments_of, with_moments
 from optimorph.storage.parts import Alone, Leaf, in_parts
-
-
-class CompressedState(NamedTuple):
-    """The inner state with codes in place of moments, their scales, the seed of the noise, and a count.
-
-    Args:
-      inner: as the inner transformation has it; codes have the shapes of the moments.
-      scales: a tree like the parameters for each moment, `(*batch, blocks)`; 0 blocks of what has none.
-      seed: uint32.
-      count: how many updates there have been, int32.
-    """
-
-    inner: Any
-    scales: tuple[Any, ...]
-    seed: jax.Array
-    count: jax.Array
 
 
 def compress_state(
@@ -160,7 +145,7 @@ def _stored(path: str, leaf: Leaf, moments: list[dict[str, Any]], key: jax.Array
     def stored(kind, codec, old, new):
         if old is None or (codec is not None and is_missing(leaf.gradient)):
             return old
-        return encoded(codec, new[path], leaf_key(key, named(kind, path)), None, old)
+        return encoded(codec, new[path], leaf_words(key, named(kind, path)), None, old)
 
     return tuple(map(stored, leaf.kinds, leaf.codecs, leaf.moments, moments))
 

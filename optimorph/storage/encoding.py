@@ -1,5 +1,7 @@
 """Moments as codes and scales, leaf by leaf."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,31 +9,43 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optimorph.codecs import Codec, Encoded
+from optimorph.codecs import Codec, Encoded, Signed8
 from optimorph.core.types import PyTree, Shape
 from optimorph.linalg.meshes import spec_of
 from optimorph.linalg.placement import devices
 
 
 def begin(codec: Codec | None, x: jax.Array) -> Encoded:
-    """A moment that is one number everywhere, as that number is encoded; complex and float64 as they are."""
+    """A moment that is one number everywhere, as that number is encoded; complex and float64 as they are.
+
+    What has no scales gets zeros for them: a tree of scales is then one like the parameters, with arrays of
+    as many axes, which lie over a mesh as they do and can be saved.
+    """
     if codec is None or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
-        return Encoded(x, _full_beside(x, (*x.shape[:-1], 0) if x.ndim else (), jnp.float32(0)))
+        return Encoded(x, _full_beside(x, _scales_shape(Signed8(), x.shape), jnp.zeros([], x.dtype)))
     number = jnp.max(x.astype(jnp.float32), initial=-jnp.inf) if x.size else jnp.float32(0)
-    one, all_ = codec.encode(number, jax.random.key(0)), jax.eval_shape(lambda: codec.zeros(x.shape))
+    one = _encode(codec)(number, jax.random.key(0))
     codes = jnp.full_like(x, one.codes, dtype=one.codes.dtype)
-    if one.scales is None or all_.scales is None:
+    if one.scales is None:
         return begin(None, codes)
-    return Encoded(codes, _full_beside(x, all_.scales.shape, one.scales))
+    return Encoded(codes, _full_beside(x, _scales_shape(codec, x.shape), one.scales))
+
+
+@functools.cache
+def _encode(codec: Codec) -> Callable[..., Encoded]:
+    return jax.jit(codec.encode)  # traced once for all leaves
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _scales_shape(codec: Codec, shape: Shape) -> Shape:
+    scales = jax.eval_shape(lambda: codec.zeros(shape)).scales
+    assert scales is not None
+    return scales.shape
 
 
 def decoded(codec: Codec | None, encoded: Encoded) -> jax.Array:
     """The moment in float32, or as it is."""
-    codes, scales = encoded
-    if codec is None:
-        return codes
-    empty = scales is None or scales.shape[-1:] == (0,)
-    return codec.decode(Encoded(codes, None if empty else scales))
+    return encoded.codes if codec is None else codec.decode(encoded)
 
 
 def encoded(codec: Codec | None, x: jax.Array, key: jax.Array, place: Any, before: Encoded) -> Encoded:

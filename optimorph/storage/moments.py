@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from optimorph.core.types import PyTree
+from optimorph.storage.compressed import CompressedState
 from optimorph.transforms.add import AddState
 from optimorph.transforms.divide import DivideState
 from optimorph.transforms.ema import EmaState
@@ -31,7 +32,8 @@ FIELDS: Fields = {
 }
 """The states of this library and of optax that hold first moments and velocities, or second moments; an
 average that a quotient divides by is a second one. Of moments whose difference is taken, as that of a
-centered RMSprop, there is nothing here: what little is left of them would be noise."""
+centered RMSprop, there is nothing here: what little is left of them would be noise. Nor of what is in codes
+already."""
 
 
 def map_moments(
@@ -55,7 +57,7 @@ def map_moments(
         return node._replace(**{k: f(kind, getattr(node, k)) for k, kind in known.items()}) if known else node
 
     def ends(node: Any) -> bool:
-        return isinstance(node, DivideState | AddState) or bool(_known(node, fields))
+        return isinstance(node, DivideState | AddState | CompressedState) or bool(_known(node, fields))
 
     return jax.tree.map(visit, state, is_leaf=ends)
 

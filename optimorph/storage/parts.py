@@ -10,7 +10,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from optimorph.codecs import Codec, Encoded
 from optimorph.core.elementwise import not_elementwise
-from optimorph.core.rounding import leaf_key
+from optimorph.core.rounding import leaf_words
 from optimorph.core.slabs import in_slabs, slab_shape
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import PyTree, Shape
@@ -93,7 +93,7 @@ def in_parts(alone: Alone, leaves: dict[str, Leaf], key: jax.Array) -> dict[str,
     for path, leaf in leaves.items():
         program = _program(alone, path, leaf)
         run = known.setdefault(program.same, jax.jit(_run(alone, path, leaf, program)))
-        keys = [leaf_key(key, named(kind, path)) for kind in leaf.kinds]
+        keys = [leaf_words(key, named(kind, path)) for kind in leaf.kinds]
         found[path] = run(keys, leaf.gradient, leaf.weight, leaf.moments)
     return found
 
