@@ -1,9 +1,11 @@
 """What an optimizer is doing: numbers about every leaf, kept in the state and read from there.
 
-tx = probe(muon(0.02))                                            # cheap ones, every 25th step
-tx = probe(tx, metrics=("update_stable_rank",), every=100)        # and of the spectra, now and then
-...
-logger.log(read(state), step)                                     # a flat dictionary of numbers
+    tx = probe(muon(0.02))                                            # cheap ones, every 25th step
+    tx = probe(tx, metrics=("update_stable_rank",), every=100)        # and of the spectra, now and then
+    ...
+    logger.log(read(state), step)
+
+A flat dictionary of numbers is what loggers take.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
-from optimorph.core.checks import check_params, is_trained
+from optimorph.core.checks import check_params, is_integer, is_trained
 from optimorph.core.count import increment
 from optimorph.core.tree import by_path, distinct_paths, is_missing, wide
 from optimorph.core.types import AxesRules, PyTree
@@ -292,7 +294,7 @@ def _check(metrics: Sequence[str], every: int) -> None:
     known = [*OF_LEAVES, *(f"{of}_{name}" for of in Leaf._fields for name in OF_MATRICES)]
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"probe: no metric is called {unknown[0]!r}. Type some of {', '.join(known)}.")
-    if not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1:
+    if not is_integer(every, 1):
         raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=25.")
 
 

@@ -169,9 +169,7 @@ WITHOUT = {
 def delete_word(source, name, word):
     """The module with one word of one recipe's sentence gone."""
     start = source.index(f"def {name}(")
-    start = source.index(
-        "    tx = in_float32(" if name != "rmsprop" and name != "muon" else '    """', start
-    )
+    start = source.index("    tx = in_float32(" if name != "rmsprop" and name != "muon" else '    """', start)
     if name in ("rmsprop", "muon"):
         start = source.index('    """\n', start)
     end = source.find("\ndef ", start)

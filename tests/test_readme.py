@@ -97,3 +97,9 @@ def test_the_sweep_is_the_recorded_one():
     for row in rows.values():
         assert f"in {row['seconds']:.1f} s" in README
         assert row["ratio"] == 1 or f"({row['ratio']:.2f} times" in README
+
+
+def test_pictures_and_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target

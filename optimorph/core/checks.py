@@ -140,6 +140,12 @@ def check_params(who: str, params: Any, why: str) -> None:
         )
 
 
+def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
+    """Whether it is an integer, and no boolean, in [least, below)."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(least <= value < below)
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf of a tree is an array, or a number, or the shape and dtype of one."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optimorph.codecs import Encoded
+from optimorph.core.checks import is_integer
 from optimorph.core.count import increment
 from optimorph.core.rounding import leaf_words
 from optimorph.core.slabs import slab_shape
@@ -72,7 +73,7 @@ def compress_state(
     References:
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
     """
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+    if not is_integer(seed, 0, 2**32):
         raise ValueError(
             f"compress_state: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0."
         )

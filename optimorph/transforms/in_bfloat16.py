@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from optimorph.core.checks import is_integer
 from optimorph.core.count import increment
 from optimorph.core.rounding import leaf_key, stochastic_bfloat16
 from optimorph.core.tree import leaf_paths
@@ -46,7 +46,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     References:
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.
     """
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+    if not is_integer(seed, 0, 2**32):
         raise ValueError(f"in_bfloat16: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
     inner = optax.with_extra_args_support(inner)
 

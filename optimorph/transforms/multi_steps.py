@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from optimorph.core.checks import check_dtypes
+from optimorph.core.checks import check_dtypes, is_integer
 from optimorph.core.count import as_schedule, increment
 from optimorph.core.tree import cast_like, full, gradients, map_state, map_updates, number, wide
 from optimorph.core.types import DTypeLike, PyTree
@@ -61,7 +60,7 @@ def multi_steps(
     _check_k(every_k)
     check_dtypes("multi_steps", accumulator_dtype=accumulator_dtype)
     inner = optax.with_extra_args_support(inner)
-    if isinstance(every_k, int | np.integer) and every_k == 1:
+    if not callable(every_k) and every_k == 1:
         return inner
     k_at = as_schedule(every_k)
 
@@ -117,8 +116,7 @@ def _on_all_devices(so: jax.Array) -> jax.Array:
 
 
 def _check_k(every_k: Any) -> None:
-    whole = isinstance(every_k, int | np.integer) and not isinstance(every_k, bool)
-    if not callable(every_k) and not (whole and every_k >= 1):
+    if not callable(every_k) and not is_integer(every_k, 1):
         raise ValueError(
             f"multi_steps: every_k must be an integer of at least 1, but is {every_k!r}. Type every_k=4, for "
             "example."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.core.checks import is_trained
+from optimorph.core.checks import is_integer, is_trained
 from optimorph.core.count import increment
 from optimorph.core.tree import is_missing, leaf_paths
 
@@ -125,9 +125,7 @@ def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
 
 
 def _check_limit(limit: int | None) -> None:
-    if limit is not None and (
-        not isinstance(limit, int | np.integer) or isinstance(limit, bool) or limit < 0
-    ):
+    if limit is not None and not is_integer(limit, 0):
         raise ValueError(
             f"skip_nonfinite: max_consecutive must be an integer of at least 0, or None, but is {limit!r}. "
             "Type max_consecutive=10, for example."
