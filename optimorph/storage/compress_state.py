@@ -1,5 +1,6 @@
 """Any transformation's state in fewer bytes."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -13,14 +14,14 @@ from optimorph.core.checks import is_integer
 from optimorph.core.count import increment
 from optimorph.core.rounding import leaf_words
 from optimorph.core.slabs import slab_shape
-from optimorph.core.tree import by_path, distinct_paths, is_missing, map_paths
+from optimorph.core.tree import by_path, distinct_paths, is_missing, leaf_paths, map_paths
 from optimorph.core.types import PyTree, Rules
 from optimorph.routing.rules import unused
 from optimorph.storage.choice import Choice, choice, named, stored_by
 from optimorph.storage.compressed import CompressedState
-from optimorph.storage.encoding import begin, codes_of, decoded, encoded, scales_of
+from optimorph.storage.encoding import begin, codes_of, encoded, scales_of
 from optimorph.storage.moments import FIELDS, Fields, map_moments, moments_of, with_moments
-from optimorph.storage.parts import Alone, Leaf, in_parts
+from optimorph.storage.parts import Leaf, in_parts
 
 
 def compress_state(
@@ -98,20 +99,21 @@ def compress_state(
     def update(updates, state, params=None, **extra):
         key = jax.random.fold_in(jax.random.key(state.seed), state.count)
         leaves = _leaves(updates, state, params, chosen, fields)
-        large = {path: leaf for path, leaf in leaves.items() if elementwise and _is_large(leaf)}
-        small = {path: leaf for path, leaf in leaves.items() if path not in large}
-        wide = {path: _wide(leaf) for path, leaf in small.items()}
-        gradients, before, weights = _trees(wide, updates, state, params, fields)
-        out, after = inner.update(gradients, before.inner, weights, **extra)  # (1)
-        steps, moments = by_path(out), [by_path(moment) for _, moment in moments_of(after, fields)]
-        done = {  # (2)
-            path: leaf._replace(gradient=steps.get(path), moments=_stored(path, leaf, moments, key))
-            for path, leaf in small.items()
-        }
+        large = [path for path, leaf in leaves.items() if elementwise and _is_large(leaf)]
+
+        def step(wide):
+            gradients, before, weights = _trees(wide, updates, state, params, fields)
+            out, after = inner.update(gradients, before.inner, weights, **extra)  # (1)
+            steps, moments = by_path(out), [by_path(moment) for _, moment in moments_of(after, fields)]
+            done = {path: _after(path, leaf, steps, moments) for path, leaf in wide.items()}
+            return done, with_moments(after, [None] * len(moments), fields)
+
         if large:
-            alone = Alone(inner, (updates, state.inner, params), fields, extra)
-            for path, (step, held) in in_parts(alone, large, key).items():
-                done[path] = leaves[path]._replace(gradient=step, moments=held)
+            done, after = in_parts(step, leaves, large, key)
+        else:
+            done, after = step({path: leaf.wide() for path, leaf in leaves.items()})
+        for path in done.keys() - large:
+            done[path] = _stored(path, leaves[path], done[path], key)  # (2)
         out, full, _ = _trees(done, updates, state, None, fields)
         codes = [moment for _, moment in moments_of(full.inner, fields)]
         held = with_moments(after, codes, fields)
@@ -124,31 +126,32 @@ def _is_large(leaf: Leaf) -> bool:
     """Whether a leaf is to go slab by slab."""
     held = [moment for moment in leaf.moments if moment is not None]
     return (
-        not is_missing(leaf.gradient)
+        leaf.gradient is not None
         and any(codec is not None for codec in leaf.codecs)
         and all(np.shape(moment.codes) == np.shape(leaf.gradient) for moment in held)
         and slab_shape(np.shape(leaf.gradient)) is not None
     )
 
 
-def _wide(leaf: Leaf) -> Leaf:
-    """The leaf with decoded moments."""
-    moments = [
-        None if moment is None else moment._replace(codes=decoded(codec, moment))
-        for codec, moment in zip(leaf.codecs, leaf.moments, strict=True)
+def _after(path: str, leaf: Leaf, steps: dict[str, Any], moments: list[dict[str, Any]]) -> Leaf:
+    """A leaf's update and its new moments; without a gradient the old ones."""
+    held = [
+        old if old is None or leaf.missing else Encoded(new[path], None)
+        for old, new in zip(leaf.moments, moments, strict=True)
     ]
-    return leaf._replace(moments=tuple(moments))
+    return dataclasses.replace(leaf, gradient=steps.get(path), weight=None, moments=tuple(held))
 
 
-def _stored(path: str, leaf: Leaf, moments: list[dict[str, Any]], key: jax.Array) -> tuple[Any, ...]:
-    """A leaf's new moments, encoded; those that stay as they were, bit by bit."""
+def _stored(path: str, before: Leaf, after: Leaf, key: jax.Array) -> Leaf:
+    """A leaf with its new moments encoded; those that stay as they were, bit by bit."""
 
     def stored(kind, codec, old, new):
-        if old is None or (codec is not None and is_missing(leaf.gradient)):
+        if old is None or before.missing:
             return old
-        return encoded(codec, new[path], leaf_words(key, named(kind, path)), None, old)
+        return encoded(codec, new.codes, leaf_words(key, named(kind, path)), None, old)
 
-    return tuple(map(stored, leaf.kinds, leaf.codecs, leaf.moments, moments))
+    moments = map(stored, before.kinds, before.codecs, before.moments, after.moments)
+    return dataclasses.replace(after, moments=tuple(moments))
 
 
 def _leaves(
@@ -156,6 +159,7 @@ def _leaves(
 ) -> dict[str, Leaf]:
     """What there is at every path."""
     gradients, weights = by_path(updates), by_path(params)
+    everywhere = set(leaf_paths(jax.tree.map(lambda g: 0, updates, is_leaf=lambda x: x is None)))
     moments = moments_of(state.inner, fields)
     kinds, codes = tuple(kind for kind, _ in moments), [by_path(moment) for _, moment in moments]
     scales = [by_path(each) for each in state.scales]
@@ -166,7 +170,9 @@ def _leaves(
             None if each is None else stored_by(chosen, kind, path, each.codes)
             for kind, each in zip(kinds, held, strict=True)
         ]
-        return Leaf(gradients.get(path), weights.get(path), tuple(held), tuple(codecs), kinds)
+        gradient = None if is_missing(gradients.get(path)) else gradients[path]
+        missing = gradient is None and path in everywhere
+        return Leaf(gradient, weights.get(path), tuple(held), tuple(codecs), kinds, missing)
 
     return {
         path: leaf(path) for path in dict.fromkeys(p for tree in (gradients, weights, *codes) for p in tree)

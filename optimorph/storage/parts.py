@@ -1,26 +1,25 @@
 """An element-wise transformation of large leaves, slab by slab."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from optimorph.codecs import Codec, Encoded
-from optimorph.core.elementwise import not_elementwise
+from optimorph.core.elementwise import NotElementwise, mixes, on_part
 from optimorph.core.rounding import leaf_words
-from optimorph.core.slabs import in_slabs, slab_shape
-from optimorph.core.tree import leaf_paths
-from optimorph.core.types import PyTree, Shape
+from optimorph.core.slabs import in_slabs
+from optimorph.core.types import PyTree
 from optimorph.storage.choice import named
 from optimorph.storage.encoding import decoded, encoded
-from optimorph.storage.moments import Fields, moments_of, with_moments
 
 
-class Leaf(NamedTuple):
-    """What there is at one path.
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What there is at one path; a tree of arrays.
 
     Args:
       gradient: or the update; None if it is missing.
@@ -28,137 +27,155 @@ class Leaf(NamedTuple):
       moments: codes and scales of each moment of the state; None where the leaf has none.
       codecs: of each moment, None for as it is.
       kinds: of each moment.
+      missing: whether there is a parameter here, and no gradient of it.
     """
 
     gradient: Any
     weight: Any
     moments: tuple[Encoded | None, ...]
-    codecs: tuple[Codec | None, ...]
-    kinds: tuple[str, ...]
+    codecs: tuple[Codec | None, ...] = dataclasses.field(metadata={"static": True})
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    missing: bool = dataclasses.field(metadata={"static": True})
+
+    def wide(self) -> "Leaf":
+        """The leaf with decoded moments."""
+        moments = [
+            None if moment is None else Encoded(decoded(codec, moment), None)
+            for codec, moment in zip(self.codecs, self.moments, strict=True)
+        ]
+        return dataclasses.replace(self, moments=tuple(moments))
 
 
-class Program(NamedTuple):
-    """What an update does to a slab of a leaf, and how to tell whether it does the same to another.
+jax.tree_util.register_dataclass(Leaf)
 
-    Args:
-      run: (gradient, weight, decoded moments) → (update, moments).
-      dtype: of the update.
-      same: equal of leaves that are treated alike.
-    """
-
-    run: Callable[..., Any]
-    dtype: jnp.dtype
-    same: Any
+Step = Callable[[dict[str, Leaf]], tuple[dict[str, Leaf], PyTree]]
+"""Gradients, weights and decoded moments → updates and moments, and the rest of the state."""
 
 
-class Alone:
-    """A transformation of one leaf by itself: all trees have None in place of the others."""
+class Traced:
+    """A step as a program of which parts can be taken: what makes some of its results, and nothing else."""
 
-    def __init__(
-        self,
-        inner: optax.GradientTransformationExtraArgs,
-        trees: tuple[PyTree, ...],
-        fields: Fields,
-        extra: Any,
-    ):
-        """Number the leaves of the gradients, the state and the parameters."""
-        updates, self.state, params = trees
-        self.inner, self.fields, self.extra = inner, fields, extra
-        self.gradient, self.weight = _placed(updates), _placed(params)
-        self.moments = [_placed(moment) for _, moment in moments_of(self.state, fields)]
+    def __init__(self, step: Step, leaves: dict[str, Leaf]):
+        """Trace the step of all leaves at once, of arrays or of their shapes."""
+        paths, self.leaves = list(leaves), leaves
 
-    def step(self, path: str) -> Callable[..., tuple[jax.Array, list[Any]]]:
-        """(gradient, weight, decoded moments) → (update, moments), of a leaf or of a part of it."""
+        def function(*each):
+            done, rest = step(dict(zip(paths, each, strict=True)))
+            return [done[path] for path in paths], rest
 
-        def step(gradient, weight, moments):
-            held = [put(path, x) for put, x in zip(self.moments, moments, strict=True)]
-            state = with_moments(self.state, held, self.fields)
-            out, after = self.inner.update(
-                self.gradient(path, gradient), state, self.weight(path, weight), **self.extra
-            )
-            (update,) = jax.tree.leaves(out)
-            return update, [next(iter(jax.tree.leaves(m)), None) for _, m in moments_of(after, self.fields)]
+        self.closed, (done, self.rest) = jax.make_jaxpr(function, return_shape=True)(*leaves.values())
+        self.done = dict(zip(paths, done, strict=True))
+        given, made = iter(self.closed.jaxpr.invars), iter(self.closed.jaxpr.outvars)
+        self.given = {path: [next(given) for _ in jax.tree.leaves(leaf)] for path, leaf in leaves.items()}
+        self.made = {path: [next(made) for _ in jax.tree.leaves(leaf)] for path, leaf in self.done.items()}
+        self.others = list(made)
+        self.maker = {v: k for k, eqn in enumerate(self.closed.jaxpr.eqns) for v in eqn.outvars}
 
-        return step
+    def part(self, wanted: list[Any], given: list[Any]) -> ClosedJaxpr:
+        """The program that makes these variables of those.
+
+        Raises:
+          NotElementwise: they are made of others too.
+        """
+        jaxpr = self.closed.jaxpr
+        consts = dict(zip(jaxpr.constvars, self.closed.consts, strict=True))
+        eqns, used, left = set(), {}, list(wanted)
+        while left:
+            v = left.pop()
+            if isinstance(v, Literal) or v in given:
+                continue
+            if v in consts:
+                used[v] = consts[v]
+            elif v not in self.maker:
+                raise NotElementwise(mixes(self.part(wanted, jaxpr.invars).jaxpr))
+            elif (k := self.maker[v]) not in eqns:
+                eqns.add(k)
+                left += jaxpr.eqns[k].invars
+        used = {v: x for v, x in consts.items() if v in used}
+        found = jaxpr.replace(
+            constvars=list(used),
+            invars=given,
+            outvars=wanted,
+            eqns=[jaxpr.eqns[k] for k in sorted(eqns)],
+            debug_info=None,
+        )
+        return ClosedJaxpr(found, list(used.values()))
 
 
-def in_parts(alone: Alone, leaves: dict[str, Leaf], key: jax.Array) -> dict[str, Any]:
-    """Path → (update, moments) of large leaves; those that are treated alike are traced once.
+def in_parts(step: Step, leaves: dict[str, Leaf], large: Iterable[str], key: jax.Array) -> Any:
+    """(path → the leaf's update and moments, the rest of the state) after a step, slab by slab if large.
+
+    Moments of large leaves come back encoded, and others decoded. Large leaves that are treated alike are
+    compiled once.
 
     Raises:
       ValueError: the transformation is not element-wise; naming the primitive that shows it.
     """
-    known: dict[Any, Callable[..., Any]] = {}
-    found = {}
-    for path, leaf in leaves.items():
-        program = _program(alone, path, leaf)
-        run = known.setdefault(program.same, jax.jit(_run(alone, path, leaf, program)))
-        keys = [leaf_words(key, named(kind, path)) for kind in leaf.kinds]
-        found[path] = run(keys, leaf.gradient, leaf.weight, leaf.moments)
-    return found
-
-
-def _run(alone: Alone, path: str, leaf: Leaf, program: Program) -> Callable[..., Any]:
-    """(keys, gradient, weight, moments) → (update, moments), slab by slab."""
-    shape = leaf.gradient.shape
-    in_place = program.dtype == leaf.gradient.dtype  # the update takes the gradient's place
-
-    def run(keys, gradient, weight, moments):
-        def step(place, written, read):
-            (buffer, moments), (gradient, weight) = written, read
-            tail = place.shape != slab_shape(shape)
-            inner = _program(alone, path, leaf, place.shape).run if tail else program.run
-            wide = [
-                None if moment is None else decoded(codec, moment)
-                for codec, moment in zip(leaf.codecs, moments, strict=True)
-            ]
-            update, after = inner(buffer if gradient is None else gradient, weight, wide)
-            each = zip(leaf.codecs, after, keys, moments, strict=True)
-            return update, tuple(
-                None if old is None else encoded(codec, new, key, place, old) for codec, new, key, old in each
-            )
-
-        buffer = gradient if in_place else jnp.zeros_like(gradient, dtype=program.dtype)
-        return in_slabs(step, shape, (buffer, moments), (None if in_place else gradient, weight))
-
-    return run
-
-
-def _program(alone: Alone, path: str, leaf: Leaf, slab: Shape | None = None) -> Program:
-    """Of a slab of this shape, or else of the usual one."""
-    shape = slab_shape(leaf.gradient.shape) if slab is None else slab
-
-    def like(x, dtype=None):
-        return None if x is None else jax.ShapeDtypeStruct(shape, x.dtype if dtype is None else dtype)
-
-    moments = [
-        None if moment is None else like(moment.codes, None if codec is None else jnp.float32)
-        for codec, moment in zip(leaf.codecs, leaf.moments, strict=True)
-    ]
-    args = like(leaf.gradient), like(leaf.weight), moments
-    jaxpr, (update, after) = jax.make_jaxpr(alone.step(path), return_shape=True)(*args)
-    if (name := not_elementwise(jaxpr.jaxpr)) is not None:
+    large = dict.fromkeys(large)
+    wide = {
+        path: jax.eval_shape(leaf.wide) if path in large else leaf.wide() for path, leaf in leaves.items()
+    }
+    wide = {
+        path: jax.eval_shape(leaf.wide) if path in large else leaf.wide() for path, leaf in leaves.items()
+    }
+    traced = Traced(step, wide)
+    known: dict[Any, Callable[..., Leaf]] = {}
+    small = [path for path in leaves if path not in large]
+    given, made = ([v for path in small for v in each[path]] for each in (traced.given, traced.made))
+    path, done = "", {}
+    try:
+        for path in large:
+            done[path] = _alone(traced, path, leaves[path], key, known)
+        program = traced.part(made + traced.others, given)
+    except NotElementwise as found:
         raise ValueError(
-            f"compress_state: the transformation is said to be element-wise, but there is a {name!r} in its "
+            f"compress_state: the transformation is said to be element-wise, but there is {found} in its "
             f"update of {path!r}, which mixes places or asks where they are. Type elementwise=False; or put "
             "what does so, clipping by a norm for example, outside: "
             "optax.chain(clip_by_global_norm(1.0), compress_state(...))."
-        )
-    function, structure = jaxpr_as_fun(jaxpr), jax.tree.structure((update, after))
-    shapes = [x.shape for x in (leaf.gradient, *jax.tree.leaves(leaf.moments))]
-    same = str(jaxpr.jaxpr), tuple(map(id, jaxpr.consts)), tuple(shapes), leaf.codecs, structure
-    return Program(lambda *args: structure.unflatten(function(*jax.tree.leaves(args))), update.dtype, same)
+        ) from None
+    found = jaxpr_as_fun(program)(*jax.tree.leaves([wide[path] for path in small]))
+    structure = jax.tree.structure(([traced.done[path] for path in small], traced.rest))
+    others, rest = jax.tree.unflatten(structure, found)
+    return done | dict(zip(small, others, strict=True)), rest
 
 
-def _placed(tree: PyTree) -> Callable[[str, Any], PyTree]:
-    """(path, x) → the tree with x there, and None everywhere else."""
-    structure = jax.tree.structure(tree)
-    number = {path: k for k, path in enumerate(leaf_paths(tree))}
+def _alone(
+    traced: Traced, path: str, leaf: Leaf, key: jax.Array, known: dict[Any, Callable[..., Leaf]]
+) -> Leaf:
+    """The update of one large leaf; by the program of another one, if that is the same."""
+    program = traced.part(traced.made[path], traced.given[path])
+    keys = [leaf_words(key, named(kind, path)) for kind in leaf.kinds]
+    shapes = str(jax.tree.map(jnp.shape, leaf))
+    same = str(program.jaxpr), tuple(map(id, program.consts)), shapes, leaf.codecs
+    return known.setdefault(same, jax.jit(_slabs(program, traced.done[path])))(keys, leaf)
 
-    def placed(path: str, x: Any) -> PyTree:
-        leaves = [None] * structure.num_leaves
-        if path in number:
-            leaves[number[path]] = x
-        return structure.unflatten(leaves)
 
-    return placed
+def _slabs(program: ClosedJaxpr, done: Leaf) -> Callable[..., Leaf]:
+    """(keys, leaf) → the leaf with its update and its new moments, slab by slab."""
+    made = jax.tree.structure(done)
+
+    def run(keys, leaf):
+        shape = leaf.gradient.shape
+        in_place = done.gradient.dtype == leaf.gradient.dtype  # the update takes the gradient's place
+
+        def step(place, written, read):
+            update, moments = written
+            gradient, weight = read
+            now = dataclasses.replace(
+                leaf, gradient=update if in_place else gradient, weight=weight, moments=moments
+            )
+            arrays = jax.tree.leaves(now.wide())
+            after = jax.tree.unflatten(made, on_part(program, arrays, shape, place.shape))
+            each = zip(leaf.codecs, after.moments, keys, moments, strict=True)
+            return after.gradient, tuple(
+                None if old is None else encoded(codec, new.codes, key, place, old)
+                for codec, new, key, old in each
+            )
+
+        update = leaf.gradient if in_place else jnp.zeros_like(leaf.gradient, dtype=done.gradient.dtype)
+        read = None if in_place else leaf.gradient, leaf.weight
+        update, moments = in_slabs(step, shape, (update, leaf.moments), read)
+        return dataclasses.replace(leaf, gradient=update, weight=None, moments=moments)
+
+    return run
