@@ -91,10 +91,10 @@ def _made(eqn: Any, values: list[_Value], whole: Shape, part: Shape) -> list[_Va
         return [_Value(jnp.broadcast_to(values[0].x, part), True, "")]
     spread = any(value.spread for value in values)
     by = next((value.by for value in values if not value.spread and np.ndim(value.x)), None)
-    if spread and by is not None:
-        raise NotElementwise(by)
     if spread and (name not in _ELEMENTWISE or any(v.aval.shape != whole for v in eqn.outvars)):
         raise NotElementwise(f"a {name!r}")
+    if spread and by is not None:
+        raise NotElementwise(by)
     made = eqn.primitive.bind(*[value.x for value in values], **params)
     many = made if eqn.primitive.multiple_results else [made]
     return [_Value(x, spread, f"a {name!r}" if by is None else by) for x in many]

@@ -97,7 +97,6 @@ class Traced:
             invars=given,
             outvars=wanted,
             eqns=[jaxpr.eqns[k] for k in sorted(eqns)],
-            debug_info=None,
         )
         return ClosedJaxpr(found, list(used.values()))
 

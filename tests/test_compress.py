@@ -1,0 +1,778 @@
+"""Moments in codes: float32 changes nothing, either way codes are the same, nothing large is made on the way."""
+
+import functools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+import optimorph as om
+from optimorph.codecs import BFloat16, Float8, Float32, Nonneg8, Signed8, Split16
+from optimorph.core import slabs
+from optimorph.storage.moments import FIELDS, moments_of
+
+SHAPES = {"kernel": (97, 256), "heads": (3, 32, 130), "bias": (130,)}
+WIDE = {"*": Float32()}
+CHANCE = {"*": BFloat16(stochastic=True)}
+EXACT = {"xla_disable_hlo_passes": "algsimp", "xla_backend_optimization_level": 0}
+"""With it products and quotients are done in the order in which they are written, in any company."""
+
+
+@pytest.fixture(autouse=True)
+def small_slabs(monkeypatch):
+    monkeypatch.setitem(slabs.SIZES, "cpu", (1 << 10, 1 << 11))
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """As optax's transformations need it; the others have tests of their own for that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def drawn(seed=0, shapes=None, dtype=jnp.float32, size=1.0):
+    rng = np.random.default_rng(seed)
+    shapes = SHAPES if shapes is None else shapes
+    return {name: jnp.asarray(size * rng.standard_normal(shape), dtype) for name, shape in shapes.items()}
+
+
+def stacked(steps, **options):
+    return jax.tree.map(lambda *g: jnp.stack(g), *[drawn(10 + k, **options) for k in range(steps)])
+
+
+def follow(tx, params, gradients):
+    """Every update and the last state; the parameters stay where they are."""
+
+    def step(state, g):
+        updates, state = tx.update(g, state, params)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, tx.init(params), gradients)
+    return updates, state
+
+
+def together(transforms, params, gradients, options=EXACT):
+    """`follow` of several, in one program."""
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def run(params, gradients):
+        return [follow(tx, params, gradients) for tx in transforms]
+
+    return run(params, gradients)
+
+
+def apart(a, b):
+    """How many steps of float32 two arrays differ by at most."""
+    a, b = (np.asarray(x, np.float32).view(np.int32).astype(np.int64) for x in (a, b))
+    return np.abs(np.where(a < 0, -(2**31) - a, a) - np.where(b < 0, -(2**31) - b, b)).max(initial=0)
+
+
+# 1. Float32 changes nothing
+
+RECIPES = {
+    "sgd": om.sgd(0.1, 0.9),
+    "adagrad": om.adagrad(0.1),
+    "rmsprop": om.rmsprop(0.1, momentum=0.9),
+    "adam": om.adam(0.1),
+    "adamw-masked": om.adamw(0.1, weight_decay=0.1, mask={"heads": False, "*": True}),
+    "cautious": om.adamw(0.1, weight_decay=0.1, weight_decay_form="cautious"),
+    "mask by shape": om.adamw(0.1, weight_decay=0.1, mask=lambda path, shape: shape[0] > 50),
+    "optax.adamw": optax.adamw(0.1, weight_decay=0.1, mask=lambda t: jax.tree.map(lambda x: x.ndim > 1, t)),
+    "optax.sgd": optax.sgd(0.1, 0.9, nesterov=True),
+    "optax.rmsprop": optax.rmsprop(0.1, initial_scale=0.5),
+    "optax.adagrad": optax.adagrad(0.1),
+    "optax.lion": optax.lion(0.1),
+    "optax.amsgrad": optax.amsgrad(0.1),
+    "optax.adabelief": optax.adabelief(0.1),
+    "partition": optax.partition(
+        {"m": om.adam(0.1), "v": optax.sgd(0.1, 0.9)},
+        lambda t: jax.tree.map(lambda x: "m" if x.ndim > 2 else "v", t),
+    ),
+    "masked": optax.masked(om.adam(0.1), lambda t: jax.tree.map(lambda x: x.shape[0] > 50, t)),
+    "schedule": optax.adam(optax.piecewise_interpolate_schedule("linear", 0.1, {2: 0.5, 4: 0.1})),
+    "injected": optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+    "one after the other": optax.named_chain(("a", om.ema(0.9)), ("b", optax.scale_by_adam())),
+}
+
+ROOTS = ("optax.rmsprop", "optax.adagrad")
+"""Of 1 / root(v), which processors only approximate, one number at a time and four at a time differ."""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_float32_changes_nothing(name):
+    """Whole leaves and slabs, with a tail: every update and the state, to the bit."""
+    tx = RECIPES[name]
+    both = [om.compress_state(tx, WIDE, elementwise=elementwise) for elementwise in (False, True)]
+    params, gradients = drawn(), stacked(3)
+    (updates, state), *others = together([tx, *both], params, gradients)
+    for found, after in others:
+        chex.assert_trees_all_equal(after.inner, state)
+        for leaf in SHAPES:
+            assert apart(found[leaf], updates[leaf]) <= 4 * (name in ROOTS)
+        assert after.count == 3
+
+
+def test_float32_changes_nothing_of_matrices():
+    tx = optax.contrib.muon(0.1)
+    params, gradients = drawn(shapes={"w": (64, 80), "b": (80,)}), stacked(2, shapes={"w": (64, 80), "b": (80,)})
+    (updates, state), (found, after) = together([tx, om.compress_state(tx, WIDE)], params, gradients)
+    chex.assert_trees_all_equal(found, updates)
+    chex.assert_trees_all_equal(after.inner, state)
+
+
+@pytest.mark.parametrize(
+    ("weights", "gradients", "tx"),
+    [
+        ("bfloat16", "bfloat16", om.adamw(0.1)),
+        ("float32", "bfloat16", om.sgd(0.1, 0.9)),
+        ("float32", "bfloat16", optax.adamw(0.1)),
+        ("bfloat16", "float32", om.adam(0.1)),
+    ],
+)
+def test_float32_changes_nothing_of_narrow_ones(weights, gradients, tx):
+    """Also where an update is wider than its gradient, whose place it cannot take."""
+    both = [om.compress_state(tx, WIDE, elementwise=elementwise) for elementwise in (False, True)]
+    (updates, state), *others = together(
+        [tx, *both], drawn(dtype=weights), stacked(3, dtype=gradients), EXACT
+    )
+    for found, after in others:
+        chex.assert_trees_all_equal_dtypes(found, updates)
+        chex.assert_trees_all_equal(found, updates)
+        chex.assert_trees_all_equal(after.inner, state)
+
+
+# 2. Slabs or not
+
+RULES = {
+    "default": None,
+    "by chance": CHANCE,
+    "linear, bfloat16 scales": {"first/*": Signed8(48, mapping="linear", scale_dtype="bfloat16"), "*": ...},
+    "split": {"first/*": Split16(), "second/*": Float32()},
+}
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("tx", [om.adam(0.1), optax.amsgrad(0.1)], ids=["adam", "optax.amsgrad"])
+def test_codes_are_the_same_slab_by_slab(rules, tx):
+    with warnings.catch_warnings():
+        both = [om.compress_state(tx, rules, elementwise=elementwise) for elementwise in (False, True)]
+        (updates, state), (found, after) = together(both, drawn(), stacked(3))
+    chex.assert_trees_all_equal(after, state)
+    chex.assert_trees_all_equal(found, updates)
+
+
+def test_an_update_is_of_what_has_not_been_encoded():
+    tx = om.compress_state(om.momentum(0.0), {"*": Signed8()}, elementwise=True)
+    params = drawn()
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    chex.assert_trees_all_equal(updates, params)
+    assert state.inner.velocity["kernel"].dtype == jnp.int8
+
+
+# 3. Which are moments, and what they become
+
+
+def kinds(tx, params=None):
+    state = tx.init(drawn(shapes={"w": (2, 3)}) if params is None else params)
+    return [kind for kind, _ in moments_of(state)]
+
+
+def sure(transform):
+    """An optax wrapper of a transformation."""
+    return transform.gradient_transformation() if isinstance(transform, optax.MultiSteps) else transform
+
+
+MOMENTS = [
+    (om.sgd(0.1), []),
+    (om.sgd(0.1, 0.9), ["first"]),
+    (om.ema(0.9), ["first"]),
+    (om.adagrad(0.1), ["second"]),
+    (om.rmsprop(0.1), ["second"]),
+    (om.rmsprop(0.1, momentum=0.9), ["second", "first"]),
+    (om.rmsprop(0.1, centered=True), []),
+    (om.rmsprop(0.1, centered=True, momentum=0.9), ["first"]),
+    (om.adamw(0.1), ["first", "second"]),
+    (om.nadamw(0.1), ["first", "second"]),
+    (om.divide(om.momentum(0.9), by=om.ema(0.9)), ["first", "second"]),
+    (om.skip_nonfinite(om.adam(0.1)), ["first", "second"]),
+    (om.multi_steps(om.adam(0.1), 2), ["first", "second"]),
+    (om.inject_hyperparams(om.adam)(0.1), ["first", "second"]),
+    (om.in_float32(om.ema(0.9)), ["first"]),
+    (om.partition({"*": "a"}, {"a": om.adam(0.1), "b": om.sgd(0.1, 0.9)}), ["first", "second", "first"]),
+    (optax.sgd(0.1, 0.9), ["first"]),
+    (optax.ema(0.9), ["first"]),
+    (optax.adam(0.1), ["first", "second"]),
+    (optax.nadam(0.1), ["first", "second"]),
+    (optax.adamax(0.1), ["first", "second"]),
+    (optax.yogi(0.1), ["first", "second"]),
+    (optax.amsgrad(0.1), ["first", "second", "second"]),
+    (optax.adabelief(0.1), ["first", "second"]),
+    (optax.lion(0.1), ["first"]),
+    (optax.rmsprop(0.1), ["second"]),
+    (optax.rmsprop(0.1, bias_correction=True), ["second"]),
+    (optax.rmsprop(0.1, centered=True), []),
+    (optax.adagrad(0.1), ["second"]),
+    (optax.contrib.muon(0.1), ["first", "second", "first"]),
+    (optax.adafactor(0.1), []),
+    (optax.masked(optax.adam(0.1), True), ["first", "second"]),
+    (optax.named_chain(("a", optax.trace(0.9)), ("b", optax.scale_by_rms())), ["first", "second"]),
+    (optax.MultiSteps(optax.adam(0.1), 2), ["first", "second"]),
+    (optax.apply_if_finite(optax.adam(0.1), 2), ["first", "second"]),
+    (optax.inject_hyperparams(optax.adam)(0.1), ["first", "second"]),
+]
+
+
+def test_every_moment_is_known():
+    for k, (tx, expected) in enumerate(MOMENTS):
+        assert kinds(sure(tx)) == expected, k
+
+
+def test_every_name_is_one_of_a_state():
+    """Of this library or of optax, with those fields."""
+    known = {}
+    for tx, _ in MOMENTS:
+        found = sure(tx).init(drawn(shapes={"w": (2, 3)}))
+        nodes = [found]
+        while nodes:
+            node = nodes.pop()
+            if hasattr(node, "_fields"):
+                known.setdefault(type(node).__name__, set()).update(node._fields)
+            nodes += (node.values() if isinstance(node, dict) else node) if isinstance(node, tuple | dict) else ()
+    for name, fields in FIELDS.items():
+        assert fields.keys() <= known[name], name
+
+
+NAMED = {
+    "kernel": (64, 64),
+    "token_embedding": (64, 64),
+    "bias": (64, 64),
+    "small": (63, 65),
+    "vector": (5000,),
+    "stack": (2, 2048),
+    "norm/scale": (64, 64),
+    "scalar": (),
+    "empty": (0, 64),
+}
+
+
+def test_defaults():
+    """Codes for large leaves of two axes at least; the other roles stay in float32."""
+    state = om.compress_state(om.adam(0.1)).init(drawn(shapes=NAMED))
+    first, second = (moment for _, moment in moments_of(state.inner))
+    for name, shape in NAMED.items():
+        narrow = name in ("kernel", "stack")
+        assert first[name].dtype == (jnp.int8 if narrow else jnp.float32), name
+        assert second[name].dtype == (jnp.uint8 if narrow else jnp.float32), name
+        for scales in state.scales:
+            assert scales[name].ndim == len(shape)
+    assert state.scales[0]["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(first["kernel"], 0)
+
+
+def test_rules():
+    """The first that matches, by moment and path; `...` is as by default, None as it is."""
+    tree = drawn(shapes={"kernel": (64, 64), "token_embedding": (64, 64), "head": (64, 64)})
+    rules = {
+        "first/head": None,
+        "*embed*": Float8(),
+        "second/kernel": BFloat16(stochastic=True),
+        "second/head": ...,
+        "first/*": Signed8(mapping="linear"),
+    }
+    functions = [
+        lambda path, shape: {"first/head": None, "second/kernel": BFloat16(True)}.get(
+            path, Float8() if "embed" in path else Signed8() if path.startswith("first") else ...
+        )
+    ]
+    for each in (rules, *functions):
+        state = om.compress_state(om.adam(0.1), each).init(tree)
+        first, second = (moment for _, moment in moments_of(state.inner))
+        assert [first[n].dtype for n in sorted(tree)] == [jnp.float32, jnp.int8, jnp.float8_e4m3fn]
+        assert [second[n].dtype for n in sorted(tree)] == [jnp.uint8, jnp.bfloat16, jnp.float8_e4m3fn]
+
+
+def test_rules_that_say_nothing_right():
+    tree = drawn(shapes={"w": (64, 64)})
+    with pytest.raises(ValueError, match="the rules say 'int8' of 'first/w', which is no codec"):
+        om.compress_state(om.adam(0.1), {"first/*": "int8"}).init(tree)
+    with pytest.raises(ValueError, match="which is no codec"):
+        om.compress_state(om.adam(0.1), lambda path, shape: Signed8).init(tree)
+    with pytest.warns(UserWarning, match="no moment matches the rule 'frist/w'"):
+        om.compress_state(om.adam(0.1), {"frist/w": Signed8(), "first/w": None}).init(tree)
+    with pytest.raises(ValueError, match="several leaves are called 'a/b'"):
+        om.compress_state(om.adam(0.1)).init({"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
+    for seed in (-1, 2**32, True):
+        with pytest.raises(ValueError, match="seed must be an integer"):
+            om.compress_state(om.adam(0.1), seed=seed)
+
+
+def test_other_states():
+    """Of which nothing is known they stay as they are, unless `fields` says what they hold."""
+    tree, tx = drawn(shapes={"w": (64, 64)}), optax.contrib.ademamix(0.1)
+    own = {"ScaleByAdemamixState": {"m1": "first", "nu": "second", "m2": "other"}}
+    bare = tx.init(tree)
+    chex.assert_trees_all_equal(om.compress_state(tx).init(tree).inner, bare)
+    known = om.compress_state(tx, {"other/*": BFloat16(), "*": ...}, fields=FIELDS | own, elementwise=True)
+    state = known.init(tree)
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(state.inner) if x.ndim}
+    assert dtypes == {"int8", "uint8", "bfloat16"}
+    _, state = jax.jit(known.update)(tree, state, tree)
+    assert {str(x.dtype) for x in jax.tree.leaves(state.inner) if x.ndim} == dtypes
+
+
+def test_a_moment_that_begins_elsewhere():
+    """At the number that it has everywhere, to the bit."""
+    tree = drawn(shapes={"w": (64, 64)})
+    state = om.compress_state(om.adagrad(0.1, 0.3)).init(tree)
+    assert state.inner[1].by[1].total["w"].dtype == jnp.uint8
+    decoded = Nonneg8().decode(om.codecs.Encoded(state.inner[1].by[1].total["w"], state.scales[0]["w"]))
+    np.testing.assert_array_equal(decoded, np.float32(0.3))
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_where_gradients_are_missing_so_is_the_step(elementwise):
+    """None and float0: the state stays to the bit, and the others are as without them."""
+    tx = om.compress_state(om.adam(0.1), elementwise=elementwise)
+    params = drawn() | {"steps": jnp.arange(3)}
+    update = jax.jit(tx.update)
+    _, state = update(drawn(1) | {"steps": None}, tx.init(params), params)
+    for missing in (None, np.zeros((97, 256), jax.dtypes.float0)):
+        gradients = drawn(2) | {"steps": None, "kernel": missing}
+        updates, after = (update if missing is None else tx.update)(gradients, state, params)
+        assert updates["kernel"] is None
+        assert updates["steps"] is None
+        whole, there = update(drawn(2) | {"steps": None}, state, params)
+        for (_, old), (_, new), (_, full) in zip(*(moments_of(s.inner) for s in (state, after, there))):
+            np.testing.assert_array_equal(new["kernel"], old["kernel"])
+            np.testing.assert_array_equal(new["heads"], full["heads"])
+            assert np.any(full["kernel"] != old["kernel"])
+        for old, new in zip(state.scales, after.scales, strict=True):
+            np.testing.assert_array_equal(new["kernel"], old["kernel"])
+        np.testing.assert_allclose(updates["heads"], whole["heads"], atol=1e-6)
+
+
+def test_moments_that_are_no_tree_of_the_parameters():
+    """A flat vector of all moves on, whatever it is stored by."""
+    tx = om.compress_state(optax.flatten(optax.sgd(1.0, 0.9)), {"*": BFloat16()})
+    params = drawn(shapes={"a": (64, 64), "b": (3,)})
+    (updates, state), (found, after) = together(
+        [optax.sgd(1.0, 0.9), tx], params, jax.tree.map(lambda x: jnp.ones((3, *x.shape)), params)
+    )
+    chex.assert_trees_all_close(found, updates, rtol=1e-2)
+    assert after.inner[0].trace.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_complex_and_float64_stay_as_they_are(elementwise):
+    with jax.enable_x64():
+        shapes = {"w": (64, 64), "z": (64, 64), "d": (64, 64)}
+        params = drawn(shapes=shapes)
+        params |= {"z": params["z"] + 1j * params["w"], "d": params["d"].astype(jnp.float64)}
+        params = {k: jnp.asarray(v, {"w": "float32", "z": "complex64", "d": "float64"}[k]) for k, v in params.items()}
+        tx = om.sgd(0.1, 0.9)
+        state = (wrapped := om.compress_state(tx, elementwise=elementwise)).init(params)
+        velocity = moments_of(state.inner)[0][1]
+        assert [velocity[k].dtype for k in ("w", "z", "d")] == [jnp.int8, jnp.complex64, jnp.float64]
+        updates, state = jax.jit(wrapped.update)(params, state, params)
+        whole, bare = jax.jit(tx.update)(params, tx.init(params), params)
+        chex.assert_trees_all_equal(updates, whole)
+        for name in ("z", "d"):
+            np.testing.assert_array_equal(moments_of(state.inner)[0][1][name], moments_of(bare)[0][1][name])
+
+
+# 4. What is element-wise
+
+
+def made(f):
+    return optax.stateless(lambda updates, _: jax.tree.map(f, updates))
+
+
+def scanned(x):
+    return jax.lax.scan(lambda c, row: (c + row, c + row), jnp.zeros(x.shape[-1]), x)[1]
+
+
+MIXING = {
+    "clip_by_global_norm": (om.clip_by_global_norm(1.0), "reduce_"),
+    "optax.clip_by_global_norm": (optax.clip_by_global_norm(1.0), "reduce_sum"),
+    "skip_nonfinite": (om.skip_nonfinite(om.ema(0.9)), "reduce_and"),
+    "add_noise": (optax.add_noise(0.1, 0.5, jax.random.key(0)), ""),
+    "cumsum": (made(lambda x: jnp.cumsum(x, -1)), "cumsum"),
+    "scan": (made(scanned), "scan"),
+    "roll": (made(lambda x: jnp.roll(x, 1, 0)), "slice"),
+    "shift": (made(lambda x: jax.lax.pad(x, jnp.float32(0), [(1, -1, 0), (0, 0, 0)])), "pad"),
+    "transpose": (made(jnp.transpose), "transpose"),
+    "cholesky": (made(jnp.linalg.cholesky), "cholesky|transpose"),
+    "places": (made(lambda x: x * jax.lax.broadcasted_iota(jnp.float32, x.shape, 0)), "iota"),
+    "a table": (made(lambda x: x * jnp.asarray(np.linspace(0, 1, x.size).reshape(x.shape), x.dtype)), ""),
+    "its mean": (made(lambda x: x - x.mean()), "reduce_sum"),
+    "rows": (made(lambda x: x * jnp.arange(x.shape[0], dtype=x.dtype)[:, None]), "iota"),
+    "centered": (optax.scale_by_stddev(), "neither gradient, nor parameter, nor moment"),
+    "muon": (om.muon(0.1, axes={"*": "io"}), "'"),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_places_is_refused(name):
+    """Naming what does so; where the word is not given it goes."""
+    tx, primitive = MIXING[name]
+    params = drawn(shapes={"kernel": (128, 128), "other": (128, 128)})
+    chained = optax.chain(om.momentum(0.9), tx)
+    wrapped = om.compress_state(chained, elementwise=True)
+    with pytest.raises(ValueError, match=f"said to be element-wise, but there is .*({primitive}).* update of 'kernel'"):
+        jax.eval_shape(wrapped.update, params, wrapped.init(params), params)
+    whole = om.compress_state(chained)
+    jax.eval_shape(whole.update, params, whole.init(params), params)
+
+
+def test_leaves_that_know_of_each_other_are_refused():
+    def update(updates, state, params=None):
+        return updates | {"kernel": updates["kernel"] * updates["other"]}, state
+
+    params = drawn(shapes={"kernel": (128, 128), "other": (128, 128)})
+    both = optax.chain(om.momentum(0.9), optax.GradientTransformation(lambda params: (), update))
+    tx = om.compress_state(both, elementwise=True)
+    with pytest.raises(ValueError, match="there is another leaf in its update of 'kernel'"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+def test_a_state_that_gathers_is_refused():
+    def update(updates, state, params=None):
+        return updates, optax.tree.norm(updates)
+
+    params = drawn(shapes={"kernel": (128, 128)})
+    both = optax.chain(om.momentum(0.9), optax.GradientTransformation(lambda params: jnp.float32(0), update))
+    tx = om.compress_state(both, elementwise=True)
+    with pytest.raises(ValueError, match="there is a 'reduce_sum'"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+def test_rounding_by_chance_is_refused():
+    """Of a state that stays in bfloat16: its bits are those of places; with a codec it rounds for itself."""
+    tx, params = om.adam(0.1, nu_dtype="bfloat16"), drawn()
+    refused = om.compress_state(tx, {"second/*": None, "*": ...}, elementwise=True)
+    with pytest.raises(ValueError, match="there is a '"):
+        jax.eval_shape(refused.update, params, refused.init(params), params)
+    fine = om.compress_state(tx, CHANCE, elementwise=True)
+    assert jax.eval_shape(fine.update, params, fine.init(params), params)
+
+
+ELEMENTWISE = {
+    "nadamw": om.nadamw(0.1, weight_decay_form="independent"),
+    "mu_dtype": om.adamw(0.1, mu_dtype="bfloat16"),
+    "dampened": om.sgd(0.1, 0.9, dampening=0.5),
+    "injected": om.inject_hyperparams(om.adam)(learning_rate=optax.linear_schedule(0.1, 0.0, 10)),
+    "clip": optax.chain(optax.clip(1.0), om.adam(0.1)),
+    "optax.nadam": optax.nadam(0.1),
+    "optax.radam": optax.radam(0.1),
+    "optax.yogi": optax.yogi(0.1),
+    "optax.adamax": optax.adamax(0.1),
+    "warm-up": optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 100)),
+    "leaf by leaf": optax.chain(
+        om.adam(0.1),
+        optax.stateless(
+            lambda u, _: jax.tree.unflatten(
+                jax.tree.structure(u), [(k + 1.0) * x for k, x in enumerate(jax.tree.leaves(u))]
+            )
+        ),
+    ),
+    "conjugate": optax.chain(om.adam(0.1), made(jnp.conj), made(jax.nn.relu), made(jax.nn.gelu)),
+}
+
+
+def test_what_is_elementwise_passes():
+    """And updates are those of whole leaves, but for the compiler's rounding."""
+    transforms = ELEMENTWISE
+    pairs = [om.compress_state(tx, WIDE, elementwise=e) for tx in transforms.values() for e in (False, True)]
+    found = together(pairs, drawn(), stacked(2))
+    for name, (whole, _), (parts, _) in zip(transforms, found[::2], found[1::2], strict=True):
+        for leaf in SHAPES:
+            np.testing.assert_allclose(parts[leaf], whole[leaf], rtol=3e-6, atol=1e-9, err_msg=name)
+
+
+# 5. Programs
+
+LAYERS = {f"layer_{k}": (512, 2048) for k in range(4)}
+
+
+@pytest.fixture
+def full_slabs(monkeypatch, small_slabs):
+    monkeypatch.setitem(slabs.SIZES, "cpu", (1 << 12, 1 << 15))
+
+
+@pytest.mark.usefixtures("full_slabs")
+def test_memory():
+    """2.1 bytes a parameter, every byte that is given back used again, and nothing large on the way."""
+    tx = om.compress_state(om.adamw(0.1), elementwise=True)
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in LAYERS.items()}
+    state = jax.eval_shape(tx.init, shapes)
+    size = sum(x.size for x in jax.tree.leaves(shapes))
+    stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert stored <= 2.1 * size
+    update = jax.jit(tx.update, donate_argnums=(0, 1))
+    memory = update.lower(shapes, state, shapes).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= stored + 4 * size - 64  # but for counts, several of which are one
+    assert memory.temp_size_in_bytes <= 0.3 * size
+    assert memory.output_size_in_bytes <= stored + 4 * size + 256
+
+
+def test_one_program_for_leaves_alike():
+    """And one for all steps; the loop is there once."""
+    tx = om.compress_state(om.adamw(0.1), elementwise=True)
+    params = drawn(shapes={f"layer_{k}/kernel": (64, 256) for k in range(6)} | {"odd": (97, 256)})
+    traces = []
+
+    @jax.jit
+    def update(g, state):
+        traces.append(1)
+        return tx.update(g, state, params)
+
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = update(params, state)
+    assert len(traces) == 1
+    loops = [
+        jax.jit(each.update).lower(params, each.init(params), params).as_text().count("stablehlo.while")
+        for each in (tx, om.adamw(0.1))
+    ]
+    assert loops[0] - loops[1] == 2
+
+
+def test_eval_shape_jit_and_scan():
+    """The same state from each; and its tree and dtypes stay."""
+    tx = om.compress_state(om.adam(0.1), {"first/bias": BFloat16(True), "*": ...}, elementwise=True)
+    params = drawn()
+    state = tx.init(params)
+    chex.assert_trees_all_equal(jax.jit(tx.init)(params), state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, params), state)
+    _, after = follow(tx, params, stacked(2))
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.update, params, state, params)[1], state)
+
+
+def test_vmap():
+    """Over learning rates and over models, each as by itself."""
+    params, rates = drawn(shapes={"w": (64, 128)}), jnp.asarray([0.1, 0.2])
+    models = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+
+    def run(rate, params):
+        tx = om.compress_state(om.adam(rate), elementwise=True)
+        return follow(tx, params, jax.tree.map(lambda x: jnp.stack([x, -0.5 * x]), params))
+
+    one = jax.jit(run, compiler_options=EXACT)
+    found, after = jax.jit(jax.vmap(run), compiler_options=EXACT)(rates, models)
+    for k, rate in enumerate(rates):
+        updates, state = one(rate, jax.tree.map(lambda x, k=k: x[k], models))
+        chex.assert_trees_all_equal(jax.tree.map(lambda x, k=k: x[k], after), state)
+        np.testing.assert_allclose(found["w"][k], updates["w"], atol=1e-6)
+
+
+def test_wrappers_around():
+    """optax's accumulation, masks, partition and chains hold the state like any other."""
+    def wrapped():
+        return om.compress_state(om.adam(0.1), elementwise=True)
+
+    def matrices(t):
+        return jax.tree.map(lambda x: x.ndim > 1, t)
+
+    around = {
+        "multi_steps": om.multi_steps(wrapped(), 2),
+        "MultiSteps": optax.MultiSteps(wrapped(), 2).gradient_transformation(),
+        "masked": optax.masked(wrapped(), matrices),
+        "skip": om.skip_nonfinite(wrapped()),
+        "partition": om.partition({"bias": "v", "*": "m"}, {"m": wrapped(), "v": om.sgd(0.1)}),
+        "clipped": optax.chain(om.clip_by_global_norm(1.0), wrapped()),
+        "injected": om.inject_hyperparams(lambda rate: om.compress_state(om.adam(rate), elementwise=True))(0.1),
+        "lookahead": None,
+    }
+    del around["lookahead"]
+    params = drawn()
+    for name, (updates, state) in zip(around, together(list(around.values()), params, stacked(2)), strict=True):
+        assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(updates)), name
+        assert any(x.dtype == jnp.int8 and jnp.any(x != 0) for x in jax.tree.leaves(state)), name
+
+
+def test_inside_multi_steps_and_lookahead():
+    """A wrapper's own averages stay as they are; its inner state is compressed."""
+    tx = om.compress_state(optax.MultiSteps(om.adam(0.1), 2).gradient_transformation())
+    params = drawn()
+    ((updates, state),) = together([tx], params, stacked(2))
+    assert {x.dtype for x in jax.tree.leaves(state.inner.acc_grads)} == {jnp.dtype("float32")}
+    assert state.inner.inner_opt_state[1].signal[0].average["kernel"].dtype == jnp.int8
+    pair = optax.LookaheadParams(params, params)
+    look = om.compress_state(optax.lookahead(om.adam(0.1), 2, 0.5))
+    _, state = jax.jit(look.update)(params, look.init(pair), pair)
+    assert state.inner.fast_state[1].by[1].average["kernel"].dtype == jnp.uint8
+
+
+def test_nnx():
+    model = nnx.Linear(128, 64, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, om.compress_state(om.adam(0.1), elementwise=True), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        optimizer.update(model, nnx.grad(lambda m: (m(x) ** 2).mean())(model))
+
+    before = np.asarray(model.kernel[...])
+    for _ in range(2):
+        step(model, optimizer, jnp.ones((4, 128)))
+    leaves = jax.tree.leaves(nnx.state(optimizer))
+    assert [x.shape for x in leaves if x.dtype in (jnp.int8, jnp.uint8)] == [(128, 64)] * 2
+    assert np.all(np.abs(np.asarray(model.kernel[...]) - before) > 0.01)
+
+
+def test_orbax(tmp_path):
+    """To disk and back: the same bits, and the same afterwards."""
+    tx = om.compress_state(om.adam(0.1), elementwise=True)
+    params = drawn()
+    update = jax.jit(tx.update)
+    _, state = update(drawn(1), tx.init(params), params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
+    chex.assert_trees_all_equal(restored, state)
+    chex.assert_trees_all_equal(update(drawn(2), restored, params), update(drawn(2), state, params))
+
+
+def test_map_params():
+    """Codes and scales are the parameters', with as many axes; counts and the seed are not."""
+    tx = om.compress_state(om.adamw(0.1))
+    params = drawn()
+    specs = {name: P(*"abc"[: len(shape)]) for name, shape in SHAPES.items()}
+    state = tx.init(params)
+    marked = optax.tree.map_params(tx, lambda x: x.ndim, state, transform_non_params=lambda x: None)
+    assert sorted(jax.tree.leaves(marked)) == sorted(4 * [len(shape) for shape in SHAPES.values()])
+    placed = optax.tree.map_params(
+        tx, lambda x, spec: spec, state, specs, transform_non_params=lambda x: P(), is_leaf=None
+    )
+    pairs = zip(
+        jax.tree.leaves(state), jax.tree.leaves(placed, is_leaf=lambda x: isinstance(x, P)), strict=True
+    )
+    assert all(len(spec) == x.ndim for x, spec in pairs)
+
+
+# 6. Noise
+
+
+def states(seed, shapes=None, rules=CHANCE, steps=2, start=None):
+    tx = om.compress_state(om.adam(0.1), rules, elementwise=True, seed=seed)
+    params = drawn(shapes=shapes)
+    if start is None:
+        return together([tx], params, stacked(steps, shapes=shapes))[0][1]
+    return jax.jit(tx.update)(drawn(99, shapes=shapes), start, params)[1]
+
+
+def test_a_seed_repeats_and_another_differs():
+    one, again, other = states(7), states(7), states(8)
+    chex.assert_trees_all_equal(one, again)
+    for (_, a), (_, b) in zip(moments_of(one.inner), moments_of(other.inner), strict=True):
+        assert np.mean(np.asarray(a["kernel"] != b["kernel"])) > 0.2
+    # a restored state goes on with its own
+    chex.assert_trees_all_equal(states(7, start=one), states(8, start=one))
+
+
+def test_the_noise_of_a_leaf_is_its_own():
+    """Of its path and place, whoever is beside it; other steps, leaves and moments have others."""
+    shapes = {"kernel": (96, 128), "other": (96, 128)}
+    same = lambda tree: tree | {"other": tree["kernel"]}  # noqa: E731
+    tx = om.compress_state(om.adam(0.1, b1=0.9, b2=0.9), CHANCE, elementwise=True)
+    params = same(drawn(shapes=shapes))
+    update = jax.jit(tx.update, compiler_options=EXACT)
+    _, both = update(params, tx.init(params), params)
+    alone = {"kernel": params["kernel"]}
+    _, one = update(alone, tx.init(alone), alone)
+    (_, first), (_, second) = moments_of(both.inner)
+    for (_, a), (_, b) in zip(moments_of(one.inner), moments_of(both.inner), strict=True):
+        np.testing.assert_array_equal(a["kernel"], b["kernel"])
+    assert np.mean(np.asarray(first["kernel"] != first["other"])) > 0.2
+    up = np.asarray(jnp.abs(first["kernel"].astype(jnp.float32)) > jnp.abs(0.1 * params["kernel"]))
+    over = np.asarray(second["kernel"].astype(jnp.float32) > 0.1 * params["kernel"] ** 2)
+    assert abs(np.corrcoef(up.ravel(), over.ravel())[0, 1]) < 0.05
+
+
+def test_second_moments_keep_their_mean():
+    """Rounded by chance 300 times; to the nearest they would stand still."""
+    tx = om.compress_state(om.ema(0.999), {"*": Nonneg8()}, elementwise=True)
+    params = {"w": jnp.ones((64, 256))}
+
+    def step(state, g):
+        return tx.update(g, state, params)[1], None
+
+    rng = np.random.default_rng(0)
+    g = jnp.asarray(rng.uniform(0.2, 1.8, (64, 256)), jnp.float32)
+    state = jax.jit(lambda s: jax.lax.scan(lambda s, _: step(s, {"w": g}), s, None, 300)[0])(tx.init(params))
+    v = Nonneg8().decode(om.codecs.Encoded(state.inner.average["w"], state.scales[0]["w"]))
+    ratio = np.asarray(v, np.float64) / (np.asarray(g, np.float64) * (1 - 0.999**300))
+    assert abs(ratio.mean() - 1) < 2e-3
+    assert ratio.std() < 0.1
+
+
+# 7. Training
+
+
+def trained(tx, gradient, steps, shape):
+    """max |update| over the steps, and the state."""
+    params = {"w": jnp.zeros(shape)}
+
+    def step(carry, k):
+        state, largest = carry
+        updates, state = tx.update({"w": gradient(k)}, state, params)
+        return (state, jnp.maximum(largest, jnp.max(jnp.abs(updates["w"])))), None
+
+    run = jax.jit(lambda: jax.lax.scan(step, (tx.init(params), jnp.float32(0)), jnp.arange(steps))[0])
+    return run()
+
+
+def test_decay():
+    """Half of each block falls to 1 % of its gradient: its second moment follows within 10 %."""
+    half = jnp.arange(256) % 2 == 0
+
+    def gradient(k):
+        return jnp.broadcast_to(jnp.where(half & (k >= 200), 0.01, 1.0), (16, 256))
+
+    tx = om.compress_state(om.adam(1.0, b2=0.999), elementwise=True)
+    bare = om.adam(1.0, b2=0.999)
+    (state, _), (true, _) = (trained(each, gradient, 4000, (16, 256)) for each in (tx, bare))
+    codes = state.inner[1].by[1].average["w"]
+    assert codes.dtype == jnp.uint8
+    v = np.asarray(Nonneg8().decode(om.codecs.Encoded(codes, state.scales[1]["w"])))[:, half]
+    ratio = v.mean() / np.asarray(true[1].by[1].average["w"])[:, half].mean()
+    assert 0.9 < ratio < 1.1
+
+
+@pytest.mark.parametrize("kind", ["sparse", "heavy tails"])
+def test_no_update_explodes(kind):
+    """Where a block has nearly nothing but one large number, or 5 % of all."""
+
+    def gradient(k):
+        a, b = jax.random.split(jax.random.fold_in(jax.random.key(1), k))
+        g = jax.random.normal(a, (32, 256))
+        if kind == "sparse":
+            return jnp.where(jax.random.uniform(b, g.shape) < 0.05, g, 0.0)
+        return g * jnp.exp(2 * jax.random.normal(b, g.shape))
+
+    _, largest = trained(om.compress_state(om.adam(1.0), elementwise=True), gradient, 300, (32, 256))
+    _, bare = trained(om.adam(1.0), gradient, 300, (32, 256))
+    assert largest <= max(2.5, 1.3 * float(bare)), (largest, bare)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-4, 1e-6, 1e-8])
+def test_gradients_of_any_size(size):
+    """Updates are near those of float32."""
+    shapes = {"w": (32, 256)}
+    params = drawn(shapes=shapes)
+    gradients = stacked(20, shapes=shapes, size=size)
+    tx = om.adam(1.0, eps=1e-12)
+    (updates, _), (found, _) = together(
+        [tx, om.compress_state(tx, elementwise=True)], params, gradients, None
+    )
+    error = np.asarray(found["w"] - updates["w"])[-1]
+    assert np.sqrt(np.mean(error**2)) < 0.05 * np.sqrt(np.mean(np.asarray(updates["w"])[-1] ** 2))
