@@ -1,0 +1,122 @@
+"""Codes and scales lie as the parameters do: an update sends nothing, and no bit of them differs from one device's."""
+
+import functools
+
+import hlo
+import jax
+import numpy as np
+import pytest
+import trees
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optimorph as om
+from optimorph.core import slabs
+from optimorph.storage.moments import moments_of
+
+SHAPES = {"up": (96, 1024), "down": (1024, 256), "stack": (4, 32, 1024), "bias": (256,)}
+LAYOUTS = {
+    "fsdp": ((8,), lambda n, shape: P(*[None] * (len(shape) - 1), "a") if n != "down" else P("a", None)),
+    "tensor": ((4, 2), lambda n, shape: P(*[None] * (len(shape) - 1), "b")),
+    "both": ((4, 2), lambda n, shape: P(*[None] * (len(shape) - 2), *("a", "b")[-len(shape) :])),
+    "three axes": (
+        (4, 2, 2),
+        lambda n, shape: P("b", ("a", "c"), None) if len(shape) == 3 else P(*(("c", "a"), "b")[-len(shape) :]),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_slabs(monkeypatch):
+    monkeypatch.setitem(slabs.SIZES, "cpu", (1 << 12, 1 << 13))
+
+
+def tree(seed):
+    return trees.drawn(seed, shapes=SHAPES)
+
+
+def placed(layout, mode, shapes=SHAPES):
+    sizes, spec = layout
+    names = "abc"[: len(sizes)]
+    count = int(np.prod(sizes))
+    mesh = jax.make_mesh(sizes, tuple(names), axis_types=(mode,) * len(sizes), devices=jax.devices()[:count])
+    return {name: NamedSharding(mesh, spec(name, shape)) for name, shape in shapes.items()}
+
+
+@functools.cache
+def alone(build):
+    """Two steps on one device."""
+    tx = build()
+    params, state = trees.on_one(tree(0)), tx.init(trees.on_one(tree(0)))
+    update = jax.jit(tx.update)
+    for k in (1, 2):
+        updates, state = update(trees.on_one(tree(k)), state, params)
+    return updates, state
+
+
+def default():
+    return om.compress_state(om.adamw(0.1), elementwise=True)
+
+
+def whole():
+    return om.compress_state(om.sgd(0.1, 0.9))
+
+
+def stepped(build, places):
+    """Two steps over a mesh: the program, the first state, the last, and the updates."""
+    tx = build()
+    params = trees.put(tree(0), places)
+    first = state = tx.init(params)
+    program = jax.jit(tx.update).lower(trees.put(tree(1), places), state, params).compile()
+    for k in (1, 2):
+        updates, state = program(trees.put(tree(k), places), state, params)
+    return program, first, state, updates
+
+
+def lie_alike(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("build", [default, whole])
+def test_nothing_is_sent(layout, mode, build):
+    if build is whole and len(layout[0]) == 1:
+        layout = LAYOUTS["both"]
+    places = placed(layout, mode)
+    program, first, last, updates = stepped(build, places)
+    assert not hlo.counted(program).collectives
+    for _, moment in moments_of(first.inner):
+        for name, place in places.items():
+            assert moment[name].sharding.is_equivalent_to(place, moment[name].ndim)
+    for scales in first.scales:
+        for name in ("up", "down", "stack"):
+            assert scales[name].sharding.is_equivalent_to(places[name], scales[name].ndim)
+    lie_alike(last, first)
+    expected, state = alone(build)
+    for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    for name, place in places.items():
+        assert updates[name].sharding.is_equivalent_to(place, updates[name].ndim)
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_blocks_that_devices_share(mode):
+    """Rows of 256 over 8 devices: codes are those of one device all the same."""
+    places = placed(((8,), lambda n, shape: P(*[None] * (len(shape) - 1), "a")), mode)
+    _, first, last, _ = stepped(default, places)
+    assert first.scales[0]["down"].shape[-1] == 2
+    for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(alone(default)[1]), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_the_state_begins_where_the_parameters_lie(mode):
+    """Under jit too where types say it; and in an explicit mesh `eval_shape` does."""
+    places = placed(LAYOUTS["both"], mode)
+    params = trees.put(tree(0), places)
+    tx = default()
+    state = tx.init(params)
+    if mode == jax.sharding.AxisType.Explicit:
+        lie_alike(jax.jit(tx.init)(params), state)
+    known = jax.tree.map(lambda x: x.sharding, state)
+    lie_alike(jax.jit(tx.init, out_shardings=known)(params), state)
