@@ -114,9 +114,6 @@ def in_parts(step: Step, leaves: dict[str, Leaf], large: Iterable[str], key: jax
     wide = {
         path: jax.eval_shape(leaf.wide) if path in large else leaf.wide() for path, leaf in leaves.items()
     }
-    wide = {
-        path: jax.eval_shape(leaf.wide) if path in large else leaf.wide() for path, leaf in leaves.items()
-    }
     traced = Traced(step, wide)
     known: dict[Any, Callable[..., Leaf]] = {}
     small = [path for path in leaves if path not in large]
