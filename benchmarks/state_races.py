@@ -1,0 +1,94 @@
+"""Races of float32 and 8 bits at the learning rates of `optimorph race`: a part of `state.py`."""
+
+import statistics
+import threading
+
+import jax
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+import optimorph as om
+from optimorph.codecs import Nonneg8, Signed8
+from optimorph.racing import contestants, laps
+from optimorph.racing.palette import styles
+from optimorph.racing.plot import SETTINGS
+from optimorph.racing.tasks import digits, text
+from optimorph.routing.reading import leaf_axes
+from optimorph.storage.moments import moments_of
+
+SEEDS = 3
+TASKS = {"text": text, "digits": digits}
+
+
+def narrow(name):
+    """All leaves of two axes and more in 8 bits; what Muon orthogonalizes linearly."""
+    spec = leaf_axes(name, None)
+
+    def rules(path, shape):
+        kind, leaf = path.split("/", 1)
+        if len(shape) < 2:
+            return None
+        linear = name == "muon" and spec(leaf, shape) is not None
+        return {"first": Signed8(mapping="linear" if linear else "softsign"), "second": Nonneg8()}[kind]
+
+    return rules
+
+
+def race(task):
+    """Optimizer → both ways, their losses by seed and their curves."""
+    entered = []
+    for name in ("adamw", "muon"):
+        rates = contestants.tuned(task)[name]
+        tx = contestants.make(name, task, rates, task.steps)
+        eight = om.compress_state(tx, narrow(name), elementwise=name == "adamw")
+        entered += [laps.Contestant((name, "float32"), tx), laps.Contestant((name, "8 bits"), eight)]
+    laps.hold(task, entered, task.steps, SEEDS, lambda one: None, threading.Event())
+    rows = {}
+    for one in entered:
+        losses = [run.losses[-1] for run in one.runs]
+        held = jax.tree.leaves(one.runs[0].state)
+        codes = sum(x.size for x in held if x.dtype.itemsize == 1)
+        moments = sum(
+            x.size
+            for _, tree in moments_of(getattr(one.runs[0].state, "inner", one.runs[0].state))
+            for x in jax.tree.leaves(tree)
+        )
+        rows.setdefault(one.name[0], {})[one.name[1]] = {
+            "losses": losses,
+            "loss": statistics.fmean(losses),
+            "spread": statistics.stdev(losses),
+            "bytes": one.runs[0].state_bytes_per_parameter,
+            "share": codes / moments,
+            "steps": one.runs[0].steps,
+            "curves": [run.losses for run in one.runs],
+        }
+    for row in rows.values():
+        wide, eight = row["float32"], row["8 bits"]
+        row["difference"] = eight["loss"] - wide["loss"]
+        row["noise"] = np.hypot(wide["spread"], eight["spread"]) / 2**0.5
+    return rows
+
+
+def draw(races, path):
+    """Both losses of each optimizer above, and below what 8 bits change, within the spread of float32."""
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(10, 5.6), layout="constrained")
+        grid = figure.subplots(2, 2, sharex="col", height_ratios=(2, 1))
+        for (name, rows), (above, below) in zip(races.items(), grid.T, strict=True):
+            for (optimizer, row), style in zip(rows.items(), styles(list(rows)).values(), strict=True):
+                wide, eight = (np.array(row[kind]["curves"]) for kind in ("float32", "8 bits"))
+                steps, color = row["float32"]["steps"], style.color
+                above.plot(steps, wide.mean(0), color=color, alpha=0.35, lw=6, label=f"{optimizer}, float32")
+                above.plot(steps, eight.mean(0), color=color, ls="--", label=f"{optimizer}, 8 bits")
+                spread = wide.std(0, ddof=1)
+                below.fill_between(steps, -spread, spread, color=color, alpha=0.15, lw=0)
+                below.plot(steps, (eight - wide).mean(0), color=color, ls="--")
+            above.set(title=name, yscale="log" if name == "digits" else "linear")
+            below.set(xlabel="steps")
+            above.grid()
+            below.grid()
+        grid[0, 0].set(ylabel="validation loss (nats)")
+        grid[1, 0].set(ylabel="8 bits - float32,\nspread of 3 seeds shaded")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        figure.savefig(path, dpi=130)
