@@ -32,8 +32,8 @@ from optimizers import gpt
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from state_peers import peers
-from state_races import SEEDS, TASKS, draw, race
+from state_peers import peer_tables, peers
+from state_races import TASKS, draw, race, race_tables
 
 import optimorph as om
 from optimorph.codecs import Float32, Nonneg8, Signed8
@@ -41,7 +41,7 @@ from optimorph.core.rounding import noise, places
 from optimorph.core.slabs import slab_shape
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
-ROUNDS = 9
+ROUNDS, COMPILES = 9, 3
 LEAVES = {f"w{k}": (768, 3072) for k in range(12)}
 GPT2 = gpt(768, 12) | {"embed": (50257, 768), "position_embed": (1024, 768)}
 ADAMW = {
@@ -72,31 +72,44 @@ class Side:
     """A compiled update that keeps its gradients' and its state's memory, and what is known of it."""
 
     def __init__(self, tx, params):
-        """Trace and compile."""
-        self.params = params
-        self.held = jax.tree.map(lambda p: 0.1 * p, self.params), jax.jit(tx.init)(self.params)
+        """Compile nothing yet."""
+        self.tx, self.params, self.compiled = tx, params, None
+        self.held = jax.tree.map(lambda p: 0.1 * p, params), jax.jit(tx.init)(params)
+        self.traced, self.compiles, self.seconds = [], [], []
+
+    def build(self):
+        """Trace and compile from scratch, timed."""
         jax.clear_caches()
         started = time.perf_counter()
-        lowered = jax.jit(tx.update, donate_argnums=(0, 1)).lower(*self.held, self.params)
-        traced = time.perf_counter()
+        lowered = jax.jit(lambda *args: self.tx.update(*args), donate_argnums=(0, 1)).lower(
+            *self.held, self.params
+        )
+        self.traced.append(time.perf_counter() - started)
         self.compiled = lowered.compile()
-        gradients, state = (sum(x.nbytes for x in jax.tree.leaves(held)) for held in self.held)
-        memory, size = self.compiled.memory_analysis(), sum(x.size for x in jax.tree.leaves(params))
-        self.row = {
-            "parameters": size,
-            "state": state / size,
-            "temporaries": memory.temp_size_in_bytes / size,
-            "not_reused": (gradients + state - memory.alias_size_in_bytes) / size,
-            "trace_seconds": traced - started,
-            "compile_seconds": time.perf_counter() - traced,
-        }
-        self.seconds = []
+        self.compiles.append(time.perf_counter() - started - self.traced[-1])
 
     def run(self):
         """One update, timed; its updates are the next gradients."""
         started = time.perf_counter()
         self.held = jax.block_until_ready(self.compiled(*self.held, self.params))
         self.seconds.append(time.perf_counter() - started)
+
+    def row(self, bare):
+        """The figures, beside those of the bare update."""
+        gradients, state = (sum(x.nbytes for x in jax.tree.leaves(held)) for held in self.held)
+        memory, size = self.compiled.memory_analysis(), sum(x.size for x in jax.tree.leaves(self.params))
+        ratios = [mine / other for mine, other in zip(self.seconds[1:], bare.seconds[1:], strict=True)]
+        return {
+            "parameters": size,
+            "state": state / size,
+            "temporaries": memory.temp_size_in_bytes / size,
+            "not_reused": (gradients + state - memory.alias_size_in_bytes) / size,
+            "trace_seconds": statistics.median(self.traced),
+            "compile_seconds": statistics.median(self.compiles),
+            "ms": 1e3 * statistics.median(self.seconds[1:]),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+        }
 
 
 def cost(ways, shapes, rounds=ROUNDS):
@@ -106,15 +119,12 @@ def cost(ways, shapes, rounds=ROUNDS):
     drawn = [jax.random.normal(key, shape) for key, shape in zip(keys, leaves, strict=True)]
     params = jax.tree.unflatten(structure, drawn)
     sides = {name: Side(make(), params) for name, make in ways.items()}
-    for _ in range(rounds + 1):  # interleaved: the machine's noise meets all
-        for side in sides.values():
-            side.run()
+    for turn, times in (("build", COMPILES), ("run", rounds + 1)):
+        for _ in range(times):  # interleaved: the machine's noise meets all
+            for side in sides.values():
+                getattr(side, turn)()
     bare = next(iter(sides.values()))
-    for side in sides.values():
-        ratios = [mine / other for mine, other in zip(side.seconds[1:], bare.seconds[1:], strict=True)]
-        side.row["ms"] = 1e3 * statistics.median(side.seconds[1:])
-        side.row["ratio"] = statistics.median(ratios)
-    return {name: side.row for name, side in sides.items()}
+    return {name: side.row(bare) for name, side in sides.items()}
 
 
 def steps():
@@ -161,38 +171,14 @@ def show(console, title, heads, rows):
     console.print(table)
 
 
-def show_costs(console, found):
+def cost_tables(found):
+    """Of what `costs` finds."""
     heads = ("bytes a parameter", "state", "temporaries", "not reused", "trace s", "compile s", "ms", "ratio")
+    keys = ("state", "temporaries", "not_reused", "trace_seconds", "compile_seconds", "ms", "ratio")
     for name, rows in found["updates"].items():
-        keys = ("state", "temporaries", "not_reused", "trace_seconds", "compile_seconds", "ms", "ratio")
-        lines = [
-            (way, *(f"{row[key]:.{1 if key == 'ms' else 2}f}" for key in keys)) for way, row in rows.items()
-        ]
-        show(console, name, heads, lines)
-    show(console, "a step by itself", ("", "ns a number"), found["steps"].items())
-
-
-def show_peers(console, rows):
-    heads = ("AdamW", "bytes", "v after the fall", *next(iter(rows.values()))["largest"])
-    lines = [(name, f"{row['bytes']:.2f}", row["v"], *row["largest"].values()) for name, row in rows.items()]
-    show(console, "v over what it should be, and max |update|", heads, lines)
-
-
-def show_races(console, found):
-    lines = [
-        (
-            f"{name}, {optimizer}",
-            *(f"{row[kind]['loss']:.4f} ± {row[kind]['spread']:.4f}" for kind in ("float32", "8 bits")),
-            f"{row['difference']:+.4f}",
-            f"{row['difference'] / row['noise']:+.2f}",
-            f"{100 * row['8 bits']['share']:.1f} %",
-            f"{row['float32']['bytes']:.2f} / {row['8 bits']['bytes']:.2f}",
-        )
-        for name, rows in found.items()
-        for optimizer, row in rows.items()
-    ]
-    heads = ("final validation loss", "float32", "8 bits", "difference", "over noise", "in 8 bits", "bytes")
-    show(console, f"{SEEDS} seeds", heads, lines)
+        lines = [(way, *(f"{row[k]:.{1 if k == 'ms' else 2}f}" for k in keys)) for way, row in rows.items()]
+        yield name, heads, lines
+    yield "a step by itself", ("", "ns a number"), found["steps"].items()
 
 
 def costs(console):
@@ -213,7 +199,7 @@ def races(console):
     return found
 
 
-PARTS = {"costs": (costs, show_costs), "peers": (peers, show_peers), "races": (races, show_races)}
+PARTS = {"costs": (costs, cost_tables), "peers": (peers, peer_tables), "races": (races, race_tables)}
 
 
 def main():
@@ -227,10 +213,11 @@ def main():
     console = Console(width=120)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in named or PARTS:
-        measure, display = PARTS[name]
+        measure, tables = PARTS[name]
         started = time.perf_counter()
         found[name] = measure(console)
-        display(console, found[name])
+        for table in tables(found[name]):
+            show(console, *table)
         found.setdefault("about", {})[name] = {
             "date": datetime.date.today().isoformat(),
             "device": jax.devices()[0].device_kind,

@@ -136,3 +136,10 @@ def peers(console):
         v = found.pop("fall")[1][:, ::2].mean() / exact
         rows[name] = {"bytes": size, "v": v, "largest": {kind: each[0] for kind, each in found.items()}}
     return rows
+
+
+def peer_tables(rows):
+    """Of what `peers` finds."""
+    heads = ("AdamW", "bytes", "v after the fall", *next(iter(rows.values()))["largest"])
+    lines = [(name, f"{row['bytes']:.2f}", row["v"], *row["largest"].values()) for name, row in rows.items()]
+    yield "v over what it should be, and max |update|", heads, lines

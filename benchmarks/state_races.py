@@ -92,3 +92,21 @@ def draw(races, path):
         grid[1, 0].set(ylabel="8 bits - float32,\nspread of 3 seeds shaded")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
         figure.savefig(path, dpi=130)
+
+
+def race_tables(found):
+    """Of the races of all tasks."""
+    heads = ("final validation loss", "float32", "8 bits", "difference", "over noise", "in 8 bits", "bytes")
+    lines = [
+        (
+            f"{name}, {optimizer}",
+            *(f"{row[kind]['loss']:.4f} ± {row[kind]['spread']:.4f}" for kind in ("float32", "8 bits")),
+            f"{row['difference']:+.4f}",
+            f"{row['difference'] / row['noise']:+.2f}",
+            f"{100 * row['8 bits']['share']:.1f} %",
+            f"{row['float32']['bytes']:.2f} / {row['8 bits']['bytes']:.2f}",
+        )
+        for name, rows in found.items()
+        for optimizer, row in rows.items()
+    ]
+    yield f"{SEEDS} seeds", heads, lines
