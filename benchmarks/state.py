@@ -31,6 +31,7 @@ import optax
 from optimizers import gpt
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from state_peers import peer_tables, peers
 from state_races import TASKS, draw, race, race_tables
@@ -41,24 +42,25 @@ from optimorph.core.rounding import noise, places
 from optimorph.core.slabs import slab_shape
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
-ROUNDS, COMPILES = 9, 3
+ROUNDS, COMPILES = 9, 2
 LEAVES = {f"w{k}": (768, 3072) for k in range(12)}
 GPT2 = gpt(768, 12) | {"embed": (50257, 768), "position_embed": (1024, 768)}
 ADAMW = {
     "om.adamw": lambda: om.adamw(1e-3),
     "moments in bfloat16": lambda: om.adamw(1e-3, mu_dtype="bfloat16", nu_dtype="bfloat16"),
-    "8 bits, elementwise": lambda: om.compress_state(om.adamw(1e-3), elementwise=True),
+    "state='int8'": lambda: om.adamw(1e-3, state="int8"),
     "8 bits, elementwise, optax.adamw": lambda: om.compress_state(optax.adamw(1e-3), elementwise=True),
     "8 bits, not elementwise": lambda: om.compress_state(om.adamw(1e-3)),
 }
 MUON = {
     "om.muon": lambda: om.muon(0.02),
-    "8 bits, om.muon": lambda: om.compress_state(om.muon(0.02), {"first/*": Signed8(mapping="linear")}),
+    "state='int8'": lambda: om.muon(0.02, state="int8"),
+    "8 bits, all at once": lambda: om.compress_state(om.muon(0.02), {"first/*": Signed8(mapping="linear")}),
 }
 COSTS = {
-    "12 leaves of 768 x 3072": (ADAMW, LEAVES),
-    "GPT-2 small": (ADAMW, GPT2),
-    "2 layers of GPT-2 small": (MUON, gpt(768, 2)),
+    "12 leaves of 768 x 3072": (ADAMW, LEAVES, ROUNDS),
+    "GPT-2 small": (ADAMW, GPT2, 5),
+    "2 layers of GPT-2 small": (MUON, gpt(768, 2), 3),
 }
 ABLATIONS = {
     "float32, slab by slab": {"*": Float32()},
@@ -112,7 +114,7 @@ class Side:
         }
 
 
-def cost(ways, shapes, rounds=ROUNDS):
+def cost(ways, shapes, rounds):
     """Name → figures; the first is what the others are set against."""
     leaves, structure = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -182,14 +184,12 @@ def cost_tables(found):
 
 
 def costs(console):
-    updates = {
-        name: cost(ways, shapes, 3 if ways is MUON else ROUNDS) for name, (ways, shapes) in COSTS.items()
-    }
-    eight = {
-        name: lambda r=r: om.compress_state(om.adamw(1e-3), r, elementwise=True)
-        for name, r in ABLATIONS.items()
-    }
-    updates["12 leaves, where the time goes"] = cost({"om.adamw": ADAMW["om.adamw"]} | eight, LEAVES)
+    def eight(rules):
+        return lambda: om.compress_state(om.adamw(1e-3), rules, elementwise=True)
+
+    parts = {"om.adamw": ADAMW["om.adamw"]} | {name: eight(rules) for name, rules in ABLATIONS.items()}
+    cases = {"12 leaves, where the time goes": (parts, LEAVES, ROUNDS)} | COSTS
+    updates = {name: cost(*case) for name, case in track(cases.items(), total=len(cases), console=console)}
     return {"updates": updates, "steps": steps()}
 
 

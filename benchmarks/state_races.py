@@ -86,6 +86,7 @@ def draw(races, path):
                 below.plot(steps, (eight - wide).mean(0), color=color, ls="--")
             above.set(title=name, yscale="log" if name == "digits" else "linear")
             below.set(xlabel="steps")
+            above.yaxis.set_major_formatter("{x:g}")
             above.grid()
             below.grid()
         grid[0, 0].set(ylabel="validation loss (nats)")
