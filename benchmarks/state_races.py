@@ -90,7 +90,7 @@ def draw(races, path):
             above.grid()
             below.grid()
         grid[0, 0].set(ylabel="validation loss (nats)")
-        grid[1, 0].set(ylabel="8 bits - float32,\nspread of 3 seeds shaded")
+        grid[1, 0].set(ylabel="8 bits - float32\n(shaded: spread)")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
         figure.savefig(path, dpi=130)
 
