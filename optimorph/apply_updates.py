@@ -61,5 +61,4 @@ def _sum(u, w):
 def _rounded(path, x, w, key):
     if key is None or x.dtype == jnp.result_type(w) or jnp.result_type(w) != jnp.bfloat16:
         return cast_like(x, w)
-    bits = jax.random.bits(leaf_key(key, path), x.shape, jnp.uint16)
-    return stochastic_bfloat16(x.astype(jnp.float32), bits)
+    return stochastic_bfloat16(x.astype(jnp.float32), leaf_key(key, path))

@@ -9,7 +9,7 @@ import numpy as np
 from optimorph.codecs import Encoded, Split8, Split16
 from optimorph.core.checks import is_array, kind, not_an_array
 from optimorph.core.differences import UnlikeError
-from optimorph.core.rounding import leaf_words
+from optimorph.core.rounding import leaf_key
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import PyTree
 
@@ -72,7 +72,7 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
             raise ValueError(not_an_array("split_weights", path, p))
         if jnp.result_type(p) != jnp.float32:
             return p, None
-        residual, weight = codec.encode(p, None if key is None else leaf_words(key, path))
+        residual, weight = codec.encode(p, None if key is None else leaf_key(key, path))
         return weight, residual
 
     leaves, structure = jax.tree.flatten(params)

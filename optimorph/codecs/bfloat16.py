@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optimorph.codecs.codec import Codec, Encoded
-from optimorph.core.rounding import nearest_bfloat16, noise, stochastic_bfloat16
+from optimorph.core.rounding import nearest_bfloat16, stochastic_bfloat16
 from optimorph.core.types import Shape
 
 
@@ -36,7 +36,7 @@ class BFloat16(Codec):
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         if not self.stochastic:
             return Encoded(nearest_bfloat16(x), None)
-        return Encoded(stochastic_bfloat16(x, noise(self._key(key), place) >> 16), None)
+        return Encoded(stochastic_bfloat16(x, self._key(key), place), None)
 
     def _decode(self, encoded: Encoded) -> jax.Array:
         return encoded.codes.astype(jnp.float32)

@@ -11,17 +11,11 @@ from optimorph.core.types import Shape
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
-    """The key of one leaf: that of all leaves and its path, whatever the order of the leaves."""
-    return jax.random.fold_in(key, _number(path))
+    """The key of one leaf, for `noise`: that of all leaves and its path, whatever the order of the leaves.
 
-
-def leaf_words(key: jax.Array, path: str) -> jax.Array:
-    """The same for `noise`, in a few operations where `fold_in` takes a hundred."""
-    return _mix(_words(key) + _mix(jnp.uint32(_number(path))))
-
-
-def _number(path: str) -> int:
-    return zlib.crc32(path.encode())
+    In a few operations, where `jax.random.fold_in` takes a hundred.
+    """
+    return _mix(_words(key) + _mix(jnp.uint32(zlib.crc32(path.encode()))))
 
 
 def places(shape: Shape, steps: Sequence[int] | None = None) -> jax.Array:
@@ -66,7 +60,7 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
+def stochastic_bfloat16(x: jax.Array, key: jax.Array, place: jax.Array | None = None) -> jax.Array:
     """float32 numbers rounded to one of their two neighbours in bfloat16, up or down by chance.
 
         P(up) = (x - below) / (above - below), so that E[rounded] = x        (1)
@@ -77,9 +71,10 @@ def stochastic_bfloat16(x: jax.Array, bits: jax.Array) -> jax.Array:
 
     Args:
       x: the numbers.
-      bits: as many of uint16, by chance.
+      key: of `jax.random`, or of a leaf.
+      place: of every number in the array that x is a part of; x is the whole without it.
     """
-    return _carried(x, bits.astype(jnp.uint32))  # (1)
+    return _carried(x, noise(key, places(x.shape) if place is None else place) >> 16)  # (1)
 
 
 def nearest_bfloat16(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import optax
 from optimorph.codecs import Encoded
 from optimorph.core.checks import is_integer
 from optimorph.core.count import increment
-from optimorph.core.rounding import leaf_words
+from optimorph.core.rounding import leaf_key
 from optimorph.core.slabs import slab_shape
 from optimorph.core.tree import by_path, distinct_paths, is_missing, leaf_paths, map_paths
 from optimorph.core.types import PyTree, Rules
@@ -148,7 +148,7 @@ def _stored(path: str, before: Leaf, after: Leaf, key: jax.Array) -> Leaf:
     def stored(kind, codec, old, new):
         if old is None or before.missing:
             return old
-        return encoded(codec, new.codes, leaf_words(key, named(kind, path)), None, old)
+        return encoded(codec, new.codes, leaf_key(key, named(kind, path)), None, old)
 
     moments = map(stored, before.kinds, before.codecs, before.moments, after.moments)
     return dataclasses.replace(after, moments=tuple(moments))

@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from optimorph.codecs import Codec, Encoded
 from optimorph.core.elementwise import NotElementwise, mixes, on_part
-from optimorph.core.rounding import leaf_words
+from optimorph.core.rounding import leaf_key
 from optimorph.core.slabs import in_slabs
 from optimorph.core.types import PyTree
 from optimorph.storage.choice import named
@@ -141,7 +141,7 @@ def _alone(
 ) -> Leaf:
     """The update of one large leaf; by the program of another one, if that is the same."""
     program = traced.part(traced.made[path], traced.given[path])
-    keys = [leaf_words(key, named(kind, path)) for kind in leaf.kinds]
+    keys = [leaf_key(key, named(kind, path)) for kind in leaf.kinds]
     shapes = str(jax.tree.map(jnp.shape, leaf))
     same = str(program.jaxpr), tuple(map(id, program.consts)), shapes, leaf.codecs
     return known.setdefault(same, jax.jit(_slabs(program, traced.done[path])))(keys, leaf)

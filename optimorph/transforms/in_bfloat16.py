@@ -60,7 +60,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         leaves, structure = jax.tree.flatten(after)
         before = jax.tree.leaves(state.inner)
         rounded = [  # (2)
-            _rounded(_widened(new), leaf_key(key, path)) if old.dtype == jnp.bfloat16 else new
+            stochastic_bfloat16(_widened(new), leaf_key(key, path)) if old.dtype == jnp.bfloat16 else new
             for path, new, old in zip(leaf_paths(after), leaves, before, strict=True)
         ]
         return out, HalfState(jax.tree.unflatten(structure, rounded), state.seed, increment(state.count))
@@ -74,7 +74,3 @@ def _narrowed(x: jax.Array) -> jax.Array:
 
 def _widened(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
-    return stochastic_bfloat16(x, jax.random.bits(key, x.shape, jnp.uint16))
