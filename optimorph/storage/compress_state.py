@@ -53,9 +53,9 @@ def compress_state(
     Without, all moments are decoded, and updated, and encoded again.
 
     The noise of codecs that round by chance is that of the seed, the step, the leaf's path and the place in
-    the leaf: a run repeats to the bit, resumed or on another mesh. Codes and scales lie as the parameters
-    do; where blocks are not cut no device sends anything. Moments of complex numbers and of float64 stay as
-    they are. Where a gradient is missing so does the state.
+    the leaf: a run that is resumed repeats to the bit, and one on another mesh but for how its compiler
+    rounds. Codes and scales lie as the parameters do; where blocks are not cut no device sends anything.
+    Moments of complex numbers and of float64 stay as they are. Where a gradient is missing so does the state.
 
     Args:
       inner: any transformation, of this library or of optax, whose moments begin as one number everywhere.

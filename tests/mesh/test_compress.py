@@ -15,6 +15,9 @@ from optimorph.core import slabs
 from optimorph.storage.moments import moments_of
 
 SHAPES = {"up": (96, 1024), "down": (1024, 256), "stack": (4, 32, 1024), "bias": (256,)}
+EXACT = {"xla_disable_hlo_passes": "algsimp"}
+"""With it products are done in the order in which they are written, however much a device has of an array."""
+
 LAYOUTS = {
     "fsdp": ((8,), lambda n, shape: P(*[None] * (len(shape) - 1), "a") if n != "down" else P("a", None)),
     "tensor": ((4, 2), lambda n, shape: P(*[None] * (len(shape) - 1), "b")),
@@ -50,7 +53,7 @@ def alone(build):
     """Two steps on one device."""
     tx = build()
     params, state = trees.on_one(tree(0)), tx.init(trees.on_one(tree(0)))
-    update = jax.jit(tx.update)
+    update = jax.jit(tx.update, compiler_options=EXACT)
     for k in (1, 2):
         updates, state = update(trees.on_one(tree(k)), state, params)
     return updates, state
@@ -73,7 +76,9 @@ def stepped(build, places):
     tx = build()
     params = trees.put(tree(0), places)
     first = state = tx.init(params)
-    program = jax.jit(tx.update).lower(trees.put(tree(1), places), state, params).compile()
+    program = (
+        jax.jit(tx.update, compiler_options=EXACT).lower(trees.put(tree(1), places), state, params).compile()
+    )
     for k in (1, 2):
         updates, state = program(trees.put(tree(k), places), state, params)
     return program, first, state, updates
