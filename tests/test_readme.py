@@ -99,6 +99,28 @@ def test_the_sweep_is_the_recorded_one():
         assert row["ratio"] == 1 or f"({row['ratio']:.2f} times" in README
 
 
+def test_what_is_said_of_small_state_is_recorded():
+    recorded = json.loads((RESULTS / "state.json").read_text())
+    for case, rows in recorded["costs"]["updates"].items():
+        for way, row in rows.items() if "where" not in case else ():
+            assert (
+                f"| {case}: {way} | {row['state']:.2f} | {row['temporaries']:.2f} | {row['ratio']:.2f} "
+                f"| {row['compile_seconds']:.2f} |" in README
+            )
+    for task, names in recorded["races"].items():
+        for name, row in names.items():
+            wide, small = row["float32"], row["8 bits"]
+            assert (
+                f"| {task}: {name} | {wide['loss']:.4f} ± {wide['spread']:.4f} "
+                f"| {small['loss']:.4f} ± {small['spread']:.4f} "
+                f"| {wide['bytes']:.2f} / {small['bytes']:.2f} |" in README
+            )
+    for name, row in recorded["peers"].items():
+        largest = " | ".join(f"{x:.3g}" for x in row["largest"].values())
+        assert f"| {name} | {row['bytes']:.2f} | {row['v']:.3g} | {largest} |" in README
+    assert f"jax {recorded['about']['costs']['versions']['jax']}" in README
+
+
 def test_pictures_and_files_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:

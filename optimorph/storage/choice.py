@@ -27,8 +27,13 @@ def choice(rules: Rules | None) -> Choice:
     """The rules as one function; what they leave unsaid is as by default.
 
     Raises:
-      ValueError: when called, naming what the rules say if it is no codec.
+      ValueError: a bare codec, which does not say what it is for; when called, what rules say and is none.
     """
+    if isinstance(rules, Codec):
+        raise ValueError(
+            f"compress_state: rules must say which moments {rules!r} is for. Type rules={{'*': "
+            f"{type(rules).__name__}()}} for all."
+        )
     found = lookup({} if rules is None else rules)
 
     def chosen(kind: str, path: str, shape: Shape) -> Codec | None:
