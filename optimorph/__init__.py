@@ -12,6 +12,8 @@ Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` 
 The end of a step: `apply_updates`, which can round bfloat16 weights stochastically; `split_weights` and
 `join_weights`, which keep what bfloat16 leaves of float32 in one or two bytes.
 
+State that fits: `compress_state` stores moments in 8 bits, as `state="int8"` of every optimizer does.
+
 Coming from optax: `from_optax_state` carries a run over in mid-training; `inject_hyperparams` is optax's, but
 rounds no number.
 

@@ -309,6 +309,8 @@ def test_rules_that_say_nothing_right():
         om.compress_state(om.adam(0.1), {"first/*": "int8"}).init(tree)
     with pytest.raises(ValueError, match=r"rules must say which moments .* Type rules={.\*.: Signed8"):
         om.compress_state(om.ema(0.9), Signed8())
+    with pytest.raises(ValueError, match=r"say Nonneg8.* of 'first/w', whose numbers have signs"):
+        om.compress_state(om.adam(0.1), {"*": Nonneg8()}).init(tree)
     with pytest.raises(ValueError, match="which is no codec"):
         om.compress_state(om.adam(0.1), lambda path, shape: Signed8).init(tree)
     with pytest.warns(UserWarning, match="no moment matches the rule 'frist/w'"):

@@ -45,6 +45,11 @@ def choice(rules: Rules | None) -> Choice:
                 f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, which is no codec. Type "
                 "optimorph.codecs.Signed8(), for example, or None for as it is."
             )
+        if kind == FIRST and isinstance(codec, Nonneg8):
+            raise ValueError(
+                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose numbers have signs. "
+                "Type {'first/*': Signed8(), 'second/*': Nonneg8()}."
+            )
         return codec
 
     return chosen

@@ -44,7 +44,7 @@ def compress_state(
     and vectors stay as they are, and so does all else that a state has. Rules say otherwise:
 
         rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
-        rules={"*/embed*": Nonneg8(), ...}
+        rules={"first/*embed*": Signed8(), "second/*embed*": Nonneg8()}      # embeddings too
 
     Memory: with `elementwise` large leaves go slab by slab, in place, and there is never more of a decoded
     moment than a slab. That is right for transformations that make every number of an update of the
@@ -68,8 +68,9 @@ def compress_state(
         your own, `FIELDS | {"MyState": {"average": "first"}}`.
 
     Raises:
-      ValueError: another seed; at `init`, rules that say what is no codec, two leaves of one path; at
-        `update`, naming the primitive, a transformation that is said to be element-wise and is not.
+      ValueError: another seed; at `init`, rules that say what is no codec, or a codec without signs of first
+        moments, and two leaves of one path; at `update`, naming the primitive, a transformation that is said
+        to be element-wise and is not.
 
     References:
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
