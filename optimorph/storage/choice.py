@@ -47,8 +47,8 @@ def choice(rules: Rules | None) -> Choice:
             )
         if kind == FIRST and isinstance(codec, Nonneg8):
             raise ValueError(
-                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose numbers have signs. "
-                "Type {'first/*': Signed8(), 'second/*': Nonneg8()}."
+                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose numbers have "
+                "signs. Type {'first/*': Signed8(), 'second/*': Nonneg8()}."
             )
         return codec
 
