@@ -165,6 +165,11 @@ def _wanted(blank: PyTree) -> Iterator[tuple[Slot, Any]]:
     try:
         yield from _slots(blank, _own_fields)
     except ValueError as error:
+        if "CompressedState" in str(error):
+            raise ValueError(
+                f"{WHO}: tx keeps its moments in codes, into which none are carried over. Type "
+                "tx.init(params) to begin with new moments, or the recipe without state='int8'."
+            ) from error
         raise ValueError(
             f"{WHO}: tx must be a recipe of this library, in chains, partitions, skip_nonfinite or behind "
             "clip_by_global_norm, but there is something else in it. Convert the state of the recipe alone, "

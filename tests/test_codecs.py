@@ -262,6 +262,18 @@ def test_what_is_not_finite(codec, sick):
     np.testing.assert_array_equal(got, well)
 
 
+@each(BLOCKS)
+def test_what_is_no_number_is_not_lost(codec):
+    """The compiler's own maximum loses it in larger arrays."""
+    x = np.ones((64, 256), np.float32)
+    x[3, 5], x[9] = np.nan, np.nan
+    for found in (codec.encode(x, KEY), compiled(codec)[0](x, KEY)):
+        bad = np.isnan(np.asarray(codec.decode(found)))
+        assert np.all(bad[9])
+        assert np.all(bad[3, : codec.block])
+        assert bad.sum() == 256 + codec.block
+
+
 def test_a_negative_second_moment_is_not_hidden():
     x = np.ones((2, 128), np.float32)
     x[1, 3] = -1e-6

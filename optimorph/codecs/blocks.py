@@ -69,7 +69,8 @@ class BlockCodec(Codec):
 
     def _scales(self, blocks: jax.Array) -> jax.Array:
         """(1); 0 where all is below `TINY`, NaN where anything is not finite."""
-        s = jnp.max(jnp.abs(blocks), axis=-1)
+        bits = jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
+        s = jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32)  # NaN too, which max may lose
         s = jnp.where(s < jnp.inf, s, jnp.nan)
         s = jnp.where(s < TINY, 0, s)
         return outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s

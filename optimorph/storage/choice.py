@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from optimorph.codecs import Codec, Nonneg8, Signed8
+from optimorph.codecs import Codec, Encoded, Float8, Nonneg8, Signed8
 from optimorph.core.types import Rules, Shape
 from optimorph.routing.names import by_name
 from optimorph.routing.rules import UNSAID, lookup
@@ -18,6 +19,9 @@ WIDE = ("bias", "embedding", "norm", "vector")
 
 SMALL = 4096
 """Leaves of fewer numbers stay as they are by default."""
+
+BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
+"""What to type."""
 
 Choice = Callable[[str, str, Shape], Codec | None]
 """(kind, path, shape) → codec, or None for as it is."""
@@ -31,8 +35,7 @@ def choice(rules: Rules | None) -> Choice:
     """
     if isinstance(rules, Codec):
         raise ValueError(
-            f"compress_state: rules must say which moments {rules!r} is for. Type rules={{'*': "
-            f"{type(rules).__name__}()}} for all."
+            f"compress_state: rules must say which moments {rules!r} is for. Type {BOTH}, for example."
         )
     found = lookup({} if rules is None else rules)
 
@@ -48,7 +51,12 @@ def choice(rules: Rules | None) -> Choice:
         if kind == FIRST and isinstance(codec, Nonneg8):
             raise ValueError(
                 f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose numbers have "
-                "signs. Type {'first/*': Signed8(), 'second/*': Nonneg8()}."
+                f"signs. Type {BOTH}, for example."
+            )
+        if kind == SECOND and isinstance(codec, Signed8 | Float8):
+            raise ValueError(
+                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose roots are divided "
+                f"by, and it has a code for 0. Type {BOTH}, for example."
             )
         return codec
 
@@ -67,10 +75,24 @@ def named(kind: str, path: str) -> str:
     return f"{kind}/{path}" if path else kind
 
 
-def stored_by(chosen: Choice, kind: str, path: str, codes: Any) -> Codec | None:
-    """The codec of what is stored; None of what was none for it, such as complex numbers."""
-    codec = chosen(kind, path, codes.shape)
-    return codec if codec is not None and codes.dtype == _code_dtype(codec) else None
+def stored_by(chosen: Choice, kind: str, path: str, stored: Encoded) -> Codec | None:
+    """The codec of what is stored; None of what is as it is, always so of complex numbers and float64.
+
+    Raises:
+      ValueError: it was stored by another codec.
+    """
+    dtype = stored.codes.dtype
+    codec = chosen(kind, path, stored.codes.shape)
+    coded = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4
+    if not coded and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
+        return None
+    if coded if codec is None else dtype != _code_dtype(codec):
+        said = "that it is as it is" if codec is None else repr(codec)
+        raise ValueError(
+            f"compress_state: {named(kind, path)!r} is stored in {dtype}, but the rules say {said}. "
+            "The state is that of other rules: type those with which it was made, or tx.init(params)."
+        )
+    return codec
 
 
 def by_default(kind: str, path: str, shape: Shape) -> Codec | None:

@@ -56,6 +56,8 @@ def compress_state(
     the leaf: a run that is resumed repeats to the bit, and one on another mesh but for how its compiler
     rounds. Codes and scales lie as the parameters do; where blocks are not cut no device sends anything.
     Moments of complex numbers and of float64 stay as they are. Where a gradient is missing so does the state.
+    What is not finite makes its block NaN, and so do gradients above 1.8e19, whose squares are infinite: clip
+    in front, or put `skip_nonfinite` around.
 
     Args:
       inner: any transformation, of this library or of optax, whose moments begin as one number everywhere.
@@ -68,9 +70,9 @@ def compress_state(
         your own, `FIELDS | {"MyState": {"average": "first"}}`.
 
     Raises:
-      ValueError: another seed; at `init`, rules that say what is no codec, or a codec without signs of first
-        moments, and two leaves of one path; at `update`, naming the primitive, a transformation that is said
-        to be element-wise and is not.
+      ValueError: another seed; at `init`, rules that say what is no codec, a codec without signs of first
+        moments or with a zero of second ones, and two leaves of one path; at `update`, a state of other
+        rules, and, naming the primitive, a transformation that is said to be element-wise and is not.
 
     References:
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
@@ -168,7 +170,7 @@ def _leaves(
     def leaf(path):
         held = [Encoded(c[path], s[path]) if path in c else None for c, s in zip(codes, scales, strict=True)]
         codecs = [
-            None if each is None else stored_by(chosen, kind, path, each.codes)
+            None if each is None else stored_by(chosen, kind, path, each)
             for kind, each in zip(kinds, held, strict=True)
         ]
         gradient = None if is_missing(gradients.get(path)) else gradients[path]

@@ -1,8 +1,11 @@
 """What recipes do with `state`."""
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import optax
 
+from optimorph.codecs import Codec
 from optimorph.core.types import DTypeLike, Rules
 from optimorph.storage.compress_state import compress_state
 
@@ -30,7 +33,8 @@ def small(
     """
     if state is None:
         return optax.with_extra_args_support(tx)
-    if isinstance(state, str) and state != INT8:
+    rules = isinstance(state, Codec | Mapping) or (callable(state) and not isinstance(state, type))
+    if state != INT8 and not rules:
         raise ValueError(
             f"{who}: state must be 'int8', the rules of compress_state or None, but is {state!r}. "
             "Type state='int8'."
