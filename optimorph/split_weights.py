@@ -10,7 +10,7 @@ from optimorph.codecs import Encoded, Split8, Split16
 from optimorph.core.checks import is_array, kind, not_an_array
 from optimorph.core.differences import UnlikeError
 from optimorph.core.rounding import leaf_key
-from optimorph.core.tree import leaf_paths
+from optimorph.core.tree import by_path, leaf_paths
 from optimorph.core.types import PyTree
 
 CODECS = {jnp.dtype(jnp.int8): Split8(), jnp.dtype(jnp.int16): Split16()}
@@ -115,7 +115,7 @@ def _belongs(c: Any, w: Any) -> bool:
 def _difference(weights: PyTree, residuals: PyTree) -> str:
     """How the trees differ, in leaves or else in containers."""
     present = jax.tree.map(lambda c: WHOLE if c is None else c, residuals, is_leaf=lambda c: c is None)
-    ours, theirs = (dict(zip(leaf_paths(x), jax.tree.leaves(x), strict=True)) for x in (weights, present))
+    ours, theirs = by_path(weights), by_path(present)
     lines = []
     for path in ours | theirs:
         c = theirs.get(path)

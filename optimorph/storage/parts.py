@@ -57,7 +57,7 @@ class Traced:
 
     def __init__(self, step: Step, leaves: dict[str, Leaf]):
         """Trace the step of all leaves at once, of arrays or of their shapes."""
-        paths, self.leaves = list(leaves), leaves
+        paths = list(leaves)
 
         def function(*each):
             done, rest = step(dict(zip(paths, each, strict=True)))
@@ -79,10 +79,10 @@ class Traced:
         """
         jaxpr = self.closed.jaxpr
         consts = dict(zip(jaxpr.constvars, self.closed.consts, strict=True))
-        eqns, used, left = set(), {}, list(wanted)
+        eqns, used, left, known = set(), {}, list(wanted), set(given)
         while left:
             v = left.pop()
-            if isinstance(v, Literal) or v in given:
+            if isinstance(v, Literal) or v in known:
                 continue
             if v in consts:
                 used[v] = consts[v]
