@@ -13,8 +13,11 @@ from optimorph.codecs.codec import Codec, Encoded
 from optimorph.core.rounding import outer_bfloat16
 from optimorph.core.types import DTypeLike, Shape
 
-TINY = 1.1754944e-38
-"""The smallest normal number of float32: many machines take those below it for zeros, and so do blocks."""
+TINY = 4.7019774e-38
+"""Blocks of what is below it are zeros: four times the smallest normal number, of which 4 / s is finite."""
+
+WHOLE = 1.5 * 2**23
+"""What is added to it has its nearest whole number, ties to even, in the last bits of the sum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +60,9 @@ class BlockCodec(Codec):
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         blocks = self._blocks(x)
         scales = self._scales(blocks)
-        units = _over(blocks, scales.astype(jnp.float32)[..., None])
-        codes = self._codes(units, key, self._blocks(place))
+        s = scales.astype(jnp.float32)[..., None]
+        quarters = blocks * jnp.where(s >= TINY, 4 / s, 0)  # of s, as the inverse of s may be no normal number
+        codes = self._codes(quarters, key, self._blocks(place))
         return Encoded(_joined(codes.astype(self.code_dtype), x), scales.reshape(self._scales_shape(x.shape)))
 
     def _decode(self, encoded: Encoded) -> jax.Array:
@@ -69,15 +73,18 @@ class BlockCodec(Codec):
 
     def _scales(self, blocks: jax.Array) -> jax.Array:
         """(1); 0 where all is below `TINY`, NaN where anything is not finite."""
-        bits = jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
-        s = jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), jnp.float32)  # NaN too, which max may lose
+        s = jax.lax.bitcast_convert_type(_largest(self._bits(blocks)), jnp.float32)
         s = jnp.where(s < jnp.inf, s, jnp.nan)
         s = jnp.where(s < TINY, 0, s)
         return outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
 
+    def _bits(self, blocks: jax.Array) -> jax.Array:
+        """|x| as int32 in the same order, NaN above all, which compilers lose in a maximum of floats."""
+        return jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
+
     @abc.abstractmethod
-    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
-        """Of x / s, which is in [-1, 1] but for rounding, and 0 where s is 0 or NaN."""
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        """Of 4 x / s, which is in [-4, 4] but for rounding, and 0 where s is 0; of NaN any."""
 
     @abc.abstractmethod
     def _values(self, codes: jax.Array) -> jax.Array:
@@ -97,11 +104,17 @@ class BlockCodec(Codec):
         return x.reshape(*batch, count, width)
 
 
-def _over(blocks: jax.Array, scales: jax.Array) -> jax.Array:
-    """x / s, as x times 1 / s, also where that is no normal number; 0 where s is 0 or NaN."""
-    middle = jnp.where(scales > 1, 2.0**-64, 2.0**64)
-    inverse = jnp.where(scales > 0, 1 / jnp.where(scales > 0, scales * middle, 1), 0)
-    return jnp.where(inverse > 0, blocks * middle * inverse, 0)
+def nearest(x: jax.Array) -> jax.Array:
+    """Whole numbers, ties to even, for codes: right in the last byte for |x| < 2²², and for NaN any."""
+    return jax.lax.bitcast_convert_type(x + WHOLE, jnp.int32)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """max over the last axis: first of its halves, which compilers turn into vectors."""
+    while (width := x.shape[-1]) > 16:
+        half = (width + 1) // 2
+        x = jnp.maximum(x[..., :half], x[..., width - half :])
+    return jnp.max(x, axis=-1)
 
 
 def _whole(x: jax.Array, width: int) -> jax.Array:

@@ -23,7 +23,7 @@ class Float8(BlockCodec):
     s is the largest |x| of the block. Each number becomes the nearest that its block has; a second round trip
     changes nothing. Below s / 262144 it is 0, which second moments must not be: `Nonneg8` is for those.
 
-    A block of zeros is exact, and a block is zeros if all is below 1.2e-38. A number that is not finite makes
+    A block of zeros is exact, and a block is zeros if all is below 4.8e-38. A number that is not finite makes
     its block NaN, and no other.
 
     Args:
@@ -40,8 +40,8 @@ class Float8(BlockCodec):
 
     code_dtype: ClassVar[DTypeLike] = jnp.float8_e4m3fn
 
-    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
-        return TOP * units
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        return TOP / 4 * quarters
 
     def _values(self, codes: jax.Array) -> jax.Array:
         """(1), the sign apart: of (c / TOP) s compilers make c (s / TOP), which may vanish."""

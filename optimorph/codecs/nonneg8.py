@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph.codecs.blocks import BlockCodec
+from optimorph.codecs.blocks import BlockCodec, nearest
 from optimorph.core.rounding import noise
 from optimorph.core.types import DTypeLike
 
@@ -23,7 +23,7 @@ class Nonneg8(BlockCodec):
     rounded by chance: an average with β = 0.999 moves by less than half of the way to the next code, so that
     rounded to the nearest it would stand still, and rounded up never fall.
 
-    A block of zeros is exact, and a block is zeros if all is below 1.2e-38. A number that is not finite, or
+    A block of zeros is exact, and a block is zeros if all is below 4.8e-38. A number that is not finite, or
     negative, makes its block NaN, and no other.
 
     Args:
@@ -41,15 +41,16 @@ class Nonneg8(BlockCodec):
 
     code_dtype: ClassVar[DTypeLike] = jnp.uint8
 
-    def _scales(self, blocks: jax.Array) -> jax.Array:
-        return super()._scales(jnp.where(blocks < 0, jnp.nan, blocks))
+    def _bits(self, blocks: jax.Array) -> jax.Array:
+        """What is negative, like NaN, above all."""
+        return jnp.where(blocks >= 0, jax.lax.bitcast_convert_type(blocks, jnp.int32), 0x7FFFFFFF)
 
-    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
-        chance = (noise(self._key(key), place) >> 16).astype(jnp.float32)
-        size = 65536 * units
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        chance = (noise(self._key(key), place) >> 16).astype(jnp.int32).astype(jnp.float32)
+        size = 16384 * quarters  # 65536 x / s
         c = jnp.clip(jnp.floor(jnp.sqrt(size)), 1, 255)
         above = size - c**2 > (chance + 0.5) / 65536 * (2 * c + 1)  # of the way to (c + 1)²
-        return c - 1 + above.astype(c.dtype)  # (2)
+        return nearest(jnp.where(above, c, c - 1))  # (2)
 
     def _values(self, codes: jax.Array) -> jax.Array:
         return ((codes.astype(jnp.float32) + 1) / 256) ** 2  # (1)

@@ -6,25 +6,30 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph.codecs.blocks import BlockCodec
+from optimorph.codecs.blocks import BlockCodec, nearest
 from optimorph.core.types import DTypeLike
 
-VALUES = {"softsign": lambda c: c / (254 - c), "linear": lambda c: c / 127}
-"""What the codes 0 to 127 stand for, in [0, 1]."""
+def _linear(c: jax.Array) -> jax.Array:
+    """c / 127, the sign apart: of (c / 127) s compilers make c (s / 127), which may vanish."""
+    return jnp.sign(c) * (jnp.abs(c) / 127)
 
 
-def _softsign(z: jax.Array) -> jax.Array:
-    """The code nearest to z in [0, 1]: beyond half of the way from c to its next, in one division.
+VALUES = {"softsign": lambda c: c / (254 - jnp.abs(c)), "linear": _linear}
+"""What the codes from -127 to 127 stand for, in [-1, 1]."""
 
-    2 z > c / (254 - c) + (c + 1) / (253 - c)
+
+def _softsign(q: jax.Array) -> jax.Array:
+    """The code nearest to z = q / 4 in [0, 1]: with w = 254 / (1 + z) code c has the numbers whose
+
+        254 - (w + √(w² + 1)) / 2  is in  [c - 1/2, c + 1/2],
+
+    where √(w² + 1) is w + 1 / 2w in float32.
     """
-    c = jnp.clip(jnp.floor(254 * z / (1 + z)), 0, 126)
-    above = 2 * z * (254 - c) * (253 - c) > c * (253 - c) + (c + 1) * (254 - c)
-    return c + above.astype(z.dtype)
+    return 254 - 1016 / (4 + q) - (4 + q) / 4064
 
 
-CODES = {"softsign": _softsign, "linear": lambda z: jnp.clip(jnp.round(127 * z), 0, 127)}
-"""The other way."""
+CODES = {"softsign": _softsign, "linear": lambda q: 31.75 * q}
+"""The other way, of 4 |x| / s, before rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Signed8(BlockCodec):
     becomes the nearest that its block has. A second round trip changes nothing; with (2) and scales in
     bfloat16 a third does not.
 
-    A block of zeros is exact, and a block is zeros if all is below 1.2e-38. A number that is not finite makes
+    A block of zeros is exact, and a block is zeros if all is below 4.8e-38. A number that is not finite makes
     its block NaN, and no other.
 
     Args:
@@ -68,11 +73,9 @@ class Signed8(BlockCodec):
                 f"Signed8: no mapping is called {self.mapping!r}. Type {' or '.join(map(repr, VALUES))}."
             )
 
-    def _codes(self, units: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
-        codes = CODES[self.mapping](jnp.abs(units))
-        return jnp.where(units < 0, -codes, codes)
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        size = CODES[self.mapping](jnp.abs(quarters))
+        return nearest(jnp.where(quarters < 0, -size, size))
 
     def _values(self, codes: jax.Array) -> jax.Array:
-        c = codes.astype(jnp.float32)
-        values = VALUES[self.mapping](jnp.abs(c))
-        return jnp.where(c < 0, -values, values)
+        return VALUES[self.mapping](codes.astype(jnp.float32))

@@ -32,17 +32,24 @@ def slab_shape(shape: Shape) -> Shape | None:
 
 
 def in_slabs(
-    step: Callable[[jax.Array, PyTree, PyTree], PyTree], shape: Shape, written: PyTree, read: PyTree
+    make: Callable[[PyTree, PyTree], PyTree],
+    store: Callable[[jax.Array, PyTree, PyTree], PyTree],
+    shape: Shape,
+    written: PyTree,
+    read: PyTree,
 ) -> PyTree:
-    """`written` after `step(place, slab of written, slab of read)` of one slab after the other.
+    """`written` after `store(place, make(slab of written, slab of read))` of one slab after the other.
 
     All arrays are of `shape` but for their last axes. A slab is as many rows of the last axis but one from
     each of as many pieces as there are devices, so that it lies over a mesh as the array does, however that
-    is. What a turn makes is written by the next, before that reads the array: there is one order to do it in,
-    and compilers need no copy of anything.
+    is. What a turn makes is stored by the next, before that reads the array: there is one order to do it in,
+    so that compilers need no copy of anything; and what is made is there, where they would make it again for
+    each of the results that are stored.
 
     Args:
-      step: of a place, the number of every element in the whole, uint32; returns what `written` becomes.
+      make: of a slab of what is written, as it was, and of what is read.
+      store: of a place, the number of every element in the whole, uint32, what was made, and a slab as it
+        was, of which no number is needed; returns what the slab becomes.
       shape: one that has a `slab_shape`.
       written: arrays, updated in place if they are donated.
       read: other arrays.
@@ -70,22 +77,28 @@ def in_slabs(
 
         return jax.tree.map(one, arrays, slab)
 
-    def made(slab: PyTree, start: Any, size: int) -> PyTree:
+    def place(start: Any, size: int) -> jax.Array:
         first = jnp.asarray(start).astype(jnp.uint32) * jnp.uint32(shape[-1] % 2**32)
-        place = joined(places((*shape[:-2], pieces, size, shape[-1]), steps) + first)
-        return step(place, slab, take(read, start, size))
+        return joined(places((*shape[:-2], pieces, size, shape[-1]), steps) + first)
 
     def turn(k, carry):
-        written, slab = carry
-        written = put(written, slab, jnp.maximum(k - 1, 0) * rows)
-        return written, made(take(written, k * rows, rows), k * rows, rows)
+        written, made = carry
+        start = jnp.maximum(k - 1, 0) * rows
+        stored = store(place(start, rows), made, first)
+        begun = jax.tree.map(lambda new, old: jnp.where(k > 0, new, old), stored, first)
+        written = put(written, begun, start)
+        return written, make(take(written, k * rows, rows), take(read, k * rows, rows))
 
     written, read = jax.tree.map(cut, (written, read))
-    # the last turn writes what the one before has made; what it makes itself is of no use
-    written, _ = jax.lax.fori_loop(0, count + 1, turn, (written, take(written, 0, rows)))
+    first = take(written, 0, rows)
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, first, take(read, 0, rows)))
+    # the last turn stores what the one before has made; what it makes itself is of no use
+    written, _ = jax.lax.fori_loop(0, count + 1, turn, (written, nothing))
     if rest:
         start = count * rows
-        written = put(written, made(take(written, start, rest), start, rest), start)
+        last = take(written, start, rest)
+        made = make(last, take(read, start, rest))
+        written = put(written, store(place(start, rest), made, last), start)
     return jax.tree.map(joined, written)
 
 

@@ -155,23 +155,27 @@ def _slabs(program: ClosedJaxpr, done: Leaf) -> Callable[..., Leaf]:
         shape = leaf.gradient.shape
         in_place = done.gradient.dtype == leaf.gradient.dtype  # the update takes the gradient's place
 
-        def step(place, written, read):
+        def make(written, read):
             update, moments = written
             gradient, weight = read
             now = dataclasses.replace(
                 leaf, gradient=update if in_place else gradient, weight=weight, moments=moments
             )
             arrays = jax.tree.leaves(now.wide())
-            after = jax.tree.unflatten(made, on_part(program, arrays, shape, place.shape))
-            each = zip(leaf.codecs, after.moments, keys, moments, strict=True)
-            return after.gradient, tuple(
+            after = jax.tree.unflatten(made, on_part(program, arrays, shape, now.gradient.shape))
+            return after.gradient, after.moments
+
+        def store(place, made, before):
+            (update, moments), (_, old) = made, before
+            each = zip(leaf.codecs, moments, keys, old, strict=True)
+            return update, tuple(
                 None if old is None else encoded(codec, new.codes, key, place, old)
                 for codec, new, key, old in each
             )
 
         update = leaf.gradient if in_place else jnp.zeros_like(leaf.gradient, dtype=done.gradient.dtype)
         read = None if in_place else leaf.gradient, leaf.weight
-        update, moments = in_slabs(step, shape, (update, leaf.moments), read)
+        update, moments = in_slabs(make, store, shape, (update, leaf.moments), read)
         return dataclasses.replace(leaf, gradient=update, weight=None, moments=moments)
 
     return run
