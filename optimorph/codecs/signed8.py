@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from optimorph.codecs.blocks import BlockCodec, nearest
 from optimorph.core.types import DTypeLike
 
+
 def _linear(c: jax.Array) -> jax.Array:
     """c / 127, the sign apart: of (c / 127) s compilers make c (s / 127), which may vanish."""
     return jnp.sign(c) * (jnp.abs(c) / 127)

@@ -15,7 +15,13 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
 
     In a few operations, where `jax.random.fold_in` takes a hundred.
     """
-    return _mix(_words(key) + _mix(jnp.uint32(zlib.crc32(path.encode()))))
+    return leaf_keys(key, [path])[0]
+
+
+def leaf_keys(key: jax.Array, paths: Sequence[str]) -> jax.Array:
+    """Those of many leaves, in as many operations as one."""
+    hashes = jnp.asarray([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
+    return _mix(_words(key) + _mix(hashes[:, None]))
 
 
 def places(shape: Shape, steps: Sequence[int] | None = None) -> jax.Array:
@@ -44,10 +50,11 @@ def noise(key: jax.Array, place: jax.Array) -> jax.Array:
     References:
       Appleby 2011, MurmurHash3, fmix32.
     """
-    x = place
-    for word in _words(key):
-        x = (x + word) * jnp.uint32(0x9E3779B1)
-    return _mix(x)  # (1)
+    c, words = jnp.uint32(0x9E3779B1), list(_words(key))
+    start = jnp.uint32(0)
+    for word in words:
+        start = (start + word) * c
+    return _mix(place * jnp.uint32(pow(0x9E3779B1, len(words), 2**32)) + start)  # (1), as x = a place + b
 
 
 def _words(key: jax.Array) -> jax.Array:

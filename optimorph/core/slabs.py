@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from optimorph.core.rounding import places
 from optimorph.core.types import PyTree, Shape
 
-SIZES = {"cpu": (1 << 12, 1 << 15)}
+SIZES = {"cpu": (1 << 12, 1 << 14)}
 OTHER_SIZES = (1 << 20, 1 << 22)
 """The fewest and the most numbers of a slab: of a core's cache, or enough for all of an accelerator."""
 
-PARTS = 64
+PARTS = 96
 """How many slabs an array has, if they are neither too small nor too large."""
 
 
@@ -69,11 +69,14 @@ def in_slabs(
         return x.reshape(*x.shape[:-3], pieces * x.shape[-2], x.shape[-1])
 
     def take(arrays: PyTree, start: Any, size: int) -> PyTree:
-        return jax.tree.map(lambda x: joined(jax.lax.dynamic_slice_in_dim(x, start, size, -2)), arrays)
+        def one(x):
+            return joined(jax.lax.dynamic_slice_in_dim(x, start, size, -2, allow_negative_indices=False))
+
+        return jax.tree.map(one, arrays)
 
     def put(arrays: PyTree, slab: PyTree, start: Any) -> PyTree:
         def one(x, new):
-            return jax.lax.dynamic_update_slice_in_dim(x, cut(new), start, -2)
+            return jax.lax.dynamic_update_slice_in_dim(x, cut(new), start, -2, allow_negative_indices=False)
 
         return jax.tree.map(one, arrays, slab)
 

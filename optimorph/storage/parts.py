@@ -10,7 +10,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from optimorph.codecs import Codec, Encoded
 from optimorph.core.elementwise import NotElementwise, mixes, on_part
-from optimorph.core.rounding import leaf_key
+from optimorph.core.rounding import leaf_keys
 from optimorph.core.slabs import in_slabs
 from optimorph.core.types import PyTree
 from optimorph.storage.choice import named
@@ -111,6 +111,8 @@ def in_parts(step: Step, leaves: dict[str, Leaf], large: Iterable[str], key: jax
       ValueError: the transformation is not element-wise; naming the primitive that shows it.
     """
     large = dict.fromkeys(large)
+    names = [named(kind, path) for path in large for kind in leaves[path].kinds]
+    keys = leaf_keys(key, names).reshape(len(large), -1, 2)
     wide = {
         path: jax.eval_shape(leaf.wide) if path in large else leaf.wide() for path, leaf in leaves.items()
     }
@@ -120,8 +122,8 @@ def in_parts(step: Step, leaves: dict[str, Leaf], large: Iterable[str], key: jax
     given, made = ([v for path in small for v in each[path]] for each in (traced.given, traced.made))
     path, done = "", {}
     try:
-        for path in large:
-            done[path] = _alone(traced, path, leaves[path], key, known)
+        for path, each in zip(large, keys, strict=True):
+            done[path] = _alone(traced, path, leaves[path], each, known)
         program = traced.part(made + traced.others, given)
     except NotElementwise as found:
         raise ValueError(
@@ -137,11 +139,10 @@ def in_parts(step: Step, leaves: dict[str, Leaf], large: Iterable[str], key: jax
 
 
 def _alone(
-    traced: Traced, path: str, leaf: Leaf, key: jax.Array, known: dict[Any, Callable[..., Leaf]]
+    traced: Traced, path: str, leaf: Leaf, keys: jax.Array, known: dict[Any, Callable[..., Leaf]]
 ) -> Leaf:
     """The update of one large leaf; by the program of another one, if that is the same."""
     program = traced.part(traced.made[path], traced.given[path])
-    keys = [leaf_key(key, named(kind, path)) for kind in leaf.kinds]
     shapes = str(jax.tree.map(jnp.shape, leaf))
     same = str(program.jaxpr), tuple(map(id, program.consts)), shapes, leaf.codecs
     return known.setdefault(same, jax.jit(_slabs(program, traced.done[path])))(keys, leaf)
