@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.checks import kind
+from optimorph.core.checks import check_key, kind
 from optimorph.core.differences import UnlikeError
 from optimorph.core.rounding import leaf_key, stochastic_bfloat16
 from optimorph.core.tree import cast_like, leaf_paths, map_present, wide
@@ -30,7 +30,8 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
       key: of `jax.random`.
 
     Raises:
-      ValueError: updates that are not those of the parameters, by path, or real ones of integers.
+      ValueError: updates that are not those of the parameters, by path, or real ones of integers; what is
+        no key.
 
     Equals:
       optax.apply_updates(params, updates)
@@ -38,6 +39,8 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1; of
       bfloat16 weights: Zamirai et al. 2020, "Revisiting BFloat16 training", arXiv:2010.06192.
     """
+    if key is not None:
+        check_key("apply_updates", key)
     sums = map_present("apply_updates", _sum, updates, params)
     leaves, structure = jax.tree.flatten(sums)
     both = zip(leaf_paths(params), leaves, jax.tree.leaves(params), strict=True)

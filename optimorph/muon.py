@@ -1,7 +1,7 @@
 """Muon: matrices by their polar factors, all other leaves by another optimizer."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import optax
@@ -16,7 +16,8 @@ from optimorph.routing.layouts import of_whole
 from optimorph.routing.partition import partition
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import lookup, unused
-from optimorph.storage.choice import linear
+from optimorph.storage.choice import linear, named
+from optimorph.storage.moments import FIRST, SECOND
 from optimorph.storage.small import small
 from optimorph.transforms.ema import ema
 from optimorph.transforms.in_float32 import in_float32
@@ -85,12 +86,14 @@ def muon(
             f"muon: {name} is for the AdamW that others replaces. Type one of the two, such as "
             "others=optimorph.adamw(1e-3)."
         )
-    if state is not None and not isinstance(state, str):
-        state = lookup(state)  # of which some rules are for matrices, some for others
+    rules = state
+    if isinstance(rules, Mapping):
+        state = lookup(rules)  # of which some are for matrices, some for others
     spec = leaf_axes("muon", axes)
     whole = of_whole("muon", shardings, spec)
+    average = ema(momentum, nesterov=nesterov, dtype=mu_dtype)
     matrices = chain(
-        small("muon", ema(momentum, nesterov=nesterov, dtype=mu_dtype), state, nu_dtype, linear),
+        small("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
         orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),
         scale_by_shape(scale, spec, shardings),
         *descend("muon", learning_rate, weight_decay, mask, weight_decay_form),
@@ -115,6 +118,9 @@ def muon(
         paths = leaf_paths(params)
         for rule in unused(axes, paths) if axes is not None and paths else ():
             warnings.warn(f"muon: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
+        moments = [named(kind, path) for kind in (FIRST, SECOND) for path in paths]
+        for rule in unused(rules, moments) if isinstance(rules, Mapping) and paths else ():
+            warnings.warn(f"muon: no moment matches the rule {rule!r} of state.", stacklevel=2)
         return both.init(params)
 
     return Transform(init, both.update)

@@ -76,7 +76,7 @@ def sgd(
             scale_by_learning_rate(learning_rate),
         )
     )
-    return small("sgd", tx, state)
+    return small("sgd", tx, state, accumulator_dtype=accumulator_dtype)
 
 
 @recipe
@@ -116,7 +116,7 @@ def adagrad(
             scale_by_learning_rate(learning_rate),
         )
     )
-    return small("adagrad", tx, state, nu_dtype)
+    return small("adagrad", tx, state, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -171,7 +171,7 @@ def rmsprop(
             identity() if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=mu_dtype),
         )
     )
-    return small("rmsprop", tx, state, nu_dtype)
+    return small("rmsprop", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -209,7 +209,7 @@ def adam(
             scale_by_learning_rate(learning_rate),
         )
     )
-    return small("adam", tx, state, nu_dtype)
+    return small("adam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -247,7 +247,7 @@ def nadam(
             scale_by_learning_rate(learning_rate),
         )
     )
-    return small("nadam", tx, state, nu_dtype)
+    return small("nadam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -291,7 +291,7 @@ def adamw(
             *descend("adamw", learning_rate, weight_decay, mask, weight_decay_form),
         )
     )
-    return small("adamw", tx, state, nu_dtype)
+    return small("adamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -326,7 +326,7 @@ def nadamw(
             *descend("nadamw", learning_rate, weight_decay, mask, weight_decay_form),
         )
     )
-    return small("nadamw", tx, state, nu_dtype)
+    return small("nadamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 def _stored(

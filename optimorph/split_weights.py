@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph.codecs import Encoded, Split8, Split16
-from optimorph.core.checks import is_array, kind, not_an_array
+from optimorph.core.checks import check_key, is_array, kind, not_an_array
 from optimorph.core.differences import UnlikeError
 from optimorph.core.rounding import leaf_key
 from optimorph.core.tree import by_path, leaf_paths
@@ -58,13 +58,15 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
       Weights and residuals: two trees like the parameters, leaves of the same shape and sharding.
 
     Raises:
-      ValueError: other bits, or a leaf that is no array.
+      ValueError: other bits, a leaf that is no array, or what is no key.
 
     References:
       FlashOptim 2026, arXiv:2602.23349, weight splitting; `codecs.Split8` and `codecs.Split16` are the forms.
     """
     if bits not in (8, 16):
         raise ValueError(f"split_weights: bits must be 8 or 16, but is {bits!r}. Type bits=8.")
+    if key is not None:
+        check_key("split_weights", key)
     codec = Split16() if bits == 16 else Split8(stochastic=key is not None)
 
     def split(path: str, p: Any) -> tuple[Any, Any]:

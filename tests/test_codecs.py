@@ -359,6 +359,10 @@ def test_dtypes(codec):
 def test_chance_needs_a_key(codec):
     with pytest.raises(ValueError, match=r"without a key.*Type encode\(x, jax\.random\.key\(0\)\)"):
         codec.encode(np.ones(3, np.float32))
+    for key in (jnp.zeros(2, jnp.int32), jax.random.split(jax.random.key(0))):
+        with pytest.raises(ValueError, match=r"key must be one key of jax\.random, but is .*Type key="):
+            codec.encode(np.ones(3, np.float32), key)
+    codec.encode(np.ones(3, np.float32), jax.random.PRNGKey(0))
 
 
 def test_descriptions():
@@ -374,9 +378,11 @@ def test_descriptions():
     ):
         Signed8(mapping="log")
     with pytest.raises(
-        ValueError, match=r"Nonneg8: scale_dtype must be .* float16.*Type scale_dtype='bfloat16'"
+        ValueError, match=r"Nonneg8: scale_dtype must be .* 'float16'.*Type scale_dtype='bfloat16'"
     ):
         Nonneg8(scale_dtype="float16")
+    with pytest.raises(ValueError, match=r"Signed8: scale_dtype must be .* but is 'junk'"):
+        Signed8(scale_dtype="junk")
 
 
 def finite_heads():

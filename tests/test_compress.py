@@ -338,14 +338,59 @@ def test_rules_that_say_nothing_right():
 def test_a_state_of_other_rules(rules):
     tree = drawn(shapes={"w": (64, 64)})
     state = om.adam(0.1, state="int8").init(tree)
-    with pytest.raises(ValueError, match="'first/w' is stored in int8, but the rules say"):
+    with pytest.raises(ValueError, match="'first/w' is stored in int8 with 1 scales a row, but the rules"):
         om.adam(0.1, state=rules).update(tree, state, tree)
 
 
+def test_a_state_of_other_blocks():
+    tree = drawn(shapes={"w": (64, 256)})
+    state = om.adam(0.1, state={"first/*": Signed8(64), "second/*": Nonneg8()}).init(tree)
+    with pytest.raises(
+        ValueError, match="'first/w' is stored in int8 with 4 scales a row, but the rules say"
+    ):
+        om.adam(0.1, state="int8").update(tree, state, tree)
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_a_state_in_float32(elementwise):
+    tree, tx = drawn(shapes={"w": (64, 64)}), om.adam(0.1)
+    wrapped = om.compress_state(tx, elementwise=elementwise)
+    with pytest.raises(ValueError, match=r"one that its init made, but is a tuple\. Type state = tx\.init"):
+        wrapped.update(tree, tx.init(tree), tree)
+
+
 @pytest.mark.parametrize("state", ["int4", jnp.int8, True, ["int8"]], ids=str)
-def test_what_state_may_not_be(state):
-    with pytest.raises(ValueError, match=r"adam: state must be .int8., the rules of"):
-        om.adam(0.1, state=state)
+@pytest.mark.parametrize("recipe", [om.adam, om.muon])
+def test_what_state_may_not_be(recipe, state):
+    with pytest.raises(ValueError, match=rf"{recipe.__name__}: state must be .int8., the rules of"):
+        recipe(0.1, state=state)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [(om.sgd, "accumulator_dtype"), (om.adagrad, "nu_dtype"), (om.adamw, "mu_dtype"), (om.muon, "mu_dtype")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_moments_are_stored_in_one_way(recipe, dtype):
+    with pytest.raises(ValueError, match=rf"{recipe.__name__}: .* and so does {dtype}='bfloat16'"):
+        recipe(0.1, state="int8", **{dtype: "bfloat16"})
+    recipe(0.1, state="int8", **{dtype: "float32"})
+
+
+def test_rules_of_muon_that_mean_nothing():
+    tree = drawn(shapes={"layer/kernel": (64, 64), "embed": (64, 64)})
+    rules = {"first/layer*": Signed8(64), "second/embed": Nonneg8()}
+    om.muon(0.1, state=rules).init(tree)
+    with pytest.warns(UserWarning, match=r"muon: no moment matches the rule 'frist/\*' of state"):
+        om.muon(0.1, state=rules | {"frist/*": None}).init(tree)
+
+
+def test_moments_of_a_difference():
+    """They stay as they are, which is said."""
+    with pytest.warns(
+        UserWarning, match=r"EmaState\.average stays as it is: .* or it is one of a difference"
+    ):
+        om.rmsprop(0.1, centered=True, state="int8").init(drawn(shapes={"w": (64, 64)}))
 
 
 def test_other_states():
@@ -353,7 +398,8 @@ def test_other_states():
     tree, tx = drawn(shapes={"w": (64, 64)}), optax.contrib.ademamix(0.1)
     own = {"ScaleByAdemamixState": {"m1": "first", "nu": "second", "m2": "other"}}
     bare = tx.init(tree)
-    chex.assert_trees_all_equal(om.compress_state(tx).init(tree).inner, bare)
+    with pytest.warns(UserWarning, match=r"ScaleByAdemamixState\.(m1|m2|nu) stays as it is"):
+        chex.assert_trees_all_equal(om.compress_state(tx).init(tree).inner, bare)
     known = om.compress_state(tx, {"other/*": BFloat16(), "*": ...}, fields=FIELDS | own, elementwise=True)
     state = known.init(tree)
     dtypes = {str(x.dtype) for x in jax.tree.leaves(state.inner) if x.ndim}
@@ -463,6 +509,7 @@ MIXING = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:compress_state. ScaleByRStdDevState")
 @pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_places_is_refused(name):
     """Naming what does so; where the word is not given it goes."""

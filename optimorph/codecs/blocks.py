@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from optimorph.codecs.codec import Codec, Encoded
+from optimorph.core.checks import dtype_name, is_integer
 from optimorph.core.rounding import outer_bfloat16
 from optimorph.core.types import DTypeLike, Shape
 
@@ -40,16 +41,16 @@ class BlockCodec(Codec):
     def __post_init__(self):
         """Refuse what is no block or no scale, and keep the description hashable."""
         who = type(self).__name__
-        if isinstance(self.block, bool) or self.block < 1:
+        if not is_integer(self.block, 1):
             raise ValueError(
-                f"{who}: block must be a whole number of at least 1, but is {self.block}. Type block=128."
+                f"{who}: block must be a whole number of at least 1, but is {self.block!r}. Type block=128."
+            )
+        if dtype_name(self.scale_dtype) not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"{who}: scale_dtype must be float32 or bfloat16, which have the range of gradients, but is "
+                f"{self.scale_dtype!r}. Type scale_dtype='bfloat16'."
             )
         object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
-        if self.scale_dtype not in (jnp.float32, jnp.bfloat16):
-            raise ValueError(
-                f"{who}: scale_dtype must be float32 or bfloat16, but is {self.scale_dtype}, whose range is "
-                "not that of gradients. Type scale_dtype='bfloat16'."
-            )
 
     def zeros(self, shape: Shape) -> Encoded:
         """What decodes to zeros."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optimorph.core.checks import check_key
 from optimorph.core.rounding import places
 from optimorph.core.types import Shape
 
@@ -83,4 +84,5 @@ class Codec(abc.ABC):
                 f"{type(self).__name__}: encode was called without a key, but rounds by chance. "
                 "Type encode(x, jax.random.key(0)), and another key at every step."
             )
+        check_key(type(self).__name__, key)
         return key

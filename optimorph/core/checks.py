@@ -90,7 +90,7 @@ def check_dtypes(who: str, **dtypes: Any) -> None:
     for name, dtype in dtypes.items():
         if dtype is None:
             continue
-        if _name_of(dtype) not in STORED:
+        if dtype_name(dtype) not in STORED:
             raise ValueError(
                 f"{who}: {name} must be one of {', '.join(STORED)}, but is {dtype!r}. Type {name}='bfloat16'."
             )
@@ -101,7 +101,8 @@ def check_dtypes(who: str, **dtypes: Any) -> None:
             )
 
 
-def _name_of(dtype: Any) -> str | None:
+def dtype_name(dtype: Any) -> str | None:
+    """Its name, however it is written; None of what is no dtype."""
     try:
         return jnp.dtype(dtype).name
     except TypeError:
@@ -144,6 +145,22 @@ def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
     """Whether it is an integer, and no boolean, in [least, below)."""
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     return whole and bool(least <= value < below)
+
+
+def check_key(who: str, key: Any) -> None:
+    """Refuse what is no single key of `jax.random`, of either form.
+
+    Raises:
+      ValueError: naming `who`, and what to type.
+    """
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and len(shape) == 1):
+        said = f"{dtype}{list(shape)}" if dtype is not None else repr(key)
+        raise ValueError(
+            f"{who}: key must be one key of jax.random, but is {said}. Type key=jax.random.key(0), and "
+            "another key at every step."
+        )
 
 
 def is_array(leaf: Any) -> bool:

@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,15 +80,17 @@ def stored_by(chosen: Choice, kind: str, path: str, stored: Encoded) -> Codec | 
     Raises:
       ValueError: it was stored by another codec.
     """
-    dtype = stored.codes.dtype
+    dtype, scales = stored.codes.dtype, stored.scales
+    assert scales is not None
     codec = chosen(kind, path, stored.codes.shape)
     coded = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4
     if not coded and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
         return None
-    if coded if codec is None else dtype != _code_dtype(codec):
+    if coded if codec is None else not _is_of(codec, stored.codes, scales):
         said = "that it is as it is" if codec is None else repr(codec)
+        blocks = f" with {scales.shape[-1]} scales a row" if coded and scales.ndim else ""
         raise ValueError(
-            f"compress_state: {named(kind, path)!r} is stored in {dtype}, but the rules say {said}. "
+            f"compress_state: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. "
             "The state is that of other rules: type those with which it was made, or tx.init(params)."
         )
     return codec
@@ -102,6 +103,13 @@ def by_default(kind: str, path: str, shape: Shape) -> Codec | None:
     return {FIRST: Signed8(), SECOND: Nonneg8()}.get(kind)
 
 
-@functools.cache
-def _code_dtype(codec: Codec) -> Any:
-    return jax.eval_shape(lambda: codec.zeros(())).codes.dtype
+def _is_of(codec: Codec, codes: jax.Array, scales: jax.Array) -> bool:
+    """Whether they have the shapes and dtypes of what a codec stores; of one without scales codes alone."""
+    form = _form(codec, codes.shape)
+    beside = form.scales is None or (scales.shape, scales.dtype) == (form.scales.shape, form.scales.dtype)
+    return codes.dtype == form.codes.dtype and beside
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _form(codec: Codec, shape: Shape) -> Encoded:
+    return jax.eval_shape(lambda: codec.zeros(shape))

@@ -17,10 +17,10 @@ from optimorph.core.slabs import slab_shape
 from optimorph.core.tree import by_path, distinct_paths, is_missing, leaf_paths, map_paths
 from optimorph.core.types import PyTree, Rules
 from optimorph.routing.rules import unused
-from optimorph.storage.choice import Choice, choice, named, stored_by
+from optimorph.storage.choice import SMALL, Choice, choice, named, stored_by
 from optimorph.storage.compressed import CompressedState
 from optimorph.storage.encoding import begin, codes_of, encoded, scales_of
-from optimorph.storage.moments import FIELDS, Fields, map_moments, moments_of, with_moments
+from optimorph.storage.moments import FIELDS, Fields, map_moments, moments_of, unknown, with_moments
 from optimorph.storage.parts import Leaf, in_parts
 
 
@@ -97,9 +97,21 @@ def compress_state(
         state = map_moments(narrow, inner.init(params), fields)
         for rule in unused(rules, paths) if rules is not None and paths else ():
             warnings.warn(f"compress_state: no moment matches the rule {rule!r}.", stacklevel=2)
+        for name in unknown(state, SMALL, fields):
+            warnings.warn(
+                f"compress_state: {name} stays as it is: it is not known to be a moment, or it is one of a "
+                "difference, of which codes would leave noise. If codes are right for it, say of which kind "
+                "it is in `fields`, as FIELDS of optimorph.storage.moments does.",
+                stacklevel=2,
+            )
         return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
+        if not isinstance(state, CompressedState):
+            raise ValueError(
+                f"compress_state: the state must be one that its init made, but is a {type(state).__name__}. "
+                "Type state = tx.init(params); moments in float32 are not taken over."
+            )
         key = jax.random.fold_in(jax.random.key(state.seed), state.count)
         leaves = _leaves(updates, state, params, chosen, fields)
         large = [path for path, leaf in leaves.items() if elementwise and _is_large(leaf)]

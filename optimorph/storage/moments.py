@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from optimorph.core.types import PyTree
 from optimorph.storage.compressed import CompressedState
@@ -34,6 +35,10 @@ FIELDS: Fields = {
 average that a quotient divides by is a second one. Of moments whose difference is taken, as that of a
 centered RMSprop, there is nothing here: what little is left of them would be noise. Nor of what is in codes
 already."""
+
+
+SUMS = ("MultiStepsState.acc_grads",)
+"""What is as large as moments, and none."""
 
 
 def map_moments(
@@ -73,6 +78,26 @@ def with_moments(state: PyTree, moments: Iterable[PyTree], fields: Fields = FIEL
     """The state with other moments, in order."""
     left = iter(moments)
     return map_moments(lambda kind, _: next(left), state, fields)
+
+
+def unknown(state: PyTree, size: int, fields: Fields = FIELDS) -> list[str]:
+    """`MyState.average`: what else holds real arrays of two axes and at least so many numbers."""
+    found: dict[str, None] = {}
+
+    def visit(name: str, tree: Any) -> None:
+        for node in jax.tree.leaves(tree, is_leaf=_is_state):
+            if _is_state(node):
+                for field in node._fields:
+                    visit(f"{type(node).__name__}.{field}", getattr(node, field))
+            elif jnp.issubdtype(node.dtype, jnp.floating) and node.ndim > 1 and node.size >= size:
+                found[name] = None
+
+    visit("", map_moments(lambda kind, moment: None, state, fields))
+    return [name for name in found if name not in SUMS]
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
 def _known(node: Any, fields: Fields) -> dict[str, str]:

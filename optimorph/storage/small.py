@@ -16,8 +16,8 @@ def small(
     who: str,
     tx: optax.GradientTransformation,
     state: str | Rules | None,
-    nu_dtype: DTypeLike | None = None,
     int8: Rules | None = None,
+    **dtypes: DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
     """An element-wise transformation with its state in codes, if any are asked for.
 
@@ -25,11 +25,11 @@ def small(
       who: whose error it is.
       tx: the transformation.
       state: None, "int8" or the rules of `compress_state`.
-      nu_dtype: the recipe's.
       int8: the rules that "int8" stands for; those of `compress_state` by default.
+      dtypes: `mu_dtype` and the like of the recipe.
 
     Raises:
-      ValueError: another word; a narrow `nu_dtype` beside it.
+      ValueError: another word; a narrow dtype beside it.
     """
     if state is None:
         return optax.with_extra_args_support(tx)
@@ -39,9 +39,10 @@ def small(
             f"{who}: state must be 'int8', the rules of compress_state or None, but is {state!r}. "
             "Type state='int8'."
         )
-    if nu_dtype is not None and jnp.finfo(nu_dtype).bits < 32:
-        raise ValueError(
-            f"{who}: state says how moments are stored, and so does nu_dtype={jnp.dtype(nu_dtype).name!r}. "
-            "Type one of the two."
-        )
+    for name, dtype in dtypes.items():
+        if dtype is not None and jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"{who}: state says how moments are stored, and so does {name}={jnp.dtype(dtype).name!r}. "
+                "Type one of the two."
+            )
     return compress_state(tx, int8 if isinstance(state, str) else state, elementwise=True)
