@@ -1,13 +1,14 @@
 """Moments in 8-bit codes: what they save, what they cost, and whether training notices.
 
-    python benchmarks/state.py [costs] [peers] [races]
+    python benchmarks/state.py [costs] [steps] [peers] [races]
 
-Prints and writes to `benchmarks/results/state.json`, the parts that are named, or all three:
+Prints and writes to `benchmarks/results/state.json`, the parts that are named, or all four:
 
 costs: of an update whose gradients and state are donated, bytes of state, of temporaries and of donated
 arrays that are not reused, for each parameter; seconds to trace and to compile; milliseconds, and the median
 ratio to the bare update in interleaved rounds. Then where the time goes: with float32 in place of each codec,
 and nanoseconds a number of each step by itself, slab by slab in one program.
+steps: seconds to trace and compile a whole training step of GPT-2 small (`benchmarks/state_step.py`).
 peers: 8-bit AdamW of torchao and bitsandbytes on the same machine, as far as they are installed and run
 there: bytes, second moments after a fall of the gradients, max |update| (`benchmarks/state_peers.py`).
 races: final validation losses of three seeds, float32 and 8 bits at the same learning rates, those of
@@ -35,6 +36,7 @@ from rich.progress import track
 from rich.table import Table
 from state_peers import peer_tables, peers
 from state_races import TASKS, draw, race, race_tables
+from state_step import step_tables, steps
 
 import optimorph as om
 from optimorph.codecs import Float32, Nonneg8, Signed8
@@ -129,7 +131,7 @@ def cost(ways, shapes, rounds):
     return {name: side.row(bare) for name, side in sides.items()}
 
 
-def steps():
+def apart():
     """Nanoseconds a number of each step of a compressed update: all slabs in one program, their sum kept."""
     shape, key = LEAVES["w0"], jax.random.key(0)
     slab = slab_shape(shape)
@@ -190,7 +192,7 @@ def costs(console):
     parts = {"om.adamw": ADAMW["om.adamw"]} | {name: eight(rules) for name, rules in ABLATIONS.items()}
     cases = {"12 leaves, where the time goes": (parts, LEAVES, ROUNDS)} | COSTS
     updates = {name: cost(*case) for name, case in track(cases.items(), total=len(cases), console=console)}
-    return {"updates": updates, "steps": steps()}
+    return {"updates": updates, "steps": apart()}
 
 
 def races(console):
@@ -199,7 +201,12 @@ def races(console):
     return found
 
 
-PARTS = {"costs": (costs, cost_tables), "peers": (peers, peer_tables), "races": (races, race_tables)}
+PARTS = {
+    "costs": (costs, cost_tables),
+    "steps": (steps, step_tables),
+    "peers": (peers, peer_tables),
+    "races": (races, race_tables),
+}
 
 
 def main():

@@ -107,6 +107,12 @@ def test_what_is_said_of_small_state_is_recorded():
                 f"| {case}: {way} | {row['state']:.2f} | {row['temporaries']:.2f} | {row['ratio']:.2f} "
                 f"| {row['compile_seconds']:.2f} |" in README
             )
+    steps, seconds = recorded["costs"]["steps"], recorded["steps"]
+    trip = sum(ns for name, ns in steps.items() if name.startswith(("decode", "encode")))
+    assert f"through both codecs takes {trip:.1f} ns a number" in README
+    for name in ("om.adamw", "om.muon"):
+        wide, small = seconds[name], seconds[f"{name}, state='int8'"]
+        assert f"{small:.1f} s and not in {wide:.1f} s" in " ".join(README.split())
     for task, names in recorded["races"].items():
         for name, row in names.items():
             wide, small = row["float32"], row["8 bits"]

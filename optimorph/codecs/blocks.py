@@ -62,9 +62,7 @@ class BlockCodec(Codec):
         blocks = self._blocks(x)
         scales = self._scales(blocks)
         s = scales.astype(jnp.float32)[..., None]
-        quarters = blocks * jnp.where(
-            s >= TINY, 4 / s, 0
-        )  # of s, as the inverse of s may be no normal number
+        quarters = blocks * jnp.where(s >= TINY, 4 / s, 0)  # as 1 / s may be no normal number
         codes = self._codes(quarters, key, self._blocks(place))
         return Encoded(_joined(codes.astype(self.code_dtype), x), scales.reshape(self._scales_shape(x.shape)))
 
