@@ -48,8 +48,8 @@ def in_slabs(
 
     Args:
       make: of a slab of what is written, as it was, and of what is read.
-      store: of a place, the number of every element in the whole, uint32, what was made, and a slab as it
-        was, of which no number is needed; returns what the slab becomes.
+      store: of a place, the number of every element in the whole, uint32, what was made, and the first slab
+        as it was, for what is the same in all of them; returns what the slab becomes.
       shape: one that has a `slab_shape`.
       written: arrays, updated in place if they are donated.
       read: other arrays.
