@@ -116,7 +116,7 @@ MUTATIONS = {
     "skip: nothing else": (T + "skip_nonfinite.py", "jax.lax.select(fine, new, old)", "old", "skip_nonfinite"),
     "divide: no guard": (T + "divide.py", "jnp.maximum(d, least)", "d", "divide"),
     "axes: no order": ("linalg/axes.py", '[k for x in "bio" for k, found in enumerate(letters) if found == x]', "list(range(len(letters)))", "muon"),
-    "muon: no momentum": (M, "        small(\"muon\", ema(momentum, nesterov=nesterov, dtype=mu_dtype), state, nu_dtype, linear),\n", "", "muon"),
+    "muon: no momentum": (M, "        small(\"muon\", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),\n", "", "muon"),
     "muon: no lookahead": (M, "ema(momentum, nesterov=nesterov, dtype=mu_dtype)", "ema(momentum, dtype=mu_dtype)", "muon"),
     "muon: no polar factor": (M, "        orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),\n", "", "muon"),
     "muon: no scale": (M, "        scale_by_shape(scale, spec, shardings),\n", "", "muon"),
