@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -383,6 +384,20 @@ def test_rules_of_muon_that_mean_nothing():
     om.muon(0.1, state=rules).init(tree)
     with pytest.warns(UserWarning, match=r"muon: no moment matches the rule 'frist/\*' of state"):
         om.muon(0.1, state=rules | {"frist/*": None}).init(tree)
+
+
+def test_numbers_of_python_in_a_state():
+    class Odd(NamedTuple):
+        steps: int
+        velocity: Any
+
+    odd = optax.GradientTransformation(
+        lambda params: Odd(0, jax.tree.map(jnp.zeros_like, params)), lambda g, state, params=None: (g, state)
+    )
+    fields = FIELDS | {"Odd": {"velocity": "first"}}
+    tree = drawn(shapes={"w": (64, 64)})
+    state = om.compress_state(odd, fields=fields).init(tree)
+    assert (state.inner.steps, state.inner.velocity["w"].dtype) == (0, jnp.int8)
 
 
 def test_moments_of_a_difference():

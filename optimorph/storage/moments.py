@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optimorph.core.types import PyTree
 from optimorph.storage.compressed import CompressedState
@@ -89,7 +90,7 @@ def unknown(state: PyTree, size: int, fields: Fields = FIELDS) -> list[str]:
             if _is_state(node):
                 for field in node._fields:
                     visit(f"{type(node).__name__}.{field}", getattr(node, field))
-            elif jnp.issubdtype(node.dtype, jnp.floating) and node.ndim > 1 and node.size >= size:
+            elif np.ndim(node) > 1 and node.size >= size and jnp.issubdtype(node.dtype, jnp.floating):
                 found[name] = None
 
     visit("", map_moments(lambda kind, moment: None, state, fields))
