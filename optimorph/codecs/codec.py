@@ -1,6 +1,7 @@
 """What every codec is: a description with `encode` and `decode`."""
 
 import abc
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -54,9 +55,13 @@ class Codec(abc.ABC):
     def zeros(self, shape: Shape) -> Encoded:
         """What decodes to zeros, without encoding them, which compilers would do number by number."""
 
+    def form(self, shape: Shape) -> Encoded:
+        """Shapes and dtypes of codes and scales for an array of this shape."""
+        return _form(self, shape)
+
     def bytes_per_element(self, shape: Shape) -> float:
         """Of codes and scales for an array of this shape; 0 of an empty one."""
-        stored = jax.tree.leaves(jax.eval_shape(lambda: self.zeros(shape)))
+        stored = jax.tree.leaves(self.form(shape))
         return sum(x.size * x.dtype.itemsize for x in stored) / max(1, math.prod(shape))
 
     @abc.abstractmethod
@@ -86,3 +91,8 @@ class Codec(abc.ABC):
             )
         check_key(type(self).__name__, key)
         return key
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _form(codec: Codec, shape: Shape) -> Encoded:
+    return jax.eval_shape(lambda: codec.zeros(shape))

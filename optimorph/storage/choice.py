@@ -1,6 +1,5 @@
 """Which codec a moment is stored by."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -105,11 +104,6 @@ def by_default(kind: str, path: str, shape: Shape) -> Codec | None:
 
 def _is_of(codec: Codec, codes: jax.Array, scales: jax.Array) -> bool:
     """Whether they have the shapes and dtypes of what a codec stores; of one without scales codes alone."""
-    form = _form(codec, codes.shape)
+    form = codec.form(codes.shape)
     beside = form.scales is None or (scales.shape, scales.dtype) == (form.scales.shape, form.scales.dtype)
     return codes.dtype == form.codes.dtype and beside
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _form(codec: Codec, shape: Shape) -> Encoded:
-    return jax.eval_shape(lambda: codec.zeros(shape))

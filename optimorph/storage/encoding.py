@@ -36,9 +36,8 @@ def _encode(codec: Codec) -> Callable[..., Encoded]:
     return jax.jit(codec.encode)  # traced once for all leaves
 
 
-@functools.lru_cache(maxsize=1 << 10)
 def _scales_shape(codec: Codec, shape: Shape) -> Shape:
-    scales = jax.eval_shape(lambda: codec.zeros(shape)).scales
+    scales = codec.form(shape).scales
     assert scales is not None
     return scales.shape
 
