@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from optimorph.codecs import Codec, Encoded
-from optimorph.core.elementwise import NotElementwise, mixes, on_part
+from optimorph.core.elementwise import NotElementwise, inlined, mixes, on_part
 from optimorph.core.rounding import leaf_keys
 from optimorph.core.slabs import in_slabs
 from optimorph.core.types import PyTree
@@ -63,7 +63,8 @@ class Traced:
             done, rest = step(dict(zip(paths, each, strict=True)))
             return [done[path] for path in paths], rest
 
-        self.closed, (done, self.rest) = jax.make_jaxpr(function, return_shape=True)(*leaves.values())
+        closed, (done, self.rest) = jax.make_jaxpr(function, return_shape=True)(*leaves.values())
+        self.closed = inlined(closed)
         self.done = dict(zip(paths, done, strict=True))
         given, made = iter(self.closed.jaxpr.invars), iter(self.closed.jaxpr.outvars)
         self.given = {path: [next(given) for _ in jax.tree.leaves(leaf)] for path, leaf in leaves.items()}
