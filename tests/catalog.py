@@ -1,6 +1,7 @@
 """The one registry of public transforms and recipes: what the contract and the formula tests run over."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,11 @@ class Entry:
         return self.id.split("-")[0]
 
     def build(self) -> optax.GradientTransformation:
+        """The same object at every call, so that its programs are traced and compiled once."""
+        return self._built
+
+    @functools.cached_property
+    def _built(self) -> optax.GradientTransformation:
         return self.make(optimorph)
 
 

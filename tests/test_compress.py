@@ -498,6 +498,9 @@ def scanned(x):
     return jax.lax.scan(lambda c, row: (c + row, c + row), jnp.zeros(x.shape[-1]), x)[1]
 
 
+WINDOW = -jnp.inf, jax.lax.max, (3, 3), (1, 1), "SAME"
+HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
 MIXING = {
     "clip_by_global_norm": (om.clip_by_global_norm(1.0), "reduce_"),
     "optax.clip_by_global_norm": (optax.clip_by_global_norm(1.0), "reduce_sum"),
@@ -509,6 +512,16 @@ MIXING = {
     "shift": (made(lambda x: jax.lax.pad(x, jnp.float32(0), [(1, -1, 0), (0, 0, 0)])), "pad"),
     "transpose": (made(jnp.transpose), "transpose"),
     "cholesky": (made(jnp.linalg.cholesky), "cholesky|transpose"),
+    "product": (made(lambda x: x @ x), "dot_general"),
+    "sort": (made(jnp.sort), "sort"),
+    "reversed": (made(lambda x: jax.lax.rev(x, (0,))), "rev"),
+    "fft": (made(lambda x: jnp.fft.fft(x).real), "fft"),
+    "window": (made(lambda x: jax.lax.cummax(x) - jax.lax.reduce_window(x, *WINDOW)), "cummax"),
+    "largest in a window": (made(lambda x: jax.lax.reduce_window(x, *WINDOW)), "reduce_window"),
+    "row by row": (made(lambda x: x[jnp.arange(x.shape[0])[::-1]]), "gather|rev|iota"),
+    "set": (made(lambda x: x.at[0].set(0.0)), "scatter|dynamic_update"),
+    "while": (made(lambda x: jax.lax.fori_loop(0, 3, lambda k, y: y + y, x)), "scan|while"),
+    "constrained": (made(lambda x: jax.lax.with_sharding_constraint(x, HERE)), "sharding_constraint"),
     "places": (made(lambda x: x * jax.lax.broadcasted_iota(jnp.float32, x.shape, 0)), "iota"),
     "a table": (made(lambda x: x * jnp.asarray(np.linspace(0, 1, x.size).reshape(x.shape), x.dtype)), ""),
     "its mean": (made(lambda x: x - x.mean()), "reduce_sum"),
@@ -593,6 +606,31 @@ ELEMENTWISE = {
 def test_what_is_elementwise_passes(name):
     tx, params = om.compress_state(ELEMENTWISE[name], elementwise=True), drawn()
     chex.assert_trees_all_equal_shapes(jax.eval_shape(tx.update, params, tx.init(params), params)[0], params)
+
+
+def test_a_primitive_of_tomorrow_is_elementwise():
+    """Nothing is known of it but that its result has the shape of its argument."""
+    twice = jax.extend.core.Primitive("twice_of_tomorrow")
+    twice.def_abstract_eval(lambda x: x)
+    twice.def_impl(lambda x: x + x)
+    jax.interpreters.mlir.register_lowering(
+        twice, jax.interpreters.mlir.lower_fun(lambda x: x + x, multiple_results=False)
+    )
+    tx = optax.chain(om.adam(0.1), made(twice.bind))
+    params = drawn()
+    wrapped = {e: om.compress_state(tx, elementwise=e) for e in (True, False)}
+    by_slab, whole = (jax.jit(t.update)(params, t.init(params), params)[0] for t in wrapped.values())
+    chex.assert_trees_all_equal_shapes_and_dtypes(by_slab, whole)
+
+
+def test_a_call_of_several_leaves_is_looked_into():
+    """A jitted function of the whole tree keeps leaves apart, as optax's bias correction does."""
+    together = jax.jit(lambda tree: jax.tree.map(lambda x: x / 2, tree))
+    tx = optax.chain(om.adam(0.1), optax.stateless(lambda u, _: together(together(u))))
+    params = drawn()
+    wrapped = om.compress_state(tx, elementwise=True)
+    updates, _ = jax.eval_shape(wrapped.update, params, wrapped.init(params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
 
 
 # 5. Programs

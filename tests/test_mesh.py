@@ -1,4 +1,4 @@
-"""The tests of `mesh/`, each file in a process of its own with sixteen devices."""
+"""The tests of `mesh/`, in processes of their own with sixteen devices."""
 
 import os
 import subprocess
@@ -8,19 +8,17 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "mesh"
-FLAGS = (
-    "--xla_force_host_platform_device_count=16 "
-    "--xla_backend_optimization_level=0 "  # compiles in a third of the time
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false "  # but in the order that needs least memory
-)
+FILES = sorted(str(path) for path in FOLDER.glob("test_*.py"))
+PROCESSES = 3
+EXAMPLES = []
+"""Of every kind of test in that folder one, which the quick tests have."""
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_on_sixteen_devices(file):
-    flags = FLAGS + os.environ.get("XLA_FLAGS", "")
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", str(FOLDER / file)]
+def run(tests):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=16"
+    flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # in the order that needs least memory
     process = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"XLA_FLAGS": flags},
         cwd=FOLDER.parent.parent,
         capture_output=True,
@@ -28,3 +26,13 @@ def test_on_sixteen_devices(file):
         check=False,
     )
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
+
+
+def test_an_example_of_every_kind():
+    run(f"{FOLDER}/{example}" for example in EXAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PROCESSES))
+def test_all_files(part):
+    run(FILES[part::PROCESSES])
