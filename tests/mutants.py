@@ -225,8 +225,12 @@ def drop_function(node, _):
 
 
 def drop_term(node, _):
-    """One of several pairs among a call's arguments or in a list."""
+    """One of several pairs in a call or a list, or a part of what is several on a condition."""
     match node:
+        case ast.IfExp(body=ast.Tuple(elts=[_, _, *_] as parts) as body):
+            for k in range(len(parts)):
+                less = _with(body, elts=parts[:k] + parts[k + 1 :])
+                yield "parts", f"without {k}", _with(node, body=less)
         case ast.Call(args=parts) | ast.List(elts=parts):
             field = "args" if isinstance(node, ast.Call) else "elts"
             pairs = [k for k, part in enumerate(parts) if isinstance(part, ast.Tuple)]
