@@ -332,7 +332,9 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert "adagrad = { learning_rate = 1.0 }" in written
     assert "sgd =" not in written  # theory knows it
     assert "--steps 20" in written
-    assert "adagrad    1e+30" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "adagrad    1e+30" in out
+    assert "theory gives their learning rates: sgd." in out
     tried = Result.read(tmp_path / "sweep.json").trials
     assert [trial.learning_rate for trial in tried] == [0.01, 1.0, 1e30]
     assert not math.isfinite(tried[-1].loss)
@@ -405,7 +407,6 @@ def test_ctrl_c_keeps_what_was_measured(interrupted):
     assert "Stopped early" in out
     found = json.loads((folder / "race.json").read_text())
     assert found["finished"] is False
-    assert found["spectra"] == []
     assert all(row["steps"] > 0 for row in found["rows"])
     for curve in found["curves"]:
         assert curve["steps"][-1] in [row["steps"] for row in found["rows"]]

@@ -155,6 +155,13 @@ def test_everybody_is_in_every_table_and_legend_in_one_order(written):
     assert not [color for color in (*palette.LIGHT, palette.INK[0]) if f"stroke: {color}" in text]
 
 
+def test_a_legend_names_those_in_its_picture_alone(tmp_path):
+    tried = [trial for trial in result_of().trials if trial.optimizer in NAMES[:2]]
+    result_of(trials=tried).report(tmp_path / "race.html")
+    found = [text for _, text in Reader((tmp_path / "race.html").read_text(encoding="utf-8")).all("li")]
+    assert found == [*reversed(NAMES), "momentum", "sgd", *reversed(NAMES)]
+
+
 def test_the_order_is_that_of_the_picture_too():
     with drawn(plot.losses, result_of()) as figure:
         assert [text.get_text() for text in figure.legends[0].get_texts()] == list(reversed(NAMES))

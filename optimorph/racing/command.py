@@ -64,7 +64,7 @@ def main(given: argparse.Namespace) -> int:
     task = TASKS[given.task](given)
     steps = task.steps if steps is None else steps
     if given.sweep:
-        return _sweep(console, task, _points(task, names), steps, _folder(given.out))
+        return _sweep(console, task, _points(console, task, names), steps, _folder(given.out))
     rates = _rates(task, names, given.lr)
     return _race(console, task, rates, steps, seeds, _folder(given.out))
 
@@ -125,11 +125,14 @@ def _redraw(console: Console, out: Path) -> int:
     return 0
 
 
-def _points(task: Task, names: list[str]) -> dict[str, list[Rates]]:
+def _points(console: Console, task: Task, names: list[str]) -> dict[str, list[Rates]]:
     """The grids of those whose learning rate no theory gives."""
+    known = ", ".join(name for name in names if name in task.theory)
     points = {name: list(grid(name, task.name)) for name in names if name not in task.theory}
     if not points:
-        raise BadInput(f"theory gives the learning rate of {', '.join(names)}; type --optimizers with others")
+        raise BadInput(f"theory gives the learning rate of {known}; type --optimizers with others")
+    if known:
+        console.print(f"Not tried, as theory gives their learning rates: {known}.")
     return points
 
 

@@ -18,7 +18,7 @@ from optimorph.racing.svg import VARIABLES, inline
 from optimorph.racing.table import cells, notes
 from optimorph.racing.verdict import leaders, verdict
 
-WIDE, LONG, SMALL = (5.0, 3.8), (7.5, 3.8), (2.4, 2.0)  # inches of a picture
+WIDE, SMALL = (5.0, 3.8), (2.4, 2.0)  # inches of a picture
 DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "8 3 2 3", ":": "2 3"}
 
 
@@ -55,7 +55,9 @@ def _losses(record: Record, styles: dict[str, Style]) -> str:
     return _section(
         "curves",
         "The loss",
-        _figure(pictures, record, styles, f"{record.measure}, best first.{shaded}"),
+        _figure(
+            pictures, [row.name for row in record.rows], styles, f"{record.measure}, best first.{shaded}"
+        ),
         _table(heads, rows, " ".join(notes(record)[:-1]), bold=len(leaders(record.rows))),
     )
 
@@ -64,19 +66,20 @@ def _rates(record: Record, styles: dict[str, Style]) -> str:
     if not record.trials:
         return ""
     found = {name: [each for each in record.trials if each.optimizer == name] for name in record.names}
-    rows = [(_named(name, styles), *map(escape, _best(tried))) for name, tried in found.items() if tried]
+    found = {name: tried for name, tried in found.items() if tried}
+    rows = [(_named(name, styles), *map(escape, _best(tried))) for name, tried in found.items()]
     several = any(trial.others is not None for trial in record.trials)
     note = "Of several rates for embeddings, head and norms, the best. " if several else ""
     note += "A cross above: the loss is no longer a number."
     picture = inline(
-        plot.panel(plot.rates, LONG, record, styles),
+        plot.panel(plot.rates, WIDE, record, styles),
         "rates",
         "A line chart of final loss over learning rate.",
     )
     return _section(
         "rates",
         "How much the learning rate matters",
-        _figure([picture], record, styles, note),
+        _figure([picture], list(found), styles, note),
         _table(("optimizer", "best rate", "its loss", "rates within 5 %"), rows, "Learning rates tried."),
     )
 
@@ -95,13 +98,14 @@ def _spectra(record: Record, styles: dict[str, Style]) -> str:
     if not record.spectra:
         return ""
     all_, some = set(map(plot.layer_of, record.spectra)), plot.shown(record.spectra)
-    shares: dict[str, list[float]] = {}
-    for each in record.spectra:
-        shares.setdefault(each.optimizer, []).append(each.effective_rank / min(each.rows, each.columns))
+    shares = {
+        name: [x.effective_rank / min(x.rows, x.columns) for x in record.spectra if x.optimizer == name]
+        for name in record.names
+    }
+    shares = {name: some for name, some in shares.items() if some}
     rows = [
         (_named(name, styles), *(f"{100 * x:.0f} %" for x in (statistics.median(each), min(each), max(each))))
-        for name in record.names
-        if (each := shares.get(name))
+        for name, each in shares.items()
     ]
     note = "Singular values over the largest, from the first (0) to the last (1). A flat line moves every "
     note += "direction alike, a steep one few. The last update of the first seed"
@@ -118,7 +122,7 @@ def _spectra(record: Record, styles: dict[str, Style]) -> str:
     return _section(
         "spectra",
         "How many directions an update has",
-        _figure(pictures, record, styles, note, "small"),
+        _figure(pictures, list(shares), styles, note, "small"),
         _table(("optimizer", "median", "lowest", "highest"), rows, caption),
     )
 
@@ -129,11 +133,11 @@ def _section(name: str, title: str, *parts: str) -> str:
 
 
 def _figure(
-    pictures: Sequence[str], record: Record, styles: dict[str, Style], caption: str, kind: str = "wide"
+    pictures: Sequence[str], names: Sequence[str], styles: dict[str, Style], caption: str, kind: str = "wide"
 ) -> str:
-    names = "".join(f"<li>{_named(name, styles)}</li>" for name in record.names)
+    legend = "".join(f"<li>{_named(name, styles)}</li>" for name in names)
     return (
-        f'<figure>\n<ul class="legend">{names}</ul>\n<div class="{kind} pictures">\n'
+        f'<figure>\n<ul class="legend">{legend}</ul>\n<div class="{kind} pictures">\n'
         + "\n".join(pictures)
         + f"\n</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
     )
