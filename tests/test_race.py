@@ -198,6 +198,17 @@ def shown(width):
     return console.export_text()
 
 
+def test_steps_per_second_are_those_of_the_median_step():
+    run = run_of(2.0, 50)
+    assert row(laps.Contestant("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(
+        1 / 0.11
+    )
+    run.model_seconds[7] = 30.0  # the machine was busy
+    assert row(laps.Contestant("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(
+        1 / 0.11
+    )
+
+
 @pytest.mark.parametrize("width", [40, 60, 80])
 def test_the_table_is_whole_at_any_width(width):
     out = shown(width)

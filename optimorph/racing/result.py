@@ -105,7 +105,7 @@ def row(one: Contestant) -> Row | None:
         steps=reached,
         loss=statistics.fmean(losses),
         spread=statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else 0.0,
-        steps_per_second=one.step / one.seconds,
+        steps_per_second=1 / statistics.median(sum(pair) for run in runs for pair in run.step_seconds),
         optimizer_ms=1e3 * statistics.median(s for run in runs for s in run.update_seconds),
         state_bytes_per_parameter=runs[0].state_bytes_per_parameter,
         compile_seconds=runs[0].compile_seconds,

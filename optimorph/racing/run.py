@@ -82,6 +82,11 @@ class Run:
         return len(self.update_seconds)
 
     @property
+    def step_seconds(self) -> list[tuple[float, float]]:
+        """Of every step, the model's part and the optimizer's."""
+        return list(zip(self.model_seconds, self.update_seconds, strict=True))
+
+    @property
     def diverged(self) -> bool:
         """Whether the loss is no longer a number."""
         return not math.isfinite(self.losses[-1])

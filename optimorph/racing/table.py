@@ -79,7 +79,7 @@ def notes(record: Record) -> list[str]:
         f"Mean of {max(r.seeds for r in rows)} seeds ± their standard deviation."
         if rows[0].seeds > 1
         else "",
-        "Steps/s: gradient and update, without the first steps, which are slower, and the held-out loss.",
+        "Steps/s: by the median step, gradient and update, after some that are not timed.",
         "Update ms: the optimizer's part of a step, the median, without the model.",
         "Learning rate: the peak." if "others" in heads else "",
         "Others: that of embeddings, head and norms, where they have their own." if "others" in heads else "",
