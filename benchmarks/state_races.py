@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 import optimorph as om
 from optimorph.codecs import Nonneg8, Signed8
 from optimorph.racing import contestants, laps
-from optimorph.racing.palette import styles
+from optimorph.racing.palette import OPTIMIZERS
 from optimorph.racing.plot import SETTINGS
 from optimorph.racing.tasks import digits, text
+from optimorph.racing.ticks import PlainLog
 from optimorph.routing.reading import leaf_axes
 from optimorph.storage.moments import moments_of
 
@@ -76,17 +77,16 @@ def draw(races, path):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
         grid = figure.subplots(2, 2, sharex="col", height_ratios=(2, 1))
         for (name, rows), (above, below) in zip(races.items(), grid.T, strict=True):
-            for (optimizer, row), style in zip(rows.items(), styles(list(rows)).values(), strict=True):
+            for optimizer, row in rows.items():
                 wide, eight = (np.array(row[kind]["curves"]) for kind in ("float32", "8 bits"))
-                steps, color = row["float32"]["steps"], style.color
+                steps, color = row["float32"]["steps"], OPTIMIZERS[optimizer].color
                 above.plot(steps, wide.mean(0), color=color, alpha=0.35, lw=6, label=f"{optimizer}, float32")
                 above.plot(steps, eight.mean(0), color=color, ls="--", label=f"{optimizer}, 8 bits")
                 spread = wide.std(0, ddof=1)
                 below.fill_between(steps, -spread, spread, color=color, alpha=0.15, lw=0)
                 below.plot(steps, (eight - wide).mean(0), color=color, ls="--")
-            above.set(title=name, yscale="log" if name == "digits" else "linear")
+            above.set(title=name, yscale=PlainLog() if name == "digits" else "linear")
             below.set(xlabel="steps")
-            above.yaxis.set_major_formatter("{x:g}")
             above.grid()
             below.grid()
         grid[0, 0].set(ylabel="validation loss (nats)")

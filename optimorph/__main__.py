@@ -3,7 +3,10 @@
 import argparse
 import importlib
 import os
+import shutil
 import sys
+import textwrap
+from importlib.metadata import version
 from typing import NoReturn
 
 COMMANDS = {
@@ -18,13 +21,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and where help is."""
-        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
+        self.fail(f"{self.prog}: {message}. See {self.prog} --help.")
+
+    def fail(self, message: str) -> NoReturn:
+        """Exit with code 2; a terminal breaks the line between words."""
+        if sys.stderr.isatty():
+            columns = shutil.get_terminal_size().columns
+            message = textwrap.fill(message, columns, break_long_words=False, break_on_hyphens=False)
+        self.exit(2, f"{message}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="optimorph", description="Optimizers for JAX that read like the mathematics.")
+    parser.add_argument("--version", action="version", version=f"optimorph {version('optimorph')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     parsers = {name: commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()}
     chosen = next((name for name in arguments if name in COMMANDS), None)
@@ -38,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("optimorph"):
             raise
-        parser.exit(2, f"optimorph {chosen} needs {error.name}: pip install 'optimorph[{chosen}]'\n")
+        parser.fail(f"optimorph {chosen} needs {error.name}: pip install 'optimorph[{chosen}]'")
     command.add_arguments(parsers[chosen])
     given = parser.parse_args(arguments)
     try:
@@ -51,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except command.BadInput as error:
-        parsers[chosen].exit(2, f"optimorph {chosen}: {error}.\n")
+        parsers[chosen].fail(f"optimorph {chosen}: {error}.")
 
 
 def _interrupted() -> int:

@@ -18,6 +18,17 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 LATE = {optimorph: {"race"}}  # exported, but imported when it is asked for
 PUBLIC = {"flax", "jax", "matplotlib", "numpy", "optax", "optimorph", "sklearn"} | sys.stdlib_module_names
 
+DRAWING = {"optimorph.racing.palette.OPTIMIZERS", "optimorph.racing.ticks.PlainLog"}  # how, not what
+SPOKEN = {
+    "AdaGrad": "adagrad",
+    "Adam": "adam",
+    "AdamW": "adamw",
+    "Muon": "muon",
+    "Nesterov": "nesterov",
+    "RMSprop": "rmsprop",
+}
+"""What pictures say for the name of a style."""
+
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
 
@@ -35,6 +46,8 @@ def code(notebook):
 
 def is_public(name):
     """Whether a dotted name is of a package that may be used, private nowhere and, if ours, exported."""
+    if name in DRAWING:
+        return True
     package, *inner = name.split(".")
     if package not in PUBLIC or any(part.startswith("_") for part in inner):
         return False
@@ -88,20 +101,27 @@ def test_the_committed_file_is_clean(path):
         "no error, no stray value"
     )
     assert all(output.name == "stdout" for output in outputs if output.output_type == "stream"), "no warning"
-    assert 8 <= len(notebook.cells) <= 14
 
 
 @every_notebook
 def test_the_figures_are_in_the_file(path):
     notebook = nbformat.read(path, 4)
-    assert 1 <= sum(figures(notebook)) <= 2
+    assert sum(figures(notebook)) >= 1
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         if "image/png" in output.get("data", {}):
             picture = matplotlib.image.imread(io.BytesIO(base64.b64decode(output.data["image/png"])))
-            height, width, _ = picture.shape
-            assert height in range(400, 1001)
-            assert width in range(800, 1501)
             assert picture[..., :3].std() > 0.05, "the picture is blank"
+
+
+@every_notebook
+def test_pictures_have_the_colours_and_the_labels_of_all_others(path):
+    """An optimizer's colour comes from the palette, and a logarithmic axis has plain labels."""
+    source = code(nbformat.read(path, 4))
+    assert not re.findall(r"scale\(?=?[\"']log[\"']|loglog|semilog", source)
+    for variables, names in re.findall(r"(.*) = \(OPTIMIZERS\[name\]\.color for name in \((.*)\)\)", source):
+        assert variables.split(", ") == [name.upper() for name in re.findall(r"\w+", names)]
+    for label, color in re.findall(r"[\"'](\w+)[\"'], color=(\w+)", source):
+        assert label not in SPOKEN or color == SPOKEN[label].upper()
 
 
 @every_notebook

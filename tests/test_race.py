@@ -1,17 +1,23 @@
 """The command, as its user meets it."""
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
+import importlib.metadata
 import importlib.resources
 import io
 import json
 import math
+import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +30,13 @@ from optimorph.__main__ import main
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
 from optimorph.racing import command, contestants, grids, laps
 from optimorph.racing.contestants import Rates
-from optimorph.racing.display import Live, display
-from optimorph.racing.interrupt import stop_on_ctrl_c
+from optimorph.racing.display import Live, display, plain_console
+from optimorph.racing.interrupt import STOPPING, stop_on_ctrl_c
+from optimorph.racing.options import DEFAULTS, USES, clash
 from optimorph.racing.record import Record
 from optimorph.racing.result import Result, row
 from optimorph.racing.run import Run, Track
-from optimorph.racing.table import table
+from optimorph.racing.table import tables
 from optimorph.racing.tasks import digits, quadratic, text
 
 
@@ -55,7 +62,7 @@ def test_quadratic_race(tmp_path, capsys):
     }
     assert all(c["seconds"] == sorted(c["seconds"]) and c["steps"][-1] == 40 for c in found["curves"])
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "race.html").read_text().count('<tr><th scope="row">') == 2 * len(contestants.MAKERS)
+    assert (tmp_path / "race.html").read_text().count('<th scope="row">') == 2 * len(contestants.MAKERS)
     assert {each["path"] for each in found["spectra"]} == {"kernel"}
     assert {each["optimizer"] for each in found["spectra"]} == set(contestants.MAKERS)
 
@@ -71,6 +78,25 @@ def test_redrawn_from_its_figures(tmp_path, capsys):
     assert main([*given, "--redraw"]) == 0
     assert {path: path.read_bytes() for path in tmp_path.glob("race.*")} == drawn
     assert "race.html" in capsys.readouterr().out
+
+
+def test_pages_of_a_sweep_are_redrawn_and_the_race_keeps_its_rates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(grids.GRIDS["quadratic"], "adagrad", (0.01, 1.0))
+    given = ["race", "--task", "quadratic", "--optimizers", "adagrad", "--steps", "3", "--out", str(tmp_path)]
+    main(given)  # raced first, tuned later
+    main([*given, "--sweep"])
+    drawn = (tmp_path / "sweep.html").read_bytes()
+    (tmp_path / "sweep.html").unlink()
+    capsys.readouterr()
+    assert main(["race", "--redraw", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("race.png", "race.html", "sweep.html"))
+    assert (tmp_path / "sweep.html").read_bytes() == drawn
+    assert "rates-title" in (tmp_path / "race.html").read_text()
+    for kind in ("json", "png", "html"):
+        (tmp_path / f"race.{kind}").unlink()
+    assert main(["race", "--redraw", "--out", str(tmp_path)]) == 0
+    assert not list(tmp_path.glob("race.*"))
 
 
 def test_state_bytes(tmp_path):
@@ -162,15 +188,48 @@ def test_a_seed_that_diverged_is_not_left_out():
     assert (stopped.seeds, stopped.loss, stopped.steps) == (1, 2.0, 250)
 
 
-def test_the_table_fits_80_columns_whole():
-    console = Console(width=80, record=True, file=io.StringIO())
+def shown(width):
+    console = Console(width=width, record=True, file=io.StringIO())
     rows = [row_of((2.2138, 250), (2.2338, 250), (2.1938, 250))]
     task = text.task()
-    console.print(table(Record(task.name, task.title, task.measure, 250, 3, True, {}, rows, [])))
-    shown = console.export_text()
-    assert "…" not in shown
+    record = Record(task.name, task.title, task.measure, 250, 3, True, {}, rows, [])
+    for table in tables(record, width):
+        console.print(table)
+    return console.export_text()
+
+
+def test_steps_per_second_are_those_of_the_median_step():
+    run = run_of(2.0, 50)
+    assert row(laps.Contestant("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(
+        1 / 0.11
+    )
+    run.model_seconds[7] = 30.0  # the machine was busy
+    assert row(laps.Contestant("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(
+        1 / 0.11
+    )
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_the_table_is_whole_at_any_width(width):
+    out = shown(width)
+    assert "…" not in out
     for word in ("2.214 ± 0.02", "0.02", "0.05", "250", "others"):
-        assert word in shown
+        assert word in out
+    heads = [line.split()[:1] for line in out.splitlines()].count(["optimizer"])
+    assert heads == (1 if width == 80 else 2 if width == 60 else heads)
+    assert max(map(len, out.splitlines())) <= width
+
+
+def test_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(monkeypatch):
+    words = "supercalifragilistic [muon] :smile: " * 9
+    for force, lines in ((True, 10), (False, 1)):
+        console = plain_console()
+        console.file, console._force_terminal = io.StringIO(), force
+        console.width = 40 if force else console.width
+        console.print(words.strip())
+        out = console.file.getvalue()
+        assert out.split() == words.split()
+        assert (len(out.splitlines()) == 1) == (lines == 1)
 
 
 BAD = {
@@ -185,9 +244,13 @@ BAD = {
     "lr without value": (["--lr", "adam"], ["--lr adam", "''"]),
     "negative lr": (["--lr", "adam=-1"], ["--lr adam", "'-1'"]),
     "others of sgd": (["--lr", "sgd.others=1"], ["'sgd.others=1'"]),
-    "condition": (["--condition", "0.5"], ["--condition", "'0.5'"]),
-    "condition of 1e9": (["--condition", "1e9"], ["--condition", "1e+06"]),
+    "condition": (["--task", "quadratic", "--condition", "0.5"], ["--condition", "'0.5'"]),
+    "condition of 1e9": (["--task", "quadratic", "--condition", "1e9"], ["--condition", "1e+06"]),
     "sweep with lr": (["--sweep", "--lr", "adam=1"], ["--sweep", "--lr"]),
+    "condition of text": (["--condition", "100"], ["--condition", "--task quadratic"]),
+    "condition of digits": (["--task", "digits", "--condition", "100"], ["--task quadratic"]),
+    "two at a time": (["--list", "--redraw"], ["--list and --redraw", "one of them"]),
+    "nothing to sweep": (["--task", "quadratic", "--sweep", "--optimizers", "sgd"], ["theory", "sgd"]),
     "folder": (["--out", "/proc/nothing"], ["'/proc/nothing'", "--out"]),
     "nothing to redraw": (["--redraw", "--out", "nowhere"], ["race.json", "--out"]),
     "unknown option": (["--optimisers", "adam"], ["--optimisers"]),
@@ -204,6 +267,42 @@ def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     assert error.count("\n") == 1
     for word in words:
         assert word in error
+
+
+def test_what_has_no_effect_is_refused():
+    typed = {name: ["adam=1"] if name == "lr" else "1" for name in USES["a race"]}
+    modes = [mode.lstrip("-") for mode in USES if mode.startswith("--")]
+    nothing = dict.fromkeys(typed) | dict.fromkeys(modes, False)
+    for mode, used in USES.items():
+        for name, value in typed.items():
+            given = argparse.Namespace(**nothing | {mode.lstrip("-"): True, name: value})
+            if name == "condition":
+                given.task = "quadratic" if "task" in used else None
+            problem = clash(given)
+            assert (problem is None) == (name in used), (mode, name, problem)
+            assert problem is None or (f"--{name} " in problem and mode in problem)
+
+
+def test_every_option_is_in_the_table_of_what_is_used(capsys):
+    with pytest.raises(SystemExit):
+        main(["race", "--help"])
+    options = set(re.findall(r"--([a-z]+)", capsys.readouterr().out)) - {"help"}
+    assert options == {*USES["a race"]} | {mode.lstrip("-") for mode in USES if mode.startswith("--")}
+    assert set(DEFAULTS) < set(USES["a race"])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"optimorph {importlib.metadata.version('optimorph')}\n"
+
+
+def test_a_file_that_is_no_race(tmp_path, capsys):
+    (tmp_path / "race.json").write_text("[1]")
+    with pytest.raises(SystemExit):
+        main(["race", "--redraw", "--out", str(tmp_path)])
+    assert "race.json' is not what a race writes" in capsys.readouterr().err
 
 
 def test_no_command(capsys):
@@ -244,7 +343,9 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     assert "adagrad = { learning_rate = 1.0 }" in written
     assert "sgd =" not in written  # theory knows it
     assert "--steps 20" in written
-    assert "adagrad    1e+30" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "adagrad    1e+30" in out
+    assert "theory gives their learning rates: sgd." in out
     tried = Result.read(tmp_path / "sweep.json").trials
     assert [trial.learning_rate for trial in tried] == [0.01, 1.0, 1e30]
     assert not math.isfinite(tried[-1].loss)
@@ -264,30 +365,133 @@ def test_edges_of_a_grid():
     )
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    """A real interrupt in a real process: the table, the files and exit code 130."""
-    code = "import sys; from optimorph.__main__ import main; sys.exit(main())"
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A real interrupt of a real process on a terminal of 80 columns: its folder, exit code and output."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    code = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    code += "from optimorph.__main__ import main; sys.exit(main())"
     arguments = ["race", "--task", "quadratic", "--optimizers", "sgd,adam", "--steps", "10000000"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments, "--out", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code, *arguments, "--out", str(folder)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"},
+        start_new_session=True,
     )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "compiled" in line and line.startswith("adam"):
-            break
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    os.close(theirs)
+    out, sent = b"", False
+    with contextlib.suppress(OSError):  # at its end
+        while some := os.read(ours, 65536):
+            out += some
+            if not sent and re.search(rb"adam [^\n]*[1-9]\d*/10000000", out):
+                sent = os.write(ours, b"\x03")  # as it is typed: the terminal echoes it
+    os.close(ours)
+    return folder, process.wait(timeout=60), out.decode()
+
+
+def screen(written):
+    """What stands on a terminal in the end, of what rich writes there: lines, and the way up to wipe them."""
+    lines, at = [""], 0
+    for token in re.findall(r"\x1b\[(?:\?)?[\d;]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
+        if token == "\n":
+            at += 1
+            lines += [""] * (at == len(lines))
+        elif token == "\x1b[1A":
+            at -= 1
+        elif token == "\x1b[2K":
+            lines[at] = ""
+        elif token[0] not in "\x1b\r":
+            lines[at] += token
+            while len(lines[at]) > 80:  # the terminal's own break
+                lines[at : at + 1] = [lines[at][:80], lines[at][80:]]
+                at += 1
+    return lines
+
+
+def test_ctrl_c_keeps_what_was_measured(interrupted):
+    folder, code, out = interrupted
+    assert code == 130, out
     assert "Stopped early" in out
-    found = json.loads((tmp_path / "race.json").read_text())
+    found = json.loads((folder / "race.json").read_text())
     assert found["finished"] is False
     assert all(row["steps"] > 0 for row in found["rows"])
     for curve in found["curves"]:
         assert curve["steps"][-1] in [row["steps"] for row in found["rows"]]
+
+
+def test_ctrl_c_says_what_happens_and_leaves_each_line_once(interrupted):
+    _, _, out = interrupted
+    assert "^C" in out
+    after = out[out.index("^C") :]
+    assert STOPPING in " ".join(after.replace("\r", "").split())
+    assert after.index("Stopping") < after.index("Stopped early")
+    bars = [line.split()[0] for line in screen(out) if "/10000000" in line]
+    assert bars == ["sgd", "adam"], screen(out)
+
+
+def test_a_stop_is_announced_while_the_main_thread_is_busy(monkeypatch):
+    """As when it compiles: no handler of Python runs there until that is done."""
+    console = Console(file=io.StringIO(), width=200)
+    said = threading.Event()
+    monkeypatch.setattr(console, "print", lambda text: text == STOPPING and said.set())
+    with stop_on_ctrl_c(console) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert said.wait(60)
+        assert stop.is_set()
+
+
+def test_a_stopped_race_evaluates_nothing_twice():
+    task, stop, looks = quadratic.task(10.0), threading.Event(), []
+    entered = [
+        laps.Contestant(name, contestants.make(name, task, Rates(0.1), 40)) for name in ("sgd", "adam")
+    ]
+
+    def moved(one):
+        looks.append((one.name, one.step))
+        if len(looks) == 30:
+            stop.set()
+
+    laps.hold(task, entered, 40, 1, moved, stop)
+    for one in entered:
+        assert one.runs[0].steps == sorted(set(one.runs[0].steps))
+        assert one.runs[0].steps[-1] == one.step
+
+
+def test_the_first_calls_of_a_program_are_not_timed(monkeypatch):
+    """Nor do they change where the training starts."""
+    calls = []
+
+    class Cold(Track):
+        def __post_init__(self):
+            super().__post_init__()
+            inner, self.gradient = self.gradient, lambda *given: calls.append("gradient") or inner(*given)
+
+        def compile(self, *given):
+            inner, seconds = super().compile(*given)
+            return lambda *given: calls.append("update") or inner(*given), seconds
+
+    run = Run(Cold(quadratic.task(10.0)), optax.adam(0.1), 0)
+    monkeypatch.setattr(laps, "Run", lambda *given: run)
+    before = np.asarray(run.params["kernel"])
+    seen = []
+    laps.hold(
+        run.track.task,
+        [laps.Contestant("adam", optax.adam(0.1))],
+        1,
+        1,
+        lambda one: seen.append((one.step, list(calls), np.asarray(one.runs[0].params["kernel"]))),
+        threading.Event(),
+    )
+    step, called, params = seen[0]
+    assert step == 0
+    assert called.count("update") >= 1
+    assert called.count("gradient") >= 2  # one of them for shapes
+    np.testing.assert_array_equal(params, before)
+    assert len(run.update_seconds) == len(run.model_seconds) == 1
 
 
 def test_a_second_ctrl_c_interrupts_at_once():

@@ -1,22 +1,27 @@
 """The page that a race leaves: a sound document, seen through a browser in light and in dark."""
 
+import contextlib
+import html
 import html.parser
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 
-import matplotlib.image
+import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from optimorph.racing import page, palette, plot
+from optimorph.racing import contestants, page, palette, plot
 from optimorph.racing.record import Curve, Row, Spectrum, Trial
 from optimorph.racing.result import Result
+from optimorph.racing.verdict import leaders, noise, verdict
 
 NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "<muon> & co")
-WIDTH, HEIGHT = 1100, 2400
+WIDTHS = (1100, 375)  # of a desk and of a phone
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -31,21 +36,23 @@ def result_of(names=NAMES, **changed):
             seed,
             steps,
             [0.02 * s for s in steps],
-            [2 * np.exp(-v * s) + 0.03 * seed + 0.1 for s in steps],
+            [2 * math.exp(-v * s) + 0.03 * seed + 0.1 for s in steps],
         )
         for name, v in speeds.items()
         for seed in (0, 1)
     ]
     rows = [
-        Row(name, 2, 100, 2 * np.exp(-100 * v) + 0.115, 0.02, 50.0, 1.0, 4.0, 0.5, 0.1, None)
+        Row(name, 2, 100, 2 * math.exp(-100 * v) + 0.115, 0.02, 50.0, 1.0, 4.0, 0.5, 0.1, None)
         for name, v in reversed(speeds.items())
     ]
     trials = [
-        Trial(n, r, None, abs(np.log10(r / v)) + v, 100) for n, v in speeds.items() for r in (1e-3, 0.1, 10.0)
+        Trial(n, r, None, abs(math.log10(r / v)) + v, 100)
+        for n, v in speeds.items()
+        for r in (1e-3, 0.1, 10.0)
     ]
     spectra = [
-        Spectrum(name, f"layers/{k}/kernel", 64, 32, [np.exp(-j / (1 + 200 * v)) for j in range(24)], 300 * v)
-        for name, v in speeds.items()
+        Spectrum(n, f"layers/{k}/kernel", 64, 32, [math.exp(-j / (1 + 200 * v)) for j in range(24)], 300 * v)
+        for n, v in speeds.items()
         for k in range(30)
     ]
     machine = {"date": "2026-01-01", "device": "cpu", "cores": 2, "versions": {"jax": "0"}}
@@ -110,10 +117,11 @@ def test_document(written):
     for attributes, _ in read.all("section"):
         assert attributes["aria-labelledby"] in ids
     pictures = [attributes for attributes, _ in read.all("svg") if "aria-hidden" not in attributes]
-    assert len(pictures) == 3
+    assert len(pictures) == 2 + 1 + 24  # losses, rates, layers
     for attributes in pictures:
         assert attributes["role"] == "img"
         assert len(attributes["aria-label"]) > 20
+    assert len({attributes["aria-label"] for attributes in pictures}) == len(pictures)
     assert len(read.all("caption")) == len(read.all("table")) == 3
     assert all(attributes["scope"] in ("col", "row") for attributes, _ in read.all("th"))
     assert len(text) < 2e6
@@ -134,29 +142,76 @@ def test_nothing_is_fetched(written):
     assert used <= ids
 
 
-def test_table_and_figures_have_everybody(written):
-    read = Reader(written.read_text(encoding="utf-8"))
-    heads = [text for attributes, text in read.all("th") if attributes["scope"] == "row"]
-    assert heads[:8] == list(reversed(NAMES))  # best first
-    assert sorted(heads) == sorted(NAMES * 3)
+def test_everybody_is_in_every_table_and_legend_in_one_order(written):
+    text = written.read_text(encoding="utf-8")
+    read = Reader(text)
+    best_first = list(reversed(NAMES))
+    assert [text for attributes, text in read.all("th") if attributes["scope"] == "row"] == 3 * best_first
+    assert [text for _, text in read.all("li")] == 3 * best_first
     words = [text for _, text in read.all("text")]
-    for name in NAMES:
-        assert words.count(name) == 3  # the three legends, in letters
     assert "layers/0/kernel" in words
     assert "layers/29/kernel" in words
     assert "24 of 30 layers" in "".join(text for _, text in read.all("figcaption"))
-    shown = written.read_text(encoding="utf-8")
-    assert not [color for color in (*palette.LIGHT, palette.INK[0]) if f"stroke: {color}" in shown]
+    assert not [color for color in (*palette.LIGHT, palette.INK[0]) if f"stroke: {color}" in text]
 
 
-def test_lead_says_who_won():
-    assert "<muon> & co ends lowest, at 0.1157, before adamw at 0.1168; loss, 100 steps." in page.lead(
-        result_of()
-    )
-    assert page.lead(result_of(finished=False)).startswith("Stopped early. ")
-    blown = [Row("sgd", 1, 9, float("nan"), 0.0, 1.0, 1.0, 0.0, 1.0, 0.1, None)]
-    assert page.lead(result_of(rows=blown)) == "Every training blew up."
-    assert page.lead(result_of(rows=[])) == "24 learning rates were tried."
+def test_a_legend_names_those_in_its_picture_alone(tmp_path):
+    tried = [trial for trial in result_of().trials if trial.optimizer in NAMES[:2]]
+    result_of(trials=tried).report(tmp_path / "race.html")
+    found = [text for _, text in Reader((tmp_path / "race.html").read_text(encoding="utf-8")).all("li")]
+    assert found == [*reversed(NAMES), "momentum", "sgd", *reversed(NAMES)]
+
+
+def test_the_order_is_that_of_the_picture_too():
+    with drawn(plot.losses, result_of()) as figure:
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == list(reversed(NAMES))
+
+
+def test_without_a_race_the_order_is_that_of_the_losses_tried():
+    record = result_of(rows=[], curves=[], spectra=[])
+    lowest = {name: min(trial.loss for trial in record.trials if trial.optimizer == name) for name in NAMES}
+    assert record.names == sorted(NAMES, key=lowest.__getitem__)
+
+
+def row(name, loss, spread=0.0, seeds=3):
+    return Row(name, seeds, 250, loss, spread, 50.0, 1.0, 4.0, 0.5, 0.1, None)
+
+
+CLEAR = [row("muon", 2.2, 0.02), row("adamw", 2.4, 0.02), row("sgd", 2.9, 0.4)]
+CLOSE = [row("muon", 2.21, 0.02), row("adamw", 2.22, 0.02), row("adam", 2.4, 0.02), row("sgd", 2.41, 0.8)]
+VERDICTS = {
+    "clear": (CLEAR, "muon ends lowest, at 2.2, before adamw at 2.4. Loss, 250 steps."),
+    "close": (
+        CLOSE,
+        "muon and adamw end lowest, at 2.21 and 2.22: closer than the seeds' spread. Loss, 250 steps.",
+    ),
+    "all close": (
+        CLOSE[:2],
+        "muon and adamw end lowest, at 2.21 and 2.22: closer than the seeds' spread. Loss, 250 steps.",
+    ),
+    "one seed": (
+        [row("muon", 2.2, seeds=1), row("adamw", 2.4, seeds=1)],
+        "muon ends lowest, at 2.2, before adamw at 2.4; one seed cannot rank close losses. Loss, 250 steps.",
+    ),
+    "alone": ([row("muon", 2.2, seeds=1)], "muon ends lowest, at 2.2. Loss, 250 steps."),
+    "blown up": ([row("sgd", float("nan"))], "Every training blew up."),
+    "one stands": ([*CLEAR[:1], row("sgd", float("nan"))], "muon ends lowest, at 2.2. Loss, 250 steps."),
+    "a sweep": ([], "24 learning rates were tried."),
+}
+
+
+@pytest.mark.parametrize(("rows", "said"), VERDICTS.values(), ids=VERDICTS)
+def test_verdict(rows, said):
+    """Nobody is called the lowest within the noise of the seeds."""
+    assert verdict(result_of(rows=rows)) == said
+    assert verdict(result_of(rows=rows, finished=False)) == f"Stopped early. {said}"
+
+
+def test_noise_is_two_standard_errors_of_the_difference():
+    a, b = row("a", 1.0, 0.3, seeds=9), row("b", 1.0, 0.8, seeds=4)
+    assert noise(a, b) == pytest.approx(2 * np.sqrt(0.3**2 / 9 + 0.8**2 / 4))
+    a, b, c = (row(name, loss, 0.1, seeds=4) for name, loss in (("a", 1.0), ("b", 1.14), ("c", 1.15)))
+    assert leaders([a, b, c]) == [a, b]  # 2 √(2 · 0.1² / 4) = 0.1414
 
 
 def test_best_of_the_other_rates():
@@ -170,14 +225,80 @@ def test_best_of_the_other_rates():
     assert page._best(trials[2:]) == ("none", "diverged", "0 of 1")
 
 
-@pytest.mark.parametrize(
-    "changed", [{"rows": [], "curves": []}, {"trials": []}, {"spectra": []}, {"log_loss": True}], ids=str
-)
+@pytest.mark.parametrize("changed", [{"rows": [], "curves": []}, {"trials": []}, {"spectra": []}], ids=str)
 def test_parts_that_are_missing_leave_no_hole(changed, tmp_path):
     result_of(**changed).report(tmp_path / "race.html")
     read = Reader((tmp_path / "race.html").read_text(encoding="utf-8"))
     assert not read.wrong
-    assert len(read.all("section")) == (3 if "log_loss" in changed else 2)
+    assert len(read.all("section")) == 2
+
+
+@contextlib.contextmanager
+def drawn(picture, record, **given):
+    """A picture as it is drawn on a canvas."""
+    with mpl.rc_context(plot.SETTINGS):
+        figure = picture(record, record._styles(), **given)
+        FigureCanvasAgg(figure).draw()
+        yield figure
+
+
+def falling(*ends, start=2.0):
+    """Losses of somebody each, from the start to these ends."""
+    names = [f"racer {k}" for k in range(len(ends))]
+    curves = [
+        Curve(n, 0, [0, 5, 10], [0.0, 1.0, 2.0], [start, start, e]) for n, e in zip(names, ends, strict=True)
+    ]
+    return result_of(names, seeds=1, curves=curves, trials=[], spectra=[])
+
+
+SCALES = {
+    "near the start": (falling(1.5, 0.9), "linear"),
+    "below a tenth of it": (falling(1.5, 0.1), "log"),
+    "zero": (falling(1.5, 0.0), "log"),
+    "negative": (falling(1.5, -3.0), "linear"),
+    "one that took off": (falling(1.5, 1e30), "linear"),
+    "one that is no number": (falling(1.5, float("nan")), "linear"),
+    "as the user says": (Result(**vars(falling(1.5, 0.9)) | {"log_loss": True}), "log"),
+}
+
+
+@pytest.mark.parametrize(("record", "scale"), SCALES.values(), ids=SCALES)
+def test_the_losses_decide_about_a_logarithmic_axis(record, scale):
+    with drawn(plot.losses, record) as figure:
+        assert [axes.get_yscale() for axes in figure.axes] == [scale, scale]
+        assert figure.axes[0].get_ylim()[1] < 10  # who took off flattens nobody
+
+
+def inside(box, outer):
+    return box.x0 >= outer.x0 and box.y0 >= outer.y0 and box.x1 <= outer.x1 and box.y1 <= outer.y1
+
+
+PICTURES = {
+    "eight": result_of(),
+    "two": result_of(("adam", "sgd")),
+    "losses near zero": falling(1e-9, 0.02),
+    "thirty": result_of([f"racer {k}" for k in range(30)]),
+    "long names": result_of(
+        ["a name that goes on " * 3, "adam"], title="a title that goes on " * 9, measure="a loss " * 12
+    ),
+}
+
+
+@pytest.mark.parametrize("record", PICTURES.values(), ids=PICTURES)
+def test_nothing_is_cut_and_nothing_overlaps_in_the_picture(record):
+    with drawn(plot.losses, record) as figure:
+        renderer, whole = figure.canvas.get_renderer(), figure.bbox
+        title, legend = figure.texts[0].get_window_extent(renderer), figure.legends[0].get_window_extent()
+        plots = [axes.get_tightbbox(renderer) for axes in figure.axes]
+        parts = [title, legend, *plots]
+        assert all(inside(box, whole) for box in parts)
+        assert not any(a.overlaps(b) for k, a in enumerate(parts) for b in parts[:k])
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            seen = [label for label in axis.get_ticklabels() if label.get_visible() and label.get_text()]
+            spread = [label.get_window_extent(renderer) for label in seen]
+            assert not any(a.overlaps(b) for k, a in enumerate(spread) for b in spread[:k])
+            assert not [label for label in seen if "$" in label.get_text()]
+        assert min(axes.get_window_extent(renderer).width for axes in figure.axes) > 0.2 * whole.width
 
 
 CONFUSIONS = {
@@ -237,10 +358,22 @@ def test_colours_stay_apart_for_all_eyes(scheme):
         assert min(apart) > 0.11
 
 
-def test_a_style_of_its_own_for_thirty_two():
-    names = [str(k) for k in range(32)]
-    assert len(set(palette.styles(names).values())) == 32
-    assert palette.styles(["sgd", "muon"])["muon"] == palette.Style(palette.LIGHT[-1], "-")
+def test_everybody_known_has_one_style_whoever_else_is_there():
+    assert set(palette.OPTIMIZERS) == set(contestants.MAKERS)
+    assert len({style.color for style in palette.OPTIMIZERS.values()}) == 8
+    for names in (["sgd", "muon"], ["mine", "muon", "sgd"], list(contestants.MAKERS)):
+        found = palette.styles(names)
+        assert found["muon"] == palette.OPTIMIZERS["muon"]
+        assert found["sgd"] == palette.OPTIMIZERS["sgd"]
+
+
+def test_the_others_take_what_is_left():
+    names = [str(k) for k in range(24)]
+    found = palette.styles([*contestants.MAKERS, *names])
+    assert len(set(found.values())) == 32
+    found = palette.styles(["muon", *names[:7]])
+    assert len({style.color for style in found.values()}) == 8
+    assert not {found[name] for name in names[:7]} & set(palette.OPTIMIZERS.values())
 
 
 def browser():
@@ -250,70 +383,114 @@ def browser():
     return found
 
 
-def browse(program, page, folder, scheme, *arguments):
-    """Run it headless; `scheme` is 1 for light and 0 for dark, as the browser counts."""
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    flags += ["--hide-scrollbars", f"--window-size={WIDTH},{HEIGHT}", "--force-device-scale-factor=1"]
-    flags += [f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={scheme}"]
+def browse(program, page, folder, scheme):
+    """The document as a browser has made it; `scheme` is 0 for light and 1 for dark."""
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    flags += [f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={1 - scheme}"]
     done = subprocess.run(
-        [program, *flags, *arguments, page.as_uri()], capture_output=True, text=True, timeout=300
+        [program, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-BOXES = """<script>document.body.dataset.boxes = JSON.stringify(
-[...document.querySelectorAll("figure > svg, table, tbody th > svg")].map(e => e.getBoundingClientRect())
-)</script>"""
+ASKED = """<script>
+const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
+const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
+const style = (e, name, pseudo) => getComputedStyle(e, pseudo).getPropertyValue(name);
+parent.document.body.dataset[`at${innerWidth}`] = JSON.stringify({
+  wanted: document.documentElement.scrollWidth,
+  boxes: all("h1, h2, p, li, figcaption, caption, th, td, svg, svg text").map(e => [e.textContent, box(e)]),
+  scrolled: all("main *:not(svg, svg *)").filter(e => 0 < e.clientWidth && e.clientWidth < e.scrollWidth - 1)
+    .map(e => e.tagName),
+  pictures: all(".pictures > svg").map(e => ({
+    box: box(e), texts: all("text", e).map(t => [t.textContent, box(t)]),
+    strokes: all("path", e).map(p => style(p, "stroke")),
+  })),
+  swatches: all("li line, th line").map(e => style(e, "stroke")),
+  tables: all("table").map(box),
+  heads: all("thead").map(e => style(e, "display")),
+  ownHeads: all("td").map(e => style(e, "content", "::before")),
+  paper: style(document.body, "background-color"), ink: style(document.querySelector("h1"), "color"),
+})</script>"""
 
 
-@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_seen_in_a_browser(scheme, written, tmp_path):
-    """Curves and table are where the browser says they are, in the colours of the scheme."""
-    program = browser()
+@pytest.fixture(scope="module", params=[0, 1], ids=["light", "dark"])
+def seen(request, written, tmp_path_factory):
+    """The scheme, and what the page looks like at each width; None where there is no browser."""
+    program, folder = browser(), tmp_path_factory.mktemp("seen")
     if program is None:
-        return  # the document itself is read above; where this is set, nobody may lack a browser
-    measured = tmp_path / "measured.html"
-    measured.write_text(
-        written.read_text(encoding="utf-8").replace("</body>", BOXES + "</body>"), encoding="utf-8"
+        return request.param, {}  # the document itself is read above
+    asking = html.escape(written.read_text(encoding="utf-8").replace("</body>", ASKED + "</body>"))
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{asking}"></iframe>' for width in WIDTHS)
+    (folder / "page.html").write_text(
+        "<!DOCTYPE html><html><head><meta charset='utf-8'><style>:root { color-scheme: light dark } "
+        f"iframe {{ border: 0 }}</style></head><body>{frames}</body></html>",
+        encoding="utf-8",
     )
-    dumped = Reader(browse(program, measured, tmp_path, 1 - scheme, "--dump-dom"))
-    boxes = json.loads(dumped.all("body")[0][0]["data-boxes"])
-    picture = tmp_path / "picture.png"
-    browse(program, written, tmp_path, 1 - scheme, f"--screenshot={picture}")
-    pixels = np.round(255 * matplotlib.image.imread(picture)[..., :3]).astype(int)
-    assert pixels.shape == (HEIGHT, WIDTH, 3)
-    curves, table = boxes[0], boxes[1]
-    colors = (palette.LIGHT, palette.DARK)[scheme]
-    assert tuple(pixels[5, 5]) == rgb(palette.PAPER[scheme])
-    plotted = part(pixels, curves)[:, : int(0.8 * curves["width"])]  # beside the legend
-    for color in colors:
-        assert count(plotted, color) > 100, color
-        assert count(part(pixels, table), color) > 20, color
-    assert curves["width"] > 800
-    assert table["top"] > curves["bottom"]
-    swatches = [box for box in boxes[2:] if box["width"] < 60 and box["top"] < table["bottom"]]
-    assert len(swatches) == 8
-    for box, color in zip(swatches, reversed(colors), strict=True):
-        assert count(part(pixels, box), color) > 20
-        line = part(pixels, {**table, "top": box["top"], "bottom": box["bottom"]})[:, 60:]
-        assert count(line, palette.INK[scheme]) > 20  # the row's words and figures
+    body = Reader(browse(program, folder / "page.html", folder, request.param)).all("body")[0][0]
+    return request.param, {width: json.loads(body[f"data-at{width}"]) for width in WIDTHS}
 
 
-def part(pixels, box):
-    return pixels[int(box["top"]) : int(box["bottom"]), int(box["left"]) : int(box["right"])]
+def within(box, outer):
+    return all(a >= b - 1 for a, b in zip(box[:2], outer[:2], strict=True)) and all(
+        a <= b + 1 for a, b in zip(box[2:], outer[2:], strict=True)
+    )
+
+
+def apart(a, b):
+    return a[2] <= b[0] + 1 or b[2] <= a[0] + 1 or a[3] <= b[1] + 1 or b[3] <= a[1] + 1
+
+
+def test_nothing_is_cut_on_any_screen(seen):
+    for width, looked in seen[1].items():
+        assert looked["wanted"] <= width
+        assert [text for text, box in looked["boxes"] if not within(box, (0, 0, width, 1e6))] == []
+        assert looked["scrolled"] == []
+        for box in looked["tables"]:
+            assert box[2] - box[0] > 200
+
+
+def test_no_words_overlap_in_a_picture(seen):
+    for looked in seen[1].values():
+        for picture in looked["pictures"]:
+            texts = picture["texts"]
+            assert len(texts) >= 6
+            assert [text for text, box in texts if not within(box, picture["box"])] == []
+            assert [
+                (a, b) for k, (a, one) in enumerate(texts) for b, two in texts[:k] if not apart(one, two)
+            ] == []
+            assert not [text for text, _ in texts if "$" in text or "mathdefault" in text]
+
+
+def test_pictures_stand_side_by_side_where_there_is_room(seen):
+    for width, looked in seen[1].items():
+        (steps, seconds), layers = [each["box"] for each in looked["pictures"][:2]], looked["pictures"][3:]
+        assert (steps[1] == seconds[1]) == (width == 1100)
+        assert (steps[3] <= seconds[1]) == (width == 375)
+        assert len({each["box"][0] for each in layers}) == (4 if width == 1100 else 2)
+
+
+def test_cells_have_their_heads_on_any_screen(seen):
+    for width, looked in seen[1].items():
+        narrow = width == 375
+        assert all((display == "none") == narrow for display in looked["heads"])
+        assert all((content not in ("none", "normal", '""')) == narrow for content in looked["ownHeads"])
 
 
 def rgb(color):
-    return tuple(int(color[k : k + 2], 16) for k in (1, 3, 5))
+    return "rgb({}, {}, {})".format(*(int(color[k : k + 2], 16) for k in (1, 3, 5)))
 
 
-def count(pixels, color):
-    """How many have this colour."""
-    return int(np.all(np.abs(pixels - rgb(color)) <= 2, axis=-1).sum())
+def test_colours_are_those_of_the_scheme(seen):
+    scheme, pages = seen
+    colors = dict(zip(palette.LIGHT, map(rgb, (palette.LIGHT, palette.DARK)[scheme]), strict=True))
+    styles = result_of()._styles()
+    expected = [colors[styles[name].color] for name in reversed(NAMES)]
+    for looked in pages.values():
+        assert looked["paper"] == rgb(palette.PAPER[scheme])
+        assert looked["ink"] == rgb(palette.INK[scheme])
+        assert looked["swatches"] == 6 * expected
+        for picture in looked["pictures"]:
+            assert set(expected) <= set(picture["strokes"])

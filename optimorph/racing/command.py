@@ -1,6 +1,7 @@
-"""`optimorph race`: its arguments, its errors, its order of events."""
+"""`optimorph race`: its errors and its order of events."""
 
 import argparse
+import dataclasses
 import math
 import tempfile
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from pathlib import Path
 from rich.console import Console
 
 from optimorph.racing.contestants import MAKERS, WITH_OTHERS, Rates, make, tuned
-from optimorph.racing.display import display, trying
+from optimorph.racing.display import display, plain_console, trying
 from optimorph.racing.grids import at_edge, grid, toml
 from optimorph.racing.interrupt import stop_on_ctrl_c
 from optimorph.racing.lanes import Maker
 from optimorph.racing.laps import Contestant, hold
+from optimorph.racing.options import add_arguments as add_arguments
+from optimorph.racing.options import clash, fill
 from optimorph.racing.record import Trial
 from optimorph.racing.result import Result, collect
 from optimorph.racing.sweep import Sweep, best
@@ -38,69 +41,42 @@ class BadInput(Exception):
     """What the user typed cannot be done; the message says what to type instead."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `optimorph race`."""
-    parser.add_argument("--task", default="text", metavar="NAME", help=f"{', '.join(TASKS)} (default: text)")
-    parser.add_argument(
-        "--optimizers", metavar="A,B", default=",".join(MAKERS), help="who races (default: all)"
-    )
-    parser.add_argument("--steps", metavar="N", help="training steps (default: the task's)")
-    parser.add_argument("--seeds", metavar="N", default="1", help="runs of each optimizer (default: 1)")
-    parser.add_argument(
-        "--lr",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="a peak learning rate, such as adamw=0.005; adamw.others and muon.others are those of "
-        "embeddings, head and norms (default: tuned)",
-    )
-    parser.add_argument(
-        "--condition", metavar="R", default="1000", help="condition number of the quadratic (default: 1000)"
-    )
-    parser.add_argument("--sweep", action="store_true", help="tune the learning rates instead, over a grid")
-    parser.add_argument(
-        "--out", metavar="DIR", default="race-results", help="folder for the results (default: race-results)"
-    )
-    parser.add_argument(
-        "--redraw", action="store_true", help="draw picture and page again, from the folder's race.json; stop"
-    )
-    parser.add_argument("--list", action="store_true", help="show tasks, optimizers, learning rates; stop")
-
-
 def main(given: argparse.Namespace) -> int:
     """Run the command; returns its exit code.
 
     Raises:
       BadInput: with one line for the user.
     """
-    console = Console(soft_wrap=True)
+    console = plain_console()
+    if problem := clash(given):
+        raise BadInput(problem)
+    fill(given)
     given.condition = _number("--condition", given.condition, low=1.0, high=quadratic.WORST)
-    if given.task not in TASKS:
-        raise BadInput(f"no task is called {given.task!r}; there are {', '.join(TASKS)}")
     if given.list:
         return _list(console, given)
     if given.redraw:
         return _redraw(console, Path(given.out))
+    if given.task not in TASKS:
+        raise BadInput(f"no task is called {given.task!r}; there are {', '.join(TASKS)}")
     names = _names(given.optimizers)
     seeds = _whole("--seeds", given.seeds)
     steps = None if given.steps is None else _whole("--steps", given.steps)
     task = TASKS[given.task](given)
-    if given.sweep and given.lr:
-        raise BadInput("--sweep tries a grid of learning rates; leave out --lr, or leave out --sweep")
-    rates = {} if given.sweep else _rates(task, names, given.lr)
-    out = _folder(given.out)
     steps = task.steps if steps is None else steps
     if given.sweep:
-        return _sweep(console, task, names, steps, out)
-    return _race(console, task, rates, steps, seeds, out)
+        return _sweep(console, task, _points(console, task, names), steps, _folder(given.out))
+    rates = _rates(task, names, given.lr)
+    return _race(console, task, rates, steps, seeds, _folder(given.out))
 
 
 def _race(console: Console, task: Task, rates: dict[str, Rates], steps: int, seeds: int, out: Path) -> int:
     console.print(f"{task.title}: {steps} steps, {seeds} seed{'s' * (seeds > 1)}. Ctrl-C stops and reports.")
     contestants = [Contestant(name, make(name, task, each, steps), each) for name, each in rates.items()]
-    with stop_on_ctrl_c() as stop, display(console, list(rates), steps * seeds) as shown:
+    with stop_on_ctrl_c(console) as stop, display(console, list(rates), steps * seeds) as shown:
         hold(task, contestants, steps, seeds, shown.moved, stop)
-    result = collect(task, contestants, steps, seeds, not stop.is_set(), _recorded(out, task))
+    if not stop.is_set():
+        console.print("Singular values of the last updates ...")
+    result = collect(task, contestants, steps, seeds, not stop.is_set(), _recorded(out, task.title))
     if not result.rows:
         console.print("Stopped before the first step: nothing to report.")
         return 130
@@ -109,38 +85,61 @@ def _race(console: Console, task: Task, rates: dict[str, Rates], steps: int, see
     return 0 if result.finished else 130
 
 
-def _recorded(out: Path, task: Task) -> list[Trial]:
-    """The learning rates that a sweep of this task has left in the folder."""
+def _recorded(out: Path, title: str) -> list[Trial]:
+    """The learning rates that a sweep of what has this title has left in the folder."""
     try:
-        found = Result.read(out / "sweep.json")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ):  # none, or something else
+        found = _read(out / "sweep.json")
+    except BadInput:  # something else
         return []
-    return found.trials if found.title == task.title else []
+    return found.trials if found is not None and found.title == title else []
+
+
+def _read(path: Path) -> Result | None:
+    """What a race or a sweep has written; None if there is no such file."""
+    try:
+        return Result.read(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BadInput(
+            f"cannot read {str(path)!r} ({error.strerror}); type --out with another folder"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise BadInput(f"{str(path)!r} is not what a race writes; move it away, or race again") from None
 
 
 def _redraw(console: Console, out: Path) -> int:
-    path = out / "race.json"
-    try:
-        result = Result.read(path)
-    except OSError as error:
-        raise BadInput(f"cannot read {str(path)!r} ({error.strerror}); race first, or type --out") from None
-    result.plot(out / "race.png")
-    result.report(out / "race.html")
-    _wrote(console, [out / "race.png", out / "race.html"])
+    race, sweep = _read(out / "race.json"), _read(out / "sweep.json")
+    if race is None and sweep is None:
+        raise BadInput(f"there is no race.json and no sweep.json in {str(out)!r}; race first, or type --out")
+    written = []
+    if race is not None:
+        race = dataclasses.replace(race, trials=_recorded(out, race.title) or race.trials)
+        race.plot(out / "race.png")
+        race.report(out / "race.html")
+        written += [out / "race.png", out / "race.html"]
+    if sweep is not None:
+        sweep.report(out / "sweep.html")
+        written += [out / "sweep.html"]
+    _wrote(console, written)
     return 0
 
 
-def _sweep(console: Console, task: Task, names: list[str], steps: int, out: Path) -> int:
+def _points(console: Console, task: Task, names: list[str]) -> dict[str, list[Rates]]:
+    """The grids of those whose learning rate no theory gives."""
+    known = ", ".join(name for name in names if name in task.theory)
     points = {name: list(grid(name, task.name)) for name in names if name not in task.theory}
+    if not points:
+        raise BadInput(f"theory gives the learning rate of {known}; type --optimizers with others")
+    if known:
+        console.print(f"Not tried, as theory gives their learning rates: {known}.")
+    return points
+
+
+def _sweep(console: Console, task: Task, points: dict[str, list[Rates]], steps: int, out: Path) -> int:
     trials: list[Trial] = []
     chosen: dict[str, Rates] = {}
-    with stop_on_ctrl_c() as stop, trying(console, sum(map(len, points.values()))) as tried:
+    with stop_on_ctrl_c(console) as stop, trying(console, sum(map(len, points.values()))) as tried:
         sweep = Sweep(task, "tuning", steps, stop, 0)  # on CPUs one by one is faster
         for name, rates in points.items():
             found = [] if stop.is_set() else sweep.tries(name, _maker(name, task, steps), rates, tried)
@@ -152,7 +151,7 @@ def _sweep(console: Console, task: Task, names: list[str], steps: int, out: Path
             console.print(f"{name}: {rates} is at the edge of its grid; a better rate may lie outside.")
     section = toml(task.name, steps, chosen)
     (out / "learning_rates.toml").write_text(section)
-    console.print(section, highlight=False, markup=False)
+    console.print(section)
     result = collect(task, [], steps, 1, not stop.is_set(), trials)
     result.write_json(out / "sweep.json")
     result.report(out / "sweep.html")
@@ -166,14 +165,14 @@ def _maker(name: str, task: Task, steps: int) -> Maker:
 
 def _wrote(console: Console, paths: list[Path]) -> None:
     *others, last = map(str, paths)
-    console.print(f"Wrote {', '.join(others)} and {last}.", highlight=False)
+    console.print(f"Wrote {', '.join(others)} and {last}." if others else f"Wrote {last}.")
 
 
 def _list(console: Console, given: argparse.Namespace) -> int:
     for name, about in ABOUT.items():
-        console.print(f"{name}: {about}", highlight=False)
+        console.print(f"{name}: {about}")
         for optimizer, rates in tuned(TASKS[name](given)).items():
-            console.print(f"  {optimizer:<10} learning rate {rates}", highlight=False)
+            console.print(f"  {optimizer:<10} learning rate {rates}")
     return 0
 
 

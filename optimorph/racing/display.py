@@ -2,13 +2,43 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from optimorph.racing.contestants import Rates
 from optimorph.racing.laps import Contestant
 from optimorph.racing.record import Trial
+
+UNBOUNDED = 10_000
+"""Columns of a pipe, whose reader may break lines or not."""
+
+
+def plain_console(quiet: bool = False) -> Console:
+    """Takes no markup, as names are the user's; breaks lines, between words, on a terminal alone."""
+    console = Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+    return console
+
+
+class Bars(Progress):
+    """Bars that leave room for the `^C` that a terminal echoes: broken, the last line would count as two."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """One table of all bars."""
+        yield Narrower(self.make_tasks_table(self.tasks))
+
+
+class Narrower(NamedTuple):
+    """Something to print, three columns from the right edge."""
+
+    inside: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        """Print it."""
+        yield from console.render(self.inside, options.update_width(options.max_width - 3))
 
 
 class Live:
@@ -16,8 +46,8 @@ class Live:
 
     def __init__(self, console: Console, names: list[str], total: int):
         """`total` is each contestant's steps over all seeds."""
-        self.progress = Progress(
-            TextColumn("{task.description:<10}"),
+        self.progress = Bars(
+            TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:<9}"),
@@ -66,7 +96,7 @@ class Lines:
         left = one.seconds / one.step * (self.total - one.step) if one.step else float("nan")
         ahead = f"{left:.0f} s of training left" if one.step else "compiled"
         loss = "diverged" if one.runs[-1].diverged else f"loss {one.loss:.4g}"
-        self.console.print(f"{one.name:<10} step {one.step}/{self.total}  {loss}  {ahead}", highlight=False)
+        self.console.print(f"{one.name:<10} step {one.step}/{self.total}  {loss}  {ahead}")
 
 
 def display(console: Console, names: list[str], total: int) -> Live | Lines:
@@ -78,13 +108,13 @@ def display(console: Console, names: list[str], total: int) -> Live | Lines:
 @contextlib.contextmanager
 def trying(console: Console, total: int) -> Iterator[Callable[[Trial], None]]:
     """A bar on a terminal, and a line whenever a learning rate has been tried."""
-    bars = Progress(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
+    bars = Bars(*Progress.get_default_columns(), console=console, disable=not console.is_terminal)
     with bars:
         bar = bars.add_task("learning rates", total=total, visible=total > 0)
 
         def tried(trial: Trial) -> None:
             rates = Rates(trial.learning_rate, trial.others)
-            console.print(f"{trial.optimizer:<10} {rates!s:<16} loss {trial.loss:.4g}", highlight=False)
+            console.print(f"{trial.optimizer:<10} {rates!s:<16} loss {trial.loss:.4g}")
             bars.advance(bar)
 
         yield tried

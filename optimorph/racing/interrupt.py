@@ -2,13 +2,21 @@
 
 import contextlib
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+STOPPING = "Stopping after this step, to report what was reached. Ctrl-C again interrupts at once."
 
 
 @contextlib.contextmanager
-def stop_on_ctrl_c() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second interrupts at once. Only the main thread hears it."""
+def stop_on_ctrl_c(console: Console | None = None) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the second interrupts at once. Only the main thread hears it.
+
+    The console says at once what happens. Handlers of Python wait while a program is compiled; it does not.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -21,6 +29,30 @@ def stop_on_ctrl_c() -> Iterator[threading.Event]:
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield stop
+        with _at_once(lambda: console and console.print(STOPPING)):
+            yield stop
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _at_once(say: Callable[[], None]) -> Iterator[None]:
+    """Call it in a thread of its own at the first SIGINT, whatever the main thread is doing."""
+    listening, heard = socket.socketpair()
+    heard.setblocking(False)
+
+    def listen():
+        while number := listening.recv(1):
+            if number[0] == signal.SIGINT:
+                return say()
+
+    thread = threading.Thread(target=listen, daemon=True)
+    before = signal.set_wakeup_fd(heard.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        heard.close()
+        thread.join()
+        listening.close()

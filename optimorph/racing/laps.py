@@ -53,11 +53,15 @@ def hold(
         for one in contestants:
             if not stop.is_set():
                 one.runs.append(Run(track, one.optimizer, seed))
+                one.runs[-1].warm_up()
                 moved(one)
         if not stop.is_set():
             _lap(contestants, steps, moved, stop)
-    for run in (run for one in contestants for run in one.runs):
-        run.look()
+    for one in contestants:  # where a stop came between two looks
+        for run in one.runs:
+            run.look()
+        if one.runs:
+            moved(one)
 
 
 def _lap(

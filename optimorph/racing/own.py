@@ -24,7 +24,7 @@ def task(
     steps: int,
     title: str,
     measure: str,
-    log_loss: bool,
+    log_loss: bool | None,
 ) -> Task:
     """The task of `race`'s arguments, as its docstring has them."""
     outside = list(held_out)

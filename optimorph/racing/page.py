@@ -7,27 +7,29 @@ import string
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from xml.sax.saxutils import quoteattr
 
 import matplotlib as mpl
-from matplotlib.figure import Figure
 
 from optimorph.racing import plot
 from optimorph.racing.palette import DARK, FAINT, INK, LIGHT, PAPER, Style
 from optimorph.racing.record import Record, Trial
 from optimorph.racing.svg import VARIABLES, inline
 from optimorph.racing.table import cells, notes
+from optimorph.racing.verdict import leaders, verdict
 
+WIDE, SMALL = (5.0, 3.8), (2.4, 2.0)  # inches of a picture
 DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "8 3 2 3", ":": "2 3"}
 
 
 def write_html(path: Path, record: Record, styles: dict[str, Style]) -> None:
-    """Light where the reader's screen is light, dark where it is dark."""
+    """Light where the reader's screen is light, dark where it is dark; one column where it is narrow."""
     page = string.Template(importlib.resources.files("optimorph.racing").joinpath("page.html").read_text())
     with mpl.rc_context(plot.SETTINGS):
         sections = [_losses(record, styles), _rates(record, styles), _spectra(record, styles)]
     text = page.substitute(
         title=escape(record.title),
-        lead=escape(lead(record)),
+        lead=escape(verdict(record)),
         light=_variables(0, LIGHT),
         dark=_variables(1, DARK),
         sections="\n".join(filter(None, sections)),
@@ -36,49 +38,48 @@ def write_html(path: Path, record: Record, styles: dict[str, Style]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def lead(record: Record) -> str:
-    """Who won, in a sentence."""
-    stopped = "" if record.finished else "Stopped early. "
-    standing = [row for row in record.rows if not row.diverged]
-    if not standing:
-        tried = len(record.trials)
-        return stopped + ("Every training blew up." if record.rows else f"{tried} learning rates were tried.")
-    first, *others = standing
-    second = f", before {others[0].name} at {others[0].loss:.4g}" if others else ""
-    where = f"{record.measure}, {first.steps} steps"
-    return f"{stopped}{first.name} ends lowest, at {first.loss:.4g}{second}; {where}."
-
-
 def _losses(record: Record, styles: dict[str, Style]) -> str:
     if not record.rows:
         return ""
-    about = f"Two line charts of {record.measure}, over steps and over seconds; the table below has the ends."
     heads, *lines = cells(record)
-    caption = " ".join(notes(record)[:-1])
     rows = [(_named(name, styles), *map(escape, rest)) for name, *rest in lines]
     shaded = " Means over the seeds, their range shaded." if record.seeds > 1 else ""
+    pictures = [
+        inline(
+            plot.panel(plot.loss, WIDE, record, styles, along),
+            f"loss-{along}",
+            f"A line chart of {record.measure} over {along}; the table below has the ends.",
+        )
+        for along in ("steps", "seconds")
+    ]
     return _section(
         "curves",
         "The loss",
-        _figure("curves", plot.losses(record, styles), about, f"{record.measure}, best first.{shaded}"),
-        _table(heads, rows, caption, ranked=True),
+        _figure(
+            pictures, [row.name for row in record.rows], styles, f"{record.measure}, best first.{shaded}"
+        ),
+        _table(heads, rows, " ".join(notes(record)[:-1]), bold=len(leaders(record.rows))),
     )
 
 
 def _rates(record: Record, styles: dict[str, Style]) -> str:
     if not record.trials:
         return ""
-    found: dict[str, list[Trial]] = {}
-    for trial in record.trials:
-        found.setdefault(trial.optimizer, []).append(trial)
-    rows = [(_named(name, styles), *map(escape, _best(trials))) for name, trials in found.items()]
+    found = {name: [each for each in record.trials if each.optimizer == name] for name in record.names}
+    found = {name: tried for name, tried in found.items() if tried}
+    rows = [(_named(name, styles), *map(escape, _best(tried))) for name, tried in found.items()]
     several = any(trial.others is not None for trial in record.trials)
     note = "Of several rates for embeddings, head and norms, the best. " if several else ""
     note += "A cross above: the loss is no longer a number."
+    picture = inline(
+        plot.panel(plot.rates, WIDE, record, styles),
+        "rates",
+        "A line chart of final loss over learning rate.",
+    )
     return _section(
         "rates",
         "How much the learning rate matters",
-        _figure("rates", plot.rates(record, styles), "A line chart of final loss over learning rate.", note),
+        _figure([picture], list(found), styles, note),
         _table(("optimizer", "best rate", "its loss", "rates within 5 %"), rows, "Learning rates tried."),
     )
 
@@ -96,24 +97,32 @@ def _best(trials: Sequence[Trial]) -> tuple[str, str, str]:
 def _spectra(record: Record, styles: dict[str, Style]) -> str:
     if not record.spectra:
         return ""
-    all_, some = {(each.path, each.rows, each.columns) for each in record.spectra}, plot.shown(record.spectra)
-    shares: dict[str, list[float]] = {}
-    for each in record.spectra:
-        shares.setdefault(each.optimizer, []).append(each.effective_rank / min(each.rows, each.columns))
-    ordered = sorted(shares.items(), key=lambda pair: -statistics.median(pair[1]))
+    all_, some = set(map(plot.layer_of, record.spectra)), plot.shown(record.spectra)
+    shares = {
+        name: [x.effective_rank / min(x.rows, x.columns) for x in record.spectra if x.optimizer == name]
+        for name in record.names
+    }
+    shares = {name: some for name, some in shares.items() if some}
     rows = [
         (_named(name, styles), *(f"{100 * x:.0f} %" for x in (statistics.median(each), min(each), max(each))))
-        for name, each in ordered
+        for name, each in shares.items()
     ]
-    which = "The last update" if record.finished else "An update"
-    note = f"A flat line moves every direction alike, a steep one few. {which} of the first seed"
+    note = "Singular values over the largest, from the first (0) to the last (1). A flat line moves every "
+    note += "direction alike, a steep one few. The last update of the first seed"
     note += f", {len(some)} of {len(all_)} layers." if len(some) < len(all_) else "."
-    about = "Line charts, one a layer, of the singular values of each optimizer's update over the largest."
+    pictures = [
+        inline(
+            plot.panel(plot.spectrum, SMALL, record, styles, layer),
+            f"spectrum-{k}",
+            f"A line chart of the singular values of each optimizer's update of {layer[0]}.",
+        )
+        for k, layer in enumerate(some)
+    ]
     caption = "Effective rank (the exponential of the spectrum's entropy) over full rank, across layers."
     return _section(
         "spectra",
         "How many directions an update has",
-        _figure("spectra", plot.spectra(record, styles), about, note),
+        _figure(pictures, list(shares), styles, note, "small"),
         _table(("optimizer", "median", "lowest", "highest"), rows, caption),
     )
 
@@ -123,21 +132,35 @@ def _section(name: str, title: str, *parts: str) -> str:
     return f'<section aria-labelledby="{name}-title">\n<h2 id="{name}-title">{title}</h2>\n{body}\n</section>'
 
 
-def _figure(name: str, figure: Figure, about: str, caption: str) -> str:
-    return f"<figure>\n{inline(figure, name, about)}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+def _figure(
+    pictures: Sequence[str], names: Sequence[str], styles: dict[str, Style], caption: str, kind: str = "wide"
+) -> str:
+    legend = "".join(f"<li>{_named(name, styles)}</li>" for name in names)
+    return (
+        f'<figure>\n<ul class="legend">{legend}</ul>\n<div class="{kind} pictures">\n'
+        + "\n".join(pictures)
+        + f"\n</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    )
 
 
-def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], caption: str, ranked: bool = False) -> str:
-    """`rows` are HTML already; the first of each names it."""
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], caption: str, bold: int = 0) -> str:
+    """`rows` are HTML already; the first of each names it, and the first `bold` rows are.
+
+    On a narrow screen, where the heads above would not fit, each cell has its own.
+    """
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     lines = (
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
+        f'<tr{" class=first" if k < bold else ""}><th scope="row">{first}</th>'
+        + "".join(
+            f"<td data-head={quoteattr(' '.join(head.split()))}>{cell}</td>"
+            for head, cell in zip(heads[1:], rest, strict=True)
+        )
+        + "</tr>"
+        for k, (first, *rest) in enumerate(rows)
     )
-    kind = "table ranked" if ranked else "table"
     return (
-        f'<div class="{kind}">\n<table>\n<caption>{escape(caption)}</caption>\n'
-        f"<thead><tr>{top}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>\n</div>"
+        f"<table>\n<caption>{escape(caption)}</caption>\n"
+        f"<thead><tr>{top}</tr></thead>\n<tbody>\n" + "\n".join(lines) + "\n</tbody>\n</table>"
     )
 
 

@@ -1,5 +1,6 @@
 """Colours that stay apart for all eyes, on white and on black, and a dash for whoever sees none."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # Found by a search for the largest least difference, in OKLab, of any two under normal sight, protanopia,
@@ -19,8 +20,22 @@ class Style(NamedTuple):
     dash: str
 
 
-def styles(names: list[str]) -> dict[str, Style]:
-    """A style a name: the last name has the strongest, and thirty-two pass before one returns."""
-    return {
-        name: Style(LIGHT[-1 - k % 8], DASHES[(k + k // 8) % 4]) for k, name in enumerate(reversed(names))
-    }
+_ALL = [Style(LIGHT[-1 - k % 8], DASHES[(k + k // 8) % 4]) for k in range(32)]
+
+OPTIMIZERS: dict[str, Style] = dict(
+    zip(("muon", "adamw", "adam", "rmsprop", "adagrad", "nesterov", "momentum", "sgd"), _ALL, strict=False)
+)
+"""Name → its style, in every picture of the project and whoever else is in it."""
+
+
+def styles(names: Sequence[str]) -> dict[str, Style]:
+    """A style a name.
+
+    Those of `OPTIMIZERS` have their own. The others share the twenty-four left, in the order of `names`:
+    first those whose colour nobody here has.
+    """
+    found = {name: OPTIMIZERS[name] for name in names if name in OPTIMIZERS}
+    taken = {style.color for style in found.values()}
+    left = sorted(_ALL[8:], key=lambda style: style.color in taken)
+    others = [name for name in names if name not in OPTIMIZERS]
+    return found | {name: left[k % len(left)] for k, name in enumerate(others)}

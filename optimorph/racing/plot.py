@@ -1,7 +1,8 @@
 """The pictures of a race: losses, learning rates, spectra. Drawn in the palette's light colours."""
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from optimorph.racing.palette import FAINT, INK, Style
 from optimorph.racing.record import Curve, Record, Spectrum, Trial
+from optimorph.racing.ticks import PlainLog
 
 PANELS = 24  # layers whose spectra are shown, spread over all
 SETTINGS: Any = {
@@ -35,32 +37,48 @@ SETTINGS: Any = {
 def write_png(path: Path, record: Record, styles: dict[str, Style]) -> None:
     """The losses, with a title."""
     with mpl.rc_context(SETTINGS):
-        figure = losses(record, styles)
-        seeds = record.seeds
-        note = f" (mean of {seeds} seeds, their range shaded)" if seeds > 1 else ""
-        figure.suptitle(record.title + note, x=0.01, horizontalalignment="left")
-        figure.savefig(path, dpi=130)
+        losses(record, styles).savefig(path, dpi=130)
 
 
 def losses(record: Record, styles: dict[str, Style]) -> Figure:
-    """Over steps and over seconds: a line an optimizer, the mean over its seeds, their range shaded."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    """Over steps and over seconds, with a title and the names beside."""
+    note = f" (mean of {record.seeds} seeds, their range shaded)" if record.seeds > 1 else ""
+    figure = Figure(layout="constrained")
+    figure.suptitle(textwrap.fill(record.title + note, 90), x=0.01, horizontalalignment="left")
     over_steps, over_seconds = figure.subplots(1, 2, sharey=True)
-    for row in record.rows:
-        curves = [curve for curve in record.curves if curve.optimizer == row.name and len(curve.steps) > 1]
-        if curves:
-            _curves(over_steps, curves, "steps", styles[row.name])
-            _curves(over_seconds, curves, "seconds", styles[row.name])
-    over_steps.set(xlabel="steps", ylabel=record.measure)
-    over_seconds.set(xlabel="seconds of training")
-    for axes in (over_steps, over_seconds):
-        axes.grid()
-        axes.set_yscale("log" if record.log_loss else "linear")
-    if not record.log_loss and record.curves:
-        over_steps.set_ylim(*_window(record.curves))
-    if len(over_steps.lines):
-        figure.legend(*over_steps.get_legend_handles_labels(), loc="outside right upper", title="best first")
+    loss(over_steps, record, styles, "steps")
+    loss(over_seconds, record, styles, "seconds")
+    over_seconds.set(ylabel="")
+    handles, names = over_steps.get_legend_handles_labels()
+    names = [textwrap.fill(name, 24) for name in names]
+    if names:
+        figure.legend(handles, names, loc="outside right upper", title="best first")
+    figure.set_size_inches(10, max(4.2, 1 + 0.22 * "\n".join(names).count("\n")))
     return figure
+
+
+def panel(draw: Callable[..., None], size: tuple[float, float], *given: Any) -> Figure:
+    """A figure with one of the pictures below: `draw(axes, *given)`."""
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.subplots(), *given)
+    return figure
+
+
+def loss(axes: Axes, record: Record, styles: dict[str, Style], along: str) -> None:
+    """Over "steps" or "seconds": a line an optimizer, the mean over its seeds, their range shaded."""
+    for name in record.names:
+        curves = [curve for curve in record.curves if curve.optimizer == name and len(curve.steps) > 1]
+        if curves:
+            _curves(axes, curves, along, styles[name])
+    axes.set(xlabel={"steps": "steps", "seconds": "seconds of training"}[along])
+    axes.set(ylabel=textwrap.fill(record.measure, 45))
+    axes.grid()
+    low, high = _range(record.curves)
+    if is_log(record, low, high):
+        axes.set(yscale=PlainLog(), ylim=_beyond(record.curves))
+    else:
+        margin = 0.05 * max(high - low, 1e-3)
+        axes.set(ylim=(low - margin, high + margin))
 
 
 def _curves(axes: Axes, curves: list[Curve], kind: str, style: Style) -> None:
@@ -74,33 +92,45 @@ def _curves(axes: Axes, curves: list[Curve], kind: str, style: Style) -> None:
         axes.fill_between(along, low, high, color=style.color, alpha=0.15, linewidth=0)
 
 
-def _window(curves: Sequence[Curve]) -> tuple[float, float]:
-    """From below the best to above the start: a loss that blew up must not flatten all others."""
+def is_log(record: Record, low: float, high: float) -> bool:
+    """Whether losses from `low` to `high` want a logarithmic axis: over a decade, and none negative."""
+    return 0 <= low < high / 10 if record.log_loss is None else record.log_loss
+
+
+def _range(curves: Sequence[Curve]) -> tuple[float, float]:
+    """From the best to the start: a loss that blew up must not flatten all others."""
     finite = [loss for curve in curves for loss in curve.losses if math.isfinite(loss)]
-    first = max((curve.losses[0] for curve in curves if math.isfinite(curve.losses[0])), default=1.0)
-    low = min(finite, default=0.0)
-    margin = 0.05 * max(first - low, 1e-3)
-    return low - margin, first + margin
+    starts = [curve.losses[0] for curve in curves if math.isfinite(curve.losses[0])]
+    return min(finite, default=0.0), max(starts, default=1.0)
 
 
-def rates(record: Record, styles: dict[str, Style]) -> Figure:
+def _beyond(curves: Sequence[Curve]) -> tuple[float, float]:
+    """The same for a logarithmic axis, and up to where those rose who came down again."""
+    start = _range(curves)[1]
+    down = [curve.losses for curve in curves if curve.losses[-1] <= start]
+    positive = [loss for losses in down for loss in losses if 0 < loss < math.inf] or [start]
+    return min(positive) / 2, 2 * max(positive)
+
+
+def rates(axes: Axes, record: Record, styles: dict[str, Style]) -> None:
     """The loss over the learning rate, at the best of the others' rates; a cross above: it blew up."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for name in dict.fromkeys(trial.optimizer for trial in record.trials):
+    for name in record.names:
         best = envelope([trial for trial in record.trials if trial.optimizer == name])
         style, along = styles[name], list(best)
         found = np.array([best[rate] if math.isfinite(best[rate]) else np.nan for rate in along])
-        axes.plot(along, found, label=name, color=style.color, linestyle=style.dash, marker="o", markersize=4)
+        if along:
+            axes.plot(
+                along, found, label=name, color=style.color, linestyle=style.dash, marker="o", markersize=4
+            )
         gone = [rate for rate in along if not math.isfinite(best[rate])]
         axes.plot(
             gone, np.full(len(gone), 0.98), "x", color=style.color, transform=axes.get_xaxis_transform()
         )
-    axes.set(xscale="log", yscale="log" if record.log_loss else "linear")
+    finite = [trial.loss for trial in record.trials if math.isfinite(trial.loss)]
+    log = is_log(record, min(finite, default=1.0), max(finite, default=1.0))
+    axes.set(xscale=PlainLog(), yscale=PlainLog() if log else "linear")
     axes.set(xlabel="learning rate", ylabel="final loss")
     axes.grid()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-    return figure
 
 
 def envelope(trials: list[Trial]) -> dict[float, float]:
@@ -112,38 +142,30 @@ def envelope(trials: list[Trial]) -> dict[float, float]:
     return best
 
 
-def spectra(record: Record, styles: dict[str, Style]) -> Figure:
-    """A panel a layer: the singular values over the largest, in order, to the last."""
-    layers = shown(record.spectra)
-    columns = min(4, len(layers))
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(10, 0.6 + 1.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, layer in zip(grid.flat, layers, strict=False):
-        for spectrum in record.spectra:
-            if (spectrum.path, spectrum.rows, spectrum.columns) == layer:
-                style = styles[spectrum.optimizer]
-                along = np.linspace(0, 1, len(spectrum.values))
-                axes.plot(
-                    along, spectrum.values, label=spectrum.optimizer, color=style.color, linestyle=style.dash
-                )
-        axes.set_title(f"{layer[0]}\n{layer[1]} x {layer[2]}", fontsize=8)
-        axes.grid()
-    for axes in list(grid.flat)[len(layers) :]:
-        axes.remove()
-    handles = {
-        label: line
-        for axes in figure.axes
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside right upper")
-    figure.supxlabel("singular value, from the first (0) to the last (1)", fontsize=10)
-    figure.supylabel("over the largest", fontsize=10)
-    return figure
+Layer = tuple[str, int, int]
+"""Its path, rows and columns."""
 
 
-def shown(found: Sequence[Spectrum]) -> list[tuple[str, int, int]]:
+def spectrum(axes: Axes, record: Record, styles: dict[str, Style], layer: Layer) -> None:
+    """A layer's singular values over the largest, in order, from the first (0) to the last (1)."""
+    found = {each.optimizer: each for each in record.spectra if layer_of(each) == layer}
+    for name in filter(found.__contains__, record.names):
+        values, style = found[name].values, styles[name]
+        along = np.linspace(0, 1, len(values))
+        axes.plot(along, values, label=name, color=style.color, linestyle=style.dash)
+    path, rows, columns = layer
+    axes.set_title("\n".join((*textwrap.wrap(path, 34), f"{rows} x {columns}")), fontsize=9)
+    axes.set(xlim=(0, 1), ylim=(0, 1.05), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    axes.grid()
+
+
+def layer_of(each: Spectrum) -> Layer:
+    """The layer whose update it is of."""
+    return each.path, each.rows, each.columns
+
+
+def shown(found: Sequence[Spectrum]) -> list[Layer]:
     """The layers with a panel: at most `PANELS`, spread over all."""
-    layers = list(dict.fromkeys((each.path, each.rows, each.columns) for each in found))
+    layers = list(dict.fromkeys(map(layer_of, found)))
     at = np.unique(np.linspace(0, len(layers) - 1, min(PANELS, len(layers))).round().astype(int))
     return [layers[k] for k in at]

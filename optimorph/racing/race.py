@@ -9,7 +9,7 @@ from rich.console import Console
 from optimorph.core.types import AxesRules
 from optimorph.racing import own
 from optimorph.racing.contestants import Rates
-from optimorph.racing.display import display, trying
+from optimorph.racing.display import display, plain_console, trying
 from optimorph.racing.interrupt import stop_on_ctrl_c
 from optimorph.racing.laps import Contestant, hold
 from optimorph.racing.own import Entry
@@ -32,7 +32,7 @@ def race(
     sweep_bytes: int = 2**30,
     title: str = "race",
     measure: str = "held-out loss",
-    log_loss: bool = False,
+    log_loss: bool | None = None,
     progress: bool = True,
 ) -> Result:
     """Train your model with several optimizers, on the same batches, and show who wins at what price.
@@ -40,7 +40,7 @@ def race(
     Where an optimizer is a function of a learning rate, all rates are tried first, for as many steps and with
     a seed that the race does not use, and the rate of the lowest held-out loss races. That loss has then
     helped to choose: more rates to choose from are a small advantage. Ctrl-C stops after a step and returns
-    what was reached.
+    what was reached, without spectra.
 
     Args:
       loss: (params, batch) → scalar.
@@ -59,7 +59,8 @@ def race(
         else one after another, in one program that is compiled once. 0: always so.
       title: what is trained, for headings.
       measure: what the loss is, with its unit.
-      log_loss: whether pictures show the loss on a logarithmic axis.
+      log_loss: whether pictures show the loss on a logarithmic axis; None: where it falls below a tenth of
+        its start, and is never negative.
       progress: whether to show what happens meanwhile.
 
     Returns:
@@ -72,8 +73,8 @@ def race(
     task = own.task(loss, params, batches, held_out, steps, title, measure, log_loss)
     points = own.points(optimizers, learning_rates)
     own.check(task, params, batches, seeds)
-    console = Console(soft_wrap=True, quiet=not progress)
-    with stop_on_ctrl_c() as stop:
+    console = plain_console(quiet=not progress)
+    with stop_on_ctrl_c(console) as stop:
         sweep = Sweep(task, "held out", steps, stop, sweep_bytes)
         trials = _try_all(sweep, optimizers, points, console)
         entered = {} if stop.is_set() else optimizers

@@ -82,7 +82,7 @@ class Record:
       curves: one for every optimizer and seed.
       trials: the learning rates that were tried before.
       spectra: of the last updates of the first seed.
-      log_loss: whether pictures of the loss want a logarithmic axis.
+      log_loss: whether pictures of the loss have a logarithmic axis; None: where the losses want it.
     """
 
     task: str
@@ -96,7 +96,14 @@ class Record:
     curves: list[Curve]
     trials: list[Trial] = dataclasses.field(default_factory=list)
     spectra: list[Spectrum] = dataclasses.field(default_factory=list)
-    log_loss: bool = False
+    log_loss: bool | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Everybody, in the one order of tables and legends: best first, or by the lowest loss tried."""
+        tried = sorted(self.trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
+        placed = [row.name for row in self.rows] + [each.optimizer for each in (*tried, *self.curves)]
+        return list(dict.fromkeys(placed))
 
     def write_json(self, path: Path) -> None:
         """All of it; a loss that is no number is null."""

@@ -31,7 +31,7 @@ class Result(Record):
 
     def __str__(self) -> str:
         """The table and its notes."""
-        console = Console(file=io.StringIO(), width=100, record=True, soft_wrap=True)
+        console = Console(file=io.StringIO(), width=100, record=True, markup=False, highlight=False)
         if self.rows:
             show(console, self)
         return console.export_text().strip("\n") or f"{len(self.trials)} learning rates tried, nobody raced."
@@ -54,7 +54,7 @@ class Result(Record):
         return paths
 
     def _styles(self) -> dict[str, Style]:
-        """By the order in which they entered, whoever won."""
+        """By name; those without a style of their own by the order in which they entered."""
         entered = [each.optimizer for each in (*self.curves, *self.trials)]
         return styles(list(dict.fromkeys(entered)))
 
@@ -68,7 +68,7 @@ def collect(
     trials: Sequence[Trial] = (),
     axes: AxesRules | None = None,
 ) -> Result:
-    """Everything that was measured."""
+    """Everything that was measured; no spectra of a race that was stopped, as they take a while."""
     rows = [found for one in contestants if (found := row(one)) is not None]
     runs = [(one.name, run) for one in contestants for run in one.runs]
     return Result(
@@ -83,7 +83,10 @@ def collect(
         curves=[Curve(name, run.seed, run.steps, run.seconds, run.losses) for name, run in runs],
         trials=list(trials),
         spectra=[
-            found for name, run in runs if run.kept is not None for found in spectra(name, run.kept, axes)
+            found
+            for name, run in runs
+            if finished and run.kept is not None
+            for found in spectra(name, run.kept, axes)
         ],
         log_loss=task.log_loss,
     )
@@ -102,7 +105,7 @@ def row(one: Contestant) -> Row | None:
         steps=reached,
         loss=statistics.fmean(losses),
         spread=statistics.stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else 0.0,
-        steps_per_second=one.step / one.seconds,
+        steps_per_second=1 / statistics.median(sum(pair) for run in runs for pair in run.step_seconds),
         optimizer_ms=1e3 * statistics.median(s for run in runs for s in run.update_seconds),
         state_bytes_per_parameter=runs[0].state_bytes_per_parameter,
         compile_seconds=runs[0].compile_seconds,

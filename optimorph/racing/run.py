@@ -12,6 +12,8 @@ import optax
 
 from optimorph.racing.task import Task
 
+WARM_UP = 3  # steps that are not timed
+
 
 @dataclasses.dataclass
 class Track:
@@ -80,6 +82,11 @@ class Run:
         return len(self.update_seconds)
 
     @property
+    def step_seconds(self) -> list[tuple[float, float]]:
+        """Of every step, the model's part and the optimizer's."""
+        return list(zip(self.model_seconds, self.update_seconds, strict=True))
+
+    @property
     def diverged(self) -> bool:
         """Whether the loss is no longer a number."""
         return not math.isfinite(self.losses[-1])
@@ -101,6 +108,13 @@ class Run:
         self.state, self.params = jax.block_until_ready(self._apply(gradients, self.state, self.params))
         self.update_seconds.append(time.perf_counter() - start)
         self._batch = next(self.batches)
+
+    def warm_up(self) -> None:
+        """Some steps on copies, in no one's time: the first calls of a program are slower than all others."""
+        params, state = _own((self.params, self.state))
+        for _ in range(WARM_UP):
+            _, gradients = self.track.gradient(params, self._batch)
+            state, params = jax.block_until_ready(self._apply(gradients, state, params))
 
     def look(self) -> None:
         """Add the held-out loss to the curve, unless it is there already."""

@@ -1,7 +1,7 @@
 """The table of a race: its cells, for people at a terminal and for the page."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
@@ -42,18 +42,27 @@ def _cells(r: Row, between: str) -> tuple[str, ...]:
     )
 
 
-def table(record: Record, between: str = " ± ") -> Table:
-    """At most 80 characters wide."""
-    out = Table(
-        title=f"{record.title}: {record.measure}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    heads, *lines = cells(record, between)
-    for head in heads:
-        out.add_column(head, justify="left" if head == "optimizer" else "right", no_wrap=True)
-    for line in lines:
+def tables(record: Record, width: int, between: str = " ± ") -> Iterator[Table]:
+    """One table, or where it would be wider than this, several with some of the columns each."""
+    names, *columns = ([head, *cells] for head, *cells in zip(*cells(record, between), strict=True))
+    title: str | None = f"{record.title}: {record.measure}"
+    while columns:
+        fits = itertools.accumulate((_width(column) for column in columns), initial=_width(names) + 1)
+        count = max(1, sum(needed <= width for needed in fits) - 1)
+        yield _table(title, names, columns[:count])
+        title, columns = None, columns[count:]
+
+
+def _width(column: Sequence[str]) -> int:
+    return 1 + max(len(line) for cell in column for line in cell.split("\n"))
+
+
+def _table(title: str | None, names: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    out.add_column(names[0], overflow="fold")
+    for head, *_ in columns:
+        out.add_column(head, justify="right", no_wrap=True)
+    for line in zip(names[1:], *(column[1:] for column in columns), strict=True):
         out.add_row(*line)
     return out
 
@@ -64,10 +73,13 @@ def notes(record: Record) -> list[str]:
     where = record.machine
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     found = (
-        "" if record.finished else "Stopped early: every row shows what had been reached.",
+        ""
+        if record.finished
+        else "Stopped early, so without spectra: every row shows what had been reached.",
         f"Mean of {max(r.seeds for r in rows)} seeds ± their standard deviation."
         if rows[0].seeds > 1
         else "",
+        "Steps/s: by the median step, gradient and update, after some that are not timed.",
         "Update ms: the optimizer's part of a step, the median, without the model.",
         "Learning rate: the peak." if "others" in heads else "",
         "Others: that of embeddings, head and norms, where they have their own." if "others" in heads else "",
@@ -80,6 +92,7 @@ def show(console: Console, record: Record) -> None:
     """The table and its notes."""
     plus_minus = " ± " if "utf" in console.encoding.lower() else " +- "
     console.print()
-    console.print(table(record, plus_minus))
+    for table in tables(record, console.width, plus_minus):
+        console.print(table)
     for note in notes(record):
-        console.print(note, highlight=False)
+        console.print(note)

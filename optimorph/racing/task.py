@@ -33,7 +33,7 @@ class Task:
       momentum: of `momentum` and `nesterov`, by name.
       weight_decay: of matrices, for `adamw` and `muon`.
       theory: learning rates that are known and need no tuning, by optimizer.
-      log_loss: whether the loss falls over so many decades that pictures want a logarithmic axis.
+      log_loss: whether pictures of the loss have a logarithmic axis; None: where the losses want it.
     """
 
     name: str
@@ -48,4 +48,4 @@ class Task:
     momentum: Mapping[str, float] = field(default_factory=lambda: {"momentum": 0.9, "nesterov": 0.9})
     weight_decay: float = 0.1
     theory: Mapping[str, float] = field(default_factory=dict)
-    log_loss: bool = False
+    log_loss: bool | None = None

@@ -55,5 +55,4 @@ def task(condition: float = 1e3) -> Task:
             "momentum": ball.learning_rate,
             "nesterov": look.learning_rate,
         },
-        log_loss=True,
     )

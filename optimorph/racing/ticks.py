@@ -1,0 +1,54 @@
+"""Logarithmic axes whose labels are plain text: 0.01, 0.1, 1; never TeX, never on top of each other."""
+
+import math
+
+import numpy as np
+from matplotlib.scale import LogScale
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+STEPS = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3))
+"""Of a decade, where there is room for more labels than one a decade."""
+
+
+def plain(value: float, position: int | None = None) -> str:
+    """A number as it is typed: 0.001, 20, 1e-5."""
+    mantissa, _, exponent = f"{value:.10g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+class Ticks(LogLocator):
+    """As many round numbers as there is room for, and two at least."""
+
+    def __init__(self):
+        """The room is that of the axis, which it learns of later."""
+        super().__init__()
+
+    def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
+        """The ticks between two numbers above zero, and perhaps some beyond."""
+        room = max(2, self.axis.get_tick_space() * 2 // 3) if self.axis else 6
+        low, high = sorted((vmin, vmax))
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        for steps in STEPS:
+            ticks = np.array([k * 10.0**e for e in range(first, last) for k in steps])
+            if 2 <= np.count_nonzero((low <= ticks) & (ticks <= high)) <= room:
+                return ticks
+        decades = np.arange(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+        if len(decades) < 2:
+            return np.asarray(MaxNLocator(max(4, room), steps=[1, 2, 5, 10]).tick_values(low, high))
+        stride = math.ceil(len(decades) / room)
+        return 10.0 ** np.arange(decades[0], decades[-1] + 1, stride)
+
+
+class PlainLog(LogScale):
+    """`axes.set(xscale=PlainLog())`: matplotlib's logarithmic scale with such labels."""
+
+    def __init__(self):
+        """Base 10."""
+        super().__init__(None)
+
+    def set_default_locators_and_formatters(self, axis) -> None:
+        """Labels at the larger ticks alone."""
+        super().set_default_locators_and_formatters(axis)
+        axis.set_major_locator(Ticks())
+        axis.set_major_formatter(FuncFormatter(plain))
+        axis.set_minor_formatter(NullFormatter())
