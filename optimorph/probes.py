@@ -166,7 +166,8 @@ def probe(
     def init(params):
         state = inner.init(params)
         names = names_of(params, state)
-        return ProbeState(state, jnp.zeros([], jnp.int32), Readings(jnp.full(len(names), jnp.nan), names))
+        numbers = jnp.full(len(names), jnp.nan, jnp.float32)
+        return ProbeState(state, jnp.zeros([], jnp.int32), Readings(numbers, names))
 
     def update(updates, state, params=None, **extra):
         if any(name.startswith("weight") or name == "update_to_weight" for name in metrics):

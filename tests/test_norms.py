@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -75,16 +76,17 @@ def test_facts(f, fact, shape, i):
 
 
 @every
+@rounding.in_float64
 def test_one_decomposition_serves_all(f, fact):
     """Everything takes a spectrum, with or without jit and vmap, and says the same of it."""
-    x = jnp.asarray(matrix((3, 5, 9)), jnp.float32)
+    x = jnp.asarray(matrix((3, 5, 9)))
     found = jax.jit(spectrum)(x)
     assert (found.shape, spectrum(found)) == ((5, 9), found)
-    np.testing.assert_allclose(f(found), f(x), rtol=1e-5)
-    np.testing.assert_allclose(jax.vmap(f)(found), f(x), rtol=1e-5)
+    rounding.close(f(found), f(x), units=64)
+    rounding.close(jax.vmap(f)(found), f(x), units=64)
     twice = jax.vmap(lambda found, _: f(found), (None, 0))(found, jnp.zeros(2))
-    np.testing.assert_allclose(twice[1], f(x), rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(jax.vmap(f))(x), f(x), rtol=1e-5)
+    rounding.close(twice[1], f(x), units=64)
+    rounding.close(jax.jit(jax.vmap(f))(x), f(x), units=64)
 
 
 def test_it_is_decomposed_once():
@@ -115,8 +117,8 @@ def test_gram_powers_keep_their_bound(values, dtype):
     """Never above the norm and never below it by more than is promised, but for rounding."""
     with jax.enable_x64(dtype == "float64"):
         ratio = float(spectral_norm(jnp.asarray(of_values(values), dtype))) / values[0]
-    rounding = 2e-6 if dtype == "float32" else 1e-13
-    assert len(values) ** (-1 / 2050) - rounding <= ratio <= 1 + rounding
+    few = 16 * rounding.eps(dtype)
+    assert len(values) ** (-1 / 2050) - few <= ratio <= 1 + few
 
 
 @settings(deadline=None, max_examples=40)
@@ -149,10 +151,13 @@ def test_any_size(f, fact, power):
     x = matrix((5, 9))
     got = f(jnp.asarray(x * 10.0**power, jnp.float32))
     degree = 1 if f in [FACTS[name][0] for name in NORMS] else 0
-    np.testing.assert_allclose(got / 10.0 ** (degree * power), by_numpy(fact, x), rtol=1e-5)
+    rounding.close(np.float64(got) / 10.0 ** (degree * power), by_numpy(fact, x), dtype="float32")
     slope = jax.grad(f)(jnp.asarray(x * 10.0**power, jnp.float32))
     plain = jax.grad(f)(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(slope * 10.0 ** ((1 - degree) * power), plain, rtol=1e-3, atol=1e-5)
+    s = np.linalg.svd(x, compute_uv=False)
+    directions = s[0] / -np.max(np.diff(s))  # by how much the gaps magnify an error of singular vectors
+    slope = np.float64(slope) * 10.0 ** ((1 - degree) * power)
+    rounding.close(slope, plain, condition=directions, dtype="float32")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -161,7 +166,7 @@ def test_half_precision_is_computed_in_float32(f, fact, dtype):
     x = jnp.asarray(matrix((40, 30)), dtype)
     got = f(x)
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, by_numpy(fact, np.asarray(x, np.float64)), rtol=5e-5)
+    rounding.close(got, by_numpy(fact, np.asarray(x, np.float64)), units=2, condition=np.sqrt(x.size))
 
 
 @every
@@ -285,11 +290,12 @@ def test_ranks_count(values, seed):
         assert shares[len(values) - 1 :] == pytest.approx([1.0] * (10 - len(values)))
 
 
+@rounding.in_float64
 def test_ranks_of_equal_values():
-    x = jnp.asarray(of_values(np.array([2.0] * 5 + [0.0] * 3)), jnp.float32)
+    x = jnp.asarray(of_values(np.array([2.0] * 5 + [0.0] * 3)))
     for f in (linalg.stable_rank, linalg.effective_rank):
-        np.testing.assert_allclose(f(x), 5, rtol=1e-4)
-    np.testing.assert_allclose([linalg.top_energy(x, k) for k in (1, 3, 9)], [0.2, 0.6, 1], rtol=1e-5)
+        np.testing.assert_allclose(f(x), 5, rtol=1e-12)
+    np.testing.assert_allclose([linalg.top_energy(x, k) for k in (1, 3, 9)], [0.2, 0.6, 1], rtol=1e-12)
 
 
 def test_rms_to_rms_is_what_is_measured():
@@ -312,7 +318,7 @@ def test_orthogonality_error_is_an_angle():
         cosine = jnp.sum(g * q) / (jnp.linalg.norm(g) * jnp.linalg.norm(q))
         error = linalg.orthogonality_error(g)
         np.testing.assert_allclose(error, jnp.sqrt(1 - cosine**2), rtol=1e-9)
-        for seed in range(20):
+        for seed in range(1, 21):  # not that of g, whose direction leads nowhere
             other = Exact()(q + 0.1 * jnp.asarray(matrix((5, 9), seed)))
             c = jnp.sum(g * other) / jnp.sum(other * other)
             assert jnp.linalg.norm(g - c * other) > error * jnp.linalg.norm(g)
@@ -323,16 +329,17 @@ def test_orthogonality_error_is_an_angle():
         assert steps == sorted(steps, reverse=True)
 
 
+@rounding.in_float64
 def test_exponents_may_be_traced():
-    x = jnp.asarray(matrix((5, 9)), jnp.float32)
+    x = jnp.asarray(matrix((5, 9)))
     powers = jnp.asarray([1.0, 1.5, 2.0, jnp.inf])
     swept = jax.jit(jax.vmap(linalg.schatten_norm, (None, 0)))(x, powers)
-    np.testing.assert_allclose(swept, [linalg.schatten_norm(x, float(p)) for p in powers], rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(dual_exponent)(powers), [np.inf, 3, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose(swept, [linalg.schatten_norm(x, float(p)) for p in powers], rtol=1e-12)
+    np.testing.assert_allclose(jax.vmap(dual_exponent)(powers), [np.inf, 3, 2, 1], rtol=1e-12)
     slopes = jax.vmap(jax.grad(linalg.schatten_norm), (None, 0))(x, powers)
-    np.testing.assert_allclose(slopes[0], Exact()(x), atol=1e-5)
-    np.testing.assert_allclose(slopes[2], x / jnp.linalg.norm(x), atol=1e-6)
-    np.testing.assert_allclose(slopes[3], jax.grad(spectral_norm)(x), atol=1e-5)
+    np.testing.assert_allclose(slopes[0], Exact()(x), atol=1e-12)
+    np.testing.assert_allclose(slopes[2], x / jnp.linalg.norm(x), atol=1e-12)
+    np.testing.assert_allclose(slopes[3], jax.grad(spectral_norm)(x), atol=1e-12)
 
 
 REFUSED = {

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rounding
 from flax import nnx
 
 import optimorph as om
 from optimorph import probes
 from optimorph.probes import CHEAP, SPECTRAL, probe, read
 
+ONE = pytest.approx(1.0, rel=16 * rounding.eps("float32"))
 ALL = (*CHEAP, *SPECTRAL, "gradient_stable_rank", "weight_spectral_norm", "momentum_effective_rank")
 
 
@@ -56,7 +58,7 @@ def test_numbers_of_leaves():
         }
         assert set(exact) == set(CHEAP)
         for metric, value in exact.items():
-            np.testing.assert_allclose(said[f"{name}/{metric}"], value, rtol=1e-5, err_msg=metric)
+            rounding.close(said[f"{name}/{metric}"], value, units=12, dtype="float32")  # a cosine is of three
 
 
 def from_singular_values(s, inputs, outputs):
@@ -85,7 +87,7 @@ def test_numbers_of_matrices(of):
         rows = [from_singular_values(np.linalg.svd(m, compute_uv=False), *m.shape) for m in stack]
         for metric in rows[0]:
             mean = np.mean([row[metric] for row in rows])
-            np.testing.assert_allclose(said[f"{name}/{of}_{metric}"], mean, rtol=1e-5, err_msg=metric)
+            rounding.close(said[f"{name}/{of}_{metric}"], mean, dtype="float32")
 
 
 def test_by_products_as_by_decomposition():
@@ -127,7 +129,7 @@ def test_a_bare_array():
     _, state = tx.update(2 * params, tx.init(params), params)
     assert read(state) == {
         "gradient_rms": 2.0,
-        "cosine": pytest.approx(1.0),
+        "cosine": ONE,
         "learning_rate": np.float32(0.1),
     }
 
@@ -141,7 +143,7 @@ def test_nothing_is_changed(entry):
     tx, params = entry.build(), {"kernel": weights()["hidden/kernel"], "other": weights(1)["hidden/kernel"]}
     watched = probe(tx, (*CHEAP, "update_stable_rank", "gradient_spectral_norm"), 2, axes={"*": "io"})
     states = tx.init(params), watched.init(params)
-    update, watch = jax.jit(tx.update), jax.jit(watched.update)
+    update, watch = (jax.jit(t.update, compiler_options=rounding.EXACT) for t in (tx, watched))
     for seed in range(3):
         g = jax.tree.map(lambda p, seed=seed: jnp.abs(p) * (seed + 1), params)
         (a, bare), (b, state) = update(g, states[0], params), watch(g, states[1], params)
@@ -187,7 +189,7 @@ def test_names_that_are_also_those_of_states():
     tx = probe(om.partition({"*": "by"}, {"by": om.sgd(0.1, 0.9)}), ("cosine",), 1)
     _, state = tx.update(params, tx.init(params), params)
     for name in ("trace/w", "w", "mu"):
-        assert read(state)[f"{name}/cosine"] == pytest.approx(1.0)
+        assert read(state)[f"{name}/cosine"] == ONE
 
 
 def test_what_is_not_trained_is_left_out():
@@ -213,7 +215,7 @@ def test_around_each_other_and_what_else_speaks():
         optax.chain(om.clip_by_global_norm(0.5), om.muon(lambda count: 0.5 ** count.astype(float)))
     )
     said, *_ = after(probe(probe(inner, ("gradient_rms",), 2), ("update_stable_rank",), 1), steps=2)
-    assert said["clip_factor"] == pytest.approx(0.5 / said["clip_norm"])
+    rounding.close(said["clip_factor"], 0.5 / said["clip_norm"], dtype="float32")
     assert said["matrix/learning_rate"] == said["other/learning_rate"] == 0.5
     assert {"matrix/weight_decay", "other/weight_decay"} <= set(said)
     assert said["skipped"] == said["consecutive_skips"] == 0
@@ -239,7 +241,7 @@ def test_injected_numbers(inject):
         said, *_ = after(tx)
     assert said["learning_rate"] == 0.25
     assert said["b1"] == 0.5
-    assert said["bias/cosine"] == pytest.approx(1.0)
+    assert said["bias/cosine"] == ONE
 
 
 @pytest.mark.parametrize(
@@ -250,8 +252,8 @@ def test_moments_of_optax_are_found(tx):
         params = {"kernel": jnp.ones((3, 4))}
         tx = probe(tx, ("cosine", "momentum_stable_rank"), 1)
         _, state = tx.update(params, tx.init(params), params)
-    assert read(state)["kernel/cosine"] == pytest.approx(1.0)
-    assert read(state)["kernel/momentum_stable_rank"] == pytest.approx(1.0)
+    assert read(state)["kernel/cosine"] == ONE
+    assert read(state)["kernel/momentum_stable_rank"] == ONE
 
 
 def test_scan_and_vmap():
@@ -263,9 +265,9 @@ def test_scan_and_vmap():
     def run(gs):
         return jax.lax.scan(lambda s, g: tx.update(g, s, params)[::-1], tx.init(params), gs)[0]
 
-    assert read(jax.jit(run)(gs))["w/gradient_rms"] == 5
+    rounding.close(read(jax.jit(run)(gs))["w/gradient_rms"], 5.0, dtype="float32")
     both = read(jax.jit(jax.vmap(run))(jax.tree.map(lambda g: jnp.stack([g, 2 * g]), gs)))
-    np.testing.assert_allclose(both["w/gradient_rms"], [5, 10])
+    rounding.close(both["w/gradient_rms"], np.array([5, 10]))
     assert both["w/update_spectral_norm"].shape == (2,)
 
 
@@ -291,7 +293,7 @@ def test_flax_and_equinox():
 
     step(model, optimizer)
     said = read(nnx.as_pure(optimizer.opt_state))
-    assert said["kernel/cosine"] == pytest.approx(1.0)
+    assert said["kernel/cosine"] == ONE
 
     net = eqx.nn.Linear(3, 4, key=jax.random.key(0))
     tx = probe(om.adam(0.1), ("gradient_rms", "update_stable_rank"), 1)

@@ -107,14 +107,16 @@ def test_the_same_small_updates():
     start = rng.uniform(0.5, 4, 512).astype(np.float32) * rng.choice([-1, 1], 512)
     sizes = np.abs(start) * np.geomspace(1e-6, 1e-2, 512).astype(np.float32)
 
-    def updates(k):  # drift and noise
-        return sizes * (1 + jax.random.normal(jax.random.fold_in(KEY, k), start.shape)) / 8
+    keys = jax.random.split(KEY, STEPS)  # drift and noise, the same numbers in all programs
+    updates = jax.jit(jax.vmap(lambda key: sizes * (1 + jax.random.normal(key, start.shape)) / 8))(keys)
 
     def run(store, load):
-        def step(stored, k):
-            return store(om.apply_updates(load(stored), updates(k)), k), None
+        def step(stored, k_and_update):
+            k, update = k_and_update
+            return store(om.apply_updates(load(stored), update), k), None
 
-        return np.asarray(load(jax.lax.scan(step, store(jnp.asarray(start), 0), jnp.arange(STEPS))[0]), float)
+        xs = jnp.arange(STEPS), updates
+        return np.asarray(load(jax.lax.scan(step, store(jnp.asarray(start), 0), xs)[0]), float)
 
     ends = {name: run(*forms) for name, forms in STORES.items()}
     np.testing.assert_array_equal(ends["16"], ends["float32"])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rounding
 
 import optimorph as om
 from optimorph import schedules, theory
@@ -93,7 +94,10 @@ def root_through_noise(schedule):
 
 
 def test_robbins_monro_finds_the_root_and_a_constant_step_does_not():
-    """1/t averages the noise: σ/√t. A constant step a stays at σ √(a / (2 - a)), however long it runs."""
+    """1/t averages the noise: σ/√t. A constant step a stays at σ √(a / (2 - a)), however long it runs.
+
+    Of 64 walkers the root mean square has a standard deviation of 9 %, of which there are three.
+    """
     assert root_through_noise(schedules.robbins_monro(1.0)) == pytest.approx(20_000**-0.5, rel=0.3)
     assert root_through_noise(0.1) == pytest.approx(np.sqrt(0.1 / 1.9), rel=0.3)
 
@@ -102,10 +106,8 @@ def test_robbins_monro_finds_the_root_and_a_constant_step_does_not():
 def test_robbins_monro_formula(exponent):
     schedule = schedules.robbins_monro(0.3, exponent, 10.0)
     for t in (0, 1, 7, 100_000):
-        assert float(schedule(t)) == pytest.approx(0.3 / (1 + t / 10) ** exponent, rel=1e-5)
-        assert float(jax.jit(schedule)(jnp.int32(t))) == pytest.approx(
-            0.3 / (1 + t / 10) ** exponent, rel=1e-5
-        )
+        for found in (schedule(t), jax.jit(schedule)(jnp.int32(t))):
+            rounding.close(found, 0.3 / (1 + t / 10) ** exponent, dtype="float32")
 
 
 def test_robbins_monro_joins_optax_schedules():

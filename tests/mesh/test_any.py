@@ -5,6 +5,8 @@ import itertools
 import jax
 import numpy as np
 import optax
+import pytest
+import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -13,12 +15,14 @@ from jax.sharding import PartitionSpec as P
 import optimorph as om
 from optimorph.linalg import Axes, NewtonSchulz
 
+pytestmark = pytest.mark.usefixtures("float64")
 MESHES = [(2,), (8,), (4, 2), (2, 3), (2, 2, 2), (16,)]
 NAMES = ("a", "b", "c")
 FORMS = [
     Axes(spec)
     for spec in ["io", "oi", "bio", "ibo", "ioo", "iio", "i(3o)", "(2o)i", "i(2+1+1 o)", "b(2i)o", "oiii"]
 ]
+POLAR = NewtonSchulz(steps=2)
 BLOCKS = {form: [sum(axis.blocks) for axis in form.parts] for form in FORMS}
 
 
@@ -47,32 +51,31 @@ def trees(draw):
 @given(tree=trees(), mode=st.sampled_from([AxisType.Auto, AxisType.Explicit]), small=st.booleans())
 def test_any_leaves(tree, mode, small):
     sizes, kinds = tree
-    with jax.enable_x64(True):
-        count = int(np.prod(sizes))
-        names = NAMES[: len(sizes)]
-        mesh = jax.make_mesh(sizes, names, axis_types=(mode,) * len(sizes), devices=jax.devices()[:count])
-        rng = np.random.default_rng(0)
-        g = {f"w{k}": rng.standard_normal(shape) for k, (shape, _, _) in enumerate(kinds)}
-        axes = {f"w{k}": form for k, (_, form, _) in enumerate(kinds)}
-        at_once = 1 if small else 2**28
-        tx = om.orthogonalize(NewtonSchulz(steps=2), axes, bytes_at_once=at_once)
-        places = {f"w{k}": NamedSharding(mesh, spec) for k, (_, _, spec) in enumerate(kinds)}
-        update = jax.jit(lambda g: tx.update(g, optax.EmptyState())[0])
-        got = update({n: jax.device_put(x, places[n]) for n, x in g.items()})
-        want = update({n: jax.device_put(x, jax.devices()[0]) for n, x in g.items()})
-        for name, x in got.items():
-            np.testing.assert_allclose(x, np.asarray(want[name]), atol=1e-11)
-            assert x.sharding.is_equivalent_to(places[name], x.ndim)
+    count = int(np.prod(sizes))
+    names = NAMES[: len(sizes)]
+    mesh = jax.make_mesh(sizes, names, axis_types=(mode,) * len(sizes), devices=jax.devices()[:count])
+    rng = np.random.default_rng(0)
+    g = {f"w{k}": rng.standard_normal(shape) for k, (shape, _, _) in enumerate(kinds)}
+    axes = {f"w{k}": form for k, (_, form, _) in enumerate(kinds)}
+    at_once = 1 if small else 2**28
+    tx = om.orthogonalize(POLAR, axes, bytes_at_once=at_once)
+    places = {f"w{k}": NamedSharding(mesh, spec) for k, (_, _, spec) in enumerate(kinds)}
+    update = jax.jit(lambda g: tx.update(g, optax.EmptyState())[0])
+    got = update({n: jax.device_put(x, places[n]) for n, x in g.items()})
+    want = update({n: jax.device_put(x, jax.devices()[0]) for n, x in g.items()})
+    rounding.close(got, want, condition=POLAR.table.slope)
+    for name, x in got.items():
+        assert x.sharding.is_equivalent_to(places[name], x.ndim)
 
 
 def test_mesh_axes_in_any_order():
     """Over a mesh axis order that is not the leaf's."""
     mesh = jax.make_mesh((2, 2, 2), NAMES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:8])
-    g = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
-    tx = om.orthogonalize(NewtonSchulz(steps=2), {"*": "io"})
+    g = np.random.default_rng(0).standard_normal((8, 16))
+    tx = om.orthogonalize(POLAR, {"*": "io"})
     want = tx.update({"w": jax.device_put(g, jax.devices()[0])}, optax.EmptyState())[0]["w"]
     for order in itertools.permutations(NAMES):
         for cut in range(4):
             place = NamedSharding(mesh, P(order[:cut] or None, order[cut:] or None))
             got = tx.update({"w": jax.device_put(g, place)}, optax.EmptyState())[0]["w"]
-            np.testing.assert_allclose(got, want, atol=1e-5)
+            rounding.close(got, want, condition=POLAR.table.slope)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 import trees
 
 import optimorph as om
@@ -36,9 +37,10 @@ def test_clip(layout, mode):
     g = {name: 1e25 * x for name, x in trees.drawn(0).items()}
     (updates, state), (alone, on_one), compiled = both(om.clip_by_global_norm(1.0), g, places)
     assert all_reduces(compiled) == 2 * GROUPS[layout]
-    np.testing.assert_allclose(state.norm, on_one.norm, rtol=1e-6)
+    terms = np.sqrt(max(x.size for x in g.values()))  # of a sum, whose roundings are of any sign
+    rounding.close(state.norm, on_one.norm, units=1, condition=terms)
     for name in g:
-        np.testing.assert_allclose(updates[name], alone[name], rtol=1e-5)
+        rounding.close_each(updates[name], alone[name], units=1, condition=terms)
         assert updates[name].sharding.is_equivalent_to(places[name], updates[name].ndim)
 
 
@@ -46,14 +48,14 @@ def test_clip(layout, mode):
 def test_skip(layout, mode):
     """A NaN on one device is seen by all."""
     places = trees.shardings(layout, 8, mode)
-    g = trees.drawn(0)
     tx = om.skip_nonfinite(om.adam(0.1))
-    (updates, state), (alone, _), compiled = both(tx, g, places)
+    with jax.enable_x64(True):
+        g = trees.drawn(0, np.float64)
+        (updates, state), (alone, _), compiled = both(tx, g, places)
+        rounding.close(updates, alone)
+        g["up"][-1, -1] = np.nan
+        updates, after = compiled(trees.put(g, places), state)
     assert all_reduces(compiled) == GROUPS[layout]
-    for name in g:
-        np.testing.assert_allclose(updates[name], alone[name], rtol=1e-5)
-    g["up"][-1, -1] = np.nan
-    updates, after = compiled(trees.put(g, places), state)
     assert (after.skipped, after.consecutive) == (1, 1)
     assert not any(np.any(u) for u in updates.values())
     for before, now in zip(jax.tree.leaves(state.inner), jax.tree.leaves(after.inner), strict=True):

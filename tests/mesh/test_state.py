@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 import trees
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -14,15 +15,15 @@ from optimorph.probes import CHEAP, SPECTRAL, probe, read
 LAYOUTS = ("replicated", "fsdp x tensor")
 
 
-def two_steps(tx, layout, mode):
+def two_steps(tx, layout, mode, dtype=np.float32):
     """State after two steps over the mesh, and on one device."""
     places, update = trees.shardings(layout, 8, mode), jax.jit(tx.update)
     found = []
     for put in (lambda tree: trees.put(tree, places), trees.on_one):
-        params = put(trees.drawn(0))
+        params = put(trees.drawn(0, dtype))
         state = tx.init(params)
         for seed in (1, 2):
-            _, state = update(put(trees.drawn(seed)), state, params)
+            _, state = update(put(trees.drawn(seed, dtype)), state, params)
         found.append(state)
     return found
 
@@ -36,12 +37,11 @@ def test_rounding_by_chance(layout, mode):
         assert there.inner.velocity[name].sharding.is_equivalent_to(place, x.ndim)
 
 
+@rounding.in_float64
 def test_probes(mode):
     tx = probe(om.adam(0.1), (*CHEAP, *SPECTRAL), 1, axes=trees.AXES, exact=True)
-    there, here = two_steps(tx, "fsdp x tensor", mode)
-    expected = read(here)
-    for name, value in read(there).items():
-        np.testing.assert_allclose(value, expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+    there, here = two_steps(tx, "fsdp x tensor", mode, np.float64)
+    rounding.close(read(there), read(here), units=1, dtype="float32")  # which holds what was measured
 
 
 def test_devices_leave_a_gradient_out_together():
@@ -62,9 +62,10 @@ def test_devices_leave_a_gradient_out_together():
     assert bool(jnp.all(updates != 0))
 
 
+@rounding.in_float64
 def test_several_gradients_for_one_muon(mode):
-    there, here = two_steps(om.multi_steps(om.muon(0.1, axes=trees.AXES), 2), "fsdp x tensor", mode)
-    for a, b in zip(jax.tree.leaves(there.inner), jax.tree.leaves(here.inner), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    tx = om.multi_steps(om.muon(0.1, axes=trees.AXES), 2)
+    there, here = two_steps(tx, "fsdp x tensor", mode, np.float64)
+    rounding.close(there.inner, here.inner)
     assert int(there.steps) == 1
     assert all(bool(jnp.all(x == 0)) for x in jax.tree.leaves(there.mean))
