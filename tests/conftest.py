@@ -1,5 +1,6 @@
 """Every test runs with types checked, dtypes strict, and all warnings errors."""
 
+import fnmatch
 import os
 from pathlib import Path
 
@@ -27,3 +28,12 @@ def float64():
     """Of modules that are about mathematics: `pytestmark = pytest.mark.usefixtures("float64")`."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.examples("adam", "*-float32")`: all other cases of the test are slow."""
+    for item in items:
+        mark = item.get_closest_marker("examples")
+        if mark and not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in mark.args):
+            item.add_marker("slow")

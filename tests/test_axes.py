@@ -102,6 +102,7 @@ def assert_equal(found, expected):
     np.testing.assert_allclose(found, expected, atol=1e-11)  # the nearest to singular has a condition of 1e3
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(
     letters=st.permutations("ioib"),
@@ -115,6 +116,7 @@ def test_a_transposed_spec_gives_the_transposed_update(letters, shape, order, sc
     assert_equal(turned, first_update(g, "".join(letters), scale=scale).transpose(order))
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(window=st.lists(SIZES, min_size=1, max_size=3), inputs=SIZES, outputs=SIZES, scale=SCALES)
 def test_a_convolution_is_its_flattened_matrix(window, inputs, outputs, scale):
@@ -135,6 +137,7 @@ def test_a_stack_is_its_slices(shape, axis, letters, scale):
         assert_equal(stacked.take(k, axis), alone)
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(model=SIZES, heads=st.integers(1, 4), size=SIZES, scale=SCALES)
 def test_heads_are_matrices_by_axes_and_by_blocks(model, heads, size, scale):
@@ -147,6 +150,7 @@ def test_heads_are_matrices_by_axes_and_by_blocks(model, heads, size, scale):
     assert_equal(first_update(flat, f"i({heads}o)", scale=scale).reshape(g.shape), alone)
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(
     model=SIZES,

@@ -75,6 +75,7 @@ def test_float16_squares_that_underflow():
     rounding.close(state.factor, 1e-8 / float(state.norm))
 
 
+@pytest.mark.slow
 def test_a_thousand_bfloat16_leaves():
     """Adding 1 to 256 in bfloat16 gives 256."""
     g = {str(k): jnp.full(4, 1.0, jnp.bfloat16) for k in range(1000)}

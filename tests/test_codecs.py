@@ -109,6 +109,7 @@ def neighbours(codec, x):
     return np.where(np.isinf(below), above, below), np.where(np.isinf(above), below, above)
 
 
+@pytest.mark.examples("*-1.0")
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 1e30])
 @each({name: CODECS[name] for name in CHANCE})
 def test_one_of_two_neighbours_and_right_on_average(codec, size):
@@ -208,6 +209,7 @@ def test_bfloat16_scales_are_the_next_above(codec):
     np.testing.assert_array_equal(np.asarray(encode(exact, KEY).scales, np.float32), exact)
 
 
+@pytest.mark.examples("*softsign*", "*nonneg*", "*split*")
 @each(FORMS)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 5), (1,), (129,), (2, 3, 300)])
 def test_shapes(codec, shape):
@@ -268,6 +270,7 @@ def test_what_is_not_finite(codec, sick):
     np.testing.assert_array_equal(got, well)
 
 
+@pytest.mark.examples("softsign", "nonneg")
 @each(BLOCKS)
 def test_what_is_no_number_is_not_lost(codec):
     """The compiler's own maximum loses it in larger arrays."""
@@ -297,6 +300,7 @@ def test_float32_comes_back_bit_by_bit():
     np.testing.assert_array_equal(round_trip(Float32(), bits.view(np.float32)).view(np.uint32), bits)
 
 
+@pytest.mark.examples("softsign", "split by chance")
 @each(CODECS)
 def test_noise_is_that_of_the_key(codec):
     """The same key gives the same bits; another one others, where there is chance at all."""
@@ -319,6 +323,7 @@ def test_blocks_know_nothing_of_each_other(codec):
         np.testing.assert_array_equal(encoded.scales[:, start // codec.block], alone.scales[:, 0])
 
 
+@pytest.mark.examples("softsign", "split")
 @each(FORMS)
 def test_under_transformations(codec):
     """vmap gives each what it has alone; eval_shape the shapes."""
@@ -338,6 +343,7 @@ def test_under_transformations(codec):
     assert (back.shape, back.dtype) == (x.shape, jnp.float32)
 
 
+@pytest.mark.examples("softsign", "split")
 @each(FORMS)
 def test_dtypes(codec):
     """Narrow numbers are widened, wide ones rounded; others are refused by name."""
@@ -494,6 +500,7 @@ def test_where_halves_of_16_bits_differ_from_astype():
     np.testing.assert_array_equal(other, bits & 0x1FFFF == 0x8000)
 
 
+@pytest.mark.slow
 def test_split_by_chance_keeps_what_a_code_says():
     """Every number of a code has that code whatever the key; θ' is the nearest of any."""
     codec, codes = Split8(stochastic=True), np.arange(-127, 128, dtype=np.int8)
@@ -548,6 +555,7 @@ def second_moment_after_a_fall(codec):
     return v[::2].mean() / exact
 
 
+@pytest.mark.examples("Nonneg8(block=128, scale_dtype=dtype('float32'))")
 @pytest.mark.parametrize(
     "codec",
     [Nonneg8(), Nonneg8(scale_dtype="bfloat16"), BFloat16(stochastic=True), Float32()],

@@ -71,6 +71,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.examples("adamw-constant", "sgd-momentum-schedule")
 @pytest.mark.parametrize("rate", [0.01, schedule], ids=["constant", "schedule"])
 @pytest.mark.parametrize("name", ALIKE)
 def test_the_run_goes_on(name, rate):

@@ -108,6 +108,7 @@ ROOTS = ("optax.rmsprop", "optax.adagrad")
 """Of 1 / root(v), which processors only approximate, one number at a time and four at a time differ."""
 
 
+@pytest.mark.examples("adam", "optax.adamw", "muon")
 @pytest.mark.parametrize("name", RECIPES)
 def test_float32_changes_nothing(name):
     """Whole leaves and slabs, with a tail: every update and the state, to the bit."""
@@ -133,6 +134,7 @@ def test_float32_changes_nothing_of_matrices():
     chex.assert_trees_all_equal(after.inner, state)
 
 
+@pytest.mark.examples("float32-bfloat16-tx1")
 @pytest.mark.parametrize(
     ("weights", "gradients", "tx"),
     [
@@ -163,6 +165,7 @@ RULES = {
 }
 
 
+@pytest.mark.examples("default")
 @pytest.mark.parametrize(("rules", "tx", "shapes"), RULES.values(), ids=RULES)
 def test_codes_are_the_same_slab_by_slab(rules, tx, shapes):
     both = [om.compress_state(tx, rules, elementwise=elementwise) for elementwise in (False, True)]
@@ -425,6 +428,7 @@ def test_a_moment_that_begins_elsewhere():
     np.testing.assert_array_equal(decoded, np.float32(0.3))
 
 
+@pytest.mark.examples("none-True")
 @pytest.mark.parametrize("elementwise", [False, True])
 @pytest.mark.parametrize("missing", [None, np.zeros((37, 256), jax.dtypes.float0)], ids=["none", "float0"])
 def test_where_gradients_are_missing_so_is_the_step(elementwise, missing):
@@ -687,6 +691,7 @@ def test_the_state_keeps_its_form():
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.update, params, state, params)[1], state)
 
 
+@pytest.mark.slow
 def test_vmap():
     """Over learning rates and over models, each as by itself."""
     params, rates = drawn(shapes={"w": (64, 128)}), jnp.asarray([0.1, 0.2])
@@ -704,6 +709,7 @@ def test_vmap():
         rounding.close(found["w"][k], updates["w"])
 
 
+@pytest.mark.slow
 def test_wrappers_around():
     """Accumulation, masks, partitions and chains hold the state like any other."""
 
@@ -804,6 +810,7 @@ def test_a_seed_repeats_and_another_differs():
     chex.assert_trees_all_equal(after(7, one), after(8, one))
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_leaf_is_its_own():
     """Of its path and place, whoever is beside it; other steps, leaves and moments have others."""
     shapes = {"kernel": (64, 128), "other": (64, 128)}

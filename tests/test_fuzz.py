@@ -183,6 +183,7 @@ def standing(updates, tree):
     return found
 
 
+@pytest.mark.slow
 @fuzzed(60)
 @given(st.sampled_from(sorted(EACH)), trees)
 def test_every_leaf_as_if_alone(name, tree):
@@ -209,6 +210,7 @@ def nested(depth):
     return tree
 
 
+@pytest.mark.examples("adamw", "muon*", "accumulate")
 @pytest.mark.parametrize("name", sorted(EACH))
 def test_fifty_levels(name):
     found, _ = follow(EACH[name](), nested(50))

@@ -10,15 +10,13 @@ import pytest
 FOLDER = Path(__file__).parent / "mesh"
 FILES = sorted(str(path) for path in FOLDER.glob("test_*.py"))
 PROCESSES = 3
-EXAMPLES = []
-"""Of every kind of test in that folder one, which the quick tests have."""
 
 
-def run(tests):
+def run(files, kind):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=16"
     flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # in the order that needs least memory
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", "-m", kind, *files],
         env=os.environ | {"XLA_FLAGS": flags},
         cwd=FOLDER.parent.parent,
         capture_output=True,
@@ -28,11 +26,11 @@ def run(tests):
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
 
 
-def test_an_example_of_every_kind():
-    run(f"{FOLDER}/{example}" for example in EXAMPLES)
+def test_quick_ones():
+    run(FILES, "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PROCESSES))
-def test_all_files(part):
-    run(FILES[part::PROCESSES])
+def test_slow_ones(part):
+    run(FILES[part::PROCESSES], "slow")

@@ -160,6 +160,7 @@ def a_formula_fails(package, tried):
         )
 
 
+@pytest.mark.examples("transforms.momentum: momentum.add: *")
 @pytest.mark.parametrize("name", [name for name in ALL if name not in HIDDEN])
 def test_changed_operation(name):
     mutant, names = ALL[name]
@@ -167,6 +168,7 @@ def test_changed_operation(name):
         assert a_formula_fails(package, entries(mutant, names)), mutant.difference()
 
 
+@pytest.mark.slow
 def test_the_copy_itself_passes():
     """Without a mutation nothing fails: the test above sees the mutation, not the copying."""
     with mutants.package() as package:

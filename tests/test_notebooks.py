@@ -75,6 +75,7 @@ def names_used(source):
                     yield ".".join((imported[package], *inner))
 
 
+@pytest.mark.examples("02_*")
 @every_notebook
 @pytest.mark.filterwarnings("ignore")  # of the kernel's machinery, not of the notebook
 def test_notebook(path):

@@ -47,6 +47,7 @@ def trees(draw):
     return sizes, [draw(leaves(sizes)) for _ in range(draw(st.integers(1, 3)))]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(tree=trees(), mode=st.sampled_from([AxisType.Auto, AxisType.Explicit]), small=st.booleans())
 def test_any_leaves(tree, mode, small):
@@ -68,6 +69,7 @@ def test_any_leaves(tree, mode, small):
         assert x.sharding.is_equivalent_to(places[name], x.ndim)
 
 
+@pytest.mark.slow
 def test_mesh_axes_in_any_order():
     """Over a mesh axis order that is not the leaf's."""
     mesh = jax.make_mesh((2, 2, 2), NAMES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:8])

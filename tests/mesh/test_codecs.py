@@ -55,6 +55,7 @@ def there_and_back(codec, layout, mode):
     return place, encoded, back, (encoding, decoding)
 
 
+@pytest.mark.examples("auto-Signed8*both")
 @pytest.mark.parametrize("layout", WHOLE.values(), ids=WHOLE)
 @each
 def test_whole_blocks_are_not_sent(codec, layout, mode):
@@ -64,6 +65,7 @@ def test_whole_blocks_are_not_sent(codec, layout, mode):
         assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
+@pytest.mark.examples("auto-Signed8*short")
 @pytest.mark.parametrize("layout", CUT.values(), ids=CUT)
 @pytest.mark.parametrize("codec", [Signed8(), Nonneg8(), Float8()], ids=repr)
 def test_blocks_that_devices_share(codec, layout, mode):
@@ -74,6 +76,7 @@ def test_blocks_that_devices_share(codec, layout, mode):
             assert x.sharding.is_equivalent_to(place, x.ndim)
 
 
+@pytest.mark.examples("auto-Signed8*")
 @pytest.mark.parametrize("codec", [Signed8(), Float8(), Split8(), Split16()], ids=repr)
 def test_inside_shard_map(codec, mode):
     """Every device encodes its own blocks."""

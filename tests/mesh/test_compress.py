@@ -93,6 +93,7 @@ def lie_alike(found, expected):
         assert not a.ndim or a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
+@pytest.mark.examples("auto-fsdp-light")
 @pytest.mark.parametrize(
     ("layout", "build"),
     [("fsdp", light), ("tensor", light), ("both", whole), ("three axes", default)],
@@ -117,6 +118,7 @@ def test_nothing_is_sent(layout, build, mode):
         rounding.close(updates[name], expected[name])
 
 
+@pytest.mark.examples("auto")
 def test_blocks_that_devices_share(mode):
     """Rows of 256 over 8 devices: codes are those of one device all the same."""
     places = placed(((8,), lambda n, shape: P(*[None] * (len(shape) - 1), "a")), mode)
@@ -126,6 +128,7 @@ def test_blocks_that_devices_share(mode):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.examples("auto")
 def test_init_under_jit(mode):
     """The same state; where types say how parameters lie, it lies so too."""
     places = placed(LAYOUTS["both"], mode)

@@ -27,6 +27,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.examples("auto-FSDP 4 x TP 2")
 @pytest.mark.parametrize("layout", sharding.LAYOUTS)
 def test_flops_collectives_and_bytes(layout, mode):
     places, least = sharding.shardings(layout, SHAPES, mode), sharding.least(layout, SHAPES)
@@ -52,6 +53,7 @@ def test_the_least_is_that_of_the_benchmark():
         assert sharding.least(layout, whole)["sent"] == pytest.approx(sent, rel=0.005)
 
 
+@pytest.mark.examples("auto-replicated")
 @pytest.mark.parametrize("layout", ["replicated", "FSDP 4 x TP 2"])
 def test_the_state_is_given_away(layout, mode):
     """All of it: its bytes are those of the new one."""
@@ -61,6 +63,7 @@ def test_the_state_is_given_away(layout, mode):
     assert found["aliased"] >= 4 * numbers / (1 if layout == "replicated" else 8)
 
 
+@pytest.mark.slow
 def test_replicated_memory():
     """All results are gathered in one go: their bytes, and less than as many again."""
     places = sharding.shardings("replicated", SHAPES)
@@ -68,6 +71,7 @@ def test_replicated_memory():
     assert sharding.counts(sharding.ours(), SHAPES, places)["temporary"] < 2 * 4 * numbers
 
 
+@pytest.mark.examples("sharded")
 @pytest.mark.parametrize("spec", [P("data", None), P()], ids=["sharded", "replicated"])
 def test_memory_is_bounded_by_what_goes_at_once(spec):
     """64 matrices in n goes need an n-th of the memory: (4 + those who share) times what goes at once.
@@ -91,6 +95,7 @@ def test_memory_is_bounded_by_what_goes_at_once(spec):
         assert temporary <= (4 if spec != P() else 12) + 0.1
 
 
+@pytest.mark.examples("auto")
 def test_experts_and_layers_stay_where_they_are(mode):
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(mode,), devices=jax.devices()[:8])
     place = NamedSharding(mesh, P("expert"))

@@ -39,6 +39,7 @@ AUTO = [(layout, 8, AxisType.Auto) for layout in trees.LAYOUTS]
 AUTO += [(layout, n, AxisType.Auto) for n in (2, 4, 16) for layout in ("fsdp x tensor", "mixed")]
 
 
+@pytest.mark.examples("fsdp x tensor-8-AxisType.Auto")
 @pytest.mark.parametrize(("layout", "devices", "mode"), AUTO + EXPLICIT)
 def test_muon_in_float64(layout, devices, mode):
     with jax.enable_x64(True):
@@ -49,6 +50,7 @@ def test_muon_in_float64(layout, devices, mode):
             assert x.sharding.is_equivalent_to(places[name], x.ndim), (name, x.sharding)
 
 
+@pytest.mark.examples("explicit-replicated")
 @pytest.mark.parametrize("layout", ["replicated", "fsdp x tensor"])
 def test_muon_in_float32(layout, mode):
     tx, places = om.muon(0.1, **MUON), trees.shardings(layout, 8, mode)
@@ -67,6 +69,7 @@ def middle(x):
     return x * jnp.arange(n)[:, None].astype(x.dtype) + jnp.arange(m).astype(x.dtype)
 
 
+@pytest.mark.examples("auto-mixed")
 @pytest.mark.parametrize("layout", ["replicated", "mixed"])
 def test_matrices_come_as_they_are_to_functions_that_may_mind(layout, mode):
     with jax.enable_x64(True):
@@ -75,6 +78,7 @@ def test_matrices_come_as_they_are_to_functions_that_may_mind(layout, mode):
         close(got, want)
 
 
+@pytest.mark.examples("auto-fsdp x tensor")
 @pytest.mark.parametrize("layout", ["fsdp x tensor", "replicated", "hybrid: data axis of two"])
 def test_in_several_goes(layout, mode):
     """Of one matrix at a time."""
@@ -86,6 +90,7 @@ def test_in_several_goes(layout, mode):
         close(got, steps(whole, trees.on_one, np.float64, 1)[0])
 
 
+@pytest.mark.examples("auto-fsdp, last axis")
 @pytest.mark.parametrize("layout", ["fsdp x tensor", "replicated", "fsdp, last axis"])
 def test_bfloat16_between_devices(layout, mode):
     """Rounded to 8 bits on the way in and on the way out: no matrix is further off than that allows."""
@@ -103,6 +108,7 @@ def test_bfloat16_between_devices(layout, mode):
     assert 1e-4 < worst < 2e-2
 
 
+@pytest.mark.examples("auto-adamw")
 @pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw"])
 def test_elementwise_recipes(name, mode):
     tx, places = getattr(om, name)(0.1), trees.shardings("mixed", 8, mode)

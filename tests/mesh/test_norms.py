@@ -30,6 +30,7 @@ def all_reduces(compiled):
     return found["all-reduce"]
 
 
+@pytest.mark.examples("auto-fsdp x tensor")
 @pytest.mark.parametrize("layout", GROUPS)
 def test_clip(layout, mode):
     """One for the largest number, one for the squares."""
@@ -44,6 +45,7 @@ def test_clip(layout, mode):
         assert updates[name].sharding.is_equivalent_to(places[name], updates[name].ndim)
 
 
+@pytest.mark.examples("auto-fsdp x tensor")
 @pytest.mark.parametrize("layout", GROUPS)
 def test_skip(layout, mode):
     """A NaN on one device is seen by all."""
@@ -62,6 +64,7 @@ def test_skip(layout, mode):
         np.testing.assert_array_equal(now, before)
 
 
+@pytest.mark.examples("auto")
 def test_the_limit(mode):
     places = trees.shardings("fsdp x tensor", 8, mode)
     g = trees.drawn(0)
@@ -74,6 +77,7 @@ def test_the_limit(mode):
         jax.effects_barrier()
 
 
+@pytest.mark.examples("auto-fsdp x tensor")
 @pytest.mark.parametrize("layout", GROUPS)
 def test_rounding(layout, mode):
     """Bit by bit what one device does, with no collective."""

@@ -42,6 +42,7 @@ def mesh(sizes, kinds):
     )
 
 
+@pytest.mark.examples("False-sizes2*")
 @pytest.mark.parametrize(
     ("sizes", "kinds", "spec"),
     [

@@ -70,6 +70,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_checkpoint_on_another_mesh(tmp_path):
     script, folder, port = tmp_path / "train.py", tmp_path / "kept", str(free_port())
     script.write_text(TRAIN)

@@ -22,6 +22,7 @@ def loss(params, batch):
     return jnp.mean((jnp.tanh(x @ params["up"]) @ params["down"] - y) ** 2)
 
 
+@pytest.mark.slow
 def test_a_race_is_that_of_one_device():
     rng = np.random.default_rng(0)
     params = {"up": rng.standard_normal((16, 32)), "down": rng.standard_normal((32, 3))}

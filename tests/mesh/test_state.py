@@ -28,6 +28,7 @@ def two_steps(tx, layout, mode, dtype=np.float32):
     return found
 
 
+@pytest.mark.examples("auto-fsdp x tensor")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rounding_by_chance(layout, mode):
     there, here = two_steps(om.in_bfloat16(om.momentum(0.5)), layout, mode)
@@ -37,6 +38,7 @@ def test_rounding_by_chance(layout, mode):
         assert there.inner.velocity[name].sharding.is_equivalent_to(place, x.ndim)
 
 
+@pytest.mark.examples("auto")
 @rounding.in_float64
 def test_probes(mode):
     tx = probe(om.adam(0.1), (*CHEAP, *SPECTRAL), 1, axes=trees.AXES, exact=True)
@@ -62,6 +64,7 @@ def test_devices_leave_a_gradient_out_together():
     assert bool(jnp.all(updates != 0))
 
 
+@pytest.mark.examples("auto")
 @rounding.in_float64
 def test_several_gradients_for_one_muon(mode):
     tx = om.multi_steps(om.muon(0.1, axes=trees.AXES), 2)

@@ -51,6 +51,7 @@ def check(got, expected):
     rounding.close(got, expected, condition=POLAR.table.slope)
 
 
+@pytest.mark.examples("auto")
 def test_eagerly(expected, mode):
     got = once(muon(), placed(tree(), mode), placed(tree(1), mode))
     check(got, expected)
@@ -58,6 +59,7 @@ def test_eagerly(expected, mode):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh(mode), SPECS[name]), x.ndim)
 
 
+@pytest.mark.examples("auto")
 def test_scan(mode):
     tx = muon()
 
@@ -75,6 +77,7 @@ def test_scan(mode):
     check(got, jax.device_get(jax.jit(train)(trees.on_one(tree()), trees.on_one(stacked))))
 
 
+@pytest.mark.examples("auto")
 def test_vmap(expected, mode):
     """Of several runs at once."""
     both = {n: np.stack([tree(1)[n], 2 * tree(1)[n]]) for n in SHAPES}
@@ -96,12 +99,14 @@ def test_gradients_go_through():
     check(got, jax.device_get(jax.jit(jax.grad(size))(jax.device_put(g, jax.devices()[0]))))
 
 
+@pytest.mark.examples("auto")
 def test_shapes_alone(mode):
     params = placed(tree(), mode)
     shapes = jax.eval_shape(lambda p, g: once(muon(), p, g), params, params)
     assert {n: x.shape for n, x in shapes.items()} == SHAPES
 
 
+@pytest.mark.examples("auto")
 def test_donation(mode):
     tx, params = muon(), placed(tree(), mode)
     state = tx.init(params)
@@ -110,6 +115,7 @@ def test_donation(mode):
     assert all(x.is_deleted() for x in before)
 
 
+@pytest.mark.examples("auto-named*")
 @pytest.mark.parametrize("named", [True, False], ids=["named sharding", "spec and set_mesh"])
 def test_shardings_that_are_said(expected, named, mode):
     said = {n: NamedSharding(mesh(mode), spec) if named else spec for n, spec in SPECS.items()}
@@ -122,6 +128,7 @@ def test_shardings_that_are_said(expected, named, mode):
             check(run(placed(tree(), mode), placed(tree(1), mode)), expected)
 
 
+@pytest.mark.examples("auto-True")
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(expected, check_vma, mode):
     tx = muon(shardings=SPECS)
@@ -187,6 +194,7 @@ def trained(tx, spread):
     return losses, model.up.kernel.get_value().sharding
 
 
+@pytest.mark.examples("muon")
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_nnx_trains(name):
     losses, place = trained(getattr(om, name)(0.1), True)
