@@ -109,6 +109,7 @@ def test_zero_gradients(entry):
         chex.assert_tree_all_finite((updates, state))
 
 
+@pytest.mark.slow
 def test_a_centered_variance_is_never_negative():
     """With a constant gradient it is 0 but for rounding, of either sign."""
     tx, g = om.rmsprop(0.1, 0.9, eps=1e-12, centered=True), jnp.linspace(-1.0, 1.0, 101)

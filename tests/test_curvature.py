@@ -114,6 +114,7 @@ def dense(params, *data):
     return np.linalg.eigvalsh(jax.hessian(lambda w: network(tree(w), *data))(flat))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_network(dtype):
     """Against the eigenvalues of the whole Hessian, which is indefinite."""

@@ -141,6 +141,7 @@ class Adapted(nnx.Module):
         self.dense.lora.lora_b[...] = leaf(4, (2, 4))
 
 
+@pytest.mark.slow
 @rounding.in_float32
 def test_low_rank_factors_alone():
     """With `wrt=nnx.LoRAParam` the rest of the model neither moves nor has a state."""

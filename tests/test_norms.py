@@ -111,6 +111,7 @@ ZOO = {
 }
 
 
+@pytest.mark.examples("rank 1-*", "worst-*")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("values", ZOO.values(), ids=ZOO)
 def test_gram_powers_keep_their_bound(values, dtype):
