@@ -6,17 +6,21 @@ from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from optimorph.racing.contestants import Rates
 from optimorph.racing.laps import Contestant
 from optimorph.racing.record import Trial
 
 UNBOUNDED = 10_000
-"""Columns of a pipe, whose reader may break lines or not."""
+"""Width of a console that writes to a pipe, so that no line is broken."""
 
 
 def plain_console(quiet: bool = False) -> Console:
-    """Takes no markup, as names are the user's; breaks lines, between words, on a terminal alone."""
+    """A console that breaks lines between words on a terminal, and nowhere in a pipe.
+
+    It reads no markup, because names come from the user.
+    """
     console = Console(quiet=quiet, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = UNBOUNDED
@@ -24,7 +28,10 @@ def plain_console(quiet: bool = False) -> Console:
 
 
 class Bars(Progress):
-    """Bars that leave room for the `^C` that a terminal echoes: broken, the last line would count as two."""
+    """Bars that leave room for the `^C` that a terminal echoes.
+
+    Without it the last line would wrap, and rich would wipe one line too few.
+    """
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """One table of all bars."""
@@ -32,12 +39,12 @@ class Bars(Progress):
 
 
 class Narrower(NamedTuple):
-    """Something to print, three columns from the right edge."""
+    """A renderable that leaves the last three columns of the terminal empty."""
 
     inside: RenderableType
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        """Print it."""
+        """Render what is inside at the smaller width."""
         yield from console.render(self.inside, options.update_width(options.max_width - 3))
 
 
@@ -49,9 +56,9 @@ class Live:
         self.progress = Bars(
             TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("loss {task.fields[loss]:<9}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
             console=console,
         )
