@@ -19,6 +19,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -469,6 +470,26 @@ def test_ctrl_c_says_what_happens_and_leaves_each_line_once(interrupted):
     assert after.index("Stopping") < after.index("Stopped early")
     bars = [line.split()[0] for line in screen(out) if "/10000000" in line]
     assert bars == ["sgd", "adam"], screen(out)
+
+
+def test_a_message_of_another_thread_leaves_each_bar_once():
+    """It would be written when the bars have already stopped."""
+
+    class Late:
+        def __rich_console__(self, console, options):
+            time.sleep(0.5)
+            yield STOPPING
+
+    console = plain_console()
+    console.file, console.width = io.StringIO(), 80
+    console._force_terminal = console.is_interactive = True
+    speaker = threading.Thread(target=console.print, args=[Late()])
+    with Live(console, ["sgd", "adam"], 10):
+        speaker.start()
+        time.sleep(0.2)
+    speaker.join()
+    lines = screen(console.file.getvalue())
+    assert [line.split()[0] for line in lines if "/10" in line] == ["sgd", "adam"], lines
 
 
 def test_a_stop_is_announced_while_the_main_thread_is_busy(monkeypatch):

@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 
 from optimorph.racing.contestants import Rates
@@ -16,12 +23,23 @@ UNBOUNDED = 10_000
 """Width of a console that writes to a pipe, so that no line is broken."""
 
 
-def plain_console(quiet: bool = False) -> Console:
+class SharedConsole(Console):
+    """A console to which another thread can print while bars are drawn, without mixing the two."""
+
+    lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    def print(self, *given: Any, **named: Any) -> None:
+        """Print while no bar is drawn."""
+        with self.lock:
+            super().print(*given, **named)
+
+
+def plain_console(quiet: bool = False) -> SharedConsole:
     """A console that breaks lines between words on a terminal, and nowhere in a pipe.
 
     It reads no markup, because names come from the user.
     """
-    console = Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+    console = SharedConsole(quiet=quiet, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = UNBOUNDED
     return console
@@ -32,6 +50,12 @@ class Bars(Progress):
 
     Without it the last line would wrap, and rich would wipe one line too few.
     """
+
+    def __init__(self, *columns: ProgressColumn, console: Console, disable: bool = False):
+        """The console, if it is shared, prints under the lock of the bars."""
+        super().__init__(*columns, console=console, disable=disable)
+        if isinstance(console, SharedConsole):
+            console.lock = self.live._lock
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """One table of all bars."""
