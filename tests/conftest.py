@@ -8,9 +8,7 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
 if "backend_optimization_level" not in _flags:
-    os.environ["XLA_FLAGS"] = (
-        f"{_flags} --xla_backend_optimization_level=0"  # nearly all the time is compilation
-    )
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_backend_optimization_level=0"  # nearly all the time is compilation
 if "host_platform_device_count" not in _flags:
     collect_ignore = ["mesh"]  # which test_mesh.py runs
 _hook = install_import_hook("optimorph", "beartype.beartype")

@@ -10,9 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURES = set(re.findall(r"\d[\d.,]*(?<![.,])(?= )", README)) | set(
-    re.findall(r"\d[\d.]* (?:ns|s|%)", README)
-)
+FIGURES = set(re.findall(r"\d[\d.,]*(?<![.,])(?= )", README)) | set(re.findall(r"\d[\d.]* (?:ns|s|%)", README))
 """Every number in the README, alone and with its unit, whatever the words around it."""
 BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.S)
 
