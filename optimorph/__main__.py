@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.fail(f"{self.prog}: {message}. See {self.prog} --help.")
 
     def fail(self, message: str) -> NoReturn:
-        """Exit with code 2; a terminal breaks the line between words."""
+        """Print the message and exit with code 2. On a terminal, lines break between words."""
         if sys.stderr.isatty():
             columns = shutil.get_terminal_size().columns
             message = textwrap.fill(message, columns, break_long_words=False, break_on_hyphens=False)

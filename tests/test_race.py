@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ from rich.console import Console
 
 from optimorph.__main__ import main
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
-from optimorph.racing import command, contestants, grids, laps
+from optimorph.racing import command, contestants, grids, laps, result
 from optimorph.racing.contestants import Rates
 from optimorph.racing.display import Live, display, plain_console
 from optimorph.racing.interrupt import STOPPING, stop_on_ctrl_c
@@ -220,6 +222,19 @@ def test_the_table_is_whole_at_any_width(width):
     assert max(map(len, out.splitlines())) <= width
 
 
+NAMED = [dataclasses.replace(row_of((2.0, 250)), name=name) for name in contestants.MAKERS]
+
+
+@pytest.mark.parametrize("width", range(30, 101))
+def test_no_name_in_the_table_is_broken(width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    for table in tables(Record("own", "race", "loss", 250, 1, True, {}, NAMED, []), width):
+        console.print(table)
+    lines = [line.split()[:1] for line in console.export_text().splitlines()]
+    first = [word[0] for word in lines if word and word[0].isalpha() and word[0] != "race:"]
+    assert set(first) - {"update", "state", "learning"} == {"optimizer", *contestants.MAKERS}
+
+
 def test_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(monkeypatch):
     words = "supercalifragilistic [muon] :smile: " * 9
     for force, lines in ((True, 10), (False, 1)):
@@ -260,6 +275,8 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for begin in ("_race", "_sweep"):
+        monkeypatch.setattr(command, begin, lambda *given: pytest.fail("it began"))
     with pytest.raises(SystemExit) as stopped:
         main(["race", *arguments])
     assert stopped.value.code == 2
@@ -302,7 +319,29 @@ def test_a_file_that_is_no_race(tmp_path, capsys):
     (tmp_path / "race.json").write_text("[1]")
     with pytest.raises(SystemExit):
         main(["race", "--redraw", "--out", str(tmp_path)])
-    assert "race.json' is not what a race writes" in capsys.readouterr().err
+    assert "race.json' was not written by this command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [["--redraw"], ["--sweep"], []], ids=str)
+def test_a_file_that_cannot_be_written(mode, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(grids.GRIDS["quadratic"], "adagrad", (0.01,))
+    given = ["--task", "quadratic", "--optimizers", "adagrad", "--steps", "2"]
+    out = ["--out", str(tmp_path)]
+    assert main(["race", *given, *out]) == 0
+    for name in ("race.png", "sweep.json"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name / "foreign").mkdir(parents=True)
+    if mode == ["--redraw"]:
+        (tmp_path / "sweep.json" / "foreign").rmdir()
+        (tmp_path / "sweep.json").rmdir()
+        given = []
+    with pytest.raises(SystemExit) as stopped:
+        main(["race", *given, *mode, *out])
+    assert stopped.value.code == 2
+    name = "sweep.json" if mode == ["--sweep"] else "race.png"
+    error = capsys.readouterr().err
+    assert f"cannot write '{tmp_path / name}'" in error
+    assert error.count("\n") == 1
 
 
 def test_no_command(capsys):
@@ -433,6 +472,26 @@ def test_ctrl_c_says_what_happens_and_leaves_each_line_once(interrupted):
     assert bars == ["sgd", "adam"], screen(out)
 
 
+def test_a_message_of_another_thread_leaves_each_bar_once():
+    """It would be written when the bars have already stopped."""
+
+    class Late:
+        def __rich_console__(self, console, options):
+            time.sleep(0.5)
+            yield STOPPING
+
+    console = plain_console()
+    console.file, console.width = io.StringIO(), 80
+    console._force_terminal = console.is_interactive = True
+    speaker = threading.Thread(target=console.print, args=[Late()])
+    with Live(console, ["sgd", "adam"], 10):
+        speaker.start()
+        time.sleep(0.2)
+    speaker.join()
+    lines = screen(console.file.getvalue())
+    assert [line.split()[0] for line in lines if "/10" in line] == ["sgd", "adam"], lines
+
+
 def test_a_stop_is_announced_while_the_main_thread_is_busy(monkeypatch):
     """As when it compiles: no handler of Python runs there until that is done."""
     console = Console(file=io.StringIO(), width=200)
@@ -492,6 +551,59 @@ def test_the_first_calls_of_a_program_are_not_timed(monkeypatch):
     assert called.count("gradient") >= 2  # one of them for shapes
     np.testing.assert_array_equal(params, before)
     assert len(run.update_seconds) == len(run.model_seconds) == 1
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A command of seconds."""
+    monkeypatch.setitem(grids.GRIDS["quadratic"], "adagrad", (0.01, 0.1))
+    return ["race", "--task", "quadratic", "--steps", "5", "--optimizers", "adagrad", "--out", str(tmp_path)]
+
+
+def test_ctrl_c_before_the_training_is_heard(small, monkeypatch, capsys):
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        return contestants.make(*given)
+
+    monkeypatch.setattr(command, "make", interrupted)
+    assert main(small) == 130
+    assert "Stopped before the first step" in capsys.readouterr().out
+
+
+def test_ctrl_c_among_the_spectra_keeps_the_race(small, monkeypatch, tmp_path):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(result, "spectra", interrupted)
+    assert main(small) == 130
+    found = json.loads((tmp_path / "race.json").read_text())
+    assert found["rows"][0]["steps"] == 5
+    assert found["finished"] is False
+    assert found["spectra"] == []
+
+
+def test_ctrl_c_before_any_rate_leaves_the_last_sweep_alone(small, monkeypatch, tmp_path, capsys):
+    main([*small, "--sweep"])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    take_step = Run.take_step
+
+    def interrupted(self, keep=False):
+        signal.raise_signal(signal.SIGINT)
+        take_step(self, keep)
+
+    monkeypatch.setattr(Run, "take_step", interrupted)
+    assert main([*small, "--sweep"]) == 130
+    assert "nothing to report" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_bars_are_whole_at_60_columns():
+    console = Console(force_terminal=True, width=60, record=True, file=io.StringIO())
+    with Live(console, ["momentum"], 3000) as bars:
+        bars.progress.update(bars.bars["momentum"], completed=1234, loss="4.188e-07")
+    drawn = console.export_text()
+    assert "1234/3000" in drawn
+    assert "…" not in drawn
 
 
 def test_a_second_ctrl_c_interrupts_at_once():

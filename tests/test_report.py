@@ -183,18 +183,18 @@ VERDICTS = {
     "clear": (CLEAR, "muon ends lowest, at 2.2, before adamw at 2.4. Loss, 250 steps."),
     "close": (
         CLOSE,
-        "muon and adamw end lowest, at 2.21 and 2.22: closer than the seeds' spread. Loss, 250 steps.",
+        "muon and adamw end lowest, at 2.21 and 2.22; the seeds do not tell them apart. Loss, 250 steps.",
     ),
     "all close": (
         CLOSE[:2],
-        "muon and adamw end lowest, at 2.21 and 2.22: closer than the seeds' spread. Loss, 250 steps.",
+        "muon and adamw end lowest, at 2.21 and 2.22; the seeds do not tell them apart. Loss, 250 steps.",
     ),
     "one seed": (
         [row("muon", 2.2, seeds=1), row("adamw", 2.4, seeds=1)],
         "muon ends lowest, at 2.2, before adamw at 2.4; one seed cannot rank close losses. Loss, 250 steps.",
     ),
     "alone": ([row("muon", 2.2, seeds=1)], "muon ends lowest, at 2.2. Loss, 250 steps."),
-    "blown up": ([row("sgd", float("nan"))], "Every training blew up."),
+    "blown up": ([row("sgd", float("nan"))], "Every training diverged."),
     "one stands": ([*CLEAR[:1], row("sgd", float("nan"))], "muon ends lowest, at 2.2. Loss, 250 steps."),
     "a sweep": ([], "24 learning rates were tried."),
 }
@@ -205,6 +205,14 @@ def test_verdict(rows, said):
     """Nobody is called the lowest within the noise of the seeds."""
     assert verdict(result_of(rows=rows)) == said
     assert verdict(result_of(rows=rows, finished=False)) == f"Stopped early. {said}"
+
+
+def test_no_number_of_the_lead_breaks_at_its_sign(tmp_path):
+    result_of(rows=[row("adam", 2.5e-21), row("sgd", 1.0)]).report(tmp_path / "race.html")
+    read = Reader((tmp_path / "race.html").read_text(encoding="utf-8"))
+    assert not read.wrong
+    assert [text for _, text in read.all("span")] == ["2.5e-21"]
+    assert ".lead span { white-space: nowrap; }" in (tmp_path / "race.html").read_text(encoding="utf-8")
 
 
 def test_noise_is_two_standard_errors_of_the_difference():

@@ -1,10 +1,11 @@
-"""`optimorph race`: its errors and its order of events."""
+"""The `optimorph race` command: checks what was typed, then races, sweeps, lists or redraws."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -37,6 +38,9 @@ ABOUT = {
 }
 
 
+CTRL_C = "Ctrl-C stops the race and reports what was reached."
+
+
 class BadInput(Exception):
     """What the user typed cannot be done; the message says what to type instead."""
 
@@ -57,7 +61,7 @@ def main(given: argparse.Namespace) -> int:
     if given.redraw:
         return _redraw(console, Path(given.out))
     if given.task not in TASKS:
-        raise BadInput(f"no task is called {given.task!r}; there are {', '.join(TASKS)}")
+        raise BadInput(f"no task is called {given.task!r}; the tasks are {', '.join(TASKS)}")
     names = _names(given.optimizers)
     seeds = _whole("--seeds", given.seeds)
     steps = None if given.steps is None else _whole("--steps", given.steps)
@@ -70,32 +74,34 @@ def main(given: argparse.Namespace) -> int:
 
 
 def _race(console: Console, task: Task, rates: dict[str, Rates], steps: int, seeds: int, out: Path) -> int:
-    console.print(f"{task.title}: {steps} steps, {seeds} seed{'s' * (seeds > 1)}. Ctrl-C stops and reports.")
-    contestants = [Contestant(name, make(name, task, each, steps), each) for name, each in rates.items()]
-    with stop_on_ctrl_c(console) as stop, display(console, list(rates), steps * seeds) as shown:
-        hold(task, contestants, steps, seeds, shown.moved, stop)
+    with stop_on_ctrl_c(console) as stop:
+        console.print(f"{task.title}: {steps} steps, {seeds} seed{'s' * (seeds > 1)}. {CTRL_C}")
+        contestants = [Contestant(name, make(name, task, each, steps), each) for name, each in rates.items()]
+        with display(console, list(rates), steps * seeds) as shown:
+            hold(task, contestants, steps, seeds, shown.moved, stop)
     if not stop.is_set():
-        console.print("Singular values of the last updates ...")
+        console.print("Computing the singular values of the last updates ...")
     result = collect(task, contestants, steps, seeds, not stop.is_set(), _recorded(out, task.title))
     if not result.rows:
         console.print("Stopped before the first step: nothing to report.")
         return 130
     show(console, result)
-    _wrote(console, result.write(out))
+    with _writing():
+        _wrote(console, result.write(out))
     return 0 if result.finished else 130
 
 
 def _recorded(out: Path, title: str) -> list[Trial]:
-    """The learning rates that a sweep of what has this title has left in the folder."""
+    """The trials in the folder's `sweep.json` if that sweep has this title, otherwise none."""
     try:
         found = _read(out / "sweep.json")
-    except BadInput:  # something else
+    except BadInput:  # the file is not that of a sweep
         return []
     return found.trials if found is not None and found.title == title else []
 
 
 def _read(path: Path) -> Result | None:
-    """What a race or a sweep has written; None if there is no such file."""
+    """The result in a JSON file of a race or a sweep; None if the file does not exist."""
     try:
         return Result.read(path)
     except FileNotFoundError:
@@ -105,7 +111,9 @@ def _read(path: Path) -> Result | None:
             f"cannot read {str(path)!r} ({error.strerror}); type --out with another folder"
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise BadInput(f"{str(path)!r} is not what a race writes; move it away, or race again") from None
+        raise BadInput(
+            f"{str(path)!r} was not written by this command; move it away, or race again to replace it"
+        ) from None
 
 
 def _redraw(console: Console, out: Path) -> int:
@@ -113,26 +121,29 @@ def _redraw(console: Console, out: Path) -> int:
     if race is None and sweep is None:
         raise BadInput(f"there is no race.json and no sweep.json in {str(out)!r}; race first, or type --out")
     written = []
-    if race is not None:
-        race = dataclasses.replace(race, trials=_recorded(out, race.title) or race.trials)
-        race.plot(out / "race.png")
-        race.report(out / "race.html")
-        written += [out / "race.png", out / "race.html"]
-    if sweep is not None:
-        sweep.report(out / "sweep.html")
-        written += [out / "sweep.html"]
+    with _writing():
+        if race is not None:
+            race = dataclasses.replace(race, trials=_recorded(out, race.title) or race.trials)
+            race.plot(out / "race.png")
+            race.report(out / "race.html")
+            written += [out / "race.png", out / "race.html"]
+        if sweep is not None:
+            sweep.report(out / "sweep.html")
+            written += [out / "sweep.html"]
     _wrote(console, written)
     return 0
 
 
 def _points(console: Console, task: Task, names: list[str]) -> dict[str, list[Rates]]:
-    """The grids of those whose learning rate no theory gives."""
+    """The grid of every optimizer whose learning rate is not given by theory."""
     known = ", ".join(name for name in names if name in task.theory)
     points = {name: list(grid(name, task.name)) for name in names if name not in task.theory}
     if not points:
-        raise BadInput(f"theory gives the learning rate of {known}; type --optimizers with others")
+        raise BadInput(
+            f"nothing to tune, as theory gives the learning rate of {known}; type other --optimizers"
+        )
     if known:
-        console.print(f"Not tried, as theory gives their learning rates: {known}.")
+        console.print(f"Not tuned, because theory gives their learning rates: {known}.")
     return points
 
 
@@ -146,21 +157,38 @@ def _sweep(console: Console, task: Task, points: dict[str, list[Rates]], steps: 
             trials += found
             if len(found) == len(rates):
                 chosen[name] = best(found)
+    if not trials:
+        console.print("Stopped before any learning rate was tried: nothing to report.")
+        return 130
     for name, rates in chosen.items():
         if at_edge(name, rates, task.name):
             console.print(f"{name}: {rates} is at the edge of its grid; a better rate may lie outside.")
     section = toml(task.name, steps, chosen)
-    (out / "learning_rates.toml").write_text(section)
     console.print(section)
     result = collect(task, [], steps, 1, not stop.is_set(), trials)
-    result.write_json(out / "sweep.json")
-    result.report(out / "sweep.html")
+    with _writing():
+        (out / "learning_rates.toml").write_text(section)
+        result.write_json(out / "sweep.json")
+        result.report(out / "sweep.html")
     _wrote(console, [out / f"{name}" for name in ("learning_rates.toml", "sweep.json", "sweep.html")])
     return 0 if result.finished else 130
 
 
 def _maker(name: str, task: Task, steps: int) -> Maker:
     return lambda rates: make(name, task, rates, steps)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Turn a file that cannot be written into an error of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # not a file, such as a closed pipe
+            raise
+        raise BadInput(
+            f"cannot write {str(error.filename)!r} ({error.strerror}); move it away, or type another --out"
+        ) from None
 
 
 def _wrote(console: Console, paths: list[Path]) -> None:
@@ -180,7 +208,7 @@ def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [""]:
         if name not in MAKERS:
-            raise BadInput(f"no optimizer is called {name!r}; there are {', '.join(MAKERS)}")
+            raise BadInput(f"no optimizer is called {name!r}; the optimizers are {', '.join(MAKERS)}")
     return list(dict.fromkeys(names))
 
 
@@ -213,7 +241,9 @@ def _rates(task: Task, names: list[str], given: list[str]) -> dict[str, Rates]:
         allowed = ("",) if name not in WITH_OTHERS else ("", "others")
         if name not in rates or which not in allowed:
             known = [n + s for n in names for s in ("", ".others")[: 1 + (n in WITH_OTHERS)]]
-            raise BadInput(f"--lr {entry!r} names nobody who races; type NAME=VALUE with {', '.join(known)}")
+            raise BadInput(
+                f"--lr {entry!r} names no optimizer of this race; type NAME=VALUE with {', '.join(known)}"
+            )
         number = _number(f"--lr {target}", value)
         old = rates[name]
         rates[name] = Rates(old.learning_rate, number) if which else Rates(number, old.others)

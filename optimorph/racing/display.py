@@ -5,26 +5,57 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 from optimorph.racing.contestants import Rates
 from optimorph.racing.laps import Contestant
 from optimorph.racing.record import Trial
 
 UNBOUNDED = 10_000
-"""Columns of a pipe, whose reader may break lines or not."""
+"""Width of a console that writes to a pipe, so that no line is broken."""
 
 
-def plain_console(quiet: bool = False) -> Console:
-    """Takes no markup, as names are the user's; breaks lines, between words, on a terminal alone."""
-    console = Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+class SharedConsole(Console):
+    """A console to which another thread can print while bars are drawn, without mixing the two."""
+
+    lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    def print(self, *given: Any, **named: Any) -> None:
+        """Print while no bar is drawn."""
+        with self.lock:
+            super().print(*given, **named)
+
+
+def plain_console(quiet: bool = False) -> SharedConsole:
+    """A console that breaks lines between words on a terminal, and nowhere in a pipe.
+
+    It reads no markup, because names come from the user.
+    """
+    console = SharedConsole(quiet=quiet, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
         console.width = UNBOUNDED
     return console
 
 
 class Bars(Progress):
-    """Bars that leave room for the `^C` that a terminal echoes: broken, the last line would count as two."""
+    """Bars that leave room for the `^C` that a terminal echoes.
+
+    Without it the last line would wrap, and rich would wipe one line too few.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console, disable: bool = False):
+        """The console, if it is shared, prints under the lock of the bars."""
+        super().__init__(*columns, console=console, disable=disable)
+        if isinstance(console, SharedConsole):
+            console.lock = self.live._lock
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """One table of all bars."""
@@ -32,12 +63,12 @@ class Bars(Progress):
 
 
 class Narrower(NamedTuple):
-    """Something to print, three columns from the right edge."""
+    """A renderable that leaves the last three columns of the terminal empty."""
 
     inside: RenderableType
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
-        """Print it."""
+        """Render what is inside at the smaller width."""
         yield from console.render(self.inside, options.update_width(options.max_width - 3))
 
 
@@ -49,9 +80,9 @@ class Live:
         self.progress = Bars(
             TextColumn("{task.description:<10}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("loss {task.fields[loss]:<9}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
             console=console,
         )

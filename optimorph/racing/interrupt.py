@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
-STOPPING = "Stopping after this step, to report what was reached. Ctrl-C again interrupts at once."
+STOPPING = "Stopping after this step, to report what was reached. Another Ctrl-C quits without a report."
 
 
 @contextlib.contextmanager
 def stop_on_ctrl_c(console: Console | None = None) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second interrupts at once. Only the main thread hears it.
+    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt.
 
-    The console says at once what happens. Handlers of Python wait while a program is compiled; it does not.
+    The console prints a message at once, even while a program is compiled and Python's own signal handlers
+    wait. Outside the main thread Ctrl-C is left alone, and the event is never set.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -37,7 +38,7 @@ def stop_on_ctrl_c(console: Console | None = None) -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _at_once(say: Callable[[], None]) -> Iterator[None]:
-    """Call it in a thread of its own at the first SIGINT, whatever the main thread is doing."""
+    """Call `say` in another thread at the first SIGINT, even while the main thread is busy."""
     listening, heard = socket.socketpair()
     heard.setblocking(False)
 

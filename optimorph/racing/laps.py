@@ -57,7 +57,7 @@ def hold(
                 moved(one)
         if not stop.is_set():
             _lap(contestants, steps, moved, stop)
-    for one in contestants:  # where a stop came between two looks
+    for one in contestants:  # a stop may have come between two evaluations
         for run in one.runs:
             run.look()
         if one.runs:

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import math
+import re
 import statistics
 import string
 from collections.abc import Iterable, Sequence
@@ -23,13 +24,13 @@ DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "8 3 2 3", ":": "2 3"}
 
 
 def write_html(path: Path, record: Record, styles: dict[str, Style]) -> None:
-    """Light where the reader's screen is light, dark where it is dark; one column where it is narrow."""
+    """Write the page. It follows the reader's light or dark scheme, and narrow screens get one column."""
     page = string.Template(importlib.resources.files("optimorph.racing").joinpath("page.html").read_text())
     with mpl.rc_context(plot.SETTINGS):
         sections = [_losses(record, styles), _rates(record, styles), _spectra(record, styles)]
     text = page.substitute(
         title=escape(record.title),
-        lead=escape(verdict(record)),
+        lead=re.sub(r"\d[\d.]*e-\d+", r"<span>\g<0></span>", escape(verdict(record))),
         light=_variables(0, LIGHT),
         dark=_variables(1, DARK),
         sections="\n".join(filter(None, sections)),
@@ -48,7 +49,7 @@ def _losses(record: Record, styles: dict[str, Style]) -> str:
         inline(
             plot.panel(plot.loss, WIDE, record, styles, along),
             f"loss-{along}",
-            f"A line chart of {record.measure} over {along}; the table below has the ends.",
+            f"A line chart of {record.measure} over {along}; the table below has the final values.",
         )
         for along in ("steps", "seconds")
     ]
@@ -69,8 +70,8 @@ def _rates(record: Record, styles: dict[str, Style]) -> str:
     found = {name: tried for name, tried in found.items() if tried}
     rows = [(_named(name, styles), *map(escape, _best(tried))) for name, tried in found.items()]
     several = any(trial.others is not None for trial in record.trials)
-    note = "Of several rates for embeddings, head and norms, the best. " if several else ""
-    note += "A cross above: the loss is no longer a number."
+    note = "Each point is the best over the rates tried for embeddings, head and norms. " if several else ""
+    note += "A cross at the top marks a learning rate with which training diverged."
     picture = inline(
         plot.panel(plot.rates, WIDE, record, styles),
         "rates",
@@ -107,9 +108,12 @@ def _spectra(record: Record, styles: dict[str, Style]) -> str:
         (_named(name, styles), *(f"{100 * x:.0f} %" for x in (statistics.median(each), min(each), max(each))))
         for name, each in shares.items()
     ]
-    note = "Singular values over the largest, from the first (0) to the last (1). A flat line moves every "
-    note += "direction alike, a steep one few. The last update of the first seed"
-    note += f", {len(some)} of {len(all_)} layers." if len(some) < len(all_) else "."
+    note = "Singular values of the last update of the first seed, divided by the largest, in order from the "
+    note += (
+        "first (0) to the last (1). An update with a flat line moves the weights in all directions alike; "
+    )
+    note += "one with a steep line moves them in few."
+    note += f" The pictures show {len(some)} of {len(all_)} layers." if len(some) < len(all_) else ""
     pictures = [
         inline(
             plot.panel(plot.spectrum, SMALL, record, styles, layer),
@@ -118,7 +122,9 @@ def _spectra(record: Record, styles: dict[str, Style]) -> str:
         )
         for k, layer in enumerate(some)
     ]
-    caption = "Effective rank (the exponential of the spectrum's entropy) over full rank, across layers."
+    caption = (
+        "Effective rank (the exponential of the spectrum's entropy) as a share of full rank, over all layers."
+    )
     return _section(
         "spectra",
         "How many directions an update has",
@@ -144,9 +150,10 @@ def _figure(
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], caption: str, bold: int = 0) -> str:
-    """`rows` are HTML already; the first of each names it, and the first `bold` rows are.
+    """A table of rows that are HTML already; the first `bold` of them are bold.
 
-    On a narrow screen, where the heads above would not fit, each cell has its own.
+    The first cell of a row is its heading. On a narrow screen the column heads are hidden, and each cell
+    shows its own.
     """
     top = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
     lines = (

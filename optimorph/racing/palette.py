@@ -25,14 +25,14 @@ _ALL = [Style(LIGHT[-1 - k % 8], DASHES[(k + k // 8) % 4]) for k in range(32)]
 OPTIMIZERS: dict[str, Style] = dict(
     zip(("muon", "adamw", "adam", "rmsprop", "adagrad", "nesterov", "momentum", "sgd"), _ALL, strict=False)
 )
-"""Name → its style, in every picture of the project and whoever else is in it."""
+"""Name → its style, the same in every picture of the project."""
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
-    """A style a name.
+    """Name → style.
 
-    Those of `OPTIMIZERS` have their own. The others share the twenty-four left, in the order of `names`:
-    first those whose colour nobody here has.
+    Names in `OPTIMIZERS` keep theirs. The other names get the twenty-four remaining styles in turn, first
+    those whose colour no name has yet.
     """
     found = {name: OPTIMIZERS[name] for name in names if name in OPTIMIZERS}
     taken = {style.color for style in found.values()}

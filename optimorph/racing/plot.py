@@ -41,7 +41,7 @@ def write_png(path: Path, record: Record, styles: dict[str, Style]) -> None:
 
 
 def losses(record: Record, styles: dict[str, Style]) -> Figure:
-    """Over steps and over seconds, with a title and the names beside."""
+    """The loss over steps and over seconds, with a title, and a legend at the right."""
     note = f" (mean of {record.seeds} seeds, their range shaded)" if record.seeds > 1 else ""
     figure = Figure(layout="constrained")
     figure.suptitle(textwrap.fill(record.title + note, 90), x=0.01, horizontalalignment="left")
@@ -65,7 +65,7 @@ def panel(draw: Callable[..., None], size: tuple[float, float], *given: Any) -> 
 
 
 def loss(axes: Axes, record: Record, styles: dict[str, Style], along: str) -> None:
-    """Over "steps" or "seconds": a line an optimizer, the mean over its seeds, their range shaded."""
+    """The loss along "steps" or "seconds": one line per optimizer, the mean over its seeds."""
     for name in record.names:
         curves = [curve for curve in record.curves if curve.optimizer == name and len(curve.steps) > 1]
         if curves:
@@ -93,19 +93,19 @@ def _curves(axes: Axes, curves: list[Curve], kind: str, style: Style) -> None:
 
 
 def is_log(record: Record, low: float, high: float) -> bool:
-    """Whether losses from `low` to `high` want a logarithmic axis: over a decade, and none negative."""
+    """Whether the loss axis is logarithmic: by default if losses span over a decade and none is negative."""
     return 0 <= low < high / 10 if record.log_loss is None else record.log_loss
 
 
 def _range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """From the best to the start: a loss that blew up must not flatten all others."""
+    """From the lowest loss to the highest start, so that a loss that diverges does not flatten the others."""
     finite = [loss for curve in curves for loss in curve.losses if math.isfinite(loss)]
     starts = [curve.losses[0] for curve in curves if math.isfinite(curve.losses[0])]
     return min(finite, default=0.0), max(starts, default=1.0)
 
 
 def _beyond(curves: Sequence[Curve]) -> tuple[float, float]:
-    """The same for a logarithmic axis, and up to where those rose who came down again."""
+    """The limits of a logarithmic axis, which include losses that rose and came down again."""
     start = _range(curves)[1]
     down = [curve.losses for curve in curves if curve.losses[-1] <= start]
     positive = [loss for losses in down for loss in losses if 0 < loss < math.inf] or [start]
@@ -113,7 +113,7 @@ def _beyond(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def rates(axes: Axes, record: Record, styles: dict[str, Style]) -> None:
-    """The loss over the learning rate, at the best of the others' rates; a cross above: it blew up."""
+    """The final loss over the learning rate, with a cross at the top where training diverged."""
     for name in record.names:
         best = envelope([trial for trial in record.trials if trial.optimizer == name])
         style, along = styles[name], list(best)
@@ -143,11 +143,11 @@ def envelope(trials: list[Trial]) -> dict[float, float]:
 
 
 Layer = tuple[str, int, int]
-"""Its path, rows and columns."""
+"""The path of a weight, its rows and its columns."""
 
 
 def spectrum(axes: Axes, record: Record, styles: dict[str, Style], layer: Layer) -> None:
-    """A layer's singular values over the largest, in order, from the first (0) to the last (1)."""
+    """A layer's singular values, divided by the largest, in order from the first (0) to the last (1)."""
     found = {each.optimizer: each for each in record.spectra if layer_of(each) == layer}
     for name in filter(found.__contains__, record.names):
         values, style = found[name].values, styles[name]
@@ -160,7 +160,7 @@ def spectrum(axes: Axes, record: Record, styles: dict[str, Style], layer: Layer)
 
 
 def layer_of(each: Spectrum) -> Layer:
-    """The layer whose update it is of."""
+    """The layer that a spectrum belongs to."""
     return each.path, each.rows, each.columns
 
 

@@ -59,8 +59,8 @@ def race(
         else one after another, in one program that is compiled once. 0: always so.
       title: what is trained, for headings.
       measure: what the loss is, with its unit.
-      log_loss: whether pictures show the loss on a logarithmic axis; None: where it falls below a tenth of
-        its start, and is never negative.
+      log_loss: whether the loss axis of pictures is logarithmic; None: it is if a loss falls below a tenth of
+        the start and none is negative.
       progress: whether to show what happens meanwhile.
 
     Returns:

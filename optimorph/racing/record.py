@@ -82,7 +82,7 @@ class Record:
       curves: one for every optimizer and seed.
       trials: the learning rates that were tried before.
       spectra: of the last updates of the first seed.
-      log_loss: whether pictures of the loss have a logarithmic axis; None: where the losses want it.
+      log_loss: whether the loss axis of pictures is logarithmic; None: the range of the losses decides.
     """
 
     task: str
@@ -100,7 +100,7 @@ class Record:
 
     @property
     def names(self) -> list[str]:
-        """Everybody, in the one order of tables and legends: best first, or by the lowest loss tried."""
+        """All optimizers in the order of tables and legends: best first, or by the lowest loss of a sweep."""
         tried = sorted(self.trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
         placed = [row.name for row in self.rows] + [each.optimizer for each in (*tried, *self.curves)]
         return list(dict.fromkeys(placed))

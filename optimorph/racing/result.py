@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,7 @@ from optimorph.racing.laps import Contestant
 from optimorph.racing.page import write_html
 from optimorph.racing.palette import Style, styles
 from optimorph.racing.plot import write_png
-from optimorph.racing.record import Curve, Record, Row, Trial
+from optimorph.racing.record import Curve, Record, Row, Spectrum, Trial
 from optimorph.racing.spectra import spectra
 from optimorph.racing.table import show
 from optimorph.racing.task import Task
@@ -54,7 +54,7 @@ class Result(Record):
         return paths
 
     def _styles(self) -> dict[str, Style]:
-        """By name; those without a style of their own by the order in which they entered."""
+        """Name → style; names without a fixed style get theirs in the order of entry."""
         entered = [each.optimizer for each in (*self.curves, *self.trials)]
         return styles(list(dict.fromkeys(entered)))
 
@@ -68,8 +68,18 @@ def collect(
     trials: Sequence[Trial] = (),
     axes: AxesRules | None = None,
 ) -> Result:
-    """Everything that was measured; no spectra of a race that was stopped, as they take a while."""
-    rows = [found for one in contestants if (found := row(one)) is not None]
+    """Everything that was measured.
+
+    A race that was stopped has no spectra, because they take a while. Ctrl-C while they are computed keeps
+    the race and counts as a stop.
+    """
+    found: list[Spectrum] = []
+    if finished:
+        try:
+            found = [each for one in contestants for each in _spectra(one, axes)]
+        except KeyboardInterrupt:
+            finished = False
+    rows = [each for one in contestants if (each := row(one)) is not None]
     runs = [(one.name, run) for one in contestants for run in one.runs]
     return Result(
         task=task.name,
@@ -82,14 +92,15 @@ def collect(
         rows=sorted(rows, key=lambda r: math.inf if r.diverged else r.loss),
         curves=[Curve(name, run.seed, run.steps, run.seconds, run.losses) for name, run in runs],
         trials=list(trials),
-        spectra=[
-            found
-            for name, run in runs
-            if finished and run.kept is not None
-            for found in spectra(name, run.kept, axes)
-        ],
+        spectra=found,
         log_loss=task.log_loss,
     )
+
+
+def _spectra(one: Contestant, axes: AxesRules | None) -> Iterator[Spectrum]:
+    for run in one.runs:
+        if run.kept is not None:
+            yield from spectra(one.name, run.kept, axes)
 
 
 def row(one: Contestant) -> Row | None:

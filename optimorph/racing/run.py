@@ -83,7 +83,7 @@ class Run:
 
     @property
     def step_seconds(self) -> list[tuple[float, float]]:
-        """Of every step, the model's part and the optimizer's."""
+        """For every step, the seconds of the gradient and the seconds of the update."""
         return list(zip(self.model_seconds, self.update_seconds, strict=True))
 
     @property
@@ -110,7 +110,7 @@ class Run:
         self._batch = next(self.batches)
 
     def warm_up(self) -> None:
-        """Some steps on copies, in no one's time: the first calls of a program are slower than all others."""
+        """Take some untimed steps on copies, because the first calls of a compiled program are slow."""
         params, state = _own((self.params, self.state))
         for _ in range(WARM_UP):
             _, gradients = self.track.gradient(params, self._batch)

@@ -43,7 +43,7 @@ def _cells(r: Row, between: str) -> tuple[str, ...]:
 
 
 def tables(record: Record, width: int, between: str = " ± ") -> Iterator[Table]:
-    """One table, or where it would be wider than this, several with some of the columns each."""
+    """One table, or several that share out the columns if one would be wider than `width`."""
     names, *columns = ([head, *cells] for head, *cells in zip(*cells(record, between), strict=True))
     title: str | None = f"{record.title}: {record.measure}"
     while columns:
@@ -54,7 +54,8 @@ def tables(record: Record, width: int, between: str = " ± ") -> Iterator[Table]
 
 
 def _width(column: Sequence[str]) -> int:
-    return 1 + max(len(line) for cell in column for line in cell.split("\n"))
+    """Of the longest line, the padding and the gap between columns."""
+    return 2 + max(len(line) for cell in column for line in cell.split("\n"))
 
 
 def _table(title: str | None, names: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
@@ -75,14 +76,16 @@ def notes(record: Record) -> list[str]:
     found = (
         ""
         if record.finished
-        else "Stopped early, so without spectra: every row shows what had been reached.",
+        else "Stopped early: every row shows what was reached by then. No spectra were computed.",
         f"Mean of {max(r.seeds for r in rows)} seeds ± their standard deviation."
         if rows[0].seeds > 1
         else "",
-        "Steps/s: by the median step, gradient and update, after some that are not timed.",
-        "Update ms: the optimizer's part of a step, the median, without the model.",
-        "Learning rate: the peak." if "others" in heads else "",
-        "Others: that of embeddings, head and norms, where they have their own." if "others" in heads else "",
+        "Steps/s: from the median time of gradient and update, after a few untimed steps.",
+        "Update ms: the median time of the optimizer's update, without the gradient.",
+        "Learning rate: the peak of the schedule." if "others" in heads else "",
+        "Others: the peak learning rate of embeddings, head and norms, where it is separate."
+        if "others" in heads
+        else "",
         f"{where['cores']} cores, {where['device']}, {where['date']}; {versions}.",
     )
     return list(filter(None, found))

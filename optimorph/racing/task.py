@@ -33,7 +33,7 @@ class Task:
       momentum: of `momentum` and `nesterov`, by name.
       weight_decay: of matrices, for `adamw` and `muon`.
       theory: learning rates that are known and need no tuning, by optimizer.
-      log_loss: whether pictures of the loss have a logarithmic axis; None: where the losses want it.
+      log_loss: whether the loss axis of pictures is logarithmic; None: the range of the losses decides.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Logarithmic axes whose labels are plain text: 0.01, 0.1, 1; never TeX, never on top of each other."""
+"""Logarithmic axes with plain labels, such as 0.01, 0.1 and 1, that never overlap and are never TeX."""
 
 import math
 
@@ -7,7 +7,7 @@ from matplotlib.scale import LogScale
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 STEPS = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3))
-"""Of a decade, where there is room for more labels than one a decade."""
+"""Multiples of a power of ten that get a label, from the most to the fewest."""
 
 
 def plain(value: float, position: int | None = None) -> str:
@@ -17,14 +17,14 @@ def plain(value: float, position: int | None = None) -> str:
 
 
 class Ticks(LogLocator):
-    """As many round numbers as there is room for, and two at least."""
+    """Ticks at as many round numbers as there is room for, and at least two."""
 
     def __init__(self):
-        """The room is that of the axis, which it learns of later."""
+        """Matplotlib sets the axis, whose length is the room, later."""
         super().__init__()
 
     def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
-        """The ticks between two numbers above zero, and perhaps some beyond."""
+        """The ticks between two positive numbers, and perhaps some beyond them."""
         room = max(2, self.axis.get_tick_space() * 2 // 3) if self.axis else 6
         low, high = sorted((vmin, vmax))
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -40,14 +40,14 @@ class Ticks(LogLocator):
 
 
 class PlainLog(LogScale):
-    """`axes.set(xscale=PlainLog())`: matplotlib's logarithmic scale with such labels."""
+    """Matplotlib's logarithmic scale with plain labels: `axes.set(xscale=PlainLog())`."""
 
     def __init__(self):
         """Base 10."""
         super().__init__(None)
 
     def set_default_locators_and_formatters(self, axis) -> None:
-        """Labels at the larger ticks alone."""
+        """Label only the major ticks."""
         super().set_default_locators_and_formatters(axis)
         axis.set_major_locator(Ticks())
         axis.set_major_formatter(FuncFormatter(plain))
