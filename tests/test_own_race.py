@@ -61,6 +61,7 @@ def by_hand(tx, params, batches, steps):
     return np.mean([loss(params, batch) for batch in HELD_OUT])
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_plain_loop():
     params = jax.tree.map(jnp.asarray, start())
     entered = {"adam": om.adam(0.05), "muon": om.muon(0.1), "theirs": optax.sgd(0.1)}
@@ -114,6 +115,7 @@ SWEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["at once", "by turns"])
 def test_learning_rates_are_tried(sweep_bytes):
     result = race(SWEPT, learning_rates=POINTS, sweep_bytes=sweep_bytes)

@@ -101,6 +101,7 @@ def test_pages_of_a_sweep_are_redrawn_and_the_race_keeps_its_rates(tmp_path, mon
     assert not list(tmp_path.glob("race.*"))
 
 
+@pytest.mark.slow
 def test_state_bytes(tmp_path):
     main(["race", "--task", "digits", "--steps", "2", "--out", str(tmp_path)])
     rows = {row["name"]: row for row in json.loads((tmp_path / "race.json").read_text())["rows"]}
@@ -688,6 +689,7 @@ def test_digits_learns():
     assert run.losses[-1] < 0.5
 
 
+@pytest.mark.slow
 def test_text_starts_at_the_entropy_of_letters_and_learns():
     task = text.task()
     run = Run(Track(task), contestants.make("adamw", task, Rates(1e-3, 1e-2), 10), 0)
@@ -696,6 +698,7 @@ def test_text_starts_at_the_entropy_of_letters_and_learns():
     assert run.losses[-1] < 0.9 * run.losses[0]
 
 
+@pytest.mark.slow
 def test_text_is_causal():
     """Scores at a place do not depend on later letters."""
     from flax import nnx
