@@ -20,6 +20,7 @@ def draw(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(spec=SPECS, data=st.data())
 def test_round_trip(spec, data):

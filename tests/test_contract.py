@@ -36,6 +36,7 @@ def gradients(params, seed=1):
     return jax.tree.map(lambda p: formulas.draw(rng, p.shape, p.dtype, True), params)
 
 
+@pytest.mark.examples("*-bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @every
 def test_tree_and_dtype(entry, dtype):
@@ -193,6 +194,7 @@ def test_in_a_chain(entry):
     rounding.close(updates, jax.tree.map(lambda u: 2 * u, expected), condition=CONDITION)
 
 
+@pytest.mark.examples("sgd-momentum", "adamw", "muon")
 @recipes
 def test_inside_optax_wrappers(entry):
     params = parameters(entry)
@@ -249,6 +251,7 @@ EXTRA = {
 }
 
 
+@pytest.mark.examples("*learning_rate", "*-decay", "adamw-*", "muon-momentum")
 @pytest.mark.parametrize(("name", "argument"), NUMBERS, ids=["-".join(pair) for pair in NUMBERS])
 @rounding.in_float64
 def test_every_number_may_be_traced(name, argument):

@@ -219,6 +219,7 @@ def test_equinox():
     agree({k: {"hidden": m.hidden, "head": m.head} for k, m in models.items()}, descended())
 
 
+@pytest.mark.slow
 def test_haikus_dictionaries():
     """Modules' names with slashes, and in them `w`."""
 
@@ -237,6 +238,7 @@ def test_haikus_dictionaries():
 # optax's wrappers.
 
 
+@pytest.mark.slow
 def test_accumulation_over_one_step():
     """`optax.MultiSteps(tx, 1)` changes no number, but it is not free: optax keeps a mean of gradients.
 
@@ -259,12 +261,14 @@ def test_accumulation_over_three_steps():
     agree(ends(lambda tx: optax.MultiSteps(tx, 3, accumulator_dtype=float), three), alone())
 
 
+@pytest.mark.slow
 def test_named_chain_and_apply_if_finite():
     """A gradient that is no number is as good as none."""
     sick = jax.tree.map(lambda g: jnp.insert(g, 2, jnp.nan, axis=0), gradients(6))
     agree(ends(lambda tx: optax.named_chain(("finite", optax.apply_if_finite(tx, 3))), sick), alone())
 
 
+@pytest.mark.slow
 def test_lookahead():
     """Half of the way that the recipe alone would have gone."""
 
@@ -277,6 +281,7 @@ def test_lookahead():
     agree(every_recipe(train), halfway)
 
 
+@pytest.mark.slow
 def test_schedule_free():
     """Around optax's Adam and around ours it is the same; with every recipe the averages move."""
     around = functools.partial(optax.contrib.schedule_free, learning_rate=0.1)
@@ -291,6 +296,7 @@ def test_schedule_free():
             assert np.any(tree[key] != start), name
 
 
+@pytest.mark.slow
 def test_sharpness_aware_minimization():
     """If the adversary does not move, that is every second gradient."""
 
@@ -304,6 +310,7 @@ def test_sharpness_aware_minimization():
 # jax's transformations of a whole update.
 
 
+@pytest.mark.slow
 def test_ensembles():
     """Two models under one `vmap`, states and all, are two models."""
     both = jax.tree.map(lambda *g: jnp.stack(g), gradients(6), gradients(6, 20))

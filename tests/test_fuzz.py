@@ -448,6 +448,7 @@ def test_labels_of_any_tree(tree):
         assert om.labels(shapes)(params) == shapes
 
 
+@pytest.mark.slow
 def test_two_leaves_of_one_name():
     """Each has its own update; where paths must tell them apart they are refused."""
     tree = {"a/b": Leaf("float32", (2, 3)), "a": {"b": Leaf("float32", (3,))}}

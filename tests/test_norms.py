@@ -75,6 +75,7 @@ def test_facts(f, fact, shape, i):
         np.testing.assert_allclose(got, by_numpy(fact, x), rtol=1e-7, atol=3e-8)
 
 
+@pytest.mark.examples("spectral_norm", "nuclear_norm")
 @every
 @rounding.in_float64
 def test_one_decomposition_serves_all(f, fact):
@@ -170,6 +171,7 @@ def test_half_precision_is_computed_in_float32(f, fact, dtype):
     rounding.close(got, by_numpy(fact, np.asarray(x, np.float64)), units=2, condition=np.sqrt(x.size))
 
 
+@pytest.mark.examples("spectral_norm", "nuclear_norm")
 @every
 def test_zero_is_zero_with_finite_slopes(f, fact):
     """And so are slopes where singular values are equal, or some of them zero."""
@@ -191,6 +193,7 @@ def test_what_is_not_finite_is_reported(f, fact):
     assert np.isnan(f(jnp.eye(3).at[1, 2].set(jnp.nan)))
 
 
+@pytest.mark.examples("spectral_norm", "nuclear_norm")
 @pytest.mark.parametrize("name", FACTS)
 def test_derivatives(name):
     """Against finite differences."""
@@ -222,6 +225,7 @@ seeds = given(st.integers(0, 10**6), st.sampled_from([(5, 9), (9, 5), (6, 6)]))
 often = settings(deadline=None, max_examples=15)
 
 
+@pytest.mark.examples("spectral_norm", "nuclear_norm")
 @every
 @often
 @seeds
@@ -232,6 +236,7 @@ def test_turning_changes_nothing(f, fact, seed, shape):
         np.testing.assert_allclose(f(jnp.asarray(u @ x @ v)), f(jnp.asarray(x)), rtol=1e-9)
 
 
+@pytest.mark.examples("spectral_norm", "nuclear_norm")
 @each_norm
 @often
 @seeds

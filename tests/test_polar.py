@@ -122,6 +122,7 @@ def test_polar_express_reaches_one():
         assert np.max(np.abs(1 - np.linalg.svd(np.asarray(out), compute_uv=False))) < bound
 
 
+@pytest.mark.examples("polar_express")
 @every
 def test_symmetries(method):
     """polar(U G Vᵀ) = U polar(G) Vᵀ; polar(Gᵀ) = polar(G)ᵀ; a stack is its slices."""
@@ -144,6 +145,7 @@ def test_complex(method):
         np.testing.assert_allclose(inside, np.diag(np.diag(inside).real), atol=1e-9)
 
 
+@pytest.mark.examples("jordan", "polar_express")
 @every
 @settings(deadline=None, max_examples=25)
 @given(power=st.integers(-30, 30), seed=st.integers(0, 5))
@@ -155,6 +157,7 @@ def test_scale_does_not_matter(method, power, seed):
     rounding.close(method(jnp.asarray(scaled)), method(jnp.asarray(g)), units=4, condition=magnified)
 
 
+@pytest.mark.examples("polar_express-*")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @every
 def test_finite_and_in_its_dtype(method, dtype):
@@ -196,6 +199,7 @@ def test_description_is_hashable_and_frozen():
         NewtonSchulz().steps = 3
 
 
+@pytest.mark.examples("polar_express")
 @every
 def test_under_vmap_and_jit(method):
     with jax.enable_x64(True):
@@ -206,6 +210,7 @@ def test_under_vmap_and_jit(method):
 REAL_SHAPES = [(1, 5), (5, 1), (7, 7), (64, 64), (31, 100), (100, 31), (48, 192), (1000, 37)]
 
 
+@pytest.mark.examples("*-polar_express")
 @pytest.mark.parametrize("coefficients", ["polar_express", "jordan", "you"])
 @pytest.mark.parametrize("shape", REAL_SHAPES, ids=str)
 @rounding.in_float64
@@ -241,6 +246,7 @@ def test_float32_is_as_close_to_float64_as_the_plain_iteration(values, iteration
     assert own < 10 * np.abs(x - true).max() + rounding.eps("float32") * polar.table.slope
 
 
+@pytest.mark.examples("3-*")
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize("rows", [2, 3, 8, 9])
 @rounding.in_float64

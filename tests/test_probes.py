@@ -137,6 +137,7 @@ def test_a_bare_array():
 # What they leave alone.
 
 
+@pytest.mark.examples("sgd", "adamw", "muon")
 @pytest.mark.parametrize("entry", catalog.RECIPES, ids=[entry.id for entry in catalog.RECIPES])
 def test_nothing_is_changed(entry):
     """Updates and states, to the bit, of three steps of which two are looked at."""

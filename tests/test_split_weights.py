@@ -134,6 +134,7 @@ def test_the_same_small_updates():
     assert near[middle & (sizes > np.abs(start) / 5000)].max() < 0.05
 
 
+@pytest.mark.slow
 def test_a_training_run():
     """AdamW at 1e-5, gradients those of bfloat16 weights: with 8 bits by chance and 16, that of float32."""
     rng = np.random.default_rng(0)

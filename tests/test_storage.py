@@ -160,6 +160,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.examples("alone-*")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_b2_survives(wrap, dtype):

@@ -107,6 +107,7 @@ def test_experts_and_layers_stay_where_they_are(mode):
     assert found.flops == 2 * om.linalg.NewtonSchulz().flops(24, 40)
 
 
+@pytest.mark.slow
 def test_one_device_among_many_has_the_program_of_one_device():
     task = Everywhere(om.linalg.NewtonSchulz(), (om.linalg.Axes("io"), om.linalg.Axes("oi")))
     arrays = [jnp.ones((8, 24)), jnp.ones((24, 8))]

@@ -50,7 +50,7 @@ def test_muon_in_float64(layout, devices, mode):
             assert x.sharding.is_equivalent_to(places[name], x.ndim), (name, x.sharding)
 
 
-@pytest.mark.examples("explicit-replicated")
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["replicated", "fsdp x tensor"])
 def test_muon_in_float32(layout, mode):
     tx, places = om.muon(0.1, **MUON), trees.shardings(layout, 8, mode)

@@ -103,6 +103,7 @@ def test_what_jax_refuses_is_in_its_own_words():
         tx.update({"w": there}, tx.init({"w": here}))
 
 
+@pytest.mark.slow
 def test_exported_with_shardings_that_are_said():
     place = NamedSharding(mesh(), P("data", None))
     tx = om.orthogonalize(None, PLAIN, {"w": place})
@@ -144,6 +145,7 @@ print(sum(name.endswith("cache_hits") for name in names) > 0)
 """
 
 
+@pytest.mark.slow
 def test_compilation_cache(tmp_path):
     """Programs that differ only in what the compiler is answered are not taken for each other."""
 

@@ -46,6 +46,7 @@ def test_probes(mode):
     rounding.close(read(there), read(here), units=1, dtype="float32")  # which holds what was measured
 
 
+@pytest.mark.slow
 def test_devices_leave_a_gradient_out_together():
     """Inside `shard_map`, where each sees its own: they would wait for each other, or drift apart."""
     mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
@@ -64,7 +65,7 @@ def test_devices_leave_a_gradient_out_together():
     assert bool(jnp.all(updates != 0))
 
 
-@pytest.mark.examples("auto")
+@pytest.mark.slow
 @rounding.in_float64
 def test_several_gradients_for_one_muon(mode):
     tx = om.multi_steps(om.muon(0.1, axes=trees.AXES), 2)
