@@ -253,6 +253,7 @@ def test_accumulation_over_one_step():
         assert wrapped == own + sum(w.size for w in jax.tree.leaves(weights())), name
 
 
+@pytest.mark.slow
 def test_accumulation_over_three_steps():
     """An update by the mean of every three gradients."""
     apart = leaf(8, (3, 1))
@@ -376,6 +377,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 def test_restored_with_other_arguments(tmp_path):
     """The new arguments hold, not those that the state was made with; nothing of these is in a checkpoint."""
     before, after = ({k: changed(c[0], **c[side]) for k, c in CHANGES.items()} for side in (1, 2))

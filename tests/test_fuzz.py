@@ -320,6 +320,7 @@ def kinds_of_states():
     return {jax.tree.structure(state): state for state in states}.values()
 
 
+@pytest.mark.examples("adamw", "muon", "sgd")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_state_of_another_recipe(name):
     """Refused, or taken for what it is: a velocity that nobody wants has no part in an update."""

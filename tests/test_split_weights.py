@@ -168,6 +168,7 @@ def test_a_training_run():
     assert won["8"] < 0.5 * won["float32"]  # weights above 1.3 stand still at this rate
 
 
+@pytest.mark.slow
 @forms
 def test_nothing_is_kept_twice(bits, key):
     """Donated, each part is written where it was; beside them there is one leaf at a time, of many.

@@ -191,6 +191,7 @@ def test_injected_numbers_can_be_read_and_set():
     assert float(optax.tree.get(after.inner_state, "weight_decay")) == 0.25
 
 
+@pytest.mark.examples("adamw*", "muon*", "sgd*")
 @pytest.mark.parametrize("entry", catalog.RECIPES, ids=[entry.id for entry in catalog.RECIPES])
 def test_every_recipe_can_be_injected(entry):
     """By its name alone: no argument has to be called static."""
