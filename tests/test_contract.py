@@ -180,6 +180,7 @@ def test_init_from_shapes(entry):
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(params))
 
 
+@pytest.mark.examples("sgd*", "ada*", "rmsprop*", "nadam*", "muon*", "ema", "clip*", "debias")
 @every
 @rounding.in_float64
 def test_in_a_chain(entry):
@@ -387,6 +388,7 @@ def test_injected_hyperparameters(entry):
     chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
 
 
+@pytest.mark.slow
 def test_checkpoints(tmp_path):
     """Every state goes to disk and back, and the continuation is the same to the bit."""
     states, after = {}, {}
