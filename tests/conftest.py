@@ -11,7 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _flags = os.environ.get("XLA_FLAGS", "")
 if "backend_optimization_level" not in _flags:  # nearly all the time is compilation
     _flags += " --xla_backend_optimization_level=0"
-    if version("jaxlib") < "0.11":  # later ones have no other emitters, and compile large programs in parts only
+    if version("jaxlib") < "0.11":  # later ones have no other emitters, and need the parts
         _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = _flags
 if "host_platform_device_count" not in _flags:
