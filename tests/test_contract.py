@@ -49,6 +49,20 @@ def test_tree_and_dtype(entry, dtype):
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.uint32)
 
 
+@pytest.mark.examples("clip_by_global_norm-always", "skip_nonfinite", "multi_steps")
+@every
+def test_programs_grow_with_the_number_of_leaves(entry):
+    """And not with its square: no leaf repeats what all leaves decide together."""
+
+    def lines(count):
+        tx, params = entry.build(), {f"kernel{k}": jnp.ones((4, 4)) for k in range(count)}
+        program = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
+        return program.as_text().count("\n")
+
+    ten, twenty, forty = lines(10), lines(20), lines(40)
+    assert forty - twenty < 2.4 * (twenty - ten), (ten, twenty, forty)
+
+
 @every
 def test_gradients_decide_the_dtype(entry):
     """bfloat16 parameters with float32 gradients, as mixed precision has them."""

@@ -25,7 +25,7 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
         ‖g‖ = √(Σ |gₖ|²)                  (1)
         u = g min(1, max_norm / ‖g‖)      (2)
 
-    The squares are those of g / 2^e in float32 or wider, where 2^e is next to the largest |gₖ| of all leaves:
+    The squares are those of g / 2^e in float32 or wider, with 2^e within a factor of 4 of the largest |gₖ|:
     none overflows, those that vanish do not count, zero stays zero, and what is short enough is returned to
     the bit. A norm above the largest float32 number is reported as that number.
 
@@ -75,7 +75,7 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
 
 
 def _scaled_norm(leaves: list) -> tuple[jax.Array, jax.Array]:
-    """A power of two that brings the largest number next to 1, and the norm of all leaves times it."""
+    """A power of two that brings the largest number into [1/4, 2), and the norm of all leaves times it."""
     kind = max(
         (jnp.finfo(wide(g).dtype).dtype for g in leaves),
         key=lambda d: d.itemsize,
@@ -84,9 +84,9 @@ def _scaled_norm(leaves: list) -> tuple[jax.Array, jax.Array]:
     xs = [_at_least(wide(g), kind) for g in leaves]
     parts = [part for x in xs for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     largest = jnp.max(jnp.stack([jnp.zeros([], kind), *(jnp.max(jnp.abs(p), initial=0) for p in parts)]))
-    _, exponent = jnp.frexp(largest)
+    _, half = jnp.frexp(jnp.sqrt(largest))  # XLA repeats a maximum in every leaf that uses it, but no root
     limits = jnp.finfo(kind)
-    scale = jnp.ldexp(jnp.ones([], kind), -jnp.clip(exponent, limits.minexp + 2, limits.maxexp - 2))
+    scale = jnp.ldexp(jnp.ones([], kind), -jnp.clip(2 * half, limits.minexp + 2, limits.maxexp - 2))
     squares = jnp.sum(jnp.stack([jnp.zeros([], kind), *(jnp.sum(jnp.square(p * scale)) for p in parts)]))
     return scale, jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 

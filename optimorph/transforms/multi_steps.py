@@ -9,6 +9,7 @@ import optax
 
 from optimorph.core.checks import check_dtypes, is_integer
 from optimorph.core.count import as_schedule, increment
+from optimorph.core.flags import all_of
 from optimorph.core.tree import cast_like, full, gradients, map_state, map_updates, number, wide
 from optimorph.core.types import DTypeLike, PyTree
 from optimorph.linalg.meshes import manual_axes
@@ -106,7 +107,7 @@ def multi_steps(
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], bool))
+    return all_of(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
 def _on_all_devices(so: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 
 from optimorph.core.checks import is_integer, is_trained
 from optimorph.core.count import increment
+from optimorph.core.flags import all_of
 from optimorph.core.tree import is_missing, leaf_paths
 
 
@@ -68,15 +69,14 @@ def skip_nonfinite(
         sound = {f"the gradient of {path!r}": ok for path, ok in gradients_sound.items()}
         sound |= {f"the update of {path!r}": ok for path, ok in updates_sound.items()}
         sound |= {f"the state's {path!r}": ok for path, ok in state_sound.items()}
-        flags = jnp.asarray([*sound.values()], bool)
-        fine = jnp.all(flags)
+        fine = all_of(sound.values())
         skipped = jnp.where(fine, state.skipped, increment(state.skipped))
         consecutive = jnp.where(fine, 0, increment(state.consecutive))
         if max_consecutive is not None:
             report = _reporter([*sound], max_consecutive)
             jax.lax.cond(
                 consecutive > max_consecutive,
-                lambda: jax.debug.callback(report, consecutive, flags),
+                lambda: jax.debug.callback(report, consecutive, [*sound.values()]),
                 lambda: None,
             )
 
