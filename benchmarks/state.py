@@ -41,7 +41,7 @@ from state_step import step_tables, steps
 import optimorph as om
 from optimorph.codecs import Float32, Nonneg8, Signed8
 from optimorph.core.rounding import noise, places
-from optimorph.core.slabs import slab_shape
+from optimorph.storage.slabs import slab_shape
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
 ROUNDS, COMPILES = 9, 2

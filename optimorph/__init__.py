@@ -33,35 +33,34 @@ from typing import TYPE_CHECKING, Any
 
 from optimorph import codecs, curvature, linalg, probes, schedules, theory
 from optimorph.apply_updates import apply_updates
+from optimorph.core.rule import chain
 from optimorph.from_optax import from_optax_state
 from optimorph.inject_hyperparams import inject_hyperparams
 from optimorph.muon import muon
 from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph.plan import Plan, PlanRow, plan
+from optimorph.route_matrices import route_matrices
 from optimorph.routing.partition import partition
 from optimorph.routing.rules import labels
 from optimorph.split_weights import join_weights, split_weights
 from optimorph.storage.compress_state import compress_state
 from optimorph.storage.compressed import CompressedState
-from optimorph.transforms.accumulate import AccumulateState, accumulate
-from optimorph.transforms.add import AddState, add
-from optimorph.transforms.add_decayed_weights import DecayState, add_decayed_weights
+from optimorph.transforms.averages import AccumulateState, EmaState, MomentumState, accumulate, ema, momentum
 from optimorph.transforms.clip_by_global_norm import ClipState, clip_by_global_norm
-from optimorph.transforms.dampen import DampenState, dampen
-from optimorph.transforms.debias import DebiasState, debias
-from optimorph.transforms.divide import DivideState, divide
-from optimorph.transforms.ema import EmaState, ema
-from optimorph.transforms.in_bfloat16 import HalfState, in_bfloat16
+from optimorph.transforms.combine import AddState, DivideState, MixState, add, divide, mix
+from optimorph.transforms.in_bfloat16 import BFloat16State, in_bfloat16
 from optimorph.transforms.in_float32 import in_float32
-from optimorph.transforms.mix import MixState, mix
-from optimorph.transforms.momentum import MomentumState, momentum
 from optimorph.transforms.multi_steps import MultiStepsState, multi_steps
 from optimorph.transforms.orthogonalize import orthogonalize
-from optimorph.transforms.root import root
-from optimorph.transforms.scale_by_learning_rate import LearningRateState, scale_by_learning_rate
+from optimorph.transforms.pointwise import DampenState, DebiasState, dampen, debias, root, square
 from optimorph.transforms.scale_by_shape import scale_by_shape
 from optimorph.transforms.skip_nonfinite import SkipState, skip_nonfinite
-from optimorph.transforms.square import square
+from optimorph.transforms.step import (
+    DecayState,
+    LearningRateState,
+    add_decayed_weights,
+    scale_by_learning_rate,
+)
 
 if TYPE_CHECKING:
     from optimorph.racing.race import race as race
@@ -71,6 +70,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulateState",
     "AddState",
+    "BFloat16State",
     "ClipState",
     "CompressedState",
     "DampenState",
@@ -78,7 +78,6 @@ __all__ = [
     "DecayState",
     "DivideState",
     "EmaState",
-    "HalfState",
     "LearningRateState",
     "MixState",
     "MomentumState",
@@ -93,6 +92,7 @@ __all__ = [
     "add",
     "add_decayed_weights",
     "apply_updates",
+    "chain",
     "clip_by_global_norm",
     "codecs",
     "compress_state",
@@ -120,6 +120,7 @@ __all__ = [
     "probes",
     "rmsprop",
     "root",
+    "route_matrices",
     "scale_by_learning_rate",
     "scale_by_shape",
     "schedules",

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.checks import check_key, kind
-from optimorph.core.differences import UnlikeError
+from optimorph.core.checks import check_key
+from optimorph.core.differences import MismatchError, map_present
+from optimorph.core.numbers import cast_like, kind, upcast
+from optimorph.core.paths import leaf_paths
 from optimorph.core.rounding import leaf_key, stochastic_bfloat16
-from optimorph.core.tree import cast_like, leaf_paths, map_present, wide
 from optimorph.core.types import PyTree
 
 
@@ -54,11 +55,11 @@ def _sum(u, w):
     if kind(w) == "integer" == kind(u):
         return w + jnp.asarray(u, jnp.result_type(w))
     if kind(w) == "integer" or "none" in (kind(u), kind(w)):
-        raise UnlikeError
-    x = wide(w)
+        raise MismatchError
+    x = upcast(w)
     if jnp.iscomplexobj(u) and not jnp.iscomplexobj(x):
         u = u.real
-    return x + wide(u).astype(x.dtype)
+    return x + upcast(u).astype(x.dtype)
 
 
 def _rounded(path, x, w, key):

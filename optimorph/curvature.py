@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph.core.checks import is_array, not_an_array
-from optimorph.core.tree import leaf_paths, wide
+from optimorph.core.checks import not_an_array
+from optimorph.core.numbers import is_array, upcast
+from optimorph.core.paths import leaf_paths
 from optimorph.core.types import PyTree
 from optimorph.linalg.unit import not_zero
 
@@ -78,7 +79,7 @@ def extremes(
             f"extremes: steps must be a whole number of at least 1, but is {steps}. Type steps=32."
         )
     _check(params)
-    params = jax.tree.map(wide, params)
+    params = jax.tree.map(upcast, params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     key = jax.random.key(0) if key is None else key
     return _extremes(loss, params, args, key, min(int(steps), size))

@@ -9,29 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.core.checks import is_trained
-from optimorph.core.tree import cast_like, leaf_paths
+from optimorph.core import roles
+from optimorph.core.numbers import cast_like, is_trainable
+from optimorph.core.paths import leaf_paths
 from optimorph.core.types import PyTree
 from optimorph.storage.compressed import CompressedState
-from optimorph.transforms.accumulate import AccumulateState
-from optimorph.transforms.add import AddState
-from optimorph.transforms.add_decayed_weights import DecayState
-from optimorph.transforms.clip_by_global_norm import ClipState
-from optimorph.transforms.dampen import DampenState
-from optimorph.transforms.debias import DebiasState
-from optimorph.transforms.divide import DivideState
-from optimorph.transforms.ema import EmaState
-from optimorph.transforms.in_bfloat16 import HalfState
-from optimorph.transforms.mix import MixState
-from optimorph.transforms.momentum import MomentumState
-from optimorph.transforms.scale_by_learning_rate import LearningRateState
-from optimorph.transforms.skip_nonfinite import SkipState
+from optimorph.transforms.combine import AddState, DivideState, MixState
 
 WHO = "from_optax_state"
 Part = tuple[str, ...]
 
 FIRST, SECOND, MEAN = "first moment", "second moment", "mean of a centered RMSprop"
-AVERAGE, VELOCITY, TOTAL = "average of Muon", "velocity", "sum of squares"
+AVERAGE, VELOCITY, TOTAL = "average of Muon", roles.VELOCITY.name, roles.TOTAL.name
 STEPS, RATE, DECAY = (
     "count for bias correction",
     "count of a learning rate schedule",
@@ -57,16 +46,6 @@ OPTAX: dict[str, tuple[str, dict[str, str]]] = {
     "WeightDecaySchedule": ("a schedule of weight decay", {"count": DECAY}),
 }
 """optax's states by the names of their types: whose they are, and what each field holds."""
-
-OWN: dict[type, dict[str, str]] = {
-    MomentumState: {"velocity": VELOCITY},
-    AccumulateState: {"total": TOTAL},
-    DebiasState: {"count": STEPS},
-    DampenState: {"count": DAMPED},
-    LearningRateState: {"count": RATE, "learning_rate": NEW},
-    DecayState: {"count": DECAY, "weight_decay": NEW},
-}
-"""This library's states; what an `EmaState` holds depends on where it stands."""
 
 SAME: dict[Any, str] = {"matrix": "muon", "other": "adam"}
 """The two parts of a Muon, here and in optax."""
@@ -214,7 +193,14 @@ def _optax_fields(node: Any, kind: str) -> dict[str, str] | None:
 
 def _own_fields(node: Any, kind: str) -> dict[str, str] | None:
     """What the fields of one of this library's states hold, an average that stands for `kind`; or None."""
-    return {"average": kind} if isinstance(node, EmaState) else OWN.get(type(node))
+    own = getattr(node, "roles", None)
+    return own and {field: _name(role, kind) for field, role in own.items()}
+
+
+def _name(role: roles.Role, kind: str) -> str:
+    if role == roles.AVERAGE:
+        return kind
+    return role.name if role.tree or role.name in COUNTS else NEW
 
 
 def _slots(node: Any, fields: Fields, kind: str = AVERAGE, part: Part = ()) -> Iterator[tuple[Slot, Any]]:
@@ -222,27 +208,27 @@ def _slots(node: Any, fields: Fields, kind: str = AVERAGE, part: Part = ()) -> I
     if node is None or isinstance(node, optax.EmptyState | optax.MaskedNode):
         return
     known = fields(node, kind)
-    if isinstance(node, HalfState | ClipState | SkipState):
-        for field, held in node._asdict().items():
-            own = [(Slot(f"{NEW} {type(node).__name__}.{field}", part), held)]
-            yield from _slots(held, fields, kind, part) if field == "inner" else own
-    elif known is None:
+    if known is None:
         for child in _children(node, kind, part):
             yield from _slots(child[0], fields, *child[1:])
     else:
-        yield from _fields_of(node, known, part)
+        yield from _fields_of(node, fields, known, kind, part)
 
 
-def _fields_of(node: Any, known: dict[str, str], part: Part) -> Iterator[tuple[Slot, Any]]:
+def _fields_of(
+    node: Any, fields: Fields, known: dict[str, str], kind: str, part: Part
+) -> Iterator[tuple[Slot, Any]]:
     """Every array of one transform's state with what it is."""
-    for field, role in known.items():
-        held = getattr(node, field)
-        if role in (*COUNTS, NEW):
-            name = role if role in COUNTS else f"{NEW} {field}"
+    for field in node._fields:
+        role, held = known.get(field), getattr(node, field)
+        if role is None:  # the state of an inner transformation
+            yield from _slots(held, fields, kind, part)
+        elif role in (*COUNTS, NEW):
+            name = role if role in COUNTS else f"{NEW} {type(node).__name__}.{field}"
             yield from ((Slot(name, part), count) for count in jax.tree.leaves(held))
         elif role != UNUSED:
             arrays = zip(leaf_paths(held), jax.tree.leaves(held), strict=True)
-            yield from ((Slot(role, path), x) for path, x in arrays if is_trained(x))
+            yield from ((Slot(role, path), x) for path, x in arrays if is_trainable(x))
 
 
 def _children(node: Any, kind: str, part: Part) -> list[tuple[Any, str, Part]]:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,21 +11,6 @@ import optax
 
 from optimorph.core.checks import RANGES
 from optimorph.core.types import DTypeLike
-
-NEVER_SCHEDULES = (
-    "accumulator_dtype",
-    "axes",
-    "mask",
-    "mu_dtype",
-    "nu_dtype",
-    "orthogonalizer",
-    "others",
-    "scale",
-    "shardings",
-    "weight_decay_form",
-    "wire_dtype",
-)
-"""Arguments of recipes that can be called, as functions and dtypes can, but are no schedules."""
 
 
 def inject_hyperparams(
@@ -67,7 +53,7 @@ def inject_hyperparams(
             f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is {dtype}, in which "
             "0.999 is another number. Type hyperparam_dtype=jnp.float32, or leave it out."
         )
-    static |= {name for name in NEVER_SCHEDULES if name in names}
+    static |= {name for name, parameter in names.items() if not _may_be_number(parameter)}
     injected: Any = optax.inject_hyperparams(inner_factory, tuple(sorted(static)), dtype)
 
     @functools.wraps(inner_factory)
@@ -79,3 +65,11 @@ def inject_hyperparams(
         return injected(*given.args, **given.kwargs)
 
     return make
+
+
+def _may_be_number(parameter: inspect.Parameter) -> bool:
+    """Whether an argument's annotation allows a number; one without annotation may be anything."""
+    annotation = parameter.annotation
+    if annotation is parameter.empty or isinstance(annotation, str):
+        return True
+    return annotation is float or float in typing.get_args(annotation)

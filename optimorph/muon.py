@@ -5,24 +5,21 @@ from collections.abc import Callable, Mapping
 
 import jax
 import optax
-from optax import chain
 
-from optimorph.core.recipe import Transform, recipe
-from optimorph.core.tree import leaf_paths
+from optimorph.core.paths import leaf_paths
+from optimorph.core.recipe import Recipe, recipe
+from optimorph.core.roles import FIRST, SECOND
+from optimorph.core.rule import chain
 from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
-from optimorph.descend import descend
 from optimorph.optimizers import adamw
-from optimorph.routing.layouts import of_whole
-from optimorph.routing.partition import partition
-from optimorph.routing.reading import leaf_axes
+from optimorph.route_matrices import routed
 from optimorph.routing.rules import lookup, unused
-from optimorph.storage.choice import linear, named
-from optimorph.storage.moments import FIRST, SECOND
-from optimorph.storage.small import small
-from optimorph.transforms.ema import ema
-from optimorph.transforms.in_float32 import in_float32
+from optimorph.storage.codec_rules import linear, named
+from optimorph.storage.state_argument import with_state_storage
+from optimorph.transforms.averages import ema
 from optimorph.transforms.orthogonalize import orthogonalize
 from optimorph.transforms.scale_by_shape import scale_by_shape
+from optimorph.transforms.step import decay_and_step
 
 
 @recipe
@@ -44,7 +41,7 @@ def muon(
     state: str | Rules | None = None,
     shardings: Rules | None = None,
     wire_dtype: DTypeLike | None = None,
-) -> Transform:
+) -> Recipe:
     """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
 
     Args:
@@ -89,19 +86,17 @@ def muon(
     rules = state
     if isinstance(rules, Mapping):
         state = lookup(rules)  # of which some are for matrices, some for others
-    spec = leaf_axes("muon", axes)
-    whole = of_whole("muon", shardings, spec)
     average = ema(momentum, nesterov=nesterov, dtype=mu_dtype)
     matrices = chain(
-        small("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),
-        scale_by_shape(scale, spec, shardings),
-        *descend("muon", learning_rate, weight_decay, mask, weight_decay_form),
+        with_state_storage("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        orthogonalize(orthogonalizer, wire_dtype=wire_dtype),
+        scale_by_shape(scale),
+        *decay_and_step("muon", learning_rate, weight_decay, mask, weight_decay_form),
     )
-    rate = learning_rate if others_learning_rate is None else others_learning_rate
+    names = ("muon", "adamw" if others is None else "others")
     if others is None:
         others = adamw(
-            rate,
+            learning_rate if others_learning_rate is None else others_learning_rate,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
             weight_decay=weight_decay,
@@ -109,18 +104,13 @@ def muon(
             weight_decay_form=weight_decay_form,
             state=state,
         )
-    both = partition(
-        lambda path, shape: "other" if whole(path, shape) is None else "matrix",
-        {"matrix": in_float32(matrices), "other": others},
-    )
+    tx = routed("muon", matrices, others, axes, shardings, names, scale)
 
     def init(params):
         paths = leaf_paths(params)
-        for rule in unused(axes, paths) if axes is not None and paths else ():
-            warnings.warn(f"muon: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
         moments = [named(kind, path) for kind in (FIRST, SECOND) for path in paths]
         for rule in unused(rules, moments) if isinstance(rules, Mapping) and paths else ():
             warnings.warn(f"muon: no moment matches the rule {rule!r} of state.", stacklevel=2)
-        return both.init(params)
+        return tx.init(params)
 
-    return Transform(init, both.update)
+    return tx.with_init(init)

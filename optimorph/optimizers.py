@@ -11,27 +11,17 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
-from optax import chain, identity, scale
 
-from optimorph.core.recipe import Transform, recipe
-from optimorph.core.tree import map_updates
+from optimorph.core.recipe import Recipe, recipe
+from optimorph.core.rule import chain, pointwise, transform
 from optimorph.core.types import DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
-from optimorph.descend import descend
-from optimorph.storage.small import small
-from optimorph.transforms.accumulate import accumulate
-from optimorph.transforms.add import add
-from optimorph.transforms.add_decayed_weights import add_decayed_weights
-from optimorph.transforms.dampen import dampen
-from optimorph.transforms.debias import debias
-from optimorph.transforms.divide import divide
-from optimorph.transforms.ema import ema
+from optimorph.storage.state_argument import with_state_storage
+from optimorph.transforms.averages import accumulate, ema
+from optimorph.transforms.averages import momentum as heavy_ball
+from optimorph.transforms.combine import add, divide, mix
 from optimorph.transforms.in_bfloat16 import in_bfloat16
-from optimorph.transforms.in_float32 import in_float32
-from optimorph.transforms.mix import mix
-from optimorph.transforms.momentum import momentum as heavy_ball
-from optimorph.transforms.root import root
-from optimorph.transforms.scale_by_learning_rate import scale_by_learning_rate
-from optimorph.transforms.square import square
+from optimorph.transforms.pointwise import dampen, debias, root, square
+from optimorph.transforms.step import add_decayed_weights, decay_and_step, scale_by_learning_rate
 
 
 @recipe
@@ -45,7 +35,7 @@ def sgd(
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
     state: str | Rules | None = None,
-) -> Transform:
+) -> Recipe:
     """Gradient descent; with momentum Polyak's heavy ball, with `nesterov` Nesterov's accelerated gradient.
 
     `weight_decay` is L2 regularisation: it joins the gradient. The state holds a velocity if there is a
@@ -66,17 +56,13 @@ def sgd(
             "sgd: dampening shrinks what goes into a momentum without nesterov, and there is none. Type "
             "momentum=0.9, for example, or leave out dampening."
         )
-    tx = in_float32(
-        chain(
-            _l2(weight_decay, mask),
-            identity() if dampening is None else dampen(dampening),
-            identity()
-            if momentum is None
-            else heavy_ball(momentum, nesterov=nesterov, dtype=accumulator_dtype),
-            scale_by_learning_rate(learning_rate),
-        )
+    tx = chain(
+        _l2(weight_decay, mask),
+        _identity if dampening is None else dampen(dampening),
+        _identity if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=accumulator_dtype),
+        scale_by_learning_rate(learning_rate),
     )
-    return small("sgd", tx, state, accumulator_dtype=accumulator_dtype)
+    return with_state_storage("sgd", tx, state, accumulator_dtype=accumulator_dtype)
 
 
 @recipe
@@ -90,7 +76,7 @@ def adagrad(
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
     state: str | Rules | None = None,
-) -> Transform:
+) -> Recipe:
     """AdaGrad: the gradient over the root of the sum of all its squares.
 
     `weight_decay` is L2 regularisation: it joins the gradient.
@@ -102,21 +88,19 @@ def adagrad(
     References:
       Duchi, Hazan & Singer 2011, "Adaptive subgradient methods", algorithm 1 (diagonal).
     """
-    tx = in_float32(
-        chain(
-            _l2(weight_decay, mask),
-            divide(
-                identity(),
-                by=chain(
-                    square(),
-                    _stored(accumulate, initial_accumulator_value, dtype=nu_dtype),
-                    _root(eps, eps_in_sqrt),
-                ),
+    tx = chain(
+        _l2(weight_decay, mask),
+        divide(
+            _identity,
+            by=chain(
+                square(),
+                _stored(accumulate, initial_accumulator_value, dtype=nu_dtype),
+                _root(eps, eps_in_sqrt),
             ),
-            scale_by_learning_rate(learning_rate),
-        )
+        ),
+        scale_by_learning_rate(learning_rate),
     )
-    return small("adagrad", tx, state, nu_dtype=nu_dtype)
+    return with_state_storage("adagrad", tx, state, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -136,7 +120,7 @@ def rmsprop(
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
     state: str | Rules | None = None,
-) -> Transform:
+) -> Recipe:
     """RMSprop: the gradient over its root mean square, or (`centered`) over its standard deviation.
 
     `weight_decay` is L2 regularisation: it joins the gradient. As in optax the learning rate comes before
@@ -158,20 +142,18 @@ def rmsprop(
             "rmsprop: a centered variance is a difference, of which bfloat16 would leave nothing. Type "
             "nu_dtype=None, or centered=False."
         )
-    correct = debias(decay) if bias_correction else identity()
+    correct = debias(decay) if bias_correction else _identity
     mean_square = chain(square(), _stored(ema, decay, initial=initial_scale, dtype=nu_dtype), correct)
     square_mean = chain(_stored(ema, decay, dtype=nu_dtype), correct, square())
-    variance = chain(add(mean_square, chain(square_mean, scale(-1.0))), _not_negative())
+    variance = chain(add(mean_square, chain(square_mean, _negative)), _not_negative())
     spread = variance if centered else mean_square
-    tx = in_float32(
-        chain(
-            _l2(weight_decay, mask),
-            divide(identity(), by=chain(spread, _root(eps, eps_in_sqrt))),
-            scale_by_learning_rate(learning_rate),
-            identity() if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=mu_dtype),
-        )
+    tx = chain(
+        _l2(weight_decay, mask),
+        divide(_identity, by=chain(spread, _root(eps, eps_in_sqrt))),
+        scale_by_learning_rate(learning_rate),
+        _identity if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=mu_dtype),
     )
-    return small("rmsprop", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    return with_state_storage("rmsprop", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -187,7 +169,7 @@ def adam(
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
     state: str | Rules | None = None,
-) -> Transform:
+) -> Recipe:
     """Adam: the average gradient over its root mean square, both corrected for their start at zero.
 
     `weight_decay` is L2 regularisation: it joins the gradient, and the quotient rescales it weight by weight.
@@ -199,17 +181,15 @@ def adam(
     References:
       Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
     """
-    tx = in_float32(
-        chain(
-            _l2(weight_decay, mask),
-            divide(
-                chain(ema(b1, dtype=mu_dtype), debias(b1)),
-                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
-            ),
-            scale_by_learning_rate(learning_rate),
-        )
+    tx = chain(
+        _l2(weight_decay, mask),
+        divide(
+            chain(ema(b1, dtype=mu_dtype), debias(b1)),
+            by=_second_moment(b2, eps, eps_root, nu_dtype),
+        ),
+        scale_by_learning_rate(learning_rate),
     )
-    return small("adam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    return with_state_storage("adam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -225,7 +205,7 @@ def nadam(
     weight_decay: ScalarOrSchedule | None = None,
     mask: Mask | None = None,
     state: str | Rules | None = None,
-) -> Transform:
+) -> Recipe:
     """Nadam: Adam whose average gradient looks one step ahead.
 
     `weight_decay` is L2 regularisation: it joins the gradient.
@@ -237,17 +217,15 @@ def nadam(
       denominator is left out here as in optax and PyTorch. PyTorch's NAdam also changes b1 from step to step
       (its `momentum_decay`), which no argument here expresses.
     """
-    tx = in_float32(
-        chain(
-            _l2(weight_decay, mask),
-            divide(
-                _dozat(b1, mu_dtype),
-                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
-            ),
-            scale_by_learning_rate(learning_rate),
-        )
+    tx = chain(
+        _l2(weight_decay, mask),
+        divide(
+            _dozat(b1, mu_dtype),
+            by=_second_moment(b2, eps, eps_root, nu_dtype),
+        ),
+        scale_by_learning_rate(learning_rate),
     )
-    return small("nadam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    return with_state_storage("nadam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -264,7 +242,7 @@ def adamw(
     nu_dtype: DTypeLike | None = None,
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
-) -> Transform:
+) -> Recipe:
     """AdamW: Adam, and then every weight shrinks by the same fraction.
 
     L2 regularisation puts the decay before the quotient, AdamW puts it after:
@@ -282,16 +260,14 @@ def adamw(
     References:
       Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; cautious: Chen et al. 2025, arXiv:2510.12402.
     """
-    tx = in_float32(
-        chain(
-            divide(
-                chain(ema(b1, dtype=mu_dtype), debias(b1)),
-                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
-            ),
-            *descend("adamw", learning_rate, weight_decay, mask, weight_decay_form),
-        )
+    tx = chain(
+        divide(
+            chain(ema(b1, dtype=mu_dtype), debias(b1)),
+            by=_second_moment(b2, eps, eps_root, nu_dtype),
+        ),
+        *decay_and_step("adamw", learning_rate, weight_decay, mask, weight_decay_form),
     )
-    return small("adamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    return with_state_storage("adamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
 @recipe
@@ -308,7 +284,7 @@ def nadamw(
     nu_dtype: DTypeLike | None = None,
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
-) -> Transform:
+) -> Recipe:
     """NadamW: Nadam, and then every weight shrinks by the same fraction, or as `adamw` has it.
 
     Equals:
@@ -317,16 +293,25 @@ def nadamw(
       Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 2; Loshchilov & Hutter 2019,
       arXiv:1711.05101.
     """
-    tx = in_float32(
-        chain(
-            divide(
-                _dozat(b1, mu_dtype),
-                by=chain(square(), _stored(ema, b2, dtype=nu_dtype), debias(b2), root(eps, eps_root)),
-            ),
-            *descend("nadamw", learning_rate, weight_decay, mask, weight_decay_form),
-        )
+    tx = chain(
+        divide(
+            _dozat(b1, mu_dtype),
+            by=_second_moment(b2, eps, eps_root, nu_dtype),
+        ),
+        *decay_and_step("nadamw", learning_rate, weight_decay, mask, weight_decay_form),
     )
-    return small("nadamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    return with_state_storage("nadamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+
+
+_identity = transform("identity", pointwise(lambda g: g))
+_negative = transform("negative", pointwise(lambda g: -g))
+
+
+def _second_moment(
+    b2: Numeric, eps: Numeric, eps_root: Numeric, dtype: DTypeLike | None
+) -> optax.GradientTransformation:
+    """The root mean square of past gradients."""
+    return chain(square(), _stored(ema, b2, dtype=dtype), debias(b2), root(eps, eps_root))
 
 
 def _stored(
@@ -335,7 +320,7 @@ def _stored(
     dtype: DTypeLike | None,
     **initial: Numeric,
 ) -> optax.GradientTransformation:
-    """A second moment in this dtype; in bfloat16 rounded by chance, or it would stand still."""
+    """A second moment in this dtype; bfloat16 is rounded stochastically, or small changes would be lost."""
     if dtype is not None and jnp.dtype(dtype) == jnp.bfloat16:
         return in_bfloat16(moment(*args, **initial))
     return moment(*args, dtype=dtype, **initial)
@@ -347,11 +332,11 @@ def _root(eps: Numeric, eps_in_sqrt: bool) -> optax.GradientTransformation:
 
 def _not_negative() -> optax.GradientTransformation:
     """max(g, 0): a variance, the difference of two moments, is below 0 by rounding alone."""
-    return optax.stateless(lambda updates, _: map_updates("rmsprop", lambda g: jnp.maximum(g, 0), updates))
+    return transform("rmsprop", pointwise(lambda g: jnp.maximum(g, 0)))
 
 
 def _l2(weight_decay: ScalarOrSchedule | None, mask: Mask | None) -> optax.GradientTransformation:
-    return identity() if weight_decay is None else add_decayed_weights(weight_decay, mask)
+    return _identity if weight_decay is None else add_decayed_weights(weight_decay, mask)
 
 
 def _dozat(b1: Numeric, mu_dtype: DTypeLike | None) -> optax.GradientTransformation:

@@ -1,12 +1,12 @@
-"""What `muon` makes of every parameter, before a step is taken."""
+"""What an optimizer makes of every parameter, before a step is taken."""
 
 import collections
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.core.checks import is_array, kind, not_an_array
-from optimorph.core.tree import distinct_paths
+from optimorph.core.checks import not_an_array
+from optimorph.core.numbers import is_array, kind
+from optimorph.core.paths import distinct_paths
 from optimorph.core.types import PyTree, Shape
 from optimorph.linalg.axes import Axes
 from optimorph.muon import muon
+from optimorph.route_matrices import Routes
 from optimorph.routing.alike import apart_from_numbers, listed, starred
-from optimorph.routing.reading import Reading, reader
+from optimorph.routing.names import by_name
+from optimorph.routing.reading import Reading
 from optimorph.routing.rules import unused
-from optimorph.storage.choice import by_default
-from optimorph.storage.moments import FIRST
 from optimorph.transforms.scale_by_shape import SCALES
 
 
@@ -38,7 +39,7 @@ class PlanRow:
       role: what the default rules take it for, or the rule that decides.
       spec: how it reads as matrices, None if it does not.
       matrices: (how many, inputs, outputs), for each size that it holds.
-      transform: "muon", "adamw" or "others"; "none" of integers; "?" as long as nothing is decided.
+      transform: "muon", "adamw" or "others", or "optimizer"; "none" of integers; "?" if it is undecided.
       scales: of the update of each size, by its shape.
       state_bytes: what its optimizer state takes, counts and the like aside.
       question: what must be decided, if anything.
@@ -99,66 +100,59 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(params: PyTree, **arguments: Any) -> Plan:
-    """What `muon`, called with the same arguments, makes of every parameter.
+def plan(params: PyTree, optimizer: optax.GradientTransformation | None = None, **arguments: Any) -> Plan:
+    """What an optimizer makes of every parameter.
 
-        print(optimorph.plan(jax.eval_shape(init, key)))
+        print(optimorph.plan(jax.eval_shape(init, key)))                    # of muon
+        print(optimorph.plan(params, optimorph.adamw(1e-3, state="int8")))  # of any optimizer
 
     Args:
       params: any tree of arrays, or of their shapes: nothing is computed.
-      arguments: those of `muon`; `axes`, `scale`, `others`, `state` and `mu_dtype` make a difference.
+      optimizer: any transformation; without one, `muon` with these arguments.
+      arguments: of `muon`; `axes`, `scale`, `others`, `state` and `mu_dtype` make a difference.
 
     Raises:
-      ValueError: axes that are no rules, a leaf that is no array. A leaf that nobody described, or whose spec
-        does not fit, is a row with a question, where `muon` would refuse the tree.
+      ValueError: axes that are no rules, a leaf that is no array, arguments beside an optimizer. A leaf that
+        nobody described, or whose spec does not fit, is a row with a question, where `muon` would refuse the
+        tree.
     """
-    given = inspect.signature(muon).bind(**{"learning_rate": 0.0} | arguments)
-    given.apply_defaults()
-    axes, scale, others, state = (given.arguments[name] for name in ("axes", "scale", "others", "state"))
-    read, paths, leaves = reader("plan", axes), distinct_paths("plan", params), jax.tree.leaves(params)
+    if optimizer is not None and arguments:
+        raise ValueError(f"plan: {[*arguments]} are arguments of muon. Give them to the optimizer instead.")
+    paths, leaves = distinct_paths("plan", params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    readings = [
-        read(path, leaf.shape) if kind(leaf) != "integer" else Reading(None, "integer")
-        for path, leaf in zip(paths, shapes, strict=True)
-    ]
-    decided = {path: reading.axes for path, reading in zip(paths, readings, strict=True)}
-    given.arguments["axes"] = lambda path, _: decided[path]
-    optimizer = muon(*given.args, **given.kwargs)
+    if optimizer is None:
+        optimizer = muon(**{"learning_rate": 0.0} | arguments)
+    routes = getattr(optimizer, "routes", None)
+    readings = [_reading(routes, path, leaf) for path, leaf in zip(paths, shapes, strict=True)]
+    held = _state_bytes(optimizer, paths, shapes, readings)
 
-    def same(path: str, form: Axes | None, leaf: jax.ShapeDtypeStruct) -> Any:
-        """One leaf tells what a number's state takes in those alike, unless rules may tell them apart."""
-        if (form is None and others is not None) or not (state is None or isinstance(state, str)):
-            return path
-        codec = None if state is None else (leaf.shape, by_default(FIRST, path, leaf.shape))
-        return leaf.dtype, form is None, leaf.size > 0, codec
-
-    alike = [same(path, decided[path], leaf) for path, leaf in zip(paths, shapes, strict=True)]
-    first = dict(zip(alike, zip(paths, shapes, strict=True), strict=True))
-    held = _state_bytes(optimizer, dict(first.values()))
-
-    def state_bytes(same: Any, leaf: jax.ShapeDtypeStruct) -> int:
-        path, known = first[same]
-        return held[path] * leaf.size // max(1, known.size)
-
-    def row(path: str, leaf: jax.ShapeDtypeStruct, reading: Reading, same: Any) -> PlanRow:
-        form, matrices = reading.axes, _matrices(reading.axes, leaf.shape)
+    def row(path: str, leaf: jax.ShapeDtypeStruct, reading: Reading) -> PlanRow:
+        matrices = _matrices(reading.axes, leaf.shape)
+        scale = None if routes is None else routes.scale
         return PlanRow(
             path=path,
             shape=leaf.shape,
             dtype=leaf.dtype,
             role=reading.role,
-            spec=None if form is None else form.spec,
+            spec=None if reading.axes is None else reading.axes.spec,
             matrices=matrices,
-            transform="none" if kind(leaf) == "integer" else _transform(reading, others),
+            transform=_transform(routes, reading),
             scales=tuple(
                 1.0 if scale is None else SCALES[scale](*size) for _, *size in matrices if 0 not in size
             ),
-            state_bytes=0 if reading.question is not None else state_bytes(same, leaf),
+            state_bytes=held.get(path, 0),
             question=reading.question,
         )
 
-    rows = tuple(row(*each) for each in zip(paths, shapes, readings, alike, strict=True))
-    return Plan(rows, tuple(unused(axes, paths)) if axes is not None else ())
+    rows = tuple(row(*each) for each in zip(paths, shapes, readings, strict=True))
+    rules = None if routes is None else routes.rules
+    return Plan(rows, tuple(unused(rules, paths)) if rules is not None else ())
+
+
+def _reading(routes: Routes | None, path: str, leaf: jax.ShapeDtypeStruct) -> Reading:
+    if kind(leaf) == "integer":
+        return Reading(None, "integer")
+    return Reading(None, by_name(path, leaf.shape)[0]) if routes is None else routes.read(path, leaf.shape)
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -177,22 +171,32 @@ def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if known else jnp.result_type(leaf))
 
 
-def _transform(reading: Reading, others: optax.GradientTransformation | None) -> str:
+def _transform(routes: Routes | None, reading: Reading) -> str:
     if reading.question is not None:
         return "?"
-    if reading.axes is not None:
-        return "muon"
-    return "adamw" if others is None else "others"
+    if reading.role == "integer":
+        return "none"
+    return "optimizer" if routes is None else routes.names[reading.axes is None]
 
 
-def _state_bytes(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> dict[str, int]:
-    """Path → bytes of the state that carries the path on its own; counts and the like belong to none."""
-    state = jax.eval_shape(optimizer.init, params)
-    held = dict.fromkeys(params, 0)
+def _state_bytes(
+    optimizer: optax.GradientTransformation,
+    paths: list[str],
+    shapes: list[jax.ShapeDtypeStruct],
+    readings: list[Reading],
+) -> dict[str, int]:
+    """Path → bytes of the arrays of the state that belong to the leaf, whatever their shape.
+
+    Leaves that nobody decided are left out: the optimizer would refuse them. Scalars belong to no leaf.
+    """
+    decided = {p: s for p, s, r in zip(paths, shapes, readings, strict=True) if r.question is None}
+    held = dict.fromkeys(decided, 0)
+    with warnings.catch_warnings(action="ignore"):  # the plan reports rules that match nothing
+        state = jax.eval_shape(optimizer.init, decided)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        last = path[-1]
-        if isinstance(last, jax.tree_util.DictKey) and last.key in held:
-            held[last.key] += leaf.size * leaf.dtype.itemsize
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        if own := [key for key in keys if key in held]:
+            held[own[-1]] += leaf.size * leaf.dtype.itemsize
     return held
 
 

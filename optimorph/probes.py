@@ -20,18 +20,15 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
-from optimorph.core.checks import check_params, is_integer, is_trained
-from optimorph.core.count import increment
-from optimorph.core.tree import by_path, distinct_paths, is_missing, wide
+from optimorph.core.checks import check_params, is_integer
+from optimorph.core.numbers import increment, is_missing, is_trainable, upcast
+from optimorph.core.paths import by_path, distinct_paths
+from optimorph.core.roles import FIRST, Role
 from optimorph.core.types import AxesRules, PyTree
 from optimorph.linalg.buckets import together
 from optimorph.linalg.meshes import explicit_axes
 from optimorph.routing.reading import leaf_axes
-from optimorph.storage.moments import FIRST, moments_of
-from optimorph.transforms.add_decayed_weights import DecayState
-from optimorph.transforms.clip_by_global_norm import ClipState
-from optimorph.transforms.scale_by_learning_rate import LearningRateState
-from optimorph.transforms.skip_nonfinite import SkipState
+from optimorph.storage.moments import moments_of
 
 
 class Leaf(NamedTuple):
@@ -66,7 +63,7 @@ class ProbeState(NamedTuple):
 
 
 def _rms(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(wide(x)))))
+    return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(upcast(x)))))
 
 
 def _ratio(leaf: Leaf) -> jax.Array:
@@ -76,7 +73,7 @@ def _ratio(leaf: Leaf) -> jax.Array:
 
 def _cosine(leaf: Leaf) -> jax.Array:
     size = _rms(leaf.gradient) * _rms(leaf.momentum)
-    product = jnp.mean((wide(leaf.gradient) * wide(leaf.momentum).conj()).real)
+    product = jnp.mean((upcast(leaf.gradient) * upcast(leaf.momentum).conj()).real)
     return jnp.where(size == 0, 0, jnp.clip(product / jnp.where(size == 0, 1, size), -1, 1))
 
 
@@ -149,7 +146,7 @@ def probe(
             f"{path}/{name}".lstrip("/")
             for name in metrics
             for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
-            if is_trained(leaf)
+            if is_trainable(leaf)
             and 0 not in np.shape(leaf)
             and (path in moments or name.split("_")[0] not in ("cosine", "momentum"))
             and (name in OF_LEAVES or form(path, np.shape(leaf)) is not None)
@@ -206,22 +203,18 @@ def _said(node: Any) -> dict[str, Any]:
     if isinstance(node, ProbeState):
         values = np.moveaxis(np.asarray(node.readings.values), -1, 0)
         return dict(zip(node.readings.names, map(_plain, values), strict=True))
-    if isinstance(node, ClipState):
-        said = {"clip_norm": node.norm, "clip_factor": node.factor}
-    elif isinstance(node, SkipState):
-        said = {"skipped": node.skipped, "consecutive_skips": node.consecutive}
-    elif isinstance(node, LearningRateState):
-        said = {"learning_rate": node.learning_rate}
-    elif isinstance(node, DecayState):
-        said = {"weight_decay": node.weight_decay}
-    else:
-        said = node.hyperparams
-    return {name: _plain(value) for name, value in said.items()}
+    if hasattr(node, "hyperparams"):
+        return {name: _plain(value) for name, value in node.hyperparams.items()}
+    return {role.reading: _plain(getattr(node, field)) for field, role in _readings(node).items()}
+
+
+def _readings(node: Any) -> dict[str, Role]:
+    """The fields of a state that are to be read."""
+    return {field: role for field, role in getattr(node, "roles", {}).items() if role.reading}
 
 
 def _speaks(node: Any) -> bool:
-    kinds = ProbeState | ClipState | SkipState | LearningRateState | DecayState
-    return isinstance(node, kinds) or hasattr(node, "hyperparams")
+    return isinstance(node, ProbeState) or hasattr(node, "hyperparams") or bool(_readings(node))
 
 
 def _plain(x: Any) -> Any:
@@ -241,7 +234,7 @@ def _of_matrices(
         mine = [(path, name.removeprefix(of + "_")) for path, name in pairs if name.startswith(of + "_")]
         names = list(dict.fromkeys(name for _, name in mine))
         paths = list(dict.fromkeys(path for path, _ in mine))
-        arrays = [_whole(wide(getattr(leaves[path], of))) for path in paths]
+        arrays = [_whole(upcast(getattr(leaves[path], of))) for path in paths]
         stacks = [form(path, x.shape).matrices(x) for path, x in zip(paths, arrays, strict=True)]
         numbers = iter(
             together(

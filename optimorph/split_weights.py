@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph.codecs import Encoded, Split8, Split16
-from optimorph.core.checks import check_key, is_array, kind, not_an_array
-from optimorph.core.differences import UnlikeError
+from optimorph.core.checks import check_key, not_an_array
+from optimorph.core.differences import MismatchError
+from optimorph.core.numbers import is_array, kind
+from optimorph.core.paths import by_path, leaf_paths
 from optimorph.core.rounding import leaf_key
-from optimorph.core.tree import by_path, leaf_paths
 from optimorph.core.types import PyTree
 
 CODECS = {jnp.dtype(jnp.int8): Split8(), jnp.dtype(jnp.int16): Split16()}
@@ -95,7 +96,7 @@ def join_weights(weights: PyTree, residuals: PyTree) -> PyTree:
 
     def join(c, w):
         if not _belongs(c, w):
-            raise UnlikeError
+            raise MismatchError
         return w if c is None else CODECS[jnp.result_type(c)].decode(Encoded(c, w))
 
     try:

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import optimorph as om
 from optimorph.codecs import BFloat16, Float8, Float32, Nonneg8, Signed8, Split16
-from optimorph.core import slabs
-from optimorph.storage.moments import FIELDS, moments_of
+from optimorph.storage import slabs
+from optimorph.storage.moments import OPTAX_FIELDS, moments_of
 
 SHAPES = {"kernel": (37, 256), "bias": (130,)}
 STACK = {"heads": (3, 32, 130)}
@@ -253,7 +253,7 @@ def test_every_name_is_one_of_a_state():
             nodes += (
                 (node.values() if isinstance(node, dict) else node) if isinstance(node, tuple | dict) else ()
             )
-    for name, fields in FIELDS.items():
+    for name, fields in OPTAX_FIELDS.items():
         assert fields.keys() <= known[name], name
 
 
@@ -352,7 +352,7 @@ def test_a_state_of_other_blocks():
 def test_a_state_in_float32(elementwise):
     tree, tx = drawn(shapes={"w": (64, 64)}), om.adam(0.1)
     wrapped = om.compress_state(tx, elementwise=elementwise)
-    with pytest.raises(ValueError, match=r"one that its init made, but is a tuple\. Type state = tx\.init"):
+    with pytest.raises(ValueError, match=r"state.* Type state = tx\.init"):
         wrapped.update(tree, tx.init(tree), tree)
 
 
@@ -390,7 +390,7 @@ def test_numbers_of_python_in_a_state():
     odd = optax.GradientTransformation(
         lambda params: Odd(0, jax.tree.map(jnp.zeros_like, params)), lambda g, state, params=None: (g, state)
     )
-    fields = FIELDS | {"Odd": {"velocity": "first"}}
+    fields = {"Odd": {"velocity": "first"}}
     tree = drawn(shapes={"w": (64, 64)})
     state = om.compress_state(odd, fields=fields).init(tree)
     assert (state.inner.steps, state.inner.velocity["w"].dtype) == (0, jnp.int8)
@@ -398,9 +398,7 @@ def test_numbers_of_python_in_a_state():
 
 def test_moments_of_a_difference():
     """They stay as they are, which is said."""
-    with pytest.warns(
-        UserWarning, match=r"EmaState\.average stays as it is: .* or it is one of a difference"
-    ):
+    with pytest.warns(UserWarning, match=r"average is not compressed, .* or it is a term of a difference"):
         om.rmsprop(0.1, centered=True, state="int8").init(drawn(shapes={"w": (64, 64)}))
 
 
@@ -409,9 +407,9 @@ def test_other_states():
     tree, tx = drawn(shapes={"w": (64, 64)}), optax.contrib.ademamix(0.1)
     own = {"ScaleByAdemamixState": {"m1": "first", "nu": "second", "m2": "other"}}
     bare = tx.init(tree)
-    with pytest.warns(UserWarning, match=r"ScaleByAdemamixState\.(m1|m2|nu) stays as it is"):
+    with pytest.warns(UserWarning, match=r"ScaleByAdemamixState\.(m1|m2|nu) is not compressed"):
         chex.assert_trees_all_equal(om.compress_state(tx).init(tree).inner, bare)
-    known = om.compress_state(tx, {"other/*": BFloat16(), "*": ...}, fields=FIELDS | own, elementwise=True)
+    known = om.compress_state(tx, {"other/*": BFloat16(), "*": ...}, fields=own, elementwise=True)
     state = known.init(tree)
     dtypes = {str(x.dtype) for x in jax.tree.leaves(state.inner) if x.ndim}
     assert dtypes == {"int8", "uint8", "bfloat16"}
@@ -576,7 +574,7 @@ def test_rounding_by_chance_is_refused():
     """Of a state that stays in bfloat16: its bits are those of places; with a codec it rounds for itself."""
     tx, params = om.adam(0.1, nu_dtype="bfloat16"), drawn()
     refused = om.compress_state(tx, {"second/*": None, "*": ...}, elementwise=True)
-    with pytest.raises(ValueError, match="there is a '"):
+    with pytest.raises(ValueError, match="rounded by in_bfloat16"):
         jax.eval_shape(refused.update, params, refused.init(params), params)
     fine = om.compress_state(tx, CHANCE, elementwise=True)
     assert jax.eval_shape(fine.update, params, fine.init(params), params)
@@ -667,7 +665,7 @@ def test_one_program_for_leaves_alike():
     tx = om.compress_state(om.sgd(0.1, 0.9), elementwise=True)
     params = drawn(shapes={f"layer_{k}/kernel": (64, 256) for k in range(6)} | {"odd": (97, 256)})
     text = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
-    assert len(re.findall(r"func private @run", text)) == 2
+    assert len(re.findall(r"func private @update_leaf", text)) == 2
 
 
 def test_the_state_keeps_its_form():

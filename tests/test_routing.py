@@ -14,7 +14,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import optimorph as om
-from optimorph.core.tree import leaf_paths, paths_and_shapes
+from optimorph.core.paths import leaf_paths, paths_and_shapes
 from optimorph.routing.names import UNDECIDED, by_name
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-_NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
+from optimorph.core.numbers import is_array
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -147,6 +148,16 @@ def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
     return whole and bool(least <= value < below)
 
 
+def check_seed(who: str, seed: Any) -> None:
+    """Refuse what is no seed of `jax.random.key`.
+
+    Raises:
+      ValueError: naming `who`.
+    """
+    if not is_integer(seed, 0, 2**32):
+        raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
+
+
 def check_key(who: str, key: Any) -> None:
     """Refuse what is no single key of `jax.random`, of either form.
 
@@ -163,42 +174,11 @@ def check_key(who: str, key: Any) -> None:
         )
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf of a tree is an array, or a number, or the shape and dtype of one."""
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return True
-    if not isinstance(leaf, _NUMBERS) and not hasattr(leaf, "__jax_array__"):
-        return False  # though jax takes the names of dtypes for numbers of theirs
-    try:
-        return jnp.result_type(leaf) is not None
-    except (TypeError, ValueError):
-        return False
-
-
 def _is_real(value: Any) -> bool:
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         return False
     dtype = jnp.result_type(value)
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
-
-
-def kind(leaf: Any) -> str:
-    """What a leaf's numbers are: "real", "complex", "integer", which is all others, or "none"."""
-    if not is_array(leaf):
-        return "none"
-    return _kind_of(leaf.dtype if isinstance(leaf, jax.Array) else jnp.result_type(leaf))
-
-
-@functools.cache
-def _kind_of(dtype: Any) -> str:
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return "complex"
-    return "real" if jnp.issubdtype(dtype, jnp.floating) else "integer"
-
-
-def is_trained(leaf: Any) -> bool:
-    """Whether a leaf can have a gradient: real or complex numbers."""
-    return kind(leaf) in ("real", "complex")
 
 
 def not_an_array(who: str, path: str, leaf: Any) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from optimorph.core.tree import wide_dtype
+from optimorph.core.numbers import upcast_dtype
 from optimorph.linalg.symmetric import product
 from optimorph.linalg.unit import not_zero, scaled
 
@@ -44,7 +44,7 @@ def spectrum(x: Stack | Spectrum) -> Spectrum:
         return x
     n, m = x.shape[-2:]
     if x.size == 0:
-        real = jnp.finfo(wide_dtype(x.dtype)).dtype
+        real = jnp.finfo(upcast_dtype(x.dtype)).dtype
         return Spectrum(jnp.zeros((*x.shape[:-2], min(n, m)), real), (n, m))
     y, scale = scaled(x)
     return Spectrum(scale[..., 0] * jnp.linalg.svd(y, compute_uv=False), (n, m))

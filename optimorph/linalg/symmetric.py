@@ -13,7 +13,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.tree import wide_dtype
+from optimorph.core.numbers import upcast_dtype
 
 Symmetric = tuple[jax.Array, ...]
 
@@ -28,7 +28,7 @@ def blocked(rows: int) -> bool:
 
 def product(x: jax.Array, y: jax.Array, precision: str) -> jax.Array:
     """x y, summed in float32 or wider, in the precision that was asked for and no lower."""
-    kind = wide_dtype(x.dtype)
+    kind = upcast_dtype(x.dtype)
     return jnp.matmul(x, y, precision=precision, preferred_element_type=kind)
 
 
@@ -64,7 +64,7 @@ def combine(dtype: jnp.dtype, *terms: tuple[float, Symmetric]) -> Symmetric:
     factors = [factor for factor, _ in terms]
 
     def total(*blocks: jax.Array) -> jax.Array:
-        kind = wide_dtype(blocks[0].dtype)
+        kind = upcast_dtype(blocks[0].dtype)
         scaled = (f * block.astype(kind) for f, block in zip(factors, blocks, strict=True))
         return functools.reduce(operator.add, scaled)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.tree import wide
+from optimorph.core.numbers import upcast
 
 
 def unit(g: jax.Array) -> jax.Array:
@@ -18,7 +18,7 @@ def scaled(g: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Derivatives take c for a constant. That is right for every f(g) = cᵏ f(g / c), homogeneous of degree k.
     """
-    x = wide(g)
+    x = upcast(g)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
     number = largest.dtype.type
     middle = jnp.where(largest > 1, number(2.0**-64), number(2.0**64))  # reciprocals are all normal

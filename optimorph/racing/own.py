@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optimorph.core.checks import check_numbers
-from optimorph.core.tree import leaf_paths
+from optimorph.core.paths import leaf_paths
 from optimorph.racing.contestants import Rates
 from optimorph.racing.task import Task
 

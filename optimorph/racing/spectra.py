@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from optimorph.core.tree import leaf_paths
+from optimorph.core.paths import leaf_paths
 from optimorph.core.types import AxesRules
 from optimorph.linalg import effective_rank, spectrum
 from optimorph.racing.record import Spectrum

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import optax
 
-from optimorph.core.tree import map_present
+from optimorph.core.differences import map_present
 from optimorph.core.types import Rules
 from optimorph.routing.rules import UNSAID, LeafError, labels, lookup
 

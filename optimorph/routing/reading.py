@@ -55,15 +55,19 @@ def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes 
     Raises:
       LeafError: when called, naming `who` and the leaf: undecided, or a spec that does not fit.
     """
-    read = reader(who, rules)
+    return axes_of(who, reader(who, rules))
 
-    def found(path: str, shape: Shape) -> Axes | None:
+
+def axes_of(who: str, read: Callable[[str, Shape], Reading]) -> Callable[[str, Shape], Axes | None]:
+    """The axes that a reader finds; a question is an error."""
+
+    def axes(path: str, shape: Shape) -> Axes | None:
         reading = read(path, shape)
         if reading.question is not None:
             raise LeafError(f"{who}: {reading.question}")
         return reading.axes
 
-    return found
+    return axes
 
 
 def _by_rule(said: Any, role: str, path: str, shape: Shape) -> Reading:

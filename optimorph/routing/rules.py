@@ -10,8 +10,10 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from optimorph.core.checks import is_array, not_an_array
-from optimorph.core.tree import leaf_paths, map_paths
+from optimorph.core.checks import not_an_array
+from optimorph.core.numbers import is_array
+from optimorph.core.paths import by_path, leaf_paths, map_paths
+from optimorph.core.rule import Leaves
 from optimorph.core.types import Mask, PyTree, Rules, Shape
 from optimorph.routing.alike import listed
 
@@ -134,29 +136,53 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
     return found
 
 
-def as_mask(mask: Mask | None) -> Mask | None:
-    """The mask as `optax.masked` takes it: rules become a function, True where they say a spec or True."""
-    rules = by_pattern(mask) and (any(map(_is_wild, mask)) or not all(map(_is_bool, mask.values())))
-    if not rules and not _of_path_and_shape(mask):
-        return mask
-    say = lookup(mask)
+def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
+    """What a mask says of each leaf.
 
-    def chosen(path: str, shape: Shape) -> Any:
-        said = say(path, shape)
-        return said if said is UNSAID else said is not None and said is not False
+    Args:
+      who: whose error it is.
+      mask: a tree of booleans, or a prefix of one, matched by path if its containers differ; a function from
+        the tree to one; or rules, True where they say a spec or True.
+      leaves: the parameters, or without them the gradients.
 
-    return labels(chosen)
+    Raises:
+      ValueError: naming `who` and leaves of which the mask says nothing.
+    """
+    if _is_rules(mask):
+        say = lookup(mask)
+
+        def chosen(path: str, shape: Shape) -> Any:
+            said = say(path, shape)
+            return said if said is UNSAID else said is not None and said is not False
+
+        mask = labels(chosen)
+    found = mask(leaves.tree) if callable(mask) else mask
+    try:
+        whole = jax.tree.broadcast(found, leaves.tree, is_leaf=lambda x: x is None)
+        return jax.tree.leaves(whole, is_leaf=lambda x: x is None)
+    except ValueError:
+        known = by_path(found)
+    if unknown := [
+        p for p, x in zip(leaves.paths, leaves.values, strict=True) if is_array(x) and p not in known
+    ]:
+        raise ValueError(
+            f"{who}: the mask says nothing of {unknown[0]!r}. Give a tree of booleans like the parameters, "
+            "or rules such as {'*norm*': False, '*': True}."
+        )
+    return [bool(known.get(path, False)) for path in leaves.paths]
 
 
-def _of_path_and_shape(mask: Mask | None) -> bool:
+def _is_rules(mask: Mask) -> bool:
+    if by_pattern(mask):
+        return any(map(_is_wild, mask)) or not all(isinstance(said, bool) for said in mask.values())
+    return _of_path_and_shape(mask)
+
+
+def _of_path_and_shape(mask: Mask) -> bool:
     if not callable(mask) or not _is_leaf(mask):
         return False
     needed = [p for p in inspect.signature(mask).parameters.values() if p.default is p.empty]
     return len([p for p in needed if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 2
-
-
-def _is_bool(x: Any) -> bool:
-    return isinstance(x, bool)
 
 
 def _is_wild(key: Any) -> bool:

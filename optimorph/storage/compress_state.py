@@ -1,6 +1,5 @@
 """Any transformation's state in fewer bytes."""
 
-import dataclasses
 import warnings
 from typing import Any
 
@@ -9,19 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.codecs import Encoded
-from optimorph.core.checks import is_integer
-from optimorph.core.count import increment
-from optimorph.core.rounding import leaf_key
-from optimorph.core.slabs import slab_shape
-from optimorph.core.tree import by_path, distinct_paths, is_missing, leaf_paths, map_paths
+from optimorph.codecs import Codec, Encoded
+from optimorph.core.checks import check_seed
+from optimorph.core.numbers import cast_like, increment, is_missing, upcast
+from optimorph.core.paths import distinct_paths, leaf_paths, map_paths
+from optimorph.core.roles import Role, scalar
+from optimorph.core.rounding import leaf_key, leaf_keys
+from optimorph.core.rule import Rule, rule_of, transform
 from optimorph.core.types import PyTree, Rules
 from optimorph.routing.rules import unused
-from optimorph.storage.choice import SMALL, Choice, choice, named, stored_by
+from optimorph.storage.codec_rules import SMALL, CodecRule, codec_rule, named, stored_codec
 from optimorph.storage.compressed import CompressedState
-from optimorph.storage.encoding import begin, codes_of, encoded, scales_of
-from optimorph.storage.moments import FIELDS, Fields, map_moments, moments_of, unknown, with_moments
-from optimorph.storage.parts import Leaf, in_parts
+from optimorph.storage.elementwise import NotElementwiseError, inlined, on_part
+from optimorph.storage.encoding import decoded, encoded, initial, split
+from optimorph.storage.moments import Fields, map_moments, moments_of, unknown, with_moments
+from optimorph.storage.one_leaf import one_leaf_rule
+from optimorph.storage.slabwise import Step, decode, encode, is_large, slabwise
+
+WHO = "compress_state"
 
 
 def compress_state(
@@ -30,7 +34,7 @@ def compress_state(
     *,
     elementwise: bool = False,
     seed: int = 0,
-    fields: Fields = FIELDS,
+    fields: Fields | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Keep a transformation's moments in codes of one byte or two, and take them out for the update alone.
 
@@ -66,8 +70,8 @@ def compress_state(
         they do not say, or say `...` of, is as by default.
       elementwise: whether the inner transformation works place by place.
       seed: of the noise, an integer in [0, 2³²); that of a state which is restored goes on.
-      fields: which fields of which states are moments, and of what kind; `moments.FIELDS` without it. Add
-        your own, `FIELDS | {"MyState": {"average": "first"}}`.
+      fields: which fields of further states are moments, and of which kind, such as
+        `{"MyState": {"average": "first"}}`. Those of this library and of optax are known.
 
     Raises:
       ValueError: another seed; at `init`, rules that say what is no codec, a codec without signs of first
@@ -77,136 +81,202 @@ def compress_state(
     References:
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
     """
-    if not is_integer(seed, 0, 2**32):
-        raise ValueError(
-            f"compress_state: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0."
-        )
-    inner = optax.with_extra_args_support(inner)
-    chosen = choice(rules)
+    check_seed(WHO, seed)
+    codec_of = codec_rule(rules)
+    if rule := rule_of(inner):
+        return transform(WHO, _compressed(rule, codec_of, rules, seed))
+    return _of_trees(optax.with_extra_args_support(inner), codec_of, rules, elementwise, seed, fields)
+
+
+def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int) -> Rule:
+    """The rule with its moments encoded between steps.
+
+    Args:
+      rule: of one leaf, with decoded moments.
+      codec_of: which codec stores a moment.
+      rules: as the user gave them.
+      seed: of the noise.
+    """
+    kinds = [role.moment for role in rule.roles]
+    moments = [j for j, kind in enumerate(kinds) if kind]
+
+    def state(slots, scales, seed=None, count=None):
+        return CompressedState(rule.structure.unflatten(slots), tuple(scales), seed, count)
+
+    def begin(leaves):
+        distinct_paths(WHO, leaves.tree)
+        paths = leaf_paths(leaves.tree)
+        _warn(rules, [named(kind, path) for kind in kinds if kind for path in paths])
+        if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
+            for role in rule.roles:
+                if role.tree and not role.moment:
+                    _warn_unknown(role.name)
+        shared, none = rule.slots(rule.begin(leaves)), [None] * len(moments)
+        return state(shared, none, jnp.uint32(seed), jnp.zeros([], jnp.int32))
+
+    def init(leaf):
+        slots, scales = rule.slots(rule.init(leaf)), []
+        for j in moments:
+            slots[j], own = initial(codec_of(kinds[j], leaf.path, np.shape(slots[j])), slots[j])
+            scales.append(own)
+        return state(slots, scales)
+
+    def advance(shared, leaves):
+        now, inner = rule.advance(shared.inner, leaves)
+        after = state(rule.slots(inner), [None] * len(moments), shared.seed, increment(shared.count))
+        return (now, _key(shared), {}), after
+
+    def update(g, s, leaf, now):
+        told, key, programs = now
+        held = rule.slots(s.inner)
+        codecs: list[Codec | None] = [None] * len(kinds)
+        for j, scales in zip(moments, s.scales, strict=True):
+            if isinstance(held[j], jax.Array | np.ndarray):
+                held[j] = Encoded(held[j], scales)
+                codecs[j] = stored_codec(codec_of, kinds[j], leaf.path, held[j])
+        keys: list[Any] = [None] * len(kinds)
+        for j, own in zip(
+            moments, leaf_keys(key, [named(kinds[j], leaf.path) for j in moments]), strict=True
+        ):
+            keys[j] = own
+
+        def step(g, weight, held, part=True):
+            own = leaf._replace(weight=weight, part=part)
+            u, new = rule.update(g if rule.narrow else upcast(g), rule.structure.unflatten(held), own, told)
+            return u if rule.narrow else cast_like(u, g), rule.slots(new)
+
+        try:
+            if is_large(g, held, codecs):
+                by_slab = _traced(step, g, leaf.weight, decode(held, codecs)) if rule.narrow else step
+                u, held = slabwise(by_slab, g, leaf.weight, held, codecs, keys, programs)
+            else:
+                u, new = step(g, leaf.weight, decode(held, codecs), part=False)  # (1)
+                held = encode(new, held, codecs, keys)  # (2)
+        except NotElementwiseError as error:
+            raise _not_elementwise(error, leaf.path) from None
+        stored = [isinstance(x, Encoded) for x in held]
+        scales = [held[j].scales if stored[j] else old for j, old in zip(moments, s.scales, strict=True)]
+        return u, state([x.codes if own else x for x, own in zip(held, stored, strict=True)], scales)
+
+    template = CompressedState(
+        jax.tree.map(_as_codes, rule.state),
+        tuple(Role("scales", tree=True) for _ in moments),
+        scalar("seed of compress_state"),
+        scalar("count of compress_state"),
+    )
+    return Rule(template, update, init, begin, advance, narrow=True)
+
+
+def _traced(step: Step, g: jax.Array, weight: Any, held: list[Any]) -> Step:
+    """A step of whole leaves as one of their slabs: its jaxpr, run on slices of its arguments."""
+    arguments, structure = jax.tree.flatten((g, weight, held))
+    closed, results = jax.make_jaxpr(lambda *x: step(*structure.unflatten(x)), return_shape=True)(*arguments)
+    closed, results = inlined(closed), jax.tree.structure(results)
+
+    def by_slab(g_slab, weight, held):
+        arrays = on_part(closed, jax.tree.leaves((g_slab, weight, held)), g.shape, g_slab.shape)
+        return results.unflatten(arrays)
+
+    return by_slab
+
+
+def _as_codes(role: Role) -> Role:
+    return Role("codes", "codes", tree=True) if role.moment else role
+
+
+def _of_trees(
+    inner: optax.GradientTransformationExtraArgs,
+    codec_of: CodecRule,
+    rules: Rules | None,
+    elementwise: bool,
+    seed: int,
+    fields: Fields | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`compress_state` of a transformation of trees."""
 
     def init(params):
-        distinct_paths("compress_state", params)
-        scales, paths = [], []
-
-        def narrow(kind, moment):
-            both = map_paths(lambda path, x: begin(chosen(kind, path, np.shape(x)), x), moment)
-            paths.extend(named(kind, path) for path in by_path(moment))
-            scales.append(scales_of(both))
-            return codes_of(both)
-
-        state = map_moments(narrow, inner.init(params), fields)
-        for rule in unused(rules, paths) if rules is not None and paths else ():
-            warnings.warn(f"compress_state: no moment matches the rule {rule!r}.", stacklevel=2)
+        paths, scales = distinct_paths(WHO, params), []
+        state = inner.init(params)
+        _warn(rules, [named(kind, path) for kind, _ in moments_of(state, fields) for path in paths])
         for name in unknown(state, SMALL, fields):
-            warnings.warn(
-                f"compress_state: {name} stays as it is: it is not known to be a moment, or it is one of a "
-                "difference, of which codes would leave noise. If codes are right for it, say of which kind "
-                "it is in `fields`, as FIELDS of optimorph.storage.moments does.",
-                stacklevel=2,
-            )
+            _warn_unknown(name)
+
+        def stored(kind, moment):
+            codes, own = split(map_paths(lambda p, x: initial(codec_of(kind, p, np.shape(x)), x), moment))
+            scales.append(own)
+            return codes
+
+        state = map_moments(stored, state, fields)
         return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
         if not isinstance(state, CompressedState):
             raise ValueError(
-                f"compress_state: the state must be one that its init made, but is a {type(state).__name__}. "
+                f"{WHO}: the state must be one that its init made, but is a {type(state).__name__}. "
                 "Type state = tx.init(params); moments in float32 are not taken over."
             )
-        key = jax.random.fold_in(jax.random.key(state.seed), state.count)
-        leaves = _leaves(updates, state, params, chosen, fields)
-        large = [path for path, leaf in leaves.items() if elementwise and _is_large(leaf)]
+        if not elementwise:
+            return whole(updates, state, params, extra)
+        rule = one_leaf_rule(inner, state.inner, fields, extra)
+        tx = transform(WHO, _compressed(rule, codec_of, rules, seed))
+        return tx.update(updates, state, params)
 
-        def step(wide):
-            gradients, before, weights = _trees(wide, updates, state, params, fields)
-            out, after = inner.update(gradients, before.inner, weights, **extra)  # (1)
-            steps, moments = by_path(out), [by_path(moment) for _, moment in moments_of(after, fields)]
-            done = {path: _after(path, leaf, steps, moments) for path, leaf in wide.items()}
-            return done, with_moments(after, [None] * len(moments), fields)
+    def whole(updates, state, params, extra):
+        """All moments are decoded, updated and encoded again."""
+        key, missing, moments = _key(state), _missing(updates), moments_of(state.inner, fields)
+        before, after_codes, after_scales = [], [], []
+        for (kind, codes), scales in zip(moments, state.scales, strict=True):
 
-        if large:
-            done, after = in_parts(step, leaves, large, key)
-        else:
-            done, after = step({path: leaf.wide() for path, leaf in leaves.items()})
-        for path in done.keys() - large:
-            done[path] = _stored(path, leaves[path], done[path], key)  # (2)
-        out, full, _ = _trees(done, updates, state, None, fields)
-        codes = [moment for _, moment in moments_of(full.inner, fields)]
-        held = with_moments(after, codes, fields)
-        return out, CompressedState(held, full.scales, state.seed, increment(state.count))
+            def decode_leaf(path, c, s, kind=kind):
+                return decoded(stored_codec(codec_of, kind, path, Encoded(c, s)), Encoded(c, s))
+
+            before.append(map_paths(decode_leaf, codes, scales))
+        out, after = inner.update(updates, with_moments(state.inner, before, fields), params, **extra)  # (1)
+        new = moments_of(after, fields)
+        for (kind, codes), scales, (_, moment) in zip(moments, state.scales, new, strict=True):
+
+            def encode_leaf(path, c, s, x, kind=kind):
+                codec = stored_codec(codec_of, kind, path, Encoded(c, s))
+                own = leaf_key(key, named(kind, path))
+                return Encoded(c, s) if path in missing else encoded(codec, x, own, None, Encoded(c, s))
+
+            c, s = split(map_paths(encode_leaf, codes, scales, moment))
+            after_codes.append(c)
+            after_scales.append(s)
+        after = with_moments(after, after_codes, fields)
+        return out, CompressedState(after, tuple(after_scales), state.seed, increment(state.count))  # (2)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_large(leaf: Leaf) -> bool:
-    """Whether a leaf is to go slab by slab."""
-    held = [moment for moment in leaf.moments if moment is not None]
-    return (
-        leaf.gradient is not None
-        and any(codec is not None for codec in leaf.codecs)
-        and all(np.shape(moment.codes) == np.shape(leaf.gradient) for moment in held)
-        and slab_shape(np.shape(leaf.gradient)) is not None
+def _key(state: CompressedState) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(state.seed), state.count)
+
+
+def _missing(updates: PyTree) -> set[str]:
+    """The paths of leaves without a gradient."""
+    flags = jax.tree.map(is_missing, updates, is_leaf=lambda x: x is None)
+    return {path for path, gone in zip(leaf_paths(flags), jax.tree.leaves(flags), strict=True) if gone}
+
+
+def _warn(rules: Rules | None, moments: list[str]) -> None:
+    for rule in unused(rules, moments) if rules is not None and moments else ():
+        warnings.warn(f"{WHO}: no moment matches the rule {rule!r}.", stacklevel=2)
+
+
+def _warn_unknown(name: str) -> None:
+    warnings.warn(
+        f"{WHO}: {name} is not compressed, because it is not known to be a moment, or it is a term of a "
+        "difference, which quantization would turn into noise. If codes are right for a field of a state, "
+        "type fields={'MyState': {'my_field': 'first'}}.",
+        stacklevel=2,
     )
 
 
-def _after(path: str, leaf: Leaf, steps: dict[str, Any], moments: list[dict[str, Any]]) -> Leaf:
-    """A leaf's update and its new moments; without a gradient the old ones."""
-    held = [
-        old if old is None or leaf.missing else Encoded(new[path], None)
-        for old, new in zip(leaf.moments, moments, strict=True)
-    ]
-    return dataclasses.replace(leaf, gradient=steps.get(path), weight=None, moments=tuple(held))
-
-
-def _stored(path: str, before: Leaf, after: Leaf, key: jax.Array) -> Leaf:
-    """A leaf with its new moments encoded; those that stay as they were, bit by bit."""
-
-    def stored(kind, codec, old, new):
-        if old is None or before.missing:
-            return old
-        return encoded(codec, new.codes, leaf_key(key, named(kind, path)), None, old)
-
-    moments = map(stored, before.kinds, before.codecs, before.moments, after.moments)
-    return dataclasses.replace(after, moments=tuple(moments))
-
-
-def _leaves(
-    updates: PyTree, state: CompressedState, params: PyTree, chosen: Choice, fields: Fields
-) -> dict[str, Leaf]:
-    """What there is at every path."""
-    gradients, weights = by_path(updates), by_path(params)
-    everywhere = set(leaf_paths(jax.tree.map(lambda g: 0, updates, is_leaf=lambda x: x is None)))
-    moments = moments_of(state.inner, fields)
-    kinds, codes = tuple(kind for kind, _ in moments), [by_path(moment) for _, moment in moments]
-    scales = [by_path(each) for each in state.scales]
-
-    def leaf(path):
-        held = [Encoded(c[path], s[path]) if path in c else None for c, s in zip(codes, scales, strict=True)]
-        codecs = [
-            None if each is None else stored_by(chosen, kind, path, each)
-            for kind, each in zip(kinds, held, strict=True)
-        ]
-        gradient = None if is_missing(gradients.get(path)) else gradients[path]
-        missing = gradient is None and path in everywhere
-        return Leaf(gradient, weights.get(path), tuple(held), tuple(codecs), kinds, missing)
-
-    return {
-        path: leaf(path) for path in dict.fromkeys(p for tree in (gradients, weights, *codes) for p in tree)
-    }
-
-
-def _trees(
-    leaves: dict[str, Leaf], updates: PyTree, state: CompressedState, params: PyTree, fields: Fields
-) -> tuple[PyTree, CompressedState, PyTree]:
-    """The gradients, the state and the parameters with these leaves, and None for all others."""
-
-    def filled(tree, of):
-        return map_paths(lambda path, _: of(leaves[path]) if path in leaves else None, tree)
-
-    moments = enumerate(moment for _, moment in moments_of(state.inner, fields))
-    codes = [filled(each, lambda leaf, k=k: leaf.moments[k].codes) for k, each in moments]
-    scales = [filled(each, lambda leaf, k=k: leaf.moments[k].scales) for k, each in enumerate(state.scales)]
-    return (
-        filled(updates, lambda leaf: leaf.gradient),
-        state._replace(inner=with_moments(state.inner, codes, fields), scales=tuple(scales)),
-        filled(params, lambda leaf: leaf.weight),
+def _not_elementwise(error: NotElementwiseError, path: str) -> ValueError:
+    return ValueError(
+        f"{WHO}: the transformation is said to be element-wise, but there is {error} in its update of "
+        f"{path!r}, which mixes elements or depends on where they are. Type elementwise=False; or put it "
+        "outside, clipping by a norm for example: "
+        "optax.chain(clip_by_global_norm(1.0), compress_state(...))."
     )

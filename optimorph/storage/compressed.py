@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from optimorph.core.roles import holds
+
 
 class CompressedState(NamedTuple):
     """The inner state with codes in place of moments, their scales, the seed of the noise, and a count.
@@ -15,6 +17,7 @@ class CompressedState(NamedTuple):
       count: how many updates there have been, int32.
     """
 
+    averages = holds(inner="")  # stored as codes, which are no moments to others
     inner: Any
     scales: tuple[Any, ...]
     seed: jax.Array

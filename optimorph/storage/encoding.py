@@ -15,7 +15,7 @@ from optimorph.linalg.meshes import spec_of
 from optimorph.linalg.placement import devices
 
 
-def begin(codec: Codec | None, x: jax.Array) -> Encoded:
+def initial(codec: Codec | None, x: jax.Array) -> Encoded:
     """A moment that is one number everywhere, as that number is encoded; complex and float64 as they are.
 
     What has no scales gets zeros for them: a tree of scales is then one like the parameters, with arrays of
@@ -27,7 +27,7 @@ def begin(codec: Codec | None, x: jax.Array) -> Encoded:
     one = _encode(codec)(number, jax.random.key(0))
     codes = jnp.full_like(x, one.codes, dtype=one.codes.dtype)
     if one.scales is None:
-        return begin(None, codes)
+        return initial(None, codes)
     return Encoded(codes, _full_beside(x, _scales_shape(codec, x.shape), one.scales))
 
 
@@ -55,18 +55,16 @@ def encoded(codec: Codec | None, x: jax.Array, key: jax.Array, place: Any, befor
     return found if found.scales is not None else Encoded(found.codes, before.scales)
 
 
-def codes_of(tree: PyTree) -> PyTree:
-    """The codes of a tree of what is encoded."""
-    return jax.tree.map(lambda each: each.codes, tree, is_leaf=_is_encoded)
+def split(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The codes and the scales of a tree of `Encoded`."""
 
+    def is_encoded(x: Any) -> bool:
+        return isinstance(x, Encoded)
 
-def scales_of(tree: PyTree) -> PyTree:
-    """The scales of a tree of what is encoded."""
-    return jax.tree.map(lambda each: each.scales, tree, is_leaf=_is_encoded)
-
-
-def _is_encoded(x: Any) -> bool:
-    return isinstance(x, Encoded)
+    return (
+        jax.tree.map(lambda x: x.codes, tree, is_leaf=is_encoded),
+        jax.tree.map(lambda x: x.scales, tree, is_leaf=is_encoded),
+    )
 
 
 def _full_beside(x: jax.Array, shape: Shape, value: jax.Array) -> jax.Array:

@@ -7,21 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optimorph.core.roles import AVERAGE, FIRST, SECOND
 from optimorph.core.types import PyTree
-from optimorph.storage.compressed import CompressedState
-from optimorph.transforms.add import AddState
-from optimorph.transforms.divide import DivideState
-from optimorph.transforms.ema import EmaState
-
-FIRST, SECOND = "first", "second"
 
 Fields = Mapping[str, Mapping[str, str]]
-"""Name of a state's type → field → kind of the moment that it holds."""
+"""Name of a state's type → field → kind of the moment that it holds, "first" or "second"."""
 
-FIELDS: Fields = {
-    "MomentumState": {"velocity": FIRST},
-    "EmaState": {"average": FIRST, "ema": FIRST},
-    "AccumulateState": {"total": SECOND},
+OPTAX_FIELDS: Fields = {
+    "EmaState": {"ema": FIRST},
     "ScaleByAdamState": {"mu": FIRST, "nu": SECOND},
     "ScaleByAmsgradState": {"mu": FIRST, "nu": SECOND, "nu_max": SECOND},
     "ScaleByBeliefState": {"mu": FIRST, "nu": SECOND},
@@ -32,56 +25,60 @@ FIELDS: Fields = {
     "TraceState": {"trace": FIRST},
     "MuonState": {"mu": FIRST},
 }
-"""The states of this library and of optax that hold first moments and velocities, or second moments; an
-average that a quotient divides by is a second one. Of moments whose difference is taken, as that of a
-centered RMSprop, there is nothing here: what little is left of them would be noise. Nor of what is in codes
-already."""
-
+"""optax's states that hold first moments and velocities, or second moments. A moment whose difference from
+another is taken, as in a centered RMSprop, is not here: quantization would leave noise of the difference. The
+states of this library say themselves what they hold."""
 
 SUMS = ("MultiStepsState.acc_grads",)
-"""What is as large as moments, and none."""
+"""Trees as large as moments that are known to be none."""
 
 
-def map_moments(
-    f: Callable[[str, PyTree], PyTree], state: PyTree, fields: Fields = FIELDS, average: str = FIRST
-) -> PyTree:
+def map_moments(f: Callable[[str, PyTree], PyTree], state: PyTree, fields: Fields | None = None) -> PyTree:
     """The state with `f(kind, moment)` in place of every moment, each a tree like the parameters.
 
     Args:
       f: of "first" or "second", or another kind that `fields` has, and the tree.
       state: of this library or of optax.
-      fields: which fields of which states are moments.
-      average: what an `EmaState` holds here.
+      fields: which fields of further states are moments.
     """
+    known = OPTAX_FIELDS if fields is None else {**OPTAX_FIELDS, **fields}
 
-    def visit(node: Any) -> Any:
-        if isinstance(node, DivideState):
-            signal, by = map_moments(f, node.signal, fields), map_moments(f, node.by, fields, SECOND)
-            return DivideState(signal, by)
-        own = isinstance(node, EmaState)
-        known = {k: average if own else kind for k, kind in _known(node, fields).items()}
-        return node._replace(**{k: f(kind, getattr(node, k)) for k, kind in known.items()}) if known else node
+    def kinds(node: Any, average: str) -> dict[str, str]:
+        if roles := getattr(node, "roles", None):
+            own = {field: average if role == AVERAGE else role.moment for field, role in roles.items()}
+        else:
+            own = known.get(type(node).__name__, {})
+        return {field: own[field] for field in getattr(node, "_fields", ()) if own.get(field)}
 
-    def ends(node: Any) -> bool:
-        return isinstance(node, DivideState | AddState | CompressedState) or bool(_known(node, fields))
+    def walk(tree: Any, average: str) -> Any:
+        def visit(node: Any) -> Any:
+            if hasattr(node, "averages"):
+                inside = {field: node.averages.get(field, average) for field in node._fields}
+                return node._replace(
+                    **{field: walk(getattr(node, field), kind) for field, kind in inside.items() if kind}
+                )
+            own = kinds(node, average)
+            return node._replace(**{k: f(kind, getattr(node, k)) for k, kind in own.items()}) if own else node
 
-    return jax.tree.map(visit, state, is_leaf=ends)
+        return jax.tree.map(visit, tree, is_leaf=lambda n: hasattr(n, "averages") or bool(kinds(n, average)))
+
+    return walk(state, FIRST)
 
 
-def moments_of(state: PyTree, fields: Fields = FIELDS) -> list[tuple[str, PyTree]]:
+def moments_of(state: PyTree, fields: Fields | None = None) -> list[tuple[str, PyTree]]:
     """The moments of a state in order, each with its kind."""
     found = []
     map_moments(lambda kind, moment: found.append((kind, moment)), state, fields)
     return found
 
 
-def with_moments(state: PyTree, moments: Iterable[PyTree], fields: Fields = FIELDS) -> PyTree:
+def with_moments(state: PyTree, moments: Iterable[PyTree], fields: Fields | None = None) -> PyTree:
     """The state with other moments, in order."""
     left = iter(moments)
     return map_moments(lambda kind, _: next(left), state, fields)
 
 
-def unknown(state: PyTree, size: int, fields: Fields = FIELDS) -> list[str]:
+def unknown(state: PyTree, size: int, fields: Fields | None = None) -> list[str]:
     """`MyState.average`: what else holds real arrays of two axes and at least so many numbers."""
     found: dict[str, None] = {}
 
@@ -99,9 +96,3 @@ def unknown(state: PyTree, size: int, fields: Fields = FIELDS) -> list[str]:
 
 def _is_state(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "_fields")
-
-
-def _known(node: Any, fields: Fields) -> dict[str, str]:
-    """Field → kind, of those that a state has."""
-    known = fields.get(type(node).__name__, {})
-    return {field: kind for field, kind in known.items() if field in getattr(node, "_fields", ())}

@@ -8,7 +8,9 @@ import numpy as np
 import optax
 
 from optimorph.core.checks import check_numbers
-from optimorph.core.tree import cast_like, gradients, map_updates, number, wide
+from optimorph.core.differences import gradients, map_updates
+from optimorph.core.numbers import as_scalar, cast_like, upcast
+from optimorph.core.roles import holds, scalar
 from optimorph.core.types import Numeric
 
 
@@ -17,6 +19,10 @@ class ClipState(NamedTuple):
 
     norm: jax.Array
     factor: jax.Array
+    roles = holds(
+        norm=scalar("norm of clip_by_global_norm", "clip_norm"),
+        factor=scalar("factor of clip_by_global_norm", "clip_factor"),
+    )
 
 
 def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
@@ -56,13 +62,13 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         scale, root = _scaled_norm(jax.tree.leaves(gradients(who, updates)))
-        norm, bound = root / scale, number(max_norm, root)  # (1)
+        norm, bound = root / scale, as_scalar(max_norm, root)  # (1)
         finite = jnp.isfinite(root)
         whole = (norm <= bound) | ~finite
         ratio = bound / jnp.where(whole, 1, root)
 
         def clip(g):
-            x = _at_least(wide(g), scale.dtype)
+            x = _at_least(upcast(g), scale.dtype)
             shorter = x * scale.astype(x.dtype) * ratio.astype(x.dtype)  # (2)
             return cast_like(jnp.where(whole, x, shorter), g)
 
@@ -77,11 +83,11 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
 def _scaled_norm(leaves: list) -> tuple[jax.Array, jax.Array]:
     """A power of two that brings the largest number into [1/4, 2), and the norm of all leaves times it."""
     kind = max(
-        (jnp.finfo(wide(g).dtype).dtype for g in leaves),
+        (jnp.finfo(upcast(g).dtype).dtype for g in leaves),
         key=lambda d: d.itemsize,
         default=np.dtype("float32"),
     )
-    xs = [_at_least(wide(g), kind) for g in leaves]
+    xs = [_at_least(upcast(g), kind) for g in leaves]
     parts = [part for x in xs for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     largest = jnp.max(jnp.stack([jnp.zeros([], kind), *(jnp.max(jnp.abs(p), initial=0) for p in parts)]))
     _, half = jnp.frexp(jnp.sqrt(largest))  # XLA repeats a maximum in every leaf that uses it, but no root

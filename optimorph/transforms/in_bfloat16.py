@@ -6,18 +6,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph.core.checks import is_integer
-from optimorph.core.count import increment
+from optimorph.core.checks import check_seed
+from optimorph.core.numbers import increment
+from optimorph.core.paths import leaf_paths
+from optimorph.core.roles import holds, scalar
 from optimorph.core.rounding import leaf_key, stochastic_bfloat16
-from optimorph.core.tree import leaf_paths
+from optimorph.core.rule import Rule, rule_of, transform
 
 
-class HalfState(NamedTuple):
+class BFloat16State(NamedTuple):
     """The inner state in bfloat16, the seed of its rounding, and how many updates there have been."""
 
     inner: Any
     seed: jax.Array
     count: jax.Array
+    roles = holds(seed=scalar("seed of in_bfloat16"), count=scalar("count of in_bfloat16"))
 
 
 def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -46,31 +49,82 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     References:
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.
     """
-    if not is_integer(seed, 0, 2**32):
-        raise ValueError(f"in_bfloat16: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
+    check_seed("in_bfloat16", seed)
+    if rule := rule_of(inner):
+        return transform("in_bfloat16", _rule(rule, seed))
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        state = jax.tree.map(_narrowed, inner.init(params))
-        return HalfState(state, jnp.uint32(seed), jnp.zeros([], jnp.int32))
+        state = jax.tree.map(_narrow, inner.init(params))
+        return BFloat16State(state, jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        out, after = inner.update(updates, jax.tree.map(_widened, state.inner), params, **extra)  # (1)
-        key = jax.random.fold_in(jax.random.key(state.seed), state.count)
+        out, after = inner.update(updates, jax.tree.map(_widen, state.inner), params, **extra)  # (1)
+        key = _key(state)
         leaves, structure = jax.tree.flatten(after)
-        before = jax.tree.leaves(state.inner)
-        rounded = [  # (2)
-            stochastic_bfloat16(_widened(new), leaf_key(key, path)) if old.dtype == jnp.bfloat16 else new
-            for path, new, old in zip(leaf_paths(after), leaves, before, strict=True)
+        rounded = [
+            _rounded(new, leaf_key(key, path)) for path, new in zip(leaf_paths(after), leaves, strict=True)
         ]
-        return out, HalfState(jax.tree.unflatten(structure, rounded), state.seed, increment(state.count))
+        return out, BFloat16State(structure.unflatten(rounded), state.seed, increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _narrowed(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.bfloat16) if x.ndim and jnp.issubdtype(x.dtype, jnp.floating) else x
+def _rule(rule: Rule, seed: int) -> Rule:
+    def begin(leaves):
+        return BFloat16State(rule.filled(rule.begin(leaves)), jnp.uint32(seed), jnp.zeros([], jnp.int32))
+
+    def init(leaf):
+        return BFloat16State(jax.tree.map(_narrow, rule.filled(rule.init(leaf))), None, None)
+
+    def advance(shared, leaves):
+        now, inner = rule.advance(shared.inner, leaves)
+        return (now, _key(shared)), BFloat16State(inner, shared.seed, increment(shared.count))
+
+    def update(g, state, leaf, now):
+        now, key = now
+        u, s = rule.update(g, jax.tree.map(_widen, state.inner), leaf, now)  # (1)
+        if leaf.part:
+            return u, BFloat16State(_unrounded(s, state.inner), None, None)
+        rounded = [
+            None if x is None else _rounded(x, leaf_key(key, f"{k}/{leaf.path}"))
+            for k, x in enumerate(rule.slots(s))
+        ]
+        return u, BFloat16State(rule.structure.unflatten(rounded), None, None)
+
+    state = BFloat16State(rule.state, **BFloat16State.roles)
+    return Rule(state, update, init, begin, advance)
 
 
-def _widened(x: jax.Array) -> jax.Array:
+def _key(state: BFloat16State) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(state.seed), state.count)
+
+
+def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    return stochastic_bfloat16(_widen(x), key) if _is_narrowed(x) else x  # (2)
+
+
+def _unrounded(state: Any, before: Any) -> Any:
+    """The state of a part of a leaf, which the codec that stored it rounds.
+
+    Raises:
+      ValueError: no codec stores it.
+    """
+    if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(before)):
+        raise ValueError(
+            "compress_state: a moment without a codec is rounded by in_bfloat16, which needs the whole leaf. "
+            "Type a codec for it, such as optimorph.codecs.BFloat16(stochastic=True), or leave out nu_dtype."
+        )
+    return state
+
+
+def _is_narrowed(x: jax.Array) -> bool:
+    return bool(x.ndim) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _narrow(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16) if _is_narrowed(x) else x
+
+
+def _widen(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x

@@ -2,7 +2,9 @@
 
 import optax
 
-from optimorph.core.tree import cast_like, map_updates, wide
+from optimorph.core.differences import map_updates
+from optimorph.core.numbers import cast_like, upcast
+from optimorph.core.rule import rule_of
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -16,9 +18,11 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
       inner: any transformation; it sees float32 or wider updates, and the parameters as they are.
     """
     inner = optax.with_extra_args_support(inner)
+    if rule_of(inner):
+        return inner  # as every rule does
 
     def update(updates, state, params=None, **extra):
-        out, state = inner.update(map_updates("in_float32", wide, updates), state, params, **extra)
+        out, state = inner.update(map_updates("in_float32", upcast, updates), state, params, **extra)
         return map_updates("in_float32", lambda g, u: cast_like(u, g), updates, out), state  # (1)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from optimorph.core.checks import check_dtypes, is_integer
-from optimorph.core.count import as_schedule, increment
+from optimorph.core.differences import gradients, map_state, map_updates
 from optimorph.core.flags import all_of
-from optimorph.core.tree import cast_like, full, gradients, map_state, map_updates, number, wide
+from optimorph.core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, upcast
+from optimorph.core.rule import arrays
 from optimorph.core.types import DTypeLike, PyTree
 from optimorph.linalg.meshes import manual_axes
 
@@ -67,22 +68,22 @@ def multi_steps(
 
     def init(params):
         count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        return MultiStepsState(inner.init(params), full(params, dtype=accumulator_dtype), count, steps)
+        return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, steps)
 
     def update(updates, state, params=None, **extra):
         updates, count = gradients("multi_steps", updates), state.count + 1
 
         def add(g, mean):
-            m = wide(mean)
-            n = number(count, m)
-            return m + (wide(g).astype(m.dtype) / n - m / n)
+            m = upcast(mean)
+            n = as_scalar(count, m)
+            return m + (upcast(g).astype(m.dtype) / n - m / n)
 
         mean = map_state("multi_steps", add, updates, state.mean)  # (1)
         sound = _on_all_devices(_all_finite(updates))
         due = sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))
 
         def step():
-            g = map_updates("multi_steps", lambda g, m: m.astype(wide(g).dtype), updates, mean)
+            g = map_updates("multi_steps", lambda g, m: m.astype(upcast(g).dtype), updates, mean)
             out, after = inner.update(g, state.inner, params, **extra)
             return map_updates("multi_steps", lambda g, u: cast_like(u, g), updates, out), after
 
@@ -95,7 +96,7 @@ def multi_steps(
 
         out, after = jax.lax.cond(due, step, wait)  # (2), (3)
         kept = jax.tree.map(
-            lambda new, old: cast_like(jnp.where(due, 0, jnp.where(sound, new, wide(old))), old),
+            lambda new, old: cast_like(jnp.where(due, 0, jnp.where(sound, new, upcast(old))), old),
             mean,
             state.mean,
         )
@@ -104,6 +105,11 @@ def multi_steps(
         return out, MultiStepsState(after, kept, n, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:
+    leaves, tree = arrays("multi_steps", params)
+    return tree.unflatten(full_like(w, 0.0, dtype) for w in leaves)
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.core.tree import gradients, leaf_paths
+from optimorph.core.differences import gradients
+from optimorph.core.paths import leaf_paths
+from optimorph.core.rule import arrays
 from optimorph.core.types import AxesRules, DTypeLike, Rules
 from optimorph.linalg.exact import Exact
 from optimorph.linalg.meshes import Everywhere
@@ -26,7 +28,7 @@ def orthogonalize(
     *,
     wire_dtype: DTypeLike | None = None,
     bytes_at_once: int = 2**28,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Replace every matrix by its polar factor: the same singular vectors, all singular values 1.
 
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
@@ -38,7 +40,8 @@ def orthogonalize(
       orthogonalizer: a function of stacks `(batch, inputs, outputs)`: `linalg.NewtonSchulz()`, the default,
         `linalg.Exact()`, or your own. It sees all matrices of one shape and dtype, whatever their leaves, as
         one stack, and must treat each by itself.
-      axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
+      axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through. Inside
+        `route_matrices` its axes and shardings count.
       shardings: how leaves lie over a mesh, as that of `muon`.
       wire_dtype: the dtype of what devices send each other, if narrower than the gradients'. bfloat16 halves
         the bytes; each number is rounded to 8 bits before the iteration and once more behind it.
@@ -62,27 +65,31 @@ def orthogonalize(
             f"{who}: wire_dtype must be one of {[*map(str, _WIRES)]}, but is {wire}. Type "
             "wire_dtype='bfloat16': a narrower exponent would lose small gradients."
         )
-    read = of_whole(who, shardings, leaf_axes(who, axes))
+    own = of_whole(who, shardings, leaf_axes(who, axes))
 
     def init(params):
-        labels(read)(params)
+        arrays(who, params)
+        if axes is not None:
+            labels(own)(params)
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, matrix_axes=None, matrix_shardings=shardings, **extra):
         updates = gradients(who, updates)
         leaves, structure = jax.tree.flatten(updates)
         paths = leaf_paths(updates)
-        forms = [read(path, np.shape(g)) for path, g in zip(paths, leaves, strict=True)]
-        chosen = [k for k, form in enumerate(forms) if form is not None and np.size(leaves[k])]
+        if matrix_axes is None or axes is not None:
+            matrix_axes = {path: own(path, np.shape(g)) for path, g in zip(paths, leaves, strict=True)}
+        chosen = [k for k, g in enumerate(leaves) if np.size(g) and matrix_axes[paths[k]] is not None]
         matrices = [jnp.asarray(leaves[k]) for k in chosen]
-        layouts = layouts_of(who, shardings, [paths[k] for k in chosen], matrices)
-        everywhere = Everywhere(polar, tuple(forms[k] for k in chosen), free, wire, bytes_at_once)
+        layouts = layouts_of(who, matrix_shardings, [paths[k] for k in chosen], matrices)
+        forms = tuple(matrix_axes[paths[k]] for k in chosen)
+        everywhere = Everywhere(polar, forms, free, wire, bytes_at_once)
         factors = everywhere(matrices, layouts) if matrices else []  # (1)
         for k, factor in zip(chosen, factors, strict=True):
             leaves[k] = factor
         return jax.tree.unflatten(structure, leaves), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _by_identity(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import optax
 
-from optimorph.core.tree import cast_like, gradients, map_paths, wide
+from optimorph.core.differences import gradients
+from optimorph.core.numbers import cast_like, upcast
+from optimorph.core.paths import map_paths
+from optimorph.core.rule import arrays
 from optimorph.core.types import AxesRules, Rules
 from optimorph.linalg.meshes import own_part
 from optimorph.routing.layouts import cuts, of_whole
@@ -22,7 +25,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 
 def scale_by_shape(
     scale: str | None = "rms_to_rms", axes: AxesRules | None = None, shardings: Rules | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Multiply every matrix by a function of its numbers of inputs and outputs.
 
         u = √(out / in) g              (1)  "rms_to_rms": ‖u‖ from RMS to RMS is 1, if ‖g‖₂ is
@@ -48,22 +51,32 @@ def scale_by_shape(
             f"{who}: no scale is called {scale!r}. Type one of {', '.join(map(repr, SCALES))}, or None."
         )
 
-    read, cut = of_whole(who, shardings, leaf_axes(who, axes)), cuts(who, shardings)
+    own = of_whole(who, shardings, leaf_axes(who, axes))
 
     def init(params):
-        labels(read)(params)
+        arrays(who, params)
+        if axes is not None:
+            labels(own)(params)
         return optax.EmptyState()
 
-    def scaled(path, g):
-        form = read(path, np.shape(g))
-        if form is None or scale is None or np.size(g) == 0:
+    def scaled(g, form, cut, path):
+        if form is None or np.size(g) == 0:
             return g
         spec, whole = cut(path, np.shape(g))
-        x, factor = wide(g), form.spread(SCALES[scale], whole)
+        x, factor = upcast(g), form.spread(SCALES[scale], whole)
         factor = factor.item() if factor.size == 1 else own_part(factor.astype(x.real.dtype), spec)
         return cast_like(factor * x, g)
 
-    def update(updates, state, params=None):
-        return map_paths(scaled, gradients(who, updates)), state
+    def update(updates, state, params=None, *, matrix_axes=None, matrix_shardings=shardings, **extra):
+        updates = gradients(who, updates)
+        if scale is None:
+            return updates, state
+        cut = cuts(who, matrix_shardings)
 
-    return optax.GradientTransformation(init, update)
+        def leaf(path, g):
+            handed = matrix_axes is not None and axes is None
+            return scaled(g, matrix_axes[path] if handed else own(path, np.shape(g)), cut, path)
+
+        return map_paths(leaf, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.core.checks import is_integer, is_trained
-from optimorph.core.count import increment
+from optimorph.core.checks import is_integer
 from optimorph.core.flags import all_of
-from optimorph.core.tree import is_missing, leaf_paths
+from optimorph.core.numbers import increment, is_missing, is_trainable
+from optimorph.core.paths import leaf_paths
+from optimorph.core.roles import holds, scalar
 
 
 class SkipState(NamedTuple):
@@ -20,6 +21,10 @@ class SkipState(NamedTuple):
     inner: Any
     skipped: jax.Array
     consecutive: jax.Array
+    roles = holds(
+        skipped=scalar("skipped steps", "skipped"),
+        consecutive=scalar("consecutive skipped steps", "consecutive_skips"),
+    )
 
 
 def skip_nonfinite(
@@ -98,7 +103,7 @@ def _sound(tree: Any, before: list | None = None) -> dict[str, jax.Array]:
     leaves = jax.tree.leaves(tree)
     found = {}
     for path, new, old in zip(leaf_paths(tree), leaves, before or [None] * len(leaves), strict=True):
-        if is_trained(new):
+        if is_trainable(new):
             fine = jnp.isfinite(new) if old is None else jnp.isfinite(new) | ~jnp.isfinite(old)
             found[path] = jnp.all(fine)
     return found

@@ -21,11 +21,11 @@ SMALL = 4096
 BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
 """What to type."""
 
-Choice = Callable[[str, str, Shape], Codec | None]
+CodecRule = Callable[[str, str, Shape], Codec | None]
 """(kind, path, shape) → codec, or None for as it is."""
 
 
-def choice(rules: Rules | None) -> Choice:
+def codec_rule(rules: Rules | None) -> CodecRule:
     """The rules as one function; what they leave unsaid is as by default.
 
     Raises:
@@ -73,7 +73,7 @@ def named(kind: str, path: str) -> str:
     return f"{kind}/{path}" if path else kind
 
 
-def stored_by(chosen: Choice, kind: str, path: str, stored: Encoded) -> Codec | None:
+def stored_codec(chosen: CodecRule, kind: str, path: str, stored: Encoded) -> Codec | None:
     """The codec of what is stored; None of what is as it is, always so of complex numbers and float64.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A program for arrays as one for a part of them, if it makes every number of those at the same place."""
+"""Run the jaxpr of an element-wise function on a slice of its arguments."""
 
 import fnmatch
 import re
@@ -19,52 +19,59 @@ pad pbroadcast* psum* pure_callback qr ragged_* random_* reduce reduce_[!p]* red
 rng_* scaled_* scan scatter* schur select_and_* shard_map sharding_constraint slice sort split squeeze stack
 svd symmetric_* tile top_k transpose tri* unstack while
 """
-"""Patterns of primitives that mix places, ask where places are, or hold a program of their own.
+"""Patterns of primitives that mix elements, depend on where elements are, or hold a jaxpr of their own.
 
 A primitive that is not here is element-wise if its results have the shape of its arguments and its
-parameters do not say that shape: JAX adds such primitives with every release.
+parameters do not contain that shape: JAX adds such primitives with every release.
 """
 
 CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"}
-"""Primitives that run the program that they hold, once."""
+"""Primitives that run the jaxpr that they hold once."""
 
-OUTSIDE = "an array that is neither gradient, nor parameter, nor moment"
-OTHERS = "another leaf"
+CONSTANT = "an array that is neither gradient, nor parameter, nor moment"
 
 _MIXING = re.compile("|".join(map(fnmatch.translate, MIXING.split())))
 _BROADCASTS = {"broadcast_in_dim", "broadcast_to"}
 
 
-class NotElementwise(Exception):
-    """What a program has in it that mixes places, or asks where they are: "a 'reduce_sum'"."""
+class NotElementwiseError(Exception):
+    """What in a jaxpr mixes elements, or depends on where they are: "a 'reduce_sum'"."""
 
 
 class _Value(NamedTuple):
-    """Of a variable: an array, whether it is spread over the places of the part, and what made it."""
+    """Of a variable: an array, whether it is a slice of an argument's shape, and what made it."""
 
     x: Any
-    spread: bool
+    sliced: bool
     by: str
 
 
 def on_part(closed: ClosedJaxpr, arrays: Iterable[jax.Array], whole: Shape, part: Shape) -> list[jax.Array]:
-    """The results of a program for arrays of the shape `whole` on parts of them, of the shape `part`.
+    """The results of a jaxpr for arrays of the shape `whole` on slices of them, of the shape `part`.
 
-    Numbers may go into arrays, and not come out of them. What is computed of nothing in the arrays, such as
-    a learning rate, is computed as it is. The program holds no calls.
+    Scalars may enter the arrays, and none may leave them. What does not depend on the arrays, such as a
+    learning rate, is computed unchanged. The jaxpr holds no calls: see `inlined`.
+
+    Args:
+      closed: the jaxpr.
+      arrays: its arguments: slices where the argument has the shape `whole`.
+      whole: the shape that the jaxpr was traced for.
+      part: the shape of the slices.
 
     Raises:
-      NotElementwise: the results are not all made place by place.
+      NotElementwiseError: the results are not all made element by element.
     """
-    values = _run(closed.jaxpr, closed.consts, [_Value(x, True, "") for x in arrays], whole, part)
+    sliced = [v.aval.shape == whole for v in closed.jaxpr.invars]
+    given = [_Value(x, own, CONSTANT) for x, own in zip(arrays, sliced, strict=True)]
+    values = _run(closed.jaxpr, closed.consts, given, whole, part)
     for value in values:
-        if not value.spread:
-            raise NotElementwise(value.by)
+        if not value.sliced and np.ndim(value.x):
+            raise NotElementwiseError(value.by)
     return [value.x for value in values]
 
 
 def inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same program without calls: each of its equations shows by itself what it makes of what."""
+    """The same jaxpr without calls."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
 
     def run(jaxpr, consts, given):
@@ -83,18 +90,12 @@ def inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
     return jax.make_jaxpr(lambda *given: run(closed.jaxpr, closed.consts, given))(*shapes)
 
 
-def mixes(jaxpr: Jaxpr) -> str:
-    """What in a program of several arrays may be what mixes them."""
-    names = [eqn.primitive.name for eqn in jaxpr.eqns if eqn.primitive.name not in _BROADCASTS]
-    return next((f"a {name!r}" for name in names if _MIXING.fullmatch(name)), OTHERS)
-
-
 def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: list[_Value], whole: Shape, part: Shape) -> list[_Value]:
-    known = dict(zip(jaxpr.constvars, [_Value(x, False, OUTSIDE) for x in consts], strict=True))
+    known = dict(zip(jaxpr.constvars, [_Value(x, False, CONSTANT) for x in consts], strict=True))
     known.update(zip(jaxpr.invars, given, strict=True))
 
     def value(v):
-        return _Value(v.val, False, OUTSIDE) if isinstance(v, Literal) else known[v]
+        return _Value(v.val, False, CONSTANT) if isinstance(v, Literal) else known[v]
 
     for eqn in jaxpr.eqns:
         known.update(zip(eqn.outvars, _made(eqn, list(map(value, eqn.invars)), whole, part), strict=True))
@@ -102,23 +103,23 @@ def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: list[_Value], whole: Shape,
 
 
 def _made(eqn: Any, values: list[_Value], whole: Shape, part: Shape) -> list[_Value]:
-    """What one equation of a program makes."""
+    """The results of one equation."""
     name, params = eqn.primitive.name, eqn.params
     if name in _BROADCASTS and not np.ndim(values[0].x) and eqn.outvars[0].aval.shape == whole:
         return [_Value(jnp.broadcast_to(values[0].x, part), True, "")]
-    spread = any(value.spread for value in values)
-    by = next((value.by for value in values if not value.spread and np.ndim(value.x)), None)
-    if spread and _mixes(eqn, whole):
-        raise NotElementwise(f"a {name!r}")
-    if spread and by is not None:
-        raise NotElementwise(by)
+    sliced = any(value.sliced for value in values)
+    by = next((value.by for value in values if not value.sliced and np.ndim(value.x)), None)
+    if sliced and _mixes(eqn, whole):
+        raise NotElementwiseError(f"a {name!r}")
+    if sliced and by is not None:
+        raise NotElementwiseError(by)
     made = eqn.primitive.bind(*[value.x for value in values], **eqn.primitive.get_bind_params(params))
     many = made if eqn.primitive.multiple_results else [made]
-    return [_Value(x, spread, f"a {name!r}" if by is None else by) for x in many]
+    return [_Value(x, sliced, f"a {name!r}" if by is None else by) for x in many]
 
 
 def _mixes(eqn: Any, whole: Shape) -> bool:
-    """Whether an equation on arrays of this shape may mix their places."""
+    """Whether an equation on arrays of this shape may mix their elements."""
     shapes = [v.aval.shape for v in eqn.outvars]
     return bool(
         _MIXING.fullmatch(eqn.primitive.name)

@@ -12,14 +12,14 @@ from optimorph.storage.compress_state import compress_state
 INT8 = "int8"
 
 
-def small(
+def with_state_storage(
     who: str,
     tx: optax.GradientTransformation,
     state: str | Rules | None,
     int8: Rules | None = None,
     **dtypes: DTypeLike | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An element-wise transformation with its state in codes, if any are asked for.
+    """An element-wise transformation with its state stored as the argument `state` of a recipe says.
 
     Args:
       who: whose error it is.

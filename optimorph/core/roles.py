@@ -1,0 +1,64 @@
+"""What the fields of a state hold: each state says so itself.
+
+A state of arrays has an attribute `roles`, a `Role` for each field. A state of states may have an attribute
+`averages`, which says for a field what the averages inside it are: second moments, or "" for no moments.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+FIRST, SECOND = "first", "second"
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What a field of a state holds.
+
+    Args:
+      name: as messages say it.
+      moment: "first" or "second" if the field holds a tree of moments shaped like the parameters; "" if not.
+      tree: whether the field holds a tree with a value for each parameter; if not, it holds scalars.
+      reading: the name under which `probes.read` shows the scalar; "" if it does not.
+    """
+
+    name: str
+    moment: str = ""
+    tree: bool = False
+    reading: str = ""
+
+
+AVERAGE = Role("average", FIRST, tree=True)
+VELOCITY = Role("velocity", FIRST, tree=True)
+TOTAL = Role("sum of squares", SECOND, tree=True)
+
+
+def holds(**fields: Any) -> Mapping[str, Any]:
+    """What the fields of a state hold, for its attribute `roles` or `averages`."""
+    return MappingProxyType(fields)
+
+
+def scalar(name: str, reading: str = "") -> Role:
+    """The role of a count, a seed or a reading."""
+    return Role(name, reading=reading)
+
+
+def roles_of(state: Any) -> Any:
+    """A state of this type with a role in the place of every field."""
+    return state(**state.roles)
+
+
+def relabeled(state: Any) -> Any:
+    """A state of roles after what its own `averages` says of them."""
+    changed = {}
+    for field, moment in getattr(state, "averages", {}).items():
+
+        def other(role, moment=moment):
+            average = role == AVERAGE or (role.moment and not moment)
+            return dataclasses.replace(role, moment=moment) if average else role
+
+        changed[field] = jax.tree.map(other, getattr(state, field))
+    return state._replace(**changed) if changed else state
