@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 import optimorph as om
 from optimorph.codecs import Nonneg8, Signed8
-from optimorph.racing import contestants, laps
-from optimorph.racing.palette import OPTIMIZERS
-from optimorph.racing.plot import SETTINGS
-from optimorph.racing.tasks import digits, text
-from optimorph.racing.ticks import PlainLog
+from optimorph._racing import contestants, laps
+from optimorph._racing.palette import OPTIMIZERS
+from optimorph._racing.plot import SETTINGS
+from optimorph._racing.tasks import digits, text
+from optimorph._racing.ticks import PlainLog
 from optimorph.routing.reading import leaf_axes
 from optimorph.storage.moments import moments_of
 

@@ -14,12 +14,12 @@ import optax
 import pytest
 
 import optimorph as om
-from optimorph.racing import own
-from optimorph.racing.contestants import Rates
-from optimorph.racing.lanes import lane_bytes
-from optimorph.racing.record import Record
-from optimorph.racing.run import Run, Track
-from optimorph.racing.spectra import spectra
+from optimorph._racing import own
+from optimorph._racing.contestants import Rates
+from optimorph._racing.lanes import lane_bytes
+from optimorph._racing.record import Record
+from optimorph._racing.run import Run, Track
+from optimorph._racing.spectra import spectra
 
 
 @pytest.fixture(autouse=True)
@@ -337,5 +337,5 @@ def test_a_missing_module_of_its_own_is_not_taken_for_an_extra(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(om, "import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'optimorph.racing.race'$"):
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'optimorph._racing.race'$"):
         _ = om.race

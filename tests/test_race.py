@@ -30,16 +30,16 @@ from rich.console import Console
 
 from optimorph.__main__ import main
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
-from optimorph.racing import command, contestants, grids, laps, result
-from optimorph.racing.contestants import Rates
-from optimorph.racing.display import Live, display, plain_console
-from optimorph.racing.interrupt import STOPPING, stop_on_ctrl_c
-from optimorph.racing.options import DEFAULTS, USES, clash
-from optimorph.racing.record import Record
-from optimorph.racing.result import Result, row
-from optimorph.racing.run import Run, Track
-from optimorph.racing.table import tables
-from optimorph.racing.tasks import digits, quadratic, text
+from optimorph._racing import command, contestants, grids, laps, result
+from optimorph._racing.contestants import Rates
+from optimorph._racing.display import Live, display, plain_console
+from optimorph._racing.interrupt import STOPPING, stop_on_ctrl_c
+from optimorph._racing.options import DEFAULTS, USES, clash
+from optimorph._racing.record import Record
+from optimorph._racing.result import Result, row
+from optimorph._racing.run import Run, Track
+from optimorph._racing.table import tables
+from optimorph._racing.tasks import digits, quadratic, text
 
 
 @pytest.fixture(autouse=True)
@@ -645,7 +645,7 @@ def test_live_display_draws_every_contestant():
 
 
 def test_the_text_is_what_its_provenance_says():
-    data = importlib.resources.files("optimorph.racing").joinpath("data")
+    data = importlib.resources.files("optimorph._racing").joinpath("data")
     content = data.joinpath("shakespeare.txt").read_bytes()
     assert hashlib.sha256(content).hexdigest() in data.joinpath("PROVENANCE.md").read_text()
     assert len(content) > 1_000_000
@@ -657,7 +657,7 @@ def test_validation_text_is_neither_trained_nor_tuned_on():
     parts, size = text._data()
     whole = sum(len(part) for part in parts.values())
     assert whole == len(
-        importlib.resources.files("optimorph.racing").joinpath("data/shakespeare.txt").read_bytes()
+        importlib.resources.files("optimorph._racing").joinpath("data/shakespeare.txt").read_bytes()
     )
     assert len(parts["train"]) > 0.85 * whole
     train = parts["train"].astype(np.uint8).tobytes()

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from optimorph.racing import contestants, page, palette, plot
-from optimorph.racing.record import Curve, Row, Spectrum, Trial
-from optimorph.racing.result import Result
-from optimorph.racing.verdict import leaders, noise, verdict
+from optimorph._racing import contestants, page, palette, plot
+from optimorph._racing.record import Curve, Row, Spectrum, Trial
+from optimorph._racing.result import Result
+from optimorph._racing.verdict import leaders, noise, verdict
 
 NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "<muon> & co")
 WIDTHS = (1100, 375)  # of a desk and of a phone

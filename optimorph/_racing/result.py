@@ -16,14 +16,14 @@ from rich.console import Console
 
 from optimorph import __version__
 from optimorph.core.types import AxesRules
-from optimorph.racing.laps import Contestant
-from optimorph.racing.page import write_html
-from optimorph.racing.palette import Style, styles
-from optimorph.racing.plot import write_png
-from optimorph.racing.record import Curve, Record, Row, Spectrum, Trial
-from optimorph.racing.spectra import spectra
-from optimorph.racing.table import show
-from optimorph.racing.task import Task
+from optimorph._racing.laps import Contestant
+from optimorph._racing.page import write_html
+from optimorph._racing.palette import Style, styles
+from optimorph._racing.plot import write_png
+from optimorph._racing.record import Curve, Record, Row, Spectrum, Trial
+from optimorph._racing.spectra import spectra
+from optimorph._racing.table import show
+from optimorph._racing.task import Task
 
 
 class Result(Record):

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from optimorph.racing.palette import FAINT, INK, Style
-from optimorph.racing.record import Curve, Record, Spectrum, Trial
-from optimorph.racing.ticks import PlainLog
+from optimorph._racing.palette import FAINT, INK, Style
+from optimorph._racing.record import Curve, Record, Spectrum, Trial
+from optimorph._racing.ticks import PlainLog
 
 PANELS = 24  # layers whose spectra are shown, spread over all
 SETTINGS: Any = {

@@ -2,7 +2,7 @@
 
 import argparse
 
-from optimorph.racing.contestants import MAKERS
+from optimorph._racing.contestants import MAKERS
 
 USES = {
     "a race": ("task", "optimizers", "steps", "seeds", "lr", "condition", "out"),

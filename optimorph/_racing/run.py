@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import optax
 
-from optimorph.racing.task import Task
+from optimorph._racing.task import Task
 
 WARM_UP = 3  # steps that are not timed
 

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from optimorph.racing.record import Record, Row
+from optimorph._racing.record import Record, Row
 
 SURE = 2.0
 """A mean is called lower than another if it is lower by more than this many standard errors."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import optax
 
 import optimorph as om
-from optimorph.racing.task import Task
+from optimorph._racing.task import Task
 from optimorph.routing.reading import leaf_axes
 
 B2 = 0.99  # of adam, adamw and muon's adamw: a short run forgets faster
@@ -64,7 +64,7 @@ def make(name: str, task: Task, rates: Rates, steps: int) -> optax.GradientTrans
 
 def tuned(task: Task) -> dict[str, Rates]:
     """The learning rates of theory, where there is one, and of the table file beside this module."""
-    text = importlib.resources.files("optimorph.racing").joinpath("learning_rates.toml").read_text()
+    text = importlib.resources.files("optimorph._racing").joinpath("learning_rates.toml").read_text()
     table = tomllib.loads(text)[task.name]
     known = {name: Rates(rate) for name, rate in task.theory.items()}
     return {name: known[name] if name in known else Rates(**table[name]) for name in MAKERS}

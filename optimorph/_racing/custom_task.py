@@ -9,8 +9,8 @@ import optax
 
 from optimorph.core.checks import check_numbers
 from optimorph.core.tree import leaf_paths
-from optimorph.racing.contestants import Rates
-from optimorph.racing.task import Task
+from optimorph._racing.contestants import Rates
+from optimorph._racing.task import Task
 
 Entry = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 """An optimizer, or a function of a learning rate that makes one."""

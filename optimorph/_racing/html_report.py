@@ -12,12 +12,12 @@ from xml.sax.saxutils import quoteattr
 
 import matplotlib as mpl
 
-from optimorph.racing import plot
-from optimorph.racing.palette import DARK, FAINT, INK, LIGHT, PAPER, Style
-from optimorph.racing.record import Record, Trial
-from optimorph.racing.svg import VARIABLES, inline
-from optimorph.racing.table import cells, notes
-from optimorph.racing.verdict import leaders, verdict
+from optimorph._racing import plot
+from optimorph._racing.palette import DARK, FAINT, INK, LIGHT, PAPER, Style
+from optimorph._racing.record import Record, Trial
+from optimorph._racing.svg import VARIABLES, inline
+from optimorph._racing.table import cells, notes
+from optimorph._racing.verdict import leaders, verdict
 
 WIDE, SMALL = (5.0, 3.8), (2.4, 2.0)  # inches of a picture
 DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "8 3 2 3", ":": "2 3"}
@@ -25,7 +25,7 @@ DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "8 3 2 3", ":": "2 3"}
 
 def write_html(path: Path, record: Record, styles: dict[str, Style]) -> None:
     """Write the page. It follows the reader's light or dark scheme, and narrow screens get one column."""
-    page = string.Template(importlib.resources.files("optimorph.racing").joinpath("page.html").read_text())
+    page = string.Template(importlib.resources.files("optimorph._racing").joinpath("page.html").read_text())
     with mpl.rc_context(plot.SETTINGS):
         sections = [_losses(record, styles), _rates(record, styles), _spectra(record, styles)]
     text = page.substitute(

@@ -7,7 +7,7 @@ from xml.sax.saxutils import quoteattr
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from optimorph.racing.palette import FAINT, INK, LIGHT
+from optimorph._racing.palette import FAINT, INK, LIGHT
 
 VARIABLES = {
     INK[0]: "var(--ink)",

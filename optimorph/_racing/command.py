@@ -10,20 +10,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from optimorph.racing.contestants import MAKERS, WITH_OTHERS, Rates, make, tuned
-from optimorph.racing.display import display, plain_console, trying
-from optimorph.racing.grids import at_edge, grid, toml
-from optimorph.racing.interrupt import stop_on_ctrl_c
-from optimorph.racing.lanes import Maker
-from optimorph.racing.laps import Contestant, hold
-from optimorph.racing.options import add_arguments as add_arguments
-from optimorph.racing.options import clash, fill
-from optimorph.racing.record import Trial
-from optimorph.racing.result import Result, collect
-from optimorph.racing.sweep import Sweep, best
-from optimorph.racing.table import show
-from optimorph.racing.task import Task
-from optimorph.racing.tasks import digits, quadratic, text
+from optimorph._racing.contestants import MAKERS, WITH_OTHERS, Rates, make, tuned
+from optimorph._racing.display import display, plain_console, trying
+from optimorph._racing.grids import at_edge, grid, toml
+from optimorph._racing.interrupt import stop_on_ctrl_c
+from optimorph._racing.lanes import Maker
+from optimorph._racing.laps import Contestant, hold
+from optimorph._racing.options import add_arguments as add_arguments
+from optimorph._racing.options import clash, fill
+from optimorph._racing.record import Trial
+from optimorph._racing.result import Result, collect
+from optimorph._racing.sweep import Sweep, best
+from optimorph._racing.table import show
+from optimorph._racing.task import Task
+from optimorph._racing.tasks import digits, quadratic, text
 
 TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
     "text": lambda given: text.task(),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from optimorph.racing.task import Task
+from optimorph._racing.task import Task
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
 PIECE = 8192  # characters; of every twenty pieces one is for tuning and one for validation
@@ -108,7 +108,7 @@ def _windows(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _data() -> tuple[dict[str, np.ndarray], int]:
-    text = importlib.resources.files("optimorph.racing").joinpath("data/shakespeare.txt").read_bytes()
+    text = importlib.resources.files("optimorph._racing").joinpath("data/shakespeare.txt").read_bytes()
     letters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     pieces = [codes[k : k + PIECE].astype(np.int32) for k in range(0, len(codes), PIECE)]
     parts = {

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from optimorph.racing.contestants import Rates
-from optimorph.racing.lanes import Maker, by_turns, lane_bytes, losses, side_by_side, widened
-from optimorph.racing.record import Trial
-from optimorph.racing.run import Run, Track
-from optimorph.racing.task import Task
+from optimorph._racing.contestants import Rates
+from optimorph._racing.lanes import Maker, by_turns, lane_bytes, losses, side_by_side, widened
+from optimorph._racing.record import Trial
+from optimorph._racing.run import Run, Track
+from optimorph._racing.task import Task
 
 SEED = 1000  # no race uses it
 _DECIDES = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from optimorph.racing.task import Task
+from optimorph._racing.task import Task
 
 BATCH = 64
 SPLIT = {"train": slice(0, 1200), "tuning": slice(1200, 1500), "validation": slice(1500, 1797)}

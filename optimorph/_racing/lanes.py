@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph.racing.contestants import Rates
-from optimorph.racing.task import Task
+from optimorph._racing.contestants import Rates
+from optimorph._racing.task import Task
 
 Maker = Callable[[Rates], optax.GradientTransformation]
 

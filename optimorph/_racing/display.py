@@ -15,9 +15,9 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from optimorph.racing.contestants import Rates
-from optimorph.racing.laps import Contestant
-from optimorph.racing.record import Trial
+from optimorph._racing.contestants import Rates
+from optimorph._racing.laps import Contestant
+from optimorph._racing.record import Trial
 
 UNBOUNDED = 10_000
 """Width of a console that writes to a pipe, so that no line is broken."""

@@ -7,15 +7,15 @@ import optax
 from rich.console import Console
 
 from optimorph.core.types import AxesRules
-from optimorph.racing import own
-from optimorph.racing.contestants import Rates
-from optimorph.racing.display import display, plain_console, trying
-from optimorph.racing.interrupt import stop_on_ctrl_c
-from optimorph.racing.laps import Contestant, hold
-from optimorph.racing.own import Entry
-from optimorph.racing.record import Trial
-from optimorph.racing.result import Result, collect
-from optimorph.racing.sweep import Sweep, best
+from optimorph._racing import own
+from optimorph._racing.contestants import Rates
+from optimorph._racing.display import display, plain_console, trying
+from optimorph._racing.interrupt import stop_on_ctrl_c
+from optimorph._racing.laps import Contestant, hold
+from optimorph._racing.own import Entry
+from optimorph._racing.record import Trial
+from optimorph._racing.result import Result, collect
+from optimorph._racing.sweep import Sweep, best
 
 
 def race(

@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from optimorph.racing.record import Record, Row
+from optimorph._racing.record import Record, Row
 
 HEADS = (
     "optimizer",

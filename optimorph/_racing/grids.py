@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from optimorph.racing.contestants import WITH_OTHERS, Rates
+from optimorph._racing.contestants import WITH_OTHERS, Rates
 
 Grid = dict[str, tuple[float, ...]]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph import theory
-from optimorph.racing.task import Task
+from optimorph._racing.task import Task
 
 SIZE = 32
 WORST = 1e6  # beyond it float32 no longer keeps the smallest eigenvalue positive

@@ -9,7 +9,7 @@ import numpy as np
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import AxesRules
 from optimorph.linalg import effective_rank, spectrum
-from optimorph.racing.record import Spectrum
+from optimorph._racing.record import Spectrum
 from optimorph.routing.reading import reader
 
 LARGEST = 1024  # the shorter side of a matrix beyond which a decomposition takes too long

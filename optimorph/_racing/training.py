@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import optax
 
-from optimorph.racing.contestants import Rates
-from optimorph.racing.run import Run, Track
-from optimorph.racing.task import Task
+from optimorph._racing.contestants import Rates
+from optimorph._racing.run import Run, Track
+from optimorph._racing.task import Task
 
 LOOKS = 10  # times that the held-out loss is looked at
 TURN = 25  # steps that a contestant takes before it is the next one's turn
