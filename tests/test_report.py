@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from optimorph._racing import contestants, page, palette, plot
-from optimorph._racing.record import Curve, Row, Spectrum, Trial
-from optimorph._racing.result import Result
+from optimorph._racing import html_report, palette, plot
+from optimorph._racing.race_data import Curve, Row, Spectrum, Trial
+from optimorph._racing.registry import OPTIMIZERS
+from optimorph._racing.result import RaceResult
 from optimorph._racing.verdict import leaders, noise, verdict
 
 NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "<muon> & co")
@@ -57,7 +58,7 @@ def result_of(names=NAMES, **changed):
     ]
     machine = {"date": "2026-01-01", "device": "cpu", "cores": 2, "versions": {"jax": "0"}}
     given = {
-        "task": "own",
+        "task": "custom",
         "title": "five & six",
         "measure": "loss",
         "steps": 100,
@@ -65,7 +66,7 @@ def result_of(names=NAMES, **changed):
         "finished": True,
     }
     given |= {"machine": machine, "rows": rows, "curves": curves, "trials": trials, "spectra": spectra}
-    return Result(**(given | changed))
+    return RaceResult(**(given | changed))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def test_a_legend_names_those_in_its_picture_alone(tmp_path):
 
 
 def test_the_order_is_that_of_the_picture_too():
-    with drawn(plot.losses, result_of()) as figure:
+    with drawn(plot.plot_losses, result_of()) as figure:
         assert [text.get_text() for text in figure.legends[0].get_texts()] == list(reversed(NAMES))
 
 
@@ -194,7 +195,7 @@ VERDICTS = {
         "muon ends lowest, at 2.2, before adamw at 2.4; one seed cannot rank close losses. Loss, 250 steps.",
     ),
     "alone": ([row("muon", 2.2, seeds=1)], "muon ends lowest, at 2.2. Loss, 250 steps."),
-    "blown up": ([row("sgd", float("nan"))], "Every training diverged."),
+    "blown up": ([row("sgd", float("nan"))], "Every run diverged."),
     "one stands": ([*CLEAR[:1], row("sgd", float("nan"))], "muon ends lowest, at 2.2. Loss, 250 steps."),
     "a sweep": ([], "24 learning rates were tried."),
 }
@@ -228,9 +229,9 @@ def test_best_of_the_other_rates():
         Trial("muon", 0.1, 0.1, 1.0, 1),
         Trial("muon", 0.01, 0.1, np.nan, 1),
     ]
-    assert plot.envelope(trials) == {0.01: np.inf, 0.1: 1.0}
-    assert page._best(trials) == ("0.1", "1", "1 of 2")
-    assert page._best(trials[2:]) == ("none", "diverged", "0 of 1")
+    assert plot.best_losses(trials) == {0.01: np.inf, 0.1: 1.0}
+    assert html_report._best(trials) == ("0.1", "1", "1 of 2")
+    assert html_report._best(trials[2:]) == ("none", "diverged", "0 of 1")
 
 
 @pytest.mark.parametrize("changed", [{"rows": [], "curves": []}, {"trials": []}, {"spectra": []}], ids=str)
@@ -245,7 +246,7 @@ def test_parts_that_are_missing_leave_no_hole(changed, tmp_path):
 def drawn(picture, record, **given):
     """A picture as it is drawn on a canvas."""
     with mpl.rc_context(plot.SETTINGS):
-        figure = picture(record, record._styles(), **given)
+        figure = picture(record, **given)
         FigureCanvasAgg(figure).draw()
         yield figure
 
@@ -266,13 +267,13 @@ SCALES = {
     "negative": (falling(1.5, -3.0), "linear"),
     "one that took off": (falling(1.5, 1e30), "linear"),
     "one that is no number": (falling(1.5, float("nan")), "linear"),
-    "as the user says": (Result(**vars(falling(1.5, 0.9)) | {"log_loss": True}), "log"),
+    "as the user says": (RaceResult(**vars(falling(1.5, 0.9)) | {"log_loss": True}), "log"),
 }
 
 
 @pytest.mark.parametrize(("record", "scale"), SCALES.values(), ids=SCALES)
 def test_the_losses_decide_about_a_logarithmic_axis(record, scale):
-    with drawn(plot.losses, record) as figure:
+    with drawn(plot.plot_losses, record) as figure:
         assert [axes.get_yscale() for axes in figure.axes] == [scale, scale]
         assert figure.axes[0].get_ylim()[1] < 10  # who took off flattens nobody
 
@@ -294,7 +295,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("record", PICTURES.values(), ids=PICTURES)
 def test_nothing_is_cut_and_nothing_overlaps_in_the_picture(record):
-    with drawn(plot.losses, record) as figure:
+    with drawn(plot.plot_losses, record) as figure:
         renderer, whole = figure.canvas.get_renderer(), figure.bbox
         title, legend = figure.texts[0].get_window_extent(renderer), figure.legends[0].get_window_extent()
         plots = [axes.get_tightbbox(renderer) for axes in figure.axes]
@@ -367,9 +368,9 @@ def test_colours_stay_apart_for_all_eyes(scheme):
 
 
 def test_everybody_known_has_one_style_whoever_else_is_there():
-    assert set(palette.OPTIMIZERS) == set(contestants.MAKERS)
+    assert set(palette.OPTIMIZERS) == set(OPTIMIZERS)
     assert len({style.color for style in palette.OPTIMIZERS.values()}) == 8
-    for names in (["sgd", "muon"], ["mine", "muon", "sgd"], list(contestants.MAKERS)):
+    for names in (["sgd", "muon"], ["mine", "muon", "sgd"], list(OPTIMIZERS)):
         found = palette.styles(names)
         assert found["muon"] == palette.OPTIMIZERS["muon"]
         assert found["sgd"] == palette.OPTIMIZERS["sgd"]
@@ -377,7 +378,7 @@ def test_everybody_known_has_one_style_whoever_else_is_there():
 
 def test_the_others_take_what_is_left():
     names = [str(k) for k in range(24)]
-    found = palette.styles([*contestants.MAKERS, *names])
+    found = palette.styles([*OPTIMIZERS, *names])
     assert len(set(found.values())) == 32
     found = palette.styles(["muon", *names[:7]])
     assert len({style.color for style in found.values()}) == 8
@@ -412,7 +413,7 @@ parent.document.body.dataset[`at${innerWidth}`] = JSON.stringify({
   boxes: all("h1, h2, p, li, figcaption, caption, th, td, svg, svg text").map(e => [e.textContent, box(e)]),
   scrolled: all("main *:not(svg, svg *)").filter(e => 0 < e.clientWidth && e.clientWidth < e.scrollWidth - 1)
     .map(e => e.tagName),
-  pictures: all(".pictures > svg").map(e => ({
+  pictures: all(".plots > svg").map(e => ({
     box: box(e), texts: all("text", e).map(t => [t.textContent, box(t)]),
     strokes: all("path", e).map(p => style(p, "stroke")),
   })),
@@ -494,7 +495,7 @@ def rgb(color):
 def test_colours_are_those_of_the_scheme(seen):
     scheme, pages = seen
     colors = dict(zip(palette.LIGHT, map(rgb, (palette.LIGHT, palette.DARK)[scheme]), strict=True))
-    styles = result_of()._styles()
+    styles = result_of().styles
     expected = [colors[styles[name].color] for name in reversed(NAMES)]
     for looked in pages.values():
         assert looked["paper"] == rgb(palette.PAPER[scheme])

@@ -1,1 +1,1 @@
-"""Floor 4: train real models on real data with several optimizers and show who wins, at what price."""
+"""Train real models with several optimizers, and compare their losses and costs."""

@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps instead of in the middle of one, where half an update would be lost."""
+"""Ctrl-C ends a race between two steps, because in the middle of a step half an update would be lost."""
 
 import contextlib
 import signal
@@ -13,10 +13,10 @@ STOPPING = "Stopping after this step, to report what was reached. Another Ctrl-C
 
 @contextlib.contextmanager
 def stop_on_ctrl_c(console: Console | None = None) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second raises KeyboardInterrupt.
+    """An event that the first Ctrl-C sets; the second Ctrl-C raises KeyboardInterrupt.
 
-    The console prints a message at once, even while a program is compiled and Python's own signal handlers
-    wait. Outside the main thread Ctrl-C is left alone, and the event is never set.
+    The console prints a message immediately, even during a compilation, when Python's own signal handlers
+    have to wait. Only the main thread can handle signals. In any other thread the event is never set.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -28,32 +28,32 @@ def stop_on_ctrl_c(console: Console | None = None) -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
-        with _at_once(lambda: console and console.print(STOPPING)):
+        with _call_on_sigint(lambda: console and console.print(STOPPING)):
             yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextlib.contextmanager
-def _at_once(say: Callable[[], None]) -> Iterator[None]:
-    """Call `say` in another thread at the first SIGINT, even while the main thread is busy."""
-    listening, heard = socket.socketpair()
-    heard.setblocking(False)
+def _call_on_sigint(callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` in another thread at the first SIGINT, even while the main thread is busy."""
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
 
     def listen():
-        while number := listening.recv(1):
+        while number := receiver.recv(1):
             if number[0] == signal.SIGINT:
-                return say()
+                return callback()
 
     thread = threading.Thread(target=listen, daemon=True)
-    before = signal.set_wakeup_fd(heard.fileno(), warn_on_full_buffer=False)
+    previous = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     thread.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        heard.close()
+        signal.set_wakeup_fd(previous)
+        sender.close()
         thread.join()
-        listening.close()
+        receiver.close()

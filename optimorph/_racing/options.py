@@ -2,7 +2,7 @@
 
 import argparse
 
-from optimorph._racing.contestants import MAKERS
+from optimorph._racing.registry import OPTIMIZERS
 
 USES = {
     "a race": ("task", "optimizers", "steps", "seeds", "lr", "condition", "out"),
@@ -10,11 +10,11 @@ USES = {
     "--list": ("condition",),
     "--redraw": ("out",),
 }
-"""What the command does → the options it uses. Any other option is refused, never ignored."""
+"""What the command does → the options that it uses. Every other option is refused."""
 
 DEFAULTS = {
     "task": "text",
-    "optimizers": ",".join(MAKERS),
+    "optimizers": ",".join(OPTIMIZERS),
     "seeds": "1",
     "condition": "1000",
     "out": "race-results",
@@ -22,7 +22,7 @@ DEFAULTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `optimorph race`. An option that was not typed is None."""
+    """Add the options of `optimorph race`. An option that the user did not type is None."""
     parser.add_argument(
         "--task", metavar="NAME", help="what to train: text, digits or quadratic (default: text)"
     )
@@ -38,32 +38,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--condition", metavar="R", help="condition number of the quadratic (default: 1000)")
     parser.add_argument("--out", metavar="DIR", help="folder of the results (default: race-results)")
-    instead = parser.add_argument_group("instead of a race", "Type at most one of these.")
-    instead.add_argument("--sweep", action="store_true", help="tune the learning rates over a grid")
-    instead.add_argument(
+    modes = parser.add_argument_group("instead of a race", "Type at most one of these.")
+    modes.add_argument("--sweep", action="store_true", help="tune the learning rates over a grid")
+    modes.add_argument(
         "--redraw",
         action="store_true",
-        help="draw pictures and pages again from the JSON files in the folder",
+        help="draw plots and reports again from the JSON files in the folder",
     )
-    instead.add_argument("--list", action="store_true", help="show tasks, optimizers and learning rates")
+    modes.add_argument("--list", action="store_true", help="show tasks, optimizers and learning rates")
 
 
-def clash(given: argparse.Namespace) -> str | None:
-    """Which options cannot be combined, and what to type instead; None if all can."""
-    asked = [name for name in USES if getattr(given, name.lstrip("-"), False)] or ["a race"]
-    if len(asked) > 1:
-        return f"{' and '.join(asked)} cannot be combined; type only one of them"
+def find_conflict(args: argparse.Namespace) -> str | None:
+    """Which options cannot be combined, and what to type instead; None if there is no conflict."""
+    modes = [mode for mode in USES if getattr(args, mode.lstrip("-"), False)] or ["a race"]
+    if len(modes) > 1:
+        return f"{' and '.join(modes)} cannot be combined; type only one of them"
     for name in USES["a race"]:
-        if getattr(given, name) is not None and name not in USES[asked[0]]:
-            return f"--{name} has no effect with {asked[0]}; leave out one of them"
-    if given.condition is not None and not given.list and given.task != "quadratic":
+        if getattr(args, name) is not None and name not in USES[modes[0]]:
+            return f"--{name} has no effect with {modes[0]}; leave out one of them"
+    if args.condition is not None and not args.list and args.task != "quadratic":
         return "--condition applies only to the quadratic; type --task quadratic, or leave out --condition"
     return None
 
 
-def fill(given: argparse.Namespace) -> None:
-    """Set every option that was not typed to its default."""
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Set every option that the user did not type to its default."""
     for name, default in DEFAULTS.items():
-        if getattr(given, name) is None:
-            setattr(given, name, default)
-    given.lr = given.lr or []
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.lr = args.lr or []

@@ -1,28 +1,26 @@
-"""A race on the user's own loss, parameters and batches."""
+"""`optimorph.race`: a race on the user's own loss, parameters and batches."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optax
-from rich.console import Console
 
-from optimorph.core.types import AxesRules
-from optimorph._racing import own
-from optimorph._racing.contestants import Rates
-from optimorph._racing.display import display, plain_console, trying
+from optimorph._racing import custom_task
+from optimorph._racing.custom_task import Optimizer
+from optimorph._racing.display import plain_console, sweep_display, training_display
 from optimorph._racing.interrupt import stop_on_ctrl_c
-from optimorph._racing.laps import Contestant, hold
-from optimorph._racing.own import Entry
-from optimorph._racing.record import Trial
-from optimorph._racing.result import Result, collect
-from optimorph._racing.sweep import Sweep, best
+from optimorph._racing.race_data import Trial
+from optimorph._racing.result import RaceResult, collect
+from optimorph._racing.sweep import Sweep, best_rates
+from optimorph._racing.training import Entry, train_all
+from optimorph.core.types import AxesRules
 
 
 def race(
     loss: Callable[[Any, Any], Any],
     params: Any,
     batches: Any,
-    optimizers: Mapping[str, Entry],
+    optimizers: Mapping[str, Optimizer],
     *,
     held_out: Iterable[Any],
     steps: int,
@@ -34,70 +32,67 @@ def race(
     measure: str = "held-out loss",
     log_loss: bool | None = None,
     progress: bool = True,
-) -> Result:
-    """Train your model with several optimizers, on the same batches, and show who wins at what price.
+) -> RaceResult:
+    """Train a model with several optimizers on the same batches, and compare their losses and costs.
 
-    Where an optimizer is a function of a learning rate, all rates are tried first, for as many steps and with
-    a seed that the race does not use, and the rate of the lowest held-out loss races. That loss has then
-    helped to choose: more rates to choose from are a small advantage. Ctrl-C stops after a step and returns
-    what was reached, without spectra.
+    An optimizer can be a function of a learning rate. Then all learning rates are tried first, each for
+    `steps` steps, with a seed that the race does not use. The rate with the lowest held-out loss enters the
+    race. Since the held-out data choose the rate, an optimizer with more rates to choose from has a small
+    advantage.
+
+    Ctrl-C stops the race after the current step and returns the result so far, without spectra.
 
     Args:
-      loss: (params, batch) → scalar.
-      params: any tree of floating-point arrays, copied and left alone; or a function seed → such a tree.
-      batches: a list, or anything that can be iterated over again and again; or a function seed → iterator,
-        which is called again when the iterator ends.
-      optimizers: name → transformation, or name → function of a learning rate that returns one. The rate is a
-        traced array; a function that compares it, as some of optax's schedules do, is compiled for each rate.
-      held_out: batches that are not trained on; the loss is their mean.
-      steps: of every training, at least 1.
-      learning_rates: tried by every function; or a mapping, name → rates.
-      seeds: trainings of each optimizer, with the seeds 0, 1, ...
-      axes: which leaves are matrices, as `muon` takes it, for the spectra; leaves undecided have none.
-      sweep_bytes: all rates of an optimizer train in one vmapped program if parameters, gradients, updates,
-        state and what the loss keeps for its gradient, times the number of rates, need no more than this;
-        else one after another, in one program that is compiled once. 0: always so.
-      title: what is trained, for headings.
+      loss: function (params, batch) → scalar.
+      params: a pytree of floating-point arrays, which is copied; or a function seed → such a pytree.
+      batches: a list of batches, or another iterable that can be read repeatedly; or a function seed →
+        iterator, which is called again when the iterator ends.
+      optimizers: name → optimizer, or name → function of a learning rate that returns an optimizer. The
+        learning rate is a traced array. A function that compares it, as some of optax's schedules do, is
+        compiled for each rate.
+      held_out: batches that are not trained on. The held-out loss is the mean over them.
+      steps: steps of each run, at least 1.
+      learning_rates: rates to try with every function in `optimizers`; or a mapping, name → rates.
+      seeds: runs of each optimizer, with the seeds 0, 1, ...
+      axes: which leaves are matrices, as in `muon`. A leaf that no rule decides has no spectrum.
+      sweep_bytes: the most memory in which all rates of an optimizer train together, in one vmapped program.
+        The estimate counts parameters, gradients, updates, state, and what the loss keeps for its gradient.
+        If it is exceeded, the rates train one after another, in a program that is compiled once. 0 always
+        does that.
+      title: a heading that says what is trained.
       measure: what the loss is, with its unit.
-      log_loss: whether the loss axis of pictures is logarithmic; None: it is if a loss falls below a tenth of
-        the start and none is negative.
-      progress: whether to show what happens meanwhile.
+      log_loss: whether plots have a logarithmic loss axis. None: they have one if no loss is negative and the
+        lowest is below a tenth of the first.
+      progress: whether to show the progress of training.
 
     Returns:
-      Figures that print as a table: `rows`, best first, `curves`, `trials` of learning rates, `spectra` of
-      updates; `.plot(path)`, `.report(path)` and `.write(folder)` for all files.
+      A result that prints as a table. Its fields are `rows` (lowest loss first), `curves`, `trials` of
+      learning rates, and `spectra` of updates. `.plot(path)` and `.report(path)` write single files, and
+      `.write(folder)` writes all.
 
     Raises:
-      ValueError: what cannot be raced, and what to type instead.
+      ValueError: an argument cannot be used; the message says what to type instead.
     """
-    task = own.task(loss, params, batches, held_out, steps, title, measure, log_loss)
-    points = own.points(optimizers, learning_rates)
-    own.check(task, params, batches, seeds)
+    task = custom_task.make_task(loss, params, batches, held_out, steps, title, measure, log_loss)
+    candidates = custom_task.candidate_rates(optimizers, learning_rates)
+    custom_task.check(task, params, batches, seeds)
+    makers = {name: _maker(optimizers[name]) for name in candidates}
     console = plain_console(quiet=not progress)
     with stop_on_ctrl_c(console) as stop:
-        sweep = Sweep(task, "held out", steps, stop, sweep_bytes)
-        trials = _try_all(sweep, optimizers, points, console)
-        entered = {} if stop.is_set() else optimizers
-        contestants = [_contestant(name, entry, trials) for name, entry in entered.items()]
-        with display(console, [one.name for one in contestants], steps * seeds) as shown:
-            hold(task, contestants, steps, seeds, shown.moved, stop)
-    return collect(task, contestants, steps, seeds, not stop.is_set(), trials, axes)
+        with sweep_display(console, sum(map(len, candidates.values()))) as on_trial:
+            trials = Sweep(task, "held out", steps, stop, sweep_bytes, on_trial).run(makers, candidates)
+        entries = [] if stop.is_set() else [_entry(name, tx, trials) for name, tx in optimizers.items()]
+        with training_display(console, [entry.name for entry in entries], steps * seeds) as on_step:
+            train_all(task, entries, steps, seeds, on_step, stop)
+    return collect(task, entries, steps, seeds, not stop.is_set(), trials, axes)
 
 
-def _try_all(
-    sweep: Sweep, makers: Mapping[str, Any], points: Mapping[str, list[Rates]], console: Console
-) -> list[Trial]:
-    trials: list[Trial] = []
-    with trying(console, sum(map(len, points.values()))) as tried:
-        for name, rates in points.items():
-            if not sweep.stop.is_set():
-                make = makers[name]
-                trials += sweep.tries(name, lambda point, make=make: make(point.learning_rate), rates, tried)
-    return trials
+def _maker(optimizer: Any) -> Callable[..., optax.GradientTransformation]:
+    return lambda rates: optimizer(rates.learning_rate)
 
 
-def _contestant(name: str, entry: Entry, trials: list[Trial]) -> Contestant:
-    if isinstance(entry, optax.GradientTransformation):
-        return Contestant(name, entry)
-    rates = best([trial for trial in trials if trial.optimizer == name])
-    return Contestant(name, entry(rates.learning_rate), rates)
+def _entry(name: str, optimizer: Optimizer, trials: list[Trial]) -> Entry:
+    if isinstance(optimizer, optax.GradientTransformation):
+        return Entry(name, optimizer)
+    rates = best_rates(trials, name)
+    return Entry(name, optimizer(rates.learning_rate), rates)

@@ -1,4 +1,4 @@
-"""What a race leaves, as plain figures: written to a file and read again."""
+"""The measurements of a race, and the JSON file that keeps them."""
 
 import dataclasses
 import json
@@ -7,12 +7,18 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-R = TypeVar("R", bound="Record")
+from optimorph._racing.palette import Style, styles
+from optimorph._racing.registry import LearningRates
+
+R = TypeVar("R", bound="RaceData")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: means over the seeds, in a stopped race over those that came furthest."""
+    """One optimizer's row of the table: means over its seeds.
+
+    In a race that was stopped, only the seeds with the most steps and the seeds that diverged count.
+    """
 
     name: str
     seeds: int
@@ -28,13 +34,13 @@ class Row:
 
     @property
     def diverged(self) -> bool:
-        """Whether any seed ended with a loss that is no number."""
+        """Whether the loss of any seed is not finite."""
         return not math.isfinite(self.loss)
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """One seed of an optimizer: the held-out loss after so many steps and seconds of training."""
+    """The held-out losses of one optimizer and seed, with the steps and seconds of training before each."""
 
     optimizer: str
     seed: int
@@ -45,7 +51,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A learning rate that was tried, and the loss that it led to."""
+    """A learning rate that was tried, and its final loss."""
 
     optimizer: str
     learning_rate: float
@@ -53,10 +59,20 @@ class Trial:
     loss: float
     steps: int
 
+    @property
+    def rates(self) -> LearningRates:
+        """Both learning rates."""
+        return LearningRates(self.learning_rate, self.others)
+
+    @property
+    def finite_or_inf(self) -> float:
+        """The loss, or infinity if training diverged."""
+        return self.loss if math.isfinite(self.loss) else math.inf
+
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The singular values of an update of a leaf's matrices, over the largest, evenly thinned."""
+    """Singular values of one leaf's update, divided by the largest; long spectra are subsampled evenly."""
 
     optimizer: str
     path: str
@@ -66,23 +82,26 @@ class Spectrum:
     effective_rank: float
 
 
+LISTS = {"rows": Row, "curves": Curve, "trials": Trial, "spectra": Spectrum}
+
+
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """Everything that was measured.
+class RaceData:
+    """All measurements of a race or a sweep.
 
     Args:
-      task: its name.
+      task: the name of the task.
       title: what was trained.
       measure: what the loss is, with its unit.
-      steps: that were asked for.
-      seeds: that were asked for.
-      finished: False if it was stopped early.
-      machine: where and with what it was measured.
-      rows: the table, best first.
-      curves: one for every optimizer and seed.
-      trials: the learning rates that were tried before.
+      steps: steps requested for each run.
+      seeds: seeds requested for each optimizer.
+      finished: False if the race was stopped early.
+      machine: date, hardware and versions.
+      rows: the table, lowest loss first.
+      curves: one for each optimizer and seed.
+      trials: the learning rates that a sweep tried.
       spectra: of the last updates of the first seed.
-      log_loss: whether the loss axis of pictures is logarithmic; None: the range of the losses decides.
+      log_loss: whether plots have a logarithmic loss axis; None: the range of the losses decides.
     """
 
     task: str
@@ -100,41 +119,38 @@ class Record:
 
     @property
     def names(self) -> list[str]:
-        """All optimizers in the order of tables and legends: best first, or by the lowest loss of a sweep."""
-        tried = sorted(self.trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
-        placed = [row.name for row in self.rows] + [each.optimizer for each in (*tried, *self.curves)]
-        return list(dict.fromkeys(placed))
+        """All optimizers, in the order of tables and legends: lowest final loss first."""
+        trials = sorted(self.trials, key=lambda trial: trial.finite_or_inf)
+        names = [row.name for row in self.rows] + [entry.optimizer for entry in (*trials, *self.curves)]
+        return list(dict.fromkeys(names))
+
+    @property
+    def styles(self) -> dict[str, Style]:
+        """Optimizer → its style in every plot."""
+        return styles(list(dict.fromkeys(entry.optimizer for entry in (*self.curves, *self.trials))))
 
     def write_json(self, path: Path) -> None:
-        """All of it; a loss that is no number is null."""
-        content = _plain(dataclasses.asdict(self))
+        """Write everything as JSON. A number that is not finite is written as null."""
+        text = json.dumps(dataclasses.asdict(self))
+        content = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity
         content |= content.pop("machine")
         text = json.dumps(content, indent=1, allow_nan=False)
-        path.write_text(re.sub(r"\[[^][{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
+        path.write_text(re.sub(r"\[[^][{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
 
     @classmethod
     def read(cls: type[R], path: Path) -> R:
-        """What `write_json` wrote."""
-        content = json.loads(path.read_text())
-        own = {field.name for field in dataclasses.fields(cls)} - {"machine"}
-        given: dict[str, Any] = {key: content[key] for key in own & set(content)}
-        for key, kind in {"rows": Row, "curves": Curve, "trials": Trial, "spectra": Spectrum}.items():
-            given[key] = [_read(kind, each) for each in content.get(key, [])]
-        return cls(machine={key: each for key, each in content.items() if key not in own}, **given)
+        """Read a file that `write_json` wrote."""
+        content = json.loads(path.read_text(), object_hook=_nan_for_null)
+        fields = {field.name for field in dataclasses.fields(cls)} - {"machine"}
+        values: dict[str, Any] = {key: content[key] for key in fields & set(content)}
+        values |= {key: [cls_(**item) for item in content.get(key, [])] for key, cls_ in LISTS.items()}
+        return cls(machine={key: content[key] for key in content if key not in fields}, **values)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(kind: type, found: dict[str, Any]) -> Any:
-    nan = float("nan")
-    if found.get("loss", 0.0) is None:
-        found = found | {"loss": nan}
-    if "losses" in found:
-        found = found | {"losses": [nan if loss is None else loss for loss in found["losses"]]}
-    return kind(**found)
+def _nan_for_null(content: dict[str, Any]) -> dict[str, Any]:
+    """Losses that are null in a JSON object become NaN."""
+    if "loss" in content and content["loss"] is None:
+        content["loss"] = math.nan
+    if "losses" in content:
+        content["losses"] = [math.nan if loss is None else loss for loss in content["losses"]]
+    return content

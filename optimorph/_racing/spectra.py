@@ -1,4 +1,4 @@
-"""How many directions an update has: the singular values of every matrix."""
+"""The singular values of an update: how evenly it moves each matrix in all directions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,18 +6,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from optimorph._racing.race_data import Spectrum
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import AxesRules
 from optimorph.linalg import effective_rank, spectrum
-from optimorph._racing.record import Spectrum
 from optimorph.routing.reading import reader
 
-LARGEST = 1024  # the shorter side of a matrix beyond which a decomposition takes too long
-VALUES = 24  # of a spectrum that are kept
+MAX_SIDE = 1024  # matrices whose shorter side is longer are skipped, because they take too long
+MAX_VALUES = 24  # singular values kept of each spectrum
 
 
 def spectra(name: str, update: Any, axes: AxesRules | None = None) -> Iterator[Spectrum]:
-    """The spectrum of every leaf that reads as matrices, the mean over those that are not zero."""
+    """The spectrum of every leaf whose axes make it a matrix or a stack of matrices.
+
+    The spectrum of a stack is the mean over its matrices that are not zero.
+    """
     read = reader("race", axes)
     for path, leaf in zip(leaf_paths(update), jax.tree.leaves(update), strict=True):
         reading = read(path, leaf.shape)
@@ -25,22 +28,18 @@ def spectra(name: str, update: Any, axes: AxesRules | None = None) -> Iterator[S
             continue
         for stack in reading.axes.matrices(leaf):
             rows, columns = stack.shape[-2:]
-            if min(rows, columns) > LARGEST or not np.all(np.isfinite(stack)) or not np.any(stack):
+            if min(rows, columns) > MAX_SIDE or not np.all(np.isfinite(stack)) or not np.any(stack):
                 continue
-            found = spectrum(stack.reshape(-1, rows, columns))
-            values, ranks = np.asarray(found.values), np.asarray(effective_rank(found))
-            moved = values[:, 0] > 0
+            result = spectrum(stack.reshape(-1, rows, columns))
+            values, ranks = np.asarray(result.values), np.asarray(effective_rank(result))
+            nonzero = values[:, 0] > 0
+            mean = (values[nonzero] / values[nonzero, :1]).mean(axis=0)
+            indices = np.unique(np.linspace(0, len(mean) - 1, MAX_VALUES).round().astype(int))
             yield Spectrum(
                 optimizer=name,
                 path=path,
                 rows=rows,
                 columns=columns,
-                values=_thinned((values[moved] / values[moved, :1]).mean(axis=0)),
-                effective_rank=float(ranks[moved].mean()),
+                values=[float(f"{mean[k]:.4g}") for k in indices],
+                effective_rank=float(ranks[nonzero].mean()),
             )
-
-
-def _thinned(values: np.ndarray) -> list[float]:
-    """Some of the values, evenly spread, the first and the last among them."""
-    at = np.unique(np.linspace(0, len(values) - 1, VALUES).round().astype(int))
-    return [float(f"{values[k]:.4g}") for k in at]

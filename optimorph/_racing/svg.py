@@ -1,4 +1,4 @@
-"""A figure as part of a page: inline SVG whose colours are the page's own."""
+"""A figure as inline SVG, which takes its colours from the page around it."""
 
 import io
 import re
@@ -14,29 +14,30 @@ VARIABLES = {
     FAINT[0]: "var(--faint)",
     **{color: f"var(--c{k})" for k, color in enumerate(LIGHT)},
 }
+"""Colour of the light palette → CSS variable."""
 
 
-def inline(figure: Figure, name: str, about: str) -> str:
-    """The figure as an `<svg>` element with text as text.
+def inline_svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an `<svg>` element, with text as text.
 
     Args:
-      figure: drawn in the palette's light colours, each of which becomes a variable of the page's style.
-      name: a prefix of all ids, so that several fit on one page.
-      about: what is to be seen, for those who do not see it.
+      figure: a figure in the light colours of the palette; each becomes a CSS variable.
+      name: a prefix of all ids, so that several figures fit on one page.
+      description: what the figure shows, for readers who do not see it.
     """
     figure.patch.set_visible(False)
     for axes in figure.axes:
         axes.patch.set_visible(False)
-    written = io.StringIO()
+    file = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
-    body = re.search(r"<svg.*</svg>", written.getvalue(), re.S)
-    assert body is not None
-    text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", body[0], flags=re.S)
-    text = re.sub(r"\bfont: (\S+) [^;\"]*", r"font-size: \1", text)  # the family is the page's
-    text = re.sub(r'\bid="', f'id="{name}-', text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
-    text = re.sub("|".join(VARIABLES), lambda found: VARIABLES[found[0]], text)
-    text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label={quoteattr(about)}', 1)
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", svg, flags=re.S)
+    svg = re.sub(r"\bfont: (\S+) [^;\"]*", r"font-size: \1", svg)  # the page sets the font family
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub("|".join(VARIABLES), lambda match: VARIABLES[match[0]], svg)
+    for attribute in ("width", "height"):
+        svg = re.sub(rf'(<svg\b[^>]*?) {attribute}="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label={quoteattr(description)}', 1)

@@ -1,86 +1,180 @@
-"""Learning rates, tried: every point trained, and judged by the loss on held-out data."""
+"""A sweep: train with several learning rates, and compare the losses on held-out data."""
 
-import math
+import dataclasses
+import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-from optimorph._racing.contestants import Rates
-from optimorph._racing.lanes import Maker, by_turns, lane_bytes, losses, side_by_side, widened
-from optimorph._racing.record import Trial
-from optimorph._racing.run import Run, Track
+from optimorph._racing.race_data import Trial
+from optimorph._racing.registry import LearningRates
+from optimorph._racing.run import CompiledTask, Run
 from optimorph._racing.task import Task
 
 SEED = 1000  # no race uses it
-_DECIDES = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
-"""How a maker fails that needs to know its rate: one that compares it, for example."""
+NEEDS_NUMBER = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
+"""Errors of a function that needs the learning rate as a number, for example because it compares the rate."""
+
+MakeOptimizer = Callable[[LearningRates], optax.GradientTransformation]
 
 
+@dataclasses.dataclass
 class Sweep:
-    """Tries the points of one optimizer after another's on the same task.
+    """Tries learning rates of several optimizers on one task.
+
+    All rates of an optimizer train in one vmapped program if that needs at most `max_bytes`. Otherwise they
+    train one after another, in one program if the rate can be a traced array, in one program each if not.
 
     Args:
-      task: what is trained.
-      part: the held-out data that judge.
-      steps: of every training.
-      stop: ends it after a step; points of a program of all then count as far as they came.
-      sweep_bytes: all points of an optimizer train in one program if by `lane_bytes` they need no more; else
-        in one program by turns, and each in its own if its maker must know the rate.
+      task: the model and its data.
+      part: the held-out data that give a trial's loss.
+      steps: of every run.
+      stop: once it is set, the sweep ends after the current step. A vmapped program then still gives trials.
+      max_bytes: the most memory of a vmapped program, as estimated by `bytes_per_rate`.
+      on_trial: called with every trial.
     """
 
-    def __init__(self, task: Task, part: str, steps: int, stop: threading.Event, sweep_bytes: int):
-        """Compile nothing yet."""
-        self.task, self.part, self.steps, self.stop, self.bytes = task, part, steps, stop, sweep_bytes
-        self.track = Track(task, part)
+    task: Task
+    part: str
+    steps: int
+    stop: threading.Event
+    max_bytes: int
+    on_trial: Callable[[Trial], None]
 
-    def tries(
-        self, name: str, make: Maker, points: Sequence[Rates], tried: Callable[[Trial], None]
+    def __post_init__(self):
+        """Make the program that all runs but the vmapped ones share."""
+        self.compiled = CompiledTask(self.task, self.part)
+
+    def run(
+        self, makers: Mapping[str, MakeOptimizer], candidates: Mapping[str, Sequence[LearningRates]]
     ) -> list[Trial]:
-        """A trial a point that was trained; `tried` hears of each."""
-        try:
-            size = lane_bytes(self.task, make, points[0])
-        except _DECIDES:
-            return self._in_turn(name, points, [make(rates) for rates in points], tried)
-        if len(points) > 1 and size * len(points) <= self.bytes:
-            return self._at_once(name, points, make, tried)
-        return self._in_turn(name, points, by_turns(make, points), tried)
-
-    def _at_once(self, name, points, make, tried):
-        run = Run(Track(widened(self.task, len(points)), self.part), side_by_side(make, points), SEED)
-        self._train(run)
-        found = losses(self.task, self.part, run.params)
-        trials = [
-            _trial(name, rates, float(loss), run.step) for rates, loss in zip(points, found, strict=True)
-        ]
-        for trial in trials:
-            tried(trial)
-        return trials if run.step else []
-
-    def _in_turn(self, name, points, optimizers, tried):
-        trials = []
-        for rates, optimizer in zip(points, optimizers, strict=True):
-            run = Run(self.track, optimizer, SEED)
-            self._train(run)
-            if self.stop.is_set():
-                break
-            run.look()
-            trials.append(_trial(name, rates, run.losses[-1], run.step))
-            tried(trials[-1])
+        """Try the candidates of every optimizer, until the sweep is stopped."""
+        trials: list[Trial] = []
+        for name, rates in candidates.items():
+            if not self.stop.is_set():
+                trials += self._try_rates(name, makers[name], rates)
         return trials
 
-    def _train(self, run: Run) -> None:
+    def _try_rates(self, name: str, make: MakeOptimizer, candidates: Sequence[LearningRates]) -> list[Trial]:
+        try:
+            total = len(candidates) * bytes_per_rate(self.task, make, candidates[0])
+        except NEEDS_NUMBER:
+            return self._train_sequential(name, candidates, [make(rates) for rates in candidates])
+        if len(candidates) > 1 and total <= self.max_bytes:
+            return self._train_vmapped(name, candidates, vmapped(make, candidates))
+        return self._train_sequential(name, candidates, sequential(make, candidates))
+
+    def _train_vmapped(self, name, candidates, optimizer):
+        compiled = CompiledTask(vmapped_task(self.task, len(candidates)), self.part)
+        run = self._train(Run(compiled, optimizer, SEED))
+        if not run.step:
+            return []
+        losses = _vmapped_losses(self.task, self.part, run.params)
+        return [
+            self._trial(name, rates, float(loss), run.step)
+            for rates, loss in zip(candidates, losses, strict=True)
+        ]
+
+    def _train_sequential(self, name, candidates, optimizers):
+        trials = []
+        for rates, optimizer in zip(candidates, optimizers, strict=True):
+            run = self._train(Run(self.compiled, optimizer, SEED))
+            if self.stop.is_set():
+                break
+            run.evaluate()
+            trials.append(self._trial(name, rates, run.losses[-1], run.step))
+        return trials
+
+    def _train(self, run: Run) -> Run:
         while run.step < self.steps and not self.stop.is_set():
             run.take_step()
+        return run
+
+    def _trial(self, name: str, rates: LearningRates, loss: float, steps: int) -> Trial:
+        trial = Trial(name, rates.learning_rate, rates.others, loss, steps)
+        self.on_trial(trial)
+        return trial
 
 
-def best(trials: Sequence[Trial]) -> Rates:
-    """The rates of the lowest loss."""
-    first = min(trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
-    return Rates(first.learning_rate, first.others)
+def best_rates(trials: Sequence[Trial], name: str) -> LearningRates:
+    """An optimizer's learning rates of the lowest loss."""
+    own = [trial for trial in trials if trial.optimizer == name]
+    return min(own, key=lambda trial: trial.finite_or_inf).rates
 
 
-def _trial(name: str, rates: Rates, loss: float, steps: int) -> Trial:
-    return Trial(
-        name, float(rates.learning_rate), None if rates.others is None else float(rates.others), loss, steps
-    )
+def sequential(
+    make: MakeOptimizer, candidates: Sequence[LearningRates]
+) -> list[optax.GradientTransformation]:
+    """One optimizer for each candidate. All share one `update`, so that it is compiled only once."""
+    init, update = _rates_in_state(make)
+    return [
+        optax.GradientTransformation(functools.partial(init, _as_arrays(rates)), update)
+        for rates in candidates
+    ]
+
+
+def vmapped(make: MakeOptimizer, candidates: Sequence[LearningRates]) -> optax.GradientTransformation:
+    """One optimizer for all candidates; the first axis of all its arrays is the candidate."""
+    init, update = _rates_in_state(make)
+    stacked = jax.tree.map(lambda *rates: jnp.stack(rates), *map(_as_arrays, candidates))
+    return optax.GradientTransformation(functools.partial(jax.vmap(init), stacked), jax.vmap(update))
+
+
+def _rates_in_state(make: MakeOptimizer) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`init(rates, params)` and `update` of an optimizer that keeps its learning rates in its state."""
+
+    def init(rates, params):
+        return rates, make(rates).init(params)
+
+    def update(updates, state, params=None):
+        rates, inner = state
+        updates, inner = make(rates).update(updates, inner, params)
+        return updates, (rates, inner)
+
+    return init, update
+
+
+def vmapped_task(task: Task, size: int) -> Task:
+    """The task with `size` copies of the parameters.
+
+    The loss is the sum over the copies, so that the gradient of each copy is that of its own loss.
+    """
+
+    def init(seed):
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), task.init(seed))
+
+    def loss(params, batch):
+        return jnp.sum(jax.vmap(task.loss, (0, None))(params, batch))
+
+    return dataclasses.replace(task, init=init, loss=loss)
+
+
+def _vmapped_losses(task: Task, part: str, params: Any) -> np.ndarray:
+    """The mean held-out loss of each copy of the parameters."""
+    loss = jax.jit(jax.vmap(task.loss, (0, None)))
+    return np.mean([np.asarray(loss(params, batch)) for batch in task.held_out(part)], axis=0)
+
+
+def bytes_per_rate(task: Task, make: MakeOptimizer, rates: LearningRates) -> int:
+    """An estimate, from shapes alone, of the memory that one learning rate needs in a vmapped program.
+
+    It counts parameters, gradients, updates, state, and what the loss keeps for its gradient.
+    """
+
+    def arrays(rates, params, batch):
+        optimizer = make(rates)
+        updates, state = optimizer.update(params, optimizer.init(params), params)
+        _, pullback = jax.vjp(lambda p: task.loss(p, batch), params)
+        return params, params, updates, state, pullback  # gradients have the shapes of parameters
+
+    shapes = jax.eval_shape(arrays, _as_arrays(rates), task.init(0), next(task.batches(0)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _as_arrays(rates: LearningRates) -> LearningRates:
+    return jax.tree.map(lambda rate: jnp.asarray(rate, jnp.float32), rates)

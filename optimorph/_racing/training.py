@@ -1,4 +1,4 @@
-"""The laps: everybody trains on the same batches, a few steps each in turn."""
+"""Train several optimizers on the same batches, a few steps of each in turn."""
 
 import dataclasses
 import threading
@@ -6,81 +6,83 @@ from collections.abc import Callable
 
 import optax
 
-from optimorph._racing.contestants import Rates
-from optimorph._racing.run import Run, Track
+from optimorph._racing.registry import LearningRates
+from optimorph._racing.run import CompiledTask, Run
 from optimorph._racing.task import Task
 
-LOOKS = 10  # times that the held-out loss is looked at
-TURN = 25  # steps that a contestant takes before it is the next one's turn
+NUM_EVALS = 10  # evaluations of the held-out loss during one run
+TURN_STEPS = 25  # steps that an optimizer takes, at most, before the next optimizer continues
 
 
 @dataclasses.dataclass
-class Contestant:
-    """An optimizer, its learning rates as far as they are known, and its runs, one a seed."""
+class Entry:
+    """An optimizer in a race: its learning rates, if they are known, and one run for each seed."""
 
     name: str
     optimizer: optax.GradientTransformation
-    rates: Rates | None = None
+    rates: LearningRates | None = None
     runs: list[Run] = dataclasses.field(default_factory=list)
 
     @property
     def step(self) -> int:
-        """Steps taken over all seeds."""
+        """Steps taken, over all seeds."""
         return sum(run.step for run in self.runs)
 
     @property
     def seconds(self) -> float:
-        """Training time over all seeds."""
-        return sum(sum(run.model_seconds) + sum(run.update_seconds) for run in self.runs)
-
-    @property
-    def loss(self) -> float:
-        """The newest held-out loss."""
-        return self.runs[-1].losses[-1] if self.runs else float("nan")
+        """Training time, over all seeds."""
+        return sum(sum(run.step_seconds) for run in self.runs)
 
 
-def hold(
+def train_all(
     task: Task,
-    contestants: list[Contestant],
+    entries: list[Entry],
     steps: int,
     seeds: int,
-    moved: Callable[[Contestant], None],
+    on_step: Callable[[Entry], None],
     stop: threading.Event,
 ) -> None:
-    """Train everyone with every seed; `moved` hears of every step, and `stop` ends it after one."""
-    track = Track(task)
+    """Train every entry with every seed.
+
+    Args:
+      task: the model and its data.
+      entries: the optimizers; each gets its runs.
+      steps: of every run.
+      seeds: the number of runs of each entry.
+      on_step: called with an entry after its program is compiled, and after each step and evaluation.
+      stop: once it is set, training ends after the current step.
+    """
+    compiled = CompiledTask(task)
     for seed in range(seeds):
-        for one in contestants:
+        for entry in entries:
             if not stop.is_set():
-                one.runs.append(Run(track, one.optimizer, seed))
-                one.runs[-1].warm_up()
-                moved(one)
-        if not stop.is_set():
-            _lap(contestants, steps, moved, stop)
-    for one in contestants:  # a stop may have come between two evaluations
-        for run in one.runs:
-            run.look()
-        if one.runs:
-            moved(one)
+                entry.runs.append(Run(compiled, entry.optimizer, seed))
+                entry.runs[-1].warm_up()
+                on_step(entry)
+        _train_seed(entries, steps, on_step, stop)
+    for entry in entries:  # a stop can come between two evaluations
+        for run in entry.runs:
+            run.evaluate()
+        if entry.runs:
+            on_step(entry)
 
 
-def _lap(
-    contestants: list[Contestant], steps: int, moved: Callable[[Contestant], None], stop: threading.Event
+def _train_seed(
+    entries: list[Entry], steps: int, on_step: Callable[[Entry], None], stop: threading.Event
 ) -> None:
-    """One seed's training, in turns, so that nobody has the machine's quiet minutes to himself."""
-    stride = max(1, steps // LOOKS)
-    turn = min(stride, TURN)
-    for _ in range(0, steps, turn):
-        for one in contestants:
-            run = one.runs[-1]
-            for _ in range(min(turn, steps - run.step)):
+    """Train one seed. The entries take turns, so that other load on the machine slows all of them equally."""
+    eval_every = max(1, steps // NUM_EVALS)
+    turn_steps = min(eval_every, TURN_STEPS)
+    for _ in range(0, steps, turn_steps):
+        for entry in entries:
+            if stop.is_set():
+                return
+            run = entry.runs[-1]
+            for step in range(run.step + 1, min(run.step + turn_steps, steps) + 1):
                 if stop.is_set() or run.diverged:
                     break
-                ahead = run.step + 1
-                run.take_step(keep=run.seed == 0 and (ahead % stride == 0 or ahead == steps))
-                moved(one)
-            if run.step == steps or run.step // stride > run.steps[-1] // stride:
-                run.look()
-                moved(one)
-        if stop.is_set():
-            return
+                run.take_step(keep_update=run.seed == 0 and (step % eval_every == 0 or step == steps))
+                on_step(entry)
+            if run.step == steps or run.step // eval_every > run.steps[-1] // eval_every:
+                run.evaluate()
+                on_step(entry)

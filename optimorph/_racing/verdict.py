@@ -1,53 +1,51 @@
-"""Who won, as far as the seeds can tell."""
+"""The verdict: which optimizers have the lowest final loss, given the noise of the seeds."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
-from optimorph._racing.record import Record, Row
+from optimorph._racing.race_data import RaceData, Row
 
-SURE = 2.0
-"""A mean is called lower than another if it is lower by more than this many standard errors."""
+STANDARD_ERRORS = 2.0
+"""Two means differ if their difference exceeds this many of its standard errors."""
 
 
 def noise(a: Row, b: Row) -> float:
-    """How far two means may differ by the luck of their seeds: `SURE` standard errors of the difference.
+    """How far two means can differ by chance: `STANDARD_ERRORS` standard errors of their difference.
 
-    2 √(sₐ²/nₐ + s_b²/n_b), where s is the standard deviation over n seeds. With one seed each the noise is
-    unknown, and 0 is returned.
+    2 √(sₐ²/nₐ + s_b²/n_b), where s is the standard deviation over n seeds. With one seed, s is unknown and
+    counts as 0.
     """
-    return SURE * math.hypot(a.spread / math.sqrt(a.seeds), b.spread / math.sqrt(b.seeds))
+    return STANDARD_ERRORS * math.hypot(a.spread / math.sqrt(a.seeds), b.spread / math.sqrt(b.seeds))
 
 
 def leaders(rows: Sequence[Row]) -> list[Row]:
-    """The rows from the first up to one that is higher by more than `noise`; none if all diverged."""
-    standing = [row for row in rows if not row.diverged]
-    close = itertools.takewhile(lambda row: row.loss - standing[0].loss <= noise(standing[0], row), standing)
+    """The first rows, whose losses exceed the lowest by no more than `noise`; none if all diverged."""
+    finite = [row for row in rows if not row.diverged]
+    close = itertools.takewhile(lambda row: row.loss - finite[0].loss <= noise(finite[0], row), finite)
     return list(close)
 
 
-def verdict(record: Record) -> str:
-    """A sentence on who ends lowest; it names several who are within the noise of the seeds."""
-    stopped = "" if record.finished else "Stopped early. "
-    first = leaders(record.rows)
+def verdict(race: RaceData) -> str:
+    """Which optimizers end lowest: one, or several whose losses differ by no more than the noise."""
+    stopped = "" if race.finished else "Stopped early. "
+    first = leaders(race.rows)
     if not first:
-        tried = len(record.trials)
-        return stopped + (
-            "Every training diverged." if record.rows else f"{tried} learning rates were tried."
-        )
-    names, at = _listed([row.name for row in first]), _listed([f"{row.loss:.4g}" for row in first])
-    said = f"{names} {'ends' if len(first) == 1 else 'end'} lowest, at {at}"
-    rest = [row for row in record.rows[len(first) :] if not row.diverged]
-    alone = len(record.rows) > 1 and min(row.seeds for row in record.rows) == 1
-    if len(first) > 1 and not alone:
-        said += "; the seeds do not tell them apart"
+        tried = f"{len(race.trials)} learning rates were tried."
+        return stopped + ("Every run diverged." if race.rows else tried)
+    names, losses = _join([row.name for row in first]), _join([f"{row.loss:.4g}" for row in first])
+    sentence = f"{names} {'ends' if len(first) == 1 else 'end'} lowest, at {losses}"
+    rest = [row for row in race.rows[len(first) :] if not row.diverged]
+    one_seed = len(race.rows) > 1 and min(row.seeds for row in race.rows) == 1
+    if len(first) > 1 and not one_seed:
+        sentence += "; the seeds do not tell them apart"
     elif rest:
-        said += f", before {rest[0].name} at {rest[0].loss:.4g}"
-    if alone:
-        said += "; one seed cannot rank close losses"
-    return f"{stopped}{said}. {record.measure[:1].upper()}{record.measure[1:]}, {first[0].steps} steps."
+        sentence += f", before {rest[0].name} at {rest[0].loss:.4g}"
+    if one_seed:
+        sentence += "; one seed cannot rank close losses"
+    return f"{stopped}{sentence}. {race.measure[:1].upper()}{race.measure[1:]}, {first[0].steps} steps."
 
 
-def _listed(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     *others, last = words
     return f"{', '.join(others)} and {last}" if others else last

@@ -1,1 +1,1 @@
-"""What is raced on: one file a task, each with a `task` function."""
+"""The tasks of `optimorph race`: each file has a function `task`."""

@@ -12,7 +12,7 @@ SPLIT = {"train": slice(0, 1200), "tuning": slice(1200, 1500), "validation": sli
 
 
 class CNN(nnx.Module):
-    """Two convolutions and two dense layers on 8 x 8 pictures."""
+    """Two convolutions and two dense layers on images of 8 x 8 pixels."""
 
     def __init__(self, rngs: nnx.Rngs):
         """About 38,000 parameters."""
@@ -29,7 +29,7 @@ class CNN(nnx.Module):
 
 
 def task() -> Task:
-    """Ten classes, 1,200 training pictures."""
+    """Classify images of digits; 1,200 are trained on."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -45,8 +45,8 @@ def task() -> Task:
     def batches(seed):
         rng = np.random.default_rng(seed)
         while True:
-            some = rng.integers(0, SPLIT["train"].stop, BATCH)
-            yield images[some], labels[some]
+            chosen = rng.integers(0, SPLIT["train"].stop, BATCH)
+            yield images[chosen], labels[chosen]
 
     return Task(
         name="digits",

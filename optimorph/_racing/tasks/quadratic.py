@@ -1,4 +1,4 @@
-"""Pathological curvature: a quadratic whose condition number you choose."""
+"""A quadratic with a condition number of the user's choice."""
 
 import itertools
 
@@ -9,14 +9,15 @@ from optimorph import theory
 from optimorph._racing.task import Task
 
 SIZE = 32
-WORST = 1e6  # beyond it float32 no longer keeps the smallest eigenvalue positive
+WORST = 1e6  # for a larger condition number, rounding to float32 can make the smallest eigenvalue negative
 
 
 def task(condition: float = 1e3) -> Task:
-    """Bring a matrix W to zero on ½ tr(Wᵀ H W), the eigenvalues of H spread from 1/R to 1.
+    """Minimize ½ tr(Wᵀ H W) over a matrix W. The eigenvalues of H are spread from 1/R to 1.
 
-    Descent, heavy ball and Nesterov's method get the step size and momentum that theory gives for R; the
-    others have theirs from a sweep at R = 1000. Nobody decays weights, as the solution is zero.
+    `sgd`, `momentum` and `nesterov` use the learning rate and momentum that theory gives for R. The learning
+    rates of the other optimizers are from a sweep at R = 1000. There is no weight decay, because it would
+    help to reach the solution, which is zero.
 
     Args:
       condition: R, from 1 to `WORST`.
@@ -25,14 +26,12 @@ def task(condition: float = 1e3) -> Task:
     basis = np.linalg.qr(rng.standard_normal((SIZE, SIZE)))[0]
     hessian = jnp.asarray(basis * np.geomspace(1 / condition, 1, SIZE) @ basis.T, jnp.float32)
     curvature = (1.0, 1 / condition)
-    descent, ball, look = (
-        theory.gradient_descent(*curvature),
-        theory.polyak(*curvature),
-        theory.nesterov(*curvature),
-    )
+    sgd, momentum = theory.gradient_descent(*curvature), theory.polyak(*curvature)
+    nesterov = theory.nesterov(*curvature)
 
-    def start(seed):
-        return np.random.default_rng(seed).standard_normal((SIZE, SIZE)).astype(np.float32)
+    def init(seed):
+        kernel = np.random.default_rng(seed).standard_normal((SIZE, SIZE)).astype(np.float32)
+        return {"kernel": jnp.asarray(kernel)}
 
     def loss(params, batch):
         w = params["kernel"]
@@ -42,17 +41,17 @@ def task(condition: float = 1e3) -> Task:
         name="quadratic",
         title=f"quadratic of condition number {condition:g}",
         measure="loss",
-        init=lambda seed: {"kernel": jnp.asarray(start(seed))},
+        init=init,
         loss=loss,
         batches=lambda seed: itertools.repeat(()),
         held_out=lambda part: [()],
         steps=500,
         schedule=lambda peak, steps: lambda count: peak,
-        momentum={"momentum": ball.momentum, "nesterov": look.momentum},
+        momentum={"momentum": momentum.momentum, "nesterov": nesterov.momentum},
         weight_decay=0.0,
         theory={
-            "sgd": descent.learning_rate,
-            "momentum": ball.learning_rate,
-            "nesterov": look.learning_rate,
+            "sgd": sgd.learning_rate,
+            "momentum": momentum.learning_rate,
+            "nesterov": nesterov.learning_rate,
         },
     )
