@@ -17,13 +17,7 @@ from optimorph._racing.interrupt import stop_on_ctrl_c
 from optimorph._racing.options import add_arguments as add_arguments
 from optimorph._racing.options import fill_defaults, find_conflict
 from optimorph._racing.race_data import Trial
-from optimorph._racing.registry import (
-    OPTIMIZERS,
-    WITH_OTHERS,
-    LearningRates,
-    make_optimizer,
-    tuned_learning_rates,
-)
+from optimorph._racing.registry import OPTIMIZERS, LearningRates, make_optimizer, tuned_learning_rates
 from optimorph._racing.result import RaceResult, collect
 from optimorph._racing.sweep import Sweep, best_rates
 from optimorph._racing.table import print_table
@@ -116,29 +110,25 @@ def _read(path: Path) -> RaceResult | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise BadInput(
-            f"cannot read {str(path)!r} ({error.strerror}); type --out with another folder"
-        ) from None
+        problem = f"cannot read {str(path)!r} ({error.strerror}); type --out with another folder"
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise BadInput(
-            f"{str(path)!r} was not written by this command; move it away, or race again to replace it"
-        ) from None
+        problem = f"{str(path)!r} was not written by this command; move it away, or race again to replace it"
+    raise BadInput(problem)
 
 
 def _redraw(console: Console, out: Path) -> int:
     race, sweep = _read(out / "race.json"), _read(out / "sweep.json")
     if race is None and sweep is None:
         raise BadInput(f"there is no race.json and no sweep.json in {str(out)!r}; race first, or type --out")
-    written = []
+    written = [out / "race.png", out / "race.html"] * (race is not None)
+    written += [out / "sweep.html"] * (sweep is not None)
     with _one_line_errors():
         if race is not None:
             race = dataclasses.replace(race, trials=_recorded_trials(out, race.title) or race.trials)
-            race.plot(out / "race.png")
-            race.report(out / "race.html")
-            written += [out / "race.png", out / "race.html"]
+            race.plot(written[0])
+            race.report(written[1])
         if sweep is not None:
-            sweep.report(out / "sweep.html")
-            written += [out / "sweep.html"]
+            sweep.report(written[-1])
     _print_written(console, written)
     return 0
 
@@ -242,13 +232,15 @@ def _parse_learning_rates(task: Task, names: list[str], assignments: list[str]) 
     """Name → the tuned learning rates, changed by the `NAME=VALUE` of every `--lr`."""
     tuned = tuned_learning_rates(task)
     rates = {name: tuned[name] for name in names}
-    targets = [name + end for name in names for end in ("", ".others")[: 1 + (name in WITH_OTHERS)]]
+    targets = [
+        name + end for name in names for end in ("", ".others")[: 1 + (rates[name].others is not None)]
+    ]
     for assignment in assignments:
         target, _, value = assignment.partition("=")
         if target not in targets:
+            known = ", ".join(targets)
             raise BadInput(
-                f"--lr {assignment!r} names no optimizer of this race; "
-                f"type NAME=VALUE with {', '.join(targets)}"
+                f"--lr {assignment!r} names no optimizer of this race; type NAME=VALUE with {known}"
             )
         name, _, field = target.partition(".")
         rate = _parse_float(f"--lr {target}", value)
@@ -262,7 +254,6 @@ def _make_folder(text: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise BadInput(
-            f"cannot write to {text!r} ({error.strerror}); type --out with another folder"
-        ) from None
+        problem = f"cannot write to {text!r} ({error.strerror}); type --out with another folder"
+        raise BadInput(problem) from None
     return path

@@ -29,7 +29,6 @@ class SharedConsole(Console):
     lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print while no bar is drawn."""
         with self.lock:
             super().print(*args, **kwargs)
 
@@ -53,14 +52,12 @@ class Bars(Progress):
     """
 
     def __init__(self, *columns: ProgressColumn, console: Console, disable: bool = False):
-        """Share the bars' lock with a shared console."""
         self.output = console  # needed by `get_renderables` before rich sets `self.console`
         super().__init__(*columns, console=console, disable=disable)
         if isinstance(console, SharedConsole):
             console.lock = self.live._lock
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """One table with all bars."""
         yield Constrain(self.make_tasks_table(self.tasks), self.output.width - 3)
 
 

@@ -21,31 +21,36 @@ DEFAULTS = {
 }
 
 
+OPTIONS = {
+    "task": ("NAME", "what to train: text, digits or quadratic (default: text)"),
+    "optimizers": ("A,B", "optimizers that race (default: all)"),
+    "steps": ("N", "training steps (default: the task's)"),
+    "seeds": ("N", "training runs of each optimizer (default: 1)"),
+    "lr": (
+        "NAME=VALUE",
+        "peak learning rate of an optimizer, such as adamw=0.005; adamw.others and muon.others set that of "
+        "embeddings, head and norms (default: tuned)",
+    ),
+    "condition": ("R", "condition number of the quadratic (default: 1000)"),
+    "out": ("DIR", "folder of the results (default: race-results)"),
+}
+"""Name → placeholder of the value, help."""
+
+MODES = {
+    "sweep": "tune the learning rates over a grid",
+    "redraw": "draw plots and reports again from the JSON files in the folder",
+    "list": "show tasks, optimizers and learning rates",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `optimorph race`. An option that the user did not type is None."""
-    parser.add_argument(
-        "--task", metavar="NAME", help="what to train: text, digits or quadratic (default: text)"
-    )
-    parser.add_argument("--optimizers", metavar="A,B", help="optimizers that race (default: all)")
-    parser.add_argument("--steps", metavar="N", help="training steps (default: the task's)")
-    parser.add_argument("--seeds", metavar="N", help="training runs of each optimizer (default: 1)")
-    parser.add_argument(
-        "--lr",
-        metavar="NAME=VALUE",
-        action="append",
-        help="peak learning rate of an optimizer, such as adamw=0.005; adamw.others and muon.others set "
-        "that of embeddings, head and norms (default: tuned)",
-    )
-    parser.add_argument("--condition", metavar="R", help="condition number of the quadratic (default: 1000)")
-    parser.add_argument("--out", metavar="DIR", help="folder of the results (default: race-results)")
+    for name, (metavar, text) in OPTIONS.items():
+        action = "append" if name == "lr" else "store"
+        parser.add_argument(f"--{name}", metavar=metavar, action=action, help=text)
     modes = parser.add_argument_group("instead of a race", "Type at most one of these.")
-    modes.add_argument("--sweep", action="store_true", help="tune the learning rates over a grid")
-    modes.add_argument(
-        "--redraw",
-        action="store_true",
-        help="draw plots and reports again from the JSON files in the folder",
-    )
-    modes.add_argument("--list", action="store_true", help="show tasks, optimizers and learning rates")
+    for name, text in MODES.items():
+        modes.add_argument(f"--{name}", action="store_true", help=text)
 
 
 def find_conflict(args: argparse.Namespace) -> str | None:

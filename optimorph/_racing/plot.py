@@ -35,7 +35,6 @@ SETTINGS: Any = {
 
 
 def write_plot(path: Path, race: RaceData) -> None:
-    """Write the plot of the losses."""
     with mpl.rc_context(SETTINGS):
         plot_losses(race).savefig(path, dpi=130)
 

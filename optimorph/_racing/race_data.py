@@ -61,7 +61,6 @@ class Trial:
 
     @property
     def rates(self) -> LearningRates:
-        """Both learning rates."""
         return LearningRates(self.learning_rate, self.others)
 
     @property

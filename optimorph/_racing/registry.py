@@ -21,7 +21,6 @@ class LearningRates(NamedTuple):
     others: Any = None
 
     def __str__(self):
-        """Both rates, as tables print them."""
         return f"{self.learning_rate:.3g}" + ("" if self.others is None else f" / {self.others:.3g}")
 
 

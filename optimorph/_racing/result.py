@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,6 @@ class RaceResult(RaceData):
     """The measurements of a race, which print as a table and can be drawn."""
 
     def __str__(self) -> str:
-        """The table and its notes."""
         if not self.rows:
             count = len(self.trials)
             return f"{count} learning rate{'s' * (count != 1)} tried; no race was run."
@@ -72,7 +71,9 @@ def collect(
     computed: list[Spectrum] = []
     if finished:
         try:
-            computed = [spectrum for entry in entries for spectrum in _spectra(entry, axes)]
+            for entry in entries:
+                for run in filter(lambda run: run.kept_update is not None, entry.runs):
+                    computed += spectra(entry.name, run.kept_update, axes)
         except KeyboardInterrupt:
             finished = False
     rows = [row for row in map(make_row, entries) if row is not None]
@@ -86,20 +87,12 @@ def collect(
         machine=_machine(),
         rows=sorted(rows, key=lambda row: math.inf if row.diverged else row.loss),
         curves=[
-            Curve(entry.name, run.seed, run.steps, run.seconds, run.losses)
-            for entry in entries
-            for run in entry.runs
+            Curve(e.name, run.seed, run.steps, run.seconds, run.losses) for e in entries for run in e.runs
         ],
         trials=list(trials),
         spectra=computed,
         log_loss=task.log_loss,
     )
-
-
-def _spectra(entry: Entry, axes: AxesRules | None) -> Iterator[Spectrum]:
-    for run in entry.runs:
-        if run.kept_update is not None:
-            yield from spectra(entry.name, run.kept_update, axes)
 
 
 def make_row(entry: Entry) -> Row | None:

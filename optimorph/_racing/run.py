@@ -23,7 +23,6 @@ class CompiledTask:
     """
 
     def __init__(self, task: Task, part: str = "validation"):
-        """Compile nothing yet."""
         self.task = task
         self.gradient = jax.jit(jax.value_and_grad(task.loss))
         self._loss = jax.jit(task.loss)
@@ -63,7 +62,6 @@ class Run:
     """
 
     def __init__(self, compiled: CompiledTask, optimizer: optax.GradientTransformation, seed: int):
-        """Make parameters and state, and compile the update."""
         self.compiled, self.seed = compiled, seed
         self.params = _copy(compiled.task.init(seed))
         self.state = _copy(optimizer.init(self.params))
@@ -83,7 +81,6 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps taken."""
         return len(self.update_seconds)
 
     @property

@@ -47,7 +47,6 @@ class Sweep:
     on_trial: Callable[[Trial], None]
 
     def __post_init__(self):
-        """Make the program that all runs but the vmapped ones share."""
         self.compiled = CompiledTask(self.task, self.part)
 
     def run(

@@ -19,10 +19,6 @@ def plain(value: float, position: int | None = None) -> str:
 class Ticks(LogLocator):
     """Ticks at as many round numbers as the axis has room for, and at least two."""
 
-    def __init__(self):
-        """Matplotlib sets the axis later."""
-        super().__init__()
-
     def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
         """The ticks between two positive numbers, and possibly some outside."""
         room = max(2, self.axis.get_tick_space() * 2 // 3) if self.axis else 6
@@ -43,11 +39,9 @@ class PlainLog(LogScale):
     """Matplotlib's logarithmic scale with plain labels: `axes.set(xscale=PlainLog())`."""
 
     def __init__(self):
-        """Use base 10."""
         super().__init__(None)
 
     def set_default_locators_and_formatters(self, axis) -> None:
-        """Give labels only to the major ticks."""
         super().set_default_locators_and_formatters(axis)
         axis.set_major_locator(Ticks())
         axis.set_major_formatter(FuncFormatter(plain))

@@ -19,7 +19,6 @@ class Attention(nnx.Module):
     """Causal multi-head self-attention."""
 
     def __init__(self, rngs: nnx.Rngs):
-        """Four square matrices: query, key, value and out."""
         make = functools.partial(nnx.Linear, WIDTH, WIDTH, use_bias=False, rngs=rngs)
         self.query, self.key, self.value, self.out = make(), make(), make(), make()
 
@@ -35,7 +34,6 @@ class Block(nnx.Module):
     """Attention, then an MLP, each on a residual branch that a norm begins."""
 
     def __init__(self, rngs: nnx.Rngs):
-        """All weights are matrices but those of the norms."""
         self.norm1, self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
         self.attention = Attention(rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, rngs=rngs)
@@ -48,10 +46,9 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Characters → logits of the next characters."""
+    """Characters → logits of the next characters. The head has its own weights."""
 
     def __init__(self, vocabulary: int, rngs: nnx.Rngs):
-        """Embeddings of tokens and positions, the blocks, a norm, and a head with its own weights."""
         self.embed = nnx.Embed(vocabulary, WIDTH, rngs=rngs)
         self.position_embed = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
         self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
