@@ -158,7 +158,7 @@ def test_rates_do_not_recompile(sweep_bytes):
 
 
 def test_bytes_decide_between_the_ways():
-    task = make_task(loss, start(), BATCHES, HELD_OUT, 3, "", "", False)
+    task = make_task(loss, start(), BATCHES, HELD_OUT, 3, title="", measure="")
     size = bytes_per_rate(task, lambda rates: om.adam(rates.learning_rate), LearningRates(0.1))
     kept = (
         size - 3 * 84 - (2 * 84 + 4)
@@ -297,7 +297,7 @@ def test_spectra_leave_out_what_no_rule_decides():
 
 
 def test_the_kept_update_is_the_step_that_was_taken():
-    task = make_task(loss, start(), BATCHES, HELD_OUT, 3, "", "", False)
+    task = make_task(loss, start(), BATCHES, HELD_OUT, 3, title="", measure="")
     run = Run(CompiledTask(task), om.adam(0.1), 0)
     before = jax.tree.map(np.asarray, run.params)
     run.take_step(keep_update=True)

@@ -24,6 +24,7 @@ from optimorph._racing.table import print_table
 from optimorph._racing.task import Task
 from optimorph._racing.tasks import digits, quadratic, text
 from optimorph._racing.training import Entry, train_all
+from optimorph._racing.verdict import join_words
 
 TASKS: dict[str, Callable[[float], Task]] = {
     "text": lambda condition: text.task(),
@@ -90,7 +91,7 @@ def _race(
         return 130
     print_table(console, result)
     with _one_line_errors():
-        _print_written(console, result.write(out))
+        console.print(f"Wrote {join_words(result.write(out))}.")
     return 0 if result.finished else 130
 
 
@@ -120,16 +121,17 @@ def _redraw(console: Console, out: Path) -> int:
     race, sweep = _read(out / "race.json"), _read(out / "sweep.json")
     if race is None and sweep is None:
         raise BadInput(f"there is no race.json and no sweep.json in {str(out)!r}; race first, or type --out")
-    written = [out / "race.png", out / "race.html"] * (race is not None)
-    written += [out / "sweep.html"] * (sweep is not None)
+    written = []
     with _one_line_errors():
         if race is not None:
             race = dataclasses.replace(race, trials=_recorded_trials(out, race.title) or race.trials)
-            race.plot(written[0])
-            race.report(written[1])
+            race.plot(out / "race.png")
+            race.report(out / "race.html")
+            written += [out / "race.png", out / "race.html"]
         if sweep is not None:
-            sweep.report(written[-1])
-    _print_written(console, written)
+            sweep.report(out / "sweep.html")
+            written += [out / "sweep.html"]
+    console.print(f"Wrote {join_words(written)}.")
     return 0
 
 
@@ -170,7 +172,7 @@ def _sweep(
         paths[0].write_text(section)
         result.write_json(paths[1])
         result.report(paths[2])
-    _print_written(console, paths)
+    console.print(f"Wrote {join_words(paths)}.")
     return 0 if result.finished else 130
 
 
@@ -185,11 +187,6 @@ def _one_line_errors() -> Iterator[None]:
         raise BadInput(
             f"cannot write {str(error.filename)!r} ({error.strerror}); move it away, or type another --out"
         ) from None
-
-
-def _print_written(console: Console, paths: list[Path]) -> None:
-    *others, last = map(str, paths)
-    console.print(f"Wrote {', '.join(others)} and {last}." if others else f"Wrote {last}.")
 
 
 def _list(console: Console, condition: float) -> int:
@@ -232,9 +229,8 @@ def _parse_learning_rates(task: Task, names: list[str], assignments: list[str]) 
     """Name → the tuned learning rates, changed by the `NAME=VALUE` of every `--lr`."""
     tuned = tuned_learning_rates(task)
     rates = {name: tuned[name] for name in names}
-    targets = [
-        name + end for name in names for end in ("", ".others")[: 1 + (rates[name].others is not None)]
-    ]
+    targets = {name: (name, "learning_rate") for name in names}
+    targets |= {f"{name}.others": (name, "others") for name in names if rates[name].others is not None}
     for assignment in assignments:
         target, _, value = assignment.partition("=")
         if target not in targets:
@@ -242,9 +238,8 @@ def _parse_learning_rates(task: Task, names: list[str], assignments: list[str]) 
             raise BadInput(
                 f"--lr {assignment!r} names no optimizer of this race; type NAME=VALUE with {known}"
             )
-        name, _, field = target.partition(".")
-        rate = _parse_float(f"--lr {target}", value)
-        rates[name] = rates[name]._replace(**{field or "learning_rate": rate})
+        name, field = targets[target]
+        rates[name] = rates[name]._replace(**{field: _parse_float(f"--lr {target}", value)})
     return rates
 
 

@@ -17,16 +17,9 @@ Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransform
 
 
 def make_task(
-    loss: Callable[..., Any],
-    params: Any,
-    batches: Any,
-    held_out: Iterable[Any],
-    steps: int,
-    title: str,
-    measure: str,
-    log_loss: bool | None,
+    loss: Callable[..., Any], params: Any, batches: Any, held_out: Iterable[Any], steps: int, **labels: Any
 ) -> Task:
-    """The task that these arguments of `optimorph.race` describe."""
+    """The task that arguments of `optimorph.race` describe; labels are `title`, `measure` and `log_loss`."""
     held_out_batches = list(held_out)
     if not held_out_batches:
         raise ValueError("race: held_out is empty. Type held_out=[batch], a batch that is not trained on.")
@@ -34,14 +27,12 @@ def make_task(
         raise ValueError(f"race: steps must be at least 1, but is {steps}. Type steps=100, for example.")
     return Task(
         name="custom",
-        title=title,
-        measure=measure,
         init=lambda seed: jax.tree.map(_to_array, params(seed) if _is_function(params) else params),
         loss=loss,
         batches=lambda seed: _endless(batches, seed),
         held_out=lambda part: held_out_batches,
         steps=steps,
-        log_loss=log_loss,
+        **labels,
     )
 
 

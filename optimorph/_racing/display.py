@@ -6,18 +6,11 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.constrain import Constrain
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from optimorph._racing.race_data import Trial
-from optimorph._racing.training import Entry
+from optimorph._racing.training import Entry, OnStep
 
 PIPE_WIDTH = 10_000
 """The width of a console that writes to a pipe; it breaks no line."""
@@ -51,7 +44,7 @@ class Bars(Progress):
     too few.
     """
 
-    def __init__(self, *columns: ProgressColumn, console: Console, disable: bool = False):
+    def __init__(self, *columns: Any, console: Console, disable: bool = False):
         self.output = console  # needed by `get_renderables` before rich sets `self.console`
         super().__init__(*columns, console=console, disable=disable)
         if isinstance(console, SharedConsole):
@@ -61,23 +54,16 @@ class Bars(Progress):
         yield Constrain(self.make_tasks_table(self.tasks), self.output.width - 3)
 
 
-OnStep = contextlib.AbstractContextManager[Callable[[Entry], None]]
-
-
-def training_display(console: Console, names: list[str], total: int) -> OnStep:
-    """Show a race; the function that it gives takes an entry after each of its steps.
-
-    Args:
-      console: bars are drawn if it is a terminal that can draw them, otherwise lines are printed.
-      names: of all entries.
-      total: the steps of one entry, over all seeds.
-    """
+def training_display(
+    console: Console, names: list[str], total: int
+) -> contextlib.AbstractContextManager[OnStep]:
+    """Show the progress of all entries, each with `total` steps: bars on a terminal, otherwise lines."""
     live = console.is_terminal and not console.is_dumb_terminal
     return _training_bars(console, names, total) if live else _training_lines(console, total)
 
 
 @contextlib.contextmanager
-def _training_bars(console: Console, names: list[str], total: int) -> Iterator[Callable[[Entry], None]]:
+def _training_bars(console: Console, names: list[str], total: int) -> Iterator[OnStep]:
     """One bar for each entry."""
     bars = Bars(
         TextColumn("{task.description:<10}", markup=False),
@@ -100,7 +86,7 @@ def _training_bars(console: Console, names: list[str], total: int) -> Iterator[C
 
 
 @contextlib.contextmanager
-def _training_lines(console: Console, total: int) -> Iterator[Callable[[Entry], None]]:
+def _training_lines(console: Console, total: int) -> Iterator[OnStep]:
     """One line for each evaluation."""
     num_evals: dict[str, int] = {}
 
@@ -109,9 +95,9 @@ def _training_lines(console: Console, total: int) -> Iterator[Callable[[Entry], 
         if num_evals.get(entry.name) == evals:
             return
         num_evals[entry.name] = evals
-        run, status = entry.runs[-1], "compiled"
-        if entry.step:
-            status = f"{entry.seconds / entry.step * (total - entry.step):.0f} s of training left"
+        left = entry.seconds / max(1, entry.step) * (total - entry.step)
+        status = f"{left:.0f} s of training left" if entry.step else "compiled"
+        run = entry.runs[-1]
         loss = "diverged" if run.diverged else f"loss {run.losses[-1]:.4g}"
         console.print(f"{entry.name:<10} step {entry.step}/{total}  {loss}  {status}")
 

@@ -176,7 +176,7 @@ def _legend(name: str, style: Style) -> str:
     """A name, and before it a sample of its line."""
     line = (
         f'<line x1="0" y1="6" x2="36" y2="6" stroke="{VARIABLES[style.color]}" stroke-width="3" '
-        f'stroke-dasharray="{DASH_ARRAYS[style.dash]}"/>'
+        f'stroke-dasharray="{DASH_ARRAYS[style.linestyle]}"/>'
     )
     return f'<svg viewBox="0 0 36 12" aria-hidden="true">{line}</svg>{escape(name)}'
 

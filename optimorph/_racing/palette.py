@@ -17,7 +17,7 @@ class Style(NamedTuple):
     """How an optimizer is drawn in every plot."""
 
     color: str
-    dash: str
+    linestyle: str
 
 
 _ALL = [Style(LIGHT[-1 - k % 8], DASHES[(k + k // 8) % 4]) for k in range(32)]

@@ -85,7 +85,7 @@ def _draw_mean(axes: Axes, curves: list[Curve], along: str, style: Style) -> Non
     losses = np.array([curve.losses[:length] for curve in curves])
     losses = np.where(np.isfinite(losses), losses, np.nan)
     x = np.mean([getattr(curve, along)[:length] for curve in curves], axis=0)
-    axes.plot(x, losses.mean(axis=0), label=curves[0].optimizer, color=style.color, linestyle=style.dash)
+    axes.plot(x, losses.mean(axis=0), label=curves[0].optimizer, **style._asdict())
     if len(curves) > 1:
         low, high = losses.min(axis=0), losses.max(axis=0)
         axes.fill_between(x, low, high, color=style.color, alpha=0.15, linewidth=0)
@@ -118,9 +118,7 @@ def draw_rates(axes: Axes, race: RaceData) -> None:
         style, rates = race.styles[name], list(best)
         losses = np.array([loss if math.isfinite(loss) else np.nan for loss in best.values()])
         if rates:
-            axes.plot(
-                rates, losses, label=name, color=style.color, linestyle=style.dash, marker="o", markersize=4
-            )
+            axes.plot(rates, losses, label=name, marker="o", markersize=4, **style._asdict())
         diverged = [rate for rate, loss in best.items() if not math.isfinite(loss)]
         top = np.full(len(diverged), 0.98)
         axes.plot(diverged, top, "x", color=style.color, transform=axes.get_xaxis_transform())
@@ -147,9 +145,8 @@ def draw_spectrum(axes: Axes, race: RaceData, layer: Layer) -> None:
     """A layer's singular values, divided by the largest, in order from the first (0) to the last (1)."""
     spectra = {spectrum.optimizer: spectrum for spectrum in race.spectra if layer_of(spectrum) == layer}
     for name in filter(spectra.__contains__, race.names):
-        values, style = spectra[name].values, race.styles[name]
-        x = np.linspace(0, 1, len(values))
-        axes.plot(x, values, label=name, color=style.color, linestyle=style.dash)
+        values = spectra[name].values
+        axes.plot(np.linspace(0, 1, len(values)), values, label=name, **race.styles[name]._asdict())
     path, rows, columns = layer
     axes.set_title("\n".join((*textwrap.wrap(path, 34), f"{rows} x {columns}")), fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1.05), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))

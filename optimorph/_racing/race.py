@@ -73,7 +73,8 @@ def race(
     Raises:
       ValueError: an argument cannot be used; the message says what to type instead.
     """
-    task = custom_task.make_task(loss, params, batches, held_out, steps, title, measure, log_loss)
+    labels = {"title": title, "measure": measure, "log_loss": log_loss}
+    task = custom_task.make_task(loss, params, batches, held_out, steps, **labels)
     candidates = custom_task.candidate_rates(optimizers, learning_rates)
     custom_task.check(task, params, batches, seeds)
     makers = {name: _maker(optimizers[name]) for name in candidates}

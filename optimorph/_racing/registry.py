@@ -24,32 +24,30 @@ class LearningRates(NamedTuple):
         return f"{self.learning_rate:.3g}" + ("" if self.others is None else f" / {self.others:.3g}")
 
 
-def _adamw(learning_rate, others, task):
+def _adamw(rate, others, task):
     """AdamW with `muon`'s two groups of leaves, so that both optimizers have the same two rates to tune."""
     matrix = leaf_axes("adamw", None)
     return om.partition(
         lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
         {
-            "matrix": om.adamw(learning_rate, b2=B2, weight_decay=task.weight_decay),
+            "matrix": om.adamw(rate, b2=B2, weight_decay=task.weight_decay),
             "other": om.adamw(others, b2=B2, weight_decay=0.0),
         },
     )
 
 
-def _muon(learning_rate, others, task):
+def _muon(rate, others, task):
     adamw = om.adamw(others, b2=B2, weight_decay=0.0)
-    return om.muon(learning_rate, weight_decay=task.weight_decay, others=adamw)
+    return om.muon(rate, weight_decay=task.weight_decay, others=adamw)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": lambda learning_rate, others, task: om.sgd(learning_rate),
-    "momentum": lambda learning_rate, others, task: om.sgd(learning_rate, task.momentum["momentum"]),
-    "nesterov": lambda learning_rate, others, task: om.sgd(
-        learning_rate, task.momentum["nesterov"], nesterov=True
-    ),
-    "adagrad": lambda learning_rate, others, task: om.adagrad(learning_rate),
-    "rmsprop": lambda learning_rate, others, task: om.rmsprop(learning_rate),
-    "adam": lambda learning_rate, others, task: om.adam(learning_rate, b2=B2),
+    "sgd": lambda rate, others, task: om.sgd(rate),
+    "momentum": lambda rate, others, task: om.sgd(rate, task.momentum["momentum"]),
+    "nesterov": lambda rate, others, task: om.sgd(rate, task.momentum["nesterov"], nesterov=True),
+    "adagrad": lambda rate, others, task: om.adagrad(rate),
+    "rmsprop": lambda rate, others, task: om.rmsprop(rate),
+    "adam": lambda rate, others, task: om.adam(rate, b2=B2),
     "adamw": _adamw,
     "muon": _muon,
 }

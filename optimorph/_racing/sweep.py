@@ -21,22 +21,17 @@ NEEDS_NUMBER = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConver
 """Errors of a function that needs the learning rate as a number, for example because it compares the rate."""
 
 MakeOptimizer = Callable[[LearningRates], optax.GradientTransformation]
+Candidates = Sequence[LearningRates]
 
 
 @dataclasses.dataclass
 class Sweep:
-    """Tries learning rates of several optimizers on one task.
+    """Tries learning rates of several optimizers on one task, evaluated by a part of its held-out data.
 
     All rates of an optimizer train in one vmapped program if that needs at most `max_bytes`. Otherwise they
     train one after another, in one program if the rate can be a traced array, in one program each if not.
 
-    Args:
-      task: the model and its data.
-      part: the held-out data that give a trial's loss.
-      steps: of every run.
-      stop: once it is set, the sweep ends after the current step. A vmapped program then still gives trials.
-      max_bytes: the most memory of a vmapped program, as estimated by `bytes_per_rate`.
-      on_trial: called with every trial.
+    Once `stop` is set, the sweep ends after the current step, and the trials of a vmapped program count.
     """
 
     task: Task
@@ -49,9 +44,7 @@ class Sweep:
     def __post_init__(self):
         self.compiled = CompiledTask(self.task, self.part)
 
-    def run(
-        self, makers: Mapping[str, MakeOptimizer], candidates: Mapping[str, Sequence[LearningRates]]
-    ) -> list[Trial]:
+    def run(self, makers: Mapping[str, MakeOptimizer], candidates: Mapping[str, Candidates]) -> list[Trial]:
         """Try the candidates of every optimizer, until the sweep is stopped."""
         trials: list[Trial] = []
         for name, rates in candidates.items():
@@ -59,7 +52,7 @@ class Sweep:
                 trials += self._try_rates(name, makers[name], rates)
         return trials
 
-    def _try_rates(self, name: str, make: MakeOptimizer, candidates: Sequence[LearningRates]) -> list[Trial]:
+    def _try_rates(self, name: str, make: MakeOptimizer, candidates: Candidates) -> list[Trial]:
         try:
             total = len(candidates) * bytes_per_rate(self.task, make, candidates[0])
         except NEEDS_NUMBER:
@@ -73,11 +66,8 @@ class Sweep:
         run = self._train(Run(compiled, optimizer, SEED))
         if not run.step:
             return []
-        losses = _vmapped_losses(self.task, self.part, run.params)
-        return [
-            self._trial(name, rates, float(loss), run.step)
-            for rates, loss in zip(candidates, losses, strict=True)
-        ]
+        losses = _vmapped_losses(self.task, self.part, run.params).tolist()
+        return [self._trial(name, r, loss, run.step) for r, loss in zip(candidates, losses, strict=True)]
 
     def _train_sequential(self, name, candidates, optimizers):
         trials = []
@@ -106,18 +96,14 @@ def best_rates(trials: Sequence[Trial], name: str) -> LearningRates:
     return min(own, key=lambda trial: trial.finite_or_inf).rates
 
 
-def sequential(
-    make: MakeOptimizer, candidates: Sequence[LearningRates]
-) -> list[optax.GradientTransformation]:
+def sequential(make: MakeOptimizer, candidates: Candidates) -> list[optax.GradientTransformation]:
     """One optimizer for each candidate. All share one `update`, so that it is compiled only once."""
     init, update = _rates_in_state(make)
-    return [
-        optax.GradientTransformation(functools.partial(init, _as_arrays(rates)), update)
-        for rates in candidates
-    ]
+    inits = [functools.partial(init, _as_arrays(rates)) for rates in candidates]
+    return [optax.GradientTransformation(init, update) for init in inits]
 
 
-def vmapped(make: MakeOptimizer, candidates: Sequence[LearningRates]) -> optax.GradientTransformation:
+def vmapped(make: MakeOptimizer, candidates: Candidates) -> optax.GradientTransformation:
     """One optimizer for all candidates; the first axis of all its arrays is the candidate."""
     init, update = _rates_in_state(make)
     stacked = jax.tree.map(lambda *rates: jnp.stack(rates), *map(_as_arrays, candidates))

@@ -1,6 +1,7 @@
 """Train several optimizers on the same batches, a few steps of each in turn."""
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable
 
@@ -31,27 +32,17 @@ class Entry:
     @property
     def seconds(self) -> float:
         """Training time, over all seeds."""
-        return sum(sum(run.step_seconds) for run in self.runs)
+        return math.fsum(seconds for run in self.runs for seconds in run.step_seconds)
+
+
+OnStep = Callable[[Entry], None]
+"""Called with an entry after its program is compiled, and after each step and evaluation."""
 
 
 def train_all(
-    task: Task,
-    entries: list[Entry],
-    steps: int,
-    seeds: int,
-    on_step: Callable[[Entry], None],
-    stop: threading.Event,
+    task: Task, entries: list[Entry], steps: int, seeds: int, on_step: OnStep, stop: threading.Event
 ) -> None:
-    """Train every entry with every seed.
-
-    Args:
-      task: the model and its data.
-      entries: the optimizers; each gets its runs.
-      steps: of every run.
-      seeds: the number of runs of each entry.
-      on_step: called with an entry after its program is compiled, and after each step and evaluation.
-      stop: once it is set, training ends after the current step.
-    """
+    """Train every entry with every seed. Once `stop` is set, training ends after the current step."""
     compiled = CompiledTask(task)
     for seed in range(seeds):
         for entry in entries:
@@ -67,9 +58,7 @@ def train_all(
             on_step(entry)
 
 
-def _train_seed(
-    entries: list[Entry], steps: int, on_step: Callable[[Entry], None], stop: threading.Event
-) -> None:
+def _train_seed(entries: list[Entry], steps: int, on_step: OnStep, stop: threading.Event) -> None:
     """Train one seed. The entries take turns, so that other load on the machine slows all of them equally."""
     eval_every = max(1, steps // NUM_EVALS)
     turn_steps = min(eval_every, TURN_STEPS)

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from optimorph._racing.race_data import RaceData, Row
 
@@ -33,7 +34,7 @@ def verdict(race: RaceData) -> str:
     if not first:
         tried = f"{len(race.trials)} learning rates were tried."
         return stopped + ("Every run diverged." if race.rows else tried)
-    names, losses = _join([row.name for row in first]), _join([f"{row.loss:.4g}" for row in first])
+    names, losses = join_words([row.name for row in first]), join_words([f"{row.loss:.4g}" for row in first])
     sentence = f"{names} {'ends' if len(first) == 1 else 'end'} lowest, at {losses}"
     rest = [row for row in race.rows[len(first) :] if not row.diverged]
     one_seed = len(race.rows) > 1 and min(row.seeds for row in race.rows) == 1
@@ -46,6 +47,7 @@ def verdict(race: RaceData) -> str:
     return f"{stopped}{sentence}. {race.measure[:1].upper()}{race.measure[1:]}, {first[0].steps} steps."
 
 
-def _join(words: Sequence[str]) -> str:
-    *others, last = words
+def join_words(words: Iterable[Any]) -> str:
+    """The words with commas, and "and" before the last."""
+    *others, last = map(str, words)
     return f"{', '.join(others)} and {last}" if others else last
