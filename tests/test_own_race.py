@@ -64,15 +64,15 @@ def by_hand(tx, params, batches, steps):
 @pytest.mark.slow
 def test_rows_are_those_of_the_plain_loop():
     params = jax.tree.map(jnp.asarray, start())
-    entered = {"adam": om.adam(0.05), "muon": om.muon(0.1), "theirs": optax.sgd(0.1)}
-    result = race(entered, params=params)
+    optimizers = {"adam": om.adam(0.05), "muon": om.muon(0.1), "theirs": optax.sgd(0.1)}
+    result = race(optimizers, params=params)
     for row in result.rows:
-        expected = by_hand(entered[row.name], start(), BATCHES, 12)
+        expected = by_hand(optimizers[row.name], start(), BATCHES, 12)
         assert row.loss == pytest.approx(expected, rel=1e-4)
         assert (row.steps, row.seeds, row.learning_rate) == (12, 1, None)
     assert [row.loss for row in result.rows] == sorted(row.loss for row in result.rows)
     assert result.finished
-    np.testing.assert_array_equal(params["kernel"], start()["kernel"])  # still there, and as they were
+    np.testing.assert_array_equal(params["kernel"], start()["kernel"])  # neither donated nor changed
 
 
 def test_prints_as_a_table():
@@ -103,7 +103,9 @@ def test_a_model_that_can_be_called_is_parameters():
 
     result = race({"muon": om.muon(0.1)}, params=arrays, loss=error)
     assert result.curves[0].losses[-1] < result.curves[0].losses[0]
-    assert [(each.path, each.rows, each.columns) for each in result.spectra] == [("weight", 6, 3)]
+    assert [(spectrum.path, spectrum.rows, spectrum.columns) for spectrum in result.spectra] == [
+        ("weight", 6, 3)
+    ]
 
 
 POINTS = [0.01, 0.1, 0.3]
@@ -157,7 +159,7 @@ def test_rates_do_not_recompile(sweep_bytes):
     assert traces(np.geomspace(0.01, 0.1, 7).tolist()) == traces([0.01, 0.02])
 
 
-def test_bytes_decide_between_the_ways():
+def test_memory_decides_whether_a_sweep_is_vmapped():
     task = make_task(loss, start(), BATCHES, HELD_OUT, 3, title="", measure="")
     size = bytes_per_rate(task, lambda rates: om.adam(rates.learning_rate), LearningRates(0.1))
     kept = (
@@ -182,12 +184,12 @@ def test_bytes_decide_between_the_ways():
 
 
 def test_a_state_may_hold_the_parameters():
-    """Every step gives its arrays away; one that is in both trees would be given twice."""
-    hold = optax.GradientTransformation(
+    """Every step donates its buffers; a buffer in both trees would be donated twice."""
+    tx = optax.GradientTransformation(
         lambda params: params,
         lambda updates, state, params=None: (jax.tree.map(jnp.negative, updates), state),
     )
-    assert race({"hold": hold}).rows[0].steps == 12
+    assert race({"copy": tx}).rows[0].steps == 12
 
 
 def test_ctrl_c_returns_what_was_reached():
@@ -243,7 +245,7 @@ BAD = {
         {"learning_rates": [0.1]},
         "not a function of a learning rate",
     ),
-    "rates of no entry": ({"sgd": om.sgd}, {"learning_rates": {"adam": [0.1]}}, "rates of adam"),
+    "rates of an unknown optimizer": ({"sgd": om.sgd}, {"learning_rates": {"adam": [0.1]}}, "rates of adam"),
     "a negative rate": ({"sgd": om.sgd}, {"learning_rates": [-1.0]}, "at least 0"),
     "no held-out batch": ({"sgd": om.sgd(0.1)}, {"held_out": []}, "held_out=[batch]"),
     "one held-out batch": ({"sgd": om.sgd(0.1)}, {"held_out": HELD_OUT[0]}, "type held_out=[batch]"),
@@ -256,7 +258,7 @@ BAD = {
         "which is not an array",
     ),
     "a vector": ({"sgd": om.sgd(0.1)}, {"loss": lambda p, batch: p["bias"]}, "one real number"),
-    "no number from the start": (
+    "not finite at the start": (
         {"sgd": om.sgd(0.1)},
         {"loss": lambda p, b: jnp.nan * loss(p, b)},
         "not finite before the first step",

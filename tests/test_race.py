@@ -177,7 +177,7 @@ def test_infinite_losses_are_null_in_json(tmp_path):
 
 
 def run_of(loss, step):
-    """A run as it would stand after so many steps, without the training."""
+    """A run after this many steps, without the training."""
     run = object.__new__(Run)
     run.params = run.state = jnp.zeros(3)
     run.losses, run.compile_seconds = [4.0, loss], 1.0
@@ -257,8 +257,8 @@ BAD = {
     "negative steps": (["--steps", "-3"], ["--steps", "'-3'", "at least 1"]),
     "words for steps": (["--steps", "many"], ["--steps", "'many'"]),
     "no seeds": (["--seeds", "0"], ["--seeds", "'0'"]),
-    "lr of nobody": (["--lr", "lion=1"], ["'lion=1'", "muon.others"]),
-    "lr of an absent one": (["--optimizers", "sgd", "--lr", "adam=1"], ["'adam=1'", "sgd"]),
+    "lr of an unknown optimizer": (["--lr", "lion=1"], ["'lion=1'", "muon.others"]),
+    "lr of an optimizer that does not race": (["--optimizers", "sgd", "--lr", "adam=1"], ["'adam=1'", "sgd"]),
     "lr without value": (["--lr", "adam"], ["--lr adam", "''"]),
     "negative lr": (["--lr", "adam=-1"], ["--lr adam", "'-1'"]),
     "others of sgd": (["--lr", "sgd.others=1"], ["'sgd.others=1'"]),
@@ -278,8 +278,7 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for begin in ("_race", "_sweep"):
-        monkeypatch.setattr(command, begin, lambda *given: pytest.fail("it began"))
+    monkeypatch.setattr(command, "stop_on_ctrl_c", lambda console: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stopped:
         main(["race", *arguments])
     assert stopped.value.code == 2
@@ -650,7 +649,7 @@ def test_the_text_is_what_its_provenance_says():
 
 
 def test_validation_text_is_neither_trained_nor_tuned_on():
-    parts, size = text._data()
+    parts, size = text.load_characters()
     whole = sum(len(part) for part in parts.values())
     assert whole == len(
         importlib.resources.files("optimorph._racing").joinpath("data/shakespeare.txt").read_bytes()
@@ -678,8 +677,7 @@ def train(run, steps):
 
 def test_digits_learns():
     task = digits.task()
-    track = CompiledTask(task)
-    run = Run(track, make_optimizer("muon", task, tuned_learning_rates(task)["muon"], 60), 0)
+    run = Run(CompiledTask(task), make_optimizer("muon", task, tuned_learning_rates(task)["muon"], 60), 0)
     train(run, 60)
     assert run.losses[0] == pytest.approx(math.log(10), rel=0.3)
     assert run.losses[-1] < 0.5

@@ -1,4 +1,4 @@
-"""The page that a race leaves: a sound document, seen through a browser in light and in dark."""
+"""The HTML report of a race: a valid document, rendered by a browser in light and in dark."""
 
 import contextlib
 import html
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from optimorph._racing import html_report, palette, plot
+from optimorph._racing import palette, plot
 from optimorph._racing.race_data import Curve, Row, Spectrum, Trial
 from optimorph._racing.registry import OPTIMIZERS
 from optimorph._racing.result import RaceResult
@@ -28,7 +28,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 def result_of(names=NAMES, **changed):
-    """A race in which each falls a little faster than the one before."""
+    """A race in which the loss of each optimizer falls faster than that of the one before."""
     steps = list(range(0, 110, 10))
     speeds = {name: 0.01 * (k + 1) for k, name in enumerate(names)}
     curves = [
@@ -143,7 +143,7 @@ def test_nothing_is_fetched(written):
     assert used <= ids
 
 
-def test_everybody_is_in_every_table_and_legend_in_one_order(written):
+def test_every_table_and_legend_has_all_optimizers_in_one_order(written):
     text = written.read_text(encoding="utf-8")
     read = Reader(text)
     best_first = list(reversed(NAMES))
@@ -156,7 +156,7 @@ def test_everybody_is_in_every_table_and_legend_in_one_order(written):
     assert not [color for color in (*palette.LIGHT, palette.INK[0]) if f"stroke: {color}" in text]
 
 
-def test_a_legend_names_those_in_its_picture_alone(tmp_path):
+def test_a_legend_names_only_the_optimizers_in_its_plot(tmp_path):
     tried = [trial for trial in result_of().trials if trial.optimizer in NAMES[:2]]
     result_of(trials=tried).report(tmp_path / "race.html")
     found = [text for _, text in Reader((tmp_path / "race.html").read_text(encoding="utf-8")).all("li")]
@@ -201,11 +201,11 @@ VERDICTS = {
 }
 
 
-@pytest.mark.parametrize(("rows", "said"), VERDICTS.values(), ids=VERDICTS)
-def test_verdict(rows, said):
-    """Nobody is called the lowest within the noise of the seeds."""
-    assert verdict(result_of(rows=rows)) == said
-    assert verdict(result_of(rows=rows, finished=False)) == f"Stopped early. {said}"
+@pytest.mark.parametrize(("rows", "expected"), VERDICTS.values(), ids=VERDICTS)
+def test_verdict(rows, expected):
+    """No optimizer is called the lowest if another is within the noise of the seeds."""
+    assert verdict(result_of(rows=rows)) == expected
+    assert verdict(result_of(rows=rows, finished=False)) == f"Stopped early. {expected}"
 
 
 def test_no_number_of_the_lead_breaks_at_its_sign(tmp_path):
@@ -223,15 +223,17 @@ def test_noise_is_two_standard_errors_of_the_difference():
     assert leaders([a, b, c]) == [a, b]  # 2 √(2 · 0.1² / 4) = 0.1414
 
 
-def test_best_of_the_other_rates():
+def test_best_of_the_other_rates(tmp_path):
     trials = [
         Trial("muon", 0.1, 0.5, 2.0, 1),
         Trial("muon", 0.1, 0.1, 1.0, 1),
         Trial("muon", 0.01, 0.1, np.nan, 1),
     ]
     assert plot.best_losses(trials) == {0.01: np.inf, 0.1: 1.0}
-    assert html_report._best(trials) == ("0.1", "1", "1 of 2")
-    assert html_report._best(trials[2:]) == ("none", "diverged", "0 of 1")
+    for some, cells in ((trials, ["0.1", "1", "1 of 2"]), (trials[2:], ["none", "diverged", "0 of 1"])):
+        result_of(rows=[], curves=[], spectra=[], trials=some).report(tmp_path / "race.html")
+        read = Reader((tmp_path / "race.html").read_text(encoding="utf-8"))
+        assert [text for _, text in read.all("td")] == cells
 
 
 @pytest.mark.parametrize("changed", [{"rows": [], "curves": []}, {"trials": []}, {"spectra": []}], ids=str)
@@ -252,7 +254,7 @@ def drawn(picture, record, **given):
 
 
 def falling(*ends, start=2.0):
-    """Losses of somebody each, from the start to these ends."""
+    """One optimizer for each of these ends, with losses from the start to the end."""
     names = [f"racer {k}" for k in range(len(ends))]
     curves = [
         Curve(n, 0, [0, 5, 10], [0.0, 1.0, 2.0], [start, start, e]) for n, e in zip(names, ends, strict=True)
@@ -265,17 +267,17 @@ SCALES = {
     "below a tenth of it": (falling(1.5, 0.1), "log"),
     "zero": (falling(1.5, 0.0), "log"),
     "negative": (falling(1.5, -3.0), "linear"),
-    "one that took off": (falling(1.5, 1e30), "linear"),
-    "one that is no number": (falling(1.5, float("nan")), "linear"),
+    "a loss that diverges": (falling(1.5, 1e30), "linear"),
+    "a loss that is not finite": (falling(1.5, float("nan")), "linear"),
     "as the user says": (RaceResult(**vars(falling(1.5, 0.9)) | {"log_loss": True}), "log"),
 }
 
 
 @pytest.mark.parametrize(("record", "scale"), SCALES.values(), ids=SCALES)
-def test_the_losses_decide_about_a_logarithmic_axis(record, scale):
+def test_the_range_of_losses_decides_whether_the_axis_is_logarithmic(record, scale):
     with drawn(plot.plot_losses, record) as figure:
         assert [axes.get_yscale() for axes in figure.axes] == [scale, scale]
-        assert figure.axes[0].get_ylim()[1] < 10  # who took off flattens nobody
+        assert figure.axes[0].get_ylim()[1] < 10  # a diverging loss does not flatten the others
 
 
 def inside(box, outer):
@@ -367,7 +369,7 @@ def test_colours_stay_apart_for_all_eyes(scheme):
         assert min(apart) > 0.11
 
 
-def test_everybody_known_has_one_style_whoever_else_is_there():
+def test_a_known_optimizer_has_the_same_style_in_every_race():
     assert set(palette.OPTIMIZERS) == set(OPTIMIZERS)
     assert len({style.color for style in palette.OPTIMIZERS.values()}) == 8
     for names in (["sgd", "muon"], ["mine", "muon", "sgd"], list(OPTIMIZERS)):
@@ -376,7 +378,7 @@ def test_everybody_known_has_one_style_whoever_else_is_there():
         assert found["sgd"] == palette.OPTIMIZERS["sgd"]
 
 
-def test_the_others_take_what_is_left():
+def test_other_names_get_the_remaining_styles():
     names = [str(k) for k in range(24)]
     found = palette.styles([*OPTIMIZERS, *names])
     assert len(set(found.values())) == 32
@@ -386,7 +388,7 @@ def test_the_others_take_what_is_left():
 
 
 def browser():
-    """Where a browser is; None only where nobody has asked for one."""
+    """The path of a browser; None if there is none and none is required."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert found or not os.environ.get("OPTIMORPH_BROWSER"), f"none of {', '.join(BROWSERS)} is installed"
     return found

@@ -27,21 +27,20 @@ def write_html(path: Path, race: RaceData) -> None:
     """Write the report. It follows the reader's light or dark scheme, and fits narrow screens."""
     template = importlib.resources.files("optimorph._racing").joinpath("html_report.html").read_text()
     with mpl.rc_context(plot.SETTINGS):
-        sections = [_losses(race), _rates(race), _spectra(race)]
+        parts = ((race.rows, _losses), (race.trials, _rates), (race.spectra, _spectra))
+        sections = [section(race) for data, section in parts if data]
     text = string.Template(template).substitute(
         title=escape(race.title),
         lead=re.sub(r"\d[\d.]*e-\d+", r"<span>\g<0></span>", escape(verdict(race))),
         light=_css_variables(0, LIGHT),
         dark=_css_variables(1, DARK),
-        sections="\n".join(filter(None, sections)),
+        sections="\n".join(sections),
         footer=f"<p>{escape(notes(race)[-1])}</p>" if race.rows else "",
     )
     path.write_text(text, encoding="utf-8")
 
 
 def _losses(race: RaceData) -> str:
-    if not race.rows:
-        return ""
     heads, *rows = table_rows(race)
     shaded = " Means over the seeds, their range shaded." if race.seeds > 1 else ""
     plots = [
@@ -62,16 +61,12 @@ def _losses(race: RaceData) -> str:
 
 
 def _rates(race: RaceData) -> str:
-    if not race.trials:
-        return ""
     tried = {trial.optimizer for trial in race.trials}
     names = [name for name in race.names if name in tried]
     rows = [(name, *_best([t for t in race.trials if t.optimizer == name])) for name in names]
-    has_others = any(trial.others is not None for trial in race.trials)
-    note = (
-        "Each point is the best over the rates tried for embeddings, head and norms. " if has_others else ""
-    )
-    note += "A cross at the top marks a learning rate with which training diverged."
+    note = "A cross at the top marks a learning rate with which training diverged."
+    if any(trial.others is not None for trial in race.trials):
+        note = f"Each point is the best over the rates tried for embeddings, head and norms. {note}"
     svg = inline_svg(
         plot.plot(plot.draw_rates, WIDE, race), "rates", "A line chart of final loss over learning rate."
     )
@@ -96,8 +91,6 @@ def _best(trials: list[Trial]) -> tuple[str, str, str]:
 
 
 def _spectra(race: RaceData) -> str:
-    if not race.spectra:
-        return ""
     layers = list(dict.fromkeys(map(plot.layer_of, race.spectra)))
     plotted = plot.plotted_layers(layers)
     shares: dict[str, list[float]] = {name: [] for name in race.names}

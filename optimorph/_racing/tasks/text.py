@@ -66,7 +66,7 @@ class GPT(nnx.Module):
 
 def task() -> Task:
     """Predict the next character; 0.8 million parameters, about 1 MB of text."""
-    parts, vocabulary = _data()
+    parts, vocabulary = load_characters()
     graph = nnx.graphdef(_model(vocabulary, 0))
 
     def loss(params, batch):
@@ -104,7 +104,8 @@ def _windows(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return text[indices], text[indices + 1]
 
 
-def _data() -> tuple[dict[str, np.ndarray], int]:
+def load_characters() -> tuple[dict[str, np.ndarray], int]:
+    """Part of the data → its characters as integers, and the number of distinct characters."""
     text = importlib.resources.files("optimorph._racing").joinpath("data/shakespeare.txt").read_bytes()
     letters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     pieces = [codes[k : k + PIECE].astype(np.int32) for k in range(0, len(codes), PIECE)]
