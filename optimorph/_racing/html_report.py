@@ -45,7 +45,7 @@ def _losses(race: RaceData) -> str:
     shaded = " Means over the seeds, their range shaded." if race.seeds > 1 else ""
     plots = [
         inline_svg(
-            plot.plot(plot.draw_losses, WIDE, race, along),
+            plot.make_figure(plot.draw_losses, WIDE, race, along),
             f"loss-{along}",
             f"A line chart of {race.measure} over {along}; the table below has the final values.",
         )
@@ -68,7 +68,9 @@ def _rates(race: RaceData) -> str:
     if any(trial.others is not None for trial in race.trials):
         note = f"Each point is the best over the rates tried for embeddings, head and norms. {note}"
     svg = inline_svg(
-        plot.plot(plot.draw_rates, WIDE, race), "rates", "A line chart of final loss over learning rate."
+        plot.make_figure(plot.draw_rates, WIDE, race),
+        "rates",
+        "A line chart of final loss over learning rate.",
     )
     heads = ("optimizer", "best rate", "its loss", "rates within 5 %")
     return _section(
@@ -91,7 +93,7 @@ def _best(trials: list[Trial]) -> tuple[str, str, str]:
 
 
 def _spectra(race: RaceData) -> str:
-    layers = list(dict.fromkeys(map(plot.layer_of, race.spectra)))
+    layers = list(dict.fromkeys(spectrum.layer for spectrum in race.spectra))
     plotted = plot.plotted_layers(layers)
     shares: dict[str, list[float]] = {name: [] for name in race.names}
     for spectrum in race.spectra:
@@ -105,13 +107,13 @@ def _spectra(race: RaceData) -> str:
     note = (
         "Singular values of the last update of the first seed, divided by the largest, in order from the "
         "first (0) to the last (1). An update with a flat line moves the weights in all directions alike; "
-        "one with a steep line moves them in few."
+        "one with a steep line moves them in few directions."
     )
     if len(plotted) < len(layers):
         note += f" The plots show {len(plotted)} of {len(layers)} layers."
     plots = [
         inline_svg(
-            plot.plot(plot.draw_spectrum, SMALL, race, layer),
+            plot.make_figure(plot.draw_spectrum, SMALL, race, layer),
             f"spectrum-{k}",
             f"A line chart of the singular values of each optimizer's update of {layer[0]}.",
         )

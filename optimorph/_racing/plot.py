@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from optimorph._racing.palette import FAINT, INK, Style
-from optimorph._racing.race_data import Curve, RaceData, Spectrum, Trial
+from optimorph._racing.race_data import Curve, Layer, RaceData, Trial
 from optimorph._racing.ticks import PlainLog
 
 MAX_LAYERS = 24  # layers whose spectra are plotted
@@ -56,7 +56,7 @@ def plot_losses(race: RaceData) -> Figure:
     return figure
 
 
-def plot(draw: Callable[..., None], size: tuple[float, float], *args: Any) -> Figure:
+def make_figure(draw: Callable[..., None], size: tuple[float, float], *args: Any) -> Figure:
     """A figure of this size in inches, drawn by one of the functions below: `draw(axes, *args)`."""
     figure = Figure(figsize=size, layout="constrained")
     draw(figure.subplots(), *args)
@@ -137,13 +137,9 @@ def best_losses(trials: list[Trial]) -> dict[float, float]:
     return best
 
 
-Layer = tuple[str, int, int]
-"""The path of a weight, its rows and its columns."""
-
-
 def draw_spectrum(axes: Axes, race: RaceData, layer: Layer) -> None:
     """A layer's singular values, divided by the largest, in order from the first (0) to the last (1)."""
-    spectra = {spectrum.optimizer: spectrum for spectrum in race.spectra if layer_of(spectrum) == layer}
+    spectra = {spectrum.optimizer: spectrum for spectrum in race.spectra if spectrum.layer == layer}
     for name in filter(spectra.__contains__, race.names):
         values = spectra[name].values
         axes.plot(np.linspace(0, 1, len(values)), values, label=name, **race.styles[name]._asdict())
@@ -151,11 +147,6 @@ def draw_spectrum(axes: Axes, race: RaceData, layer: Layer) -> None:
     axes.set_title("\n".join((*textwrap.wrap(path, 34), f"{rows} x {columns}")), fontsize=9)
     axes.set(xlim=(0, 1), ylim=(0, 1.05), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     axes.grid()
-
-
-def layer_of(spectrum: Spectrum) -> Layer:
-    """The layer that a spectrum belongs to."""
-    return spectrum.path, spectrum.rows, spectrum.columns
 
 
 def plotted_layers(layers: Sequence[Layer]) -> list[Layer]:

@@ -69,6 +69,10 @@ class Trial:
         return self.loss if math.isfinite(self.loss) else math.inf
 
 
+Layer = tuple[str, int, int]
+"""The path of a weight, its rows and its columns."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
     """Singular values of one leaf's update, divided by the largest; long spectra are subsampled evenly."""
@@ -79,6 +83,10 @@ class Spectrum:
     columns: int
     values: list[float]
     effective_rank: float
+
+    @property
+    def layer(self) -> Layer:
+        return self.path, self.rows, self.columns
 
 
 LISTS = {"rows": Row, "curves": Curve, "trials": Trial, "spectra": Spectrum}

@@ -7,7 +7,8 @@ import platform
 import statistics
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,5 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "optimorph": __version__,
-        "versions": {name: v for name in ("jax", "jaxlib", "optax", "flax") if (v := _version(name))},
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "optax", "flax") if find_spec(name)},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
