@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import optimorph as om
+from optimorph._racing.palette import OPTIMIZERS
+from optimorph._racing.plot import SETTINGS
+from optimorph._racing.registry import make_optimizer, tuned_learning_rates
+from optimorph._racing.tasks import digits, text
+from optimorph._racing.ticks import PlainLog
+from optimorph._racing.training import Entry, train_all
 from optimorph.codecs import Nonneg8, Signed8
-from optimorph.racing import contestants, laps
-from optimorph.racing.palette import OPTIMIZERS
-from optimorph.racing.plot import SETTINGS
-from optimorph.racing.tasks import digits, text
-from optimorph.racing.ticks import PlainLog
 from optimorph.routing.reading import leaf_axes
 from optimorph.storage.moments import moments_of
 
@@ -38,31 +39,31 @@ def narrow(name):
 
 def race(task):
     """Optimizer → both ways, their losses by seed and their curves."""
-    entered = []
+    entries = []
     for name in ("adamw", "muon"):
-        rates = contestants.tuned(task)[name]
-        tx = contestants.make(name, task, rates, task.steps)
+        rates = tuned_learning_rates(task)[name]
+        tx = make_optimizer(name, task, rates, task.steps)
         eight = om.compress_state(tx, narrow(name), elementwise=name == "adamw")
-        entered += [laps.Contestant((name, "float32"), tx), laps.Contestant((name, "8 bits"), eight)]
-    laps.hold(task, entered, task.steps, SEEDS, lambda one: None, threading.Event())
+        entries += [Entry((name, "float32"), tx), Entry((name, "8 bits"), eight)]
+    train_all(task, entries, task.steps, SEEDS, lambda entry: None, threading.Event())
     rows = {}
-    for one in entered:
-        losses = [run.losses[-1] for run in one.runs]
-        held = jax.tree.leaves(one.runs[0].state)
+    for entry in entries:
+        losses = [run.losses[-1] for run in entry.runs]
+        held = jax.tree.leaves(entry.runs[0].state)
         codes = sum(x.size for x in held if x.dtype.itemsize == 1)
         moments = sum(
             x.size
-            for _, tree in moments_of(getattr(one.runs[0].state, "inner", one.runs[0].state))
+            for _, tree in moments_of(getattr(entry.runs[0].state, "inner", entry.runs[0].state))
             for x in jax.tree.leaves(tree)
         )
-        rows.setdefault(one.name[0], {})[one.name[1]] = {
+        rows.setdefault(entry.name[0], {})[entry.name[1]] = {
             "losses": losses,
             "loss": statistics.fmean(losses),
             "spread": statistics.stdev(losses),
-            "bytes": one.runs[0].state_bytes_per_parameter,
+            "bytes": entry.runs[0].state_bytes_per_parameter,
             "share": codes / moments,
-            "steps": one.runs[0].steps,
-            "curves": [run.losses for run in one.runs],
+            "steps": entry.runs[0].steps,
+            "curves": [run.losses for run in entry.runs],
         }
     for row in rows.values():
         wide, eight = row["float32"], row["8 bits"]

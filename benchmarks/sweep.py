@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 import optimorph as om
-from optimorph.racing.tasks.digits import task
+from optimorph._racing.tasks.digits import task
 
 RATES = np.geomspace(1e-4, 0.1, 16).astype(np.float32)
 STEPS = 25

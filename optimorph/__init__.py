@@ -63,7 +63,7 @@ from optimorph.transforms.step import (
 )
 
 if TYPE_CHECKING:
-    from optimorph.racing.race import race as race
+    from optimorph._racing.race import race as race
 
 __version__ = "0.1.0"
 
@@ -137,7 +137,7 @@ def __getattr__(name: str) -> Any:
     if name != "race":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return import_module("optimorph.racing.race").race
+        return import_module("optimorph._racing.race").race
     except ModuleNotFoundError as error:
         package = (error.name or "optimorph").split(".")[0]
         if package == "optimorph":

@@ -140,6 +140,24 @@ TRANSFORMS = [
         lambda om: om.partition({"*": "all"}, {"all": om.ema(0.9)}),
         lambda: papers.ema(0.9),
     ),
+    Entry(
+        "chain",
+        lambda om: om.chain(om.ema(0.9), optax.scale(2.0), om.dampen(0.3), om.scale_by_learning_rate(0.1)),
+        lambda: papers.chain(
+            papers.ema(0.9), lambda g, w: 2.0 * g, papers.dampen(0.3), papers.scale_by_learning_rate(0.1)
+        ),
+    ),
+    Entry(
+        "route_matrices",
+        lambda om: om.route_matrices(
+            om.chain(om.ema(0.9), om.orthogonalize(), om.scale_by_shape("keller")),
+            om.ema(0.8),
+            axes={"*": "io"},
+        ),
+        lambda: papers.chain(papers.ema(0.9), papers.orthogonalize(), papers.scale_by_shape("keller")),
+        matrices=True,
+        real=True,
+    ),
     Entry("orthogonalize", lambda om: om.orthogonalize(), papers.orthogonalize, matrices=True, real=True),
     Entry(
         "orthogonalize-gram",

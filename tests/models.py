@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
-from optimorph.racing.tasks import text
+from optimorph._racing.tasks import text
 
 WIDTH, HEADS = 16, 4
 

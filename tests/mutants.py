@@ -18,7 +18,7 @@ ROOT = Path(optimorph.__file__).parent
 PATHS = {
     ".".join(("optimorph", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
-    if "racing" not in path.parts
+    if "_racing" not in path.parts
 }
 OPPOSITES = {ast.Eq: ast.NotEq, ast.Lt: ast.GtE, ast.LtE: ast.Gt}
 OPPOSITES |= {opposite: own for own, opposite in OPPOSITES.items()}

@@ -8,6 +8,17 @@ JAX or optimorph.
 import numpy as np
 
 
+def chain(*rules):
+    """One rule after the other."""
+
+    def step(g, w):
+        for rule in rules:
+            g = rule(g, w)
+        return g
+
+    return step
+
+
 def momentum(beta, nesterov=False):
     v = 0.0
 

@@ -18,7 +18,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 LATE = {optimorph: {"race"}}  # exported, but imported when it is asked for
 PUBLIC = {"flax", "jax", "matplotlib", "numpy", "optax", "optimorph", "sklearn"} | sys.stdlib_module_names
 
-DRAWING = {"optimorph.racing.palette.OPTIMIZERS", "optimorph.racing.ticks.PlainLog"}  # how, not what
+DRAWING = {"optimorph._racing.palette.OPTIMIZERS", "optimorph._racing.ticks.PlainLog"}  # how, not what
 SPOKEN = {
     "AdaGrad": "adagrad",
     "Adam": "adam",

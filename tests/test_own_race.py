@@ -14,12 +14,12 @@ import optax
 import pytest
 
 import optimorph as om
-from optimorph.racing import own
-from optimorph.racing.contestants import Rates
-from optimorph.racing.lanes import lane_bytes
-from optimorph.racing.record import Record
-from optimorph.racing.run import Run, Track
-from optimorph.racing.spectra import spectra
+from optimorph._racing.custom_task import make_task
+from optimorph._racing.registry import LearningRates
+from optimorph._racing.result import RaceResult
+from optimorph._racing.run import CompiledTask, Run
+from optimorph._racing.spectra import spectra
+from optimorph._racing.sweep import bytes_per_rate
 
 
 @pytest.fixture(autouse=True)
@@ -64,15 +64,15 @@ def by_hand(tx, params, batches, steps):
 @pytest.mark.slow
 def test_rows_are_those_of_the_plain_loop():
     params = jax.tree.map(jnp.asarray, start())
-    entered = {"adam": om.adam(0.05), "muon": om.muon(0.1), "theirs": optax.sgd(0.1)}
-    result = race(entered, params=params)
+    optimizers = {"adam": om.adam(0.05), "muon": om.muon(0.1), "theirs": optax.sgd(0.1)}
+    result = race(optimizers, params=params)
     for row in result.rows:
-        expected = by_hand(entered[row.name], start(), BATCHES, 12)
+        expected = by_hand(optimizers[row.name], start(), BATCHES, 12)
         assert row.loss == pytest.approx(expected, rel=1e-4)
         assert (row.steps, row.seeds, row.learning_rate) == (12, 1, None)
     assert [row.loss for row in result.rows] == sorted(row.loss for row in result.rows)
     assert result.finished
-    np.testing.assert_array_equal(params["kernel"], start()["kernel"])  # still there, and as they were
+    np.testing.assert_array_equal(params["kernel"], start()["kernel"])  # neither donated nor changed
 
 
 def test_prints_as_a_table():
@@ -103,7 +103,9 @@ def test_a_model_that_can_be_called_is_parameters():
 
     result = race({"muon": om.muon(0.1)}, params=arrays, loss=error)
     assert result.curves[0].losses[-1] < result.curves[0].losses[0]
-    assert [(each.path, each.rows, each.columns) for each in result.spectra] == [("weight", 6, 3)]
+    assert [(spectrum.path, spectrum.rows, spectrum.columns) for spectrum in result.spectra] == [
+        ("weight", 6, 3)
+    ]
 
 
 POINTS = [0.01, 0.1, 0.3]
@@ -116,7 +118,7 @@ SWEPT = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["at once", "by turns"])
+@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["vmapped", "sequential"])
 def test_learning_rates_are_tried(sweep_bytes):
     result = race(SWEPT, learning_rates=POINTS, sweep_bytes=sweep_bytes)
     assert [(t.optimizer, t.learning_rate) for t in result.trials] == [
@@ -130,7 +132,7 @@ def test_learning_rates_are_tried(sweep_bytes):
         assert row.learning_rate == (None if row.name == "fixed" else min(found, key=found.__getitem__))
 
 
-@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["at once", "by turns"])
+@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["vmapped", "sequential"])
 def test_a_rate_that_blows_up_leaves_the_others_alone(sweep_bytes):
     rates = {"sgd": [0.05, 1e30]}
     result = race({"sgd": om.sgd}, learning_rates=rates, sweep_bytes=sweep_bytes)
@@ -139,7 +141,7 @@ def test_a_rate_that_blows_up_leaves_the_others_alone(sweep_bytes):
     assert result.rows[0].learning_rate == 0.05
 
 
-@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["at once", "by turns"])
+@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["vmapped", "sequential"])
 def test_rates_do_not_recompile(sweep_bytes):
     def traces(rates):
         seen = []
@@ -157,9 +159,9 @@ def test_rates_do_not_recompile(sweep_bytes):
     assert traces(np.geomspace(0.01, 0.1, 7).tolist()) == traces([0.01, 0.02])
 
 
-def test_bytes_decide_between_the_ways():
-    task = own.task(loss, start(), BATCHES, HELD_OUT, 3, "", "", False)
-    size = lane_bytes(task, lambda rates: om.adam(rates.learning_rate), Rates(0.1))
+def test_memory_decides_whether_a_sweep_is_vmapped():
+    task = make_task(loss, start(), BATCHES, HELD_OUT, 3, title="", measure="")
+    size = bytes_per_rate(task, lambda rates: om.adam(rates.learning_rate), LearningRates(0.1))
     kept = (
         size - 3 * 84 - (2 * 84 + 4)
     )  # parameters, gradients, updates; Adam's state; the rest is the loss's
@@ -182,12 +184,12 @@ def test_bytes_decide_between_the_ways():
 
 
 def test_a_state_may_hold_the_parameters():
-    """Every step gives its arrays away; one that is in both trees would be given twice."""
-    hold = optax.GradientTransformation(
+    """Every step donates its buffers; a buffer in both trees would be donated twice."""
+    tx = optax.GradientTransformation(
         lambda params: params,
         lambda updates, state, params=None: (jax.tree.map(jnp.negative, updates), state),
     )
-    assert race({"hold": hold}).rows[0].steps == 12
+    assert race({"copy": tx}).rows[0].steps == 12
 
 
 def test_ctrl_c_returns_what_was_reached():
@@ -207,7 +209,7 @@ def test_ctrl_c_returns_what_was_reached():
     assert result.spectra == []  # they would take a while
 
 
-@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["at once", "by turns"])
+@pytest.mark.parametrize("sweep_bytes", [2**30, 0], ids=["vmapped", "sequential"])
 def test_ctrl_c_among_the_learning_rates(sweep_bytes, tmp_path):
     calls = []
 
@@ -225,7 +227,7 @@ def test_ctrl_c_among_the_learning_rates(sweep_bytes, tmp_path):
         assert [trial.steps for trial in result.trials] == [50, 50, 50]
     else:
         assert [trial.learning_rate for trial in result.trials] == [0.01]
-        assert "1 learning rates tried" in str(result)
+        assert "1 learning rate tried" in str(result)
     assert not result.finished
     result.write(tmp_path)
     assert "Stopped early" in (tmp_path / "race.html").read_text()
@@ -233,25 +235,33 @@ def test_ctrl_c_among_the_learning_rates(sweep_bytes, tmp_path):
 
 ITERATOR = iter(BATCHES)
 BAD = {
-    "nobody": ({}, {}, "nobody races"),
+    "no optimizers": ({}, {}, "optimizers is empty"),
     "no steps": ({"sgd": om.sgd(0.1)}, {"steps": 0}, "steps=100"),
     "no seeds": ({"sgd": om.sgd(0.1)}, {"seeds": 0}, "seeds=3"),
     "equal seeds": ({"sgd": om.sgd(0.1)}, {"seeds": 2}, "params=lambda seed"),
     "no rates": ({"sgd": om.sgd}, {}, "learning_rates={'sgd': [1e-3, 3e-3]}"),
-    "rates of a transformation": ({"sgd": om.sgd(0.1)}, {"learning_rates": [0.1]}, "is no function of one"),
-    "rates of nobody": ({"sgd": om.sgd}, {"learning_rates": {"adam": [0.1]}}, "rates of adam"),
+    "rates of a transformation": (
+        {"sgd": om.sgd(0.1)},
+        {"learning_rates": [0.1]},
+        "not a function of a learning rate",
+    ),
+    "rates of an unknown optimizer": ({"sgd": om.sgd}, {"learning_rates": {"adam": [0.1]}}, "rates of adam"),
     "a negative rate": ({"sgd": om.sgd}, {"learning_rates": [-1.0]}, "at least 0"),
     "no held-out batch": ({"sgd": om.sgd(0.1)}, {"held_out": []}, "held_out=[batch]"),
     "one held-out batch": ({"sgd": om.sgd(0.1)}, {"held_out": HELD_OUT[0]}, "type held_out=[batch]"),
     "an iterator": ({"sgd": om.sgd(0.1)}, {"batches": ITERATOR}, "batches=lambda seed"),
-    "no batches": ({"sgd": om.sgd(0.1)}, {"batches": []}, "no batch"),
+    "no batches": ({"sgd": om.sgd(0.1)}, {"batches": []}, "batches is empty"),
     "whole numbers": ({"sgd": om.sgd(0.1)}, {"params": {"n": np.arange(3)}}, "at 'n'"),
-    "functions": ({"sgd": om.sgd(0.1)}, {"params": {"f": jnp.tanh, "w": np.ones(2)}}, "which is no array"),
+    "functions": (
+        {"sgd": om.sgd(0.1)},
+        {"params": {"f": jnp.tanh, "w": np.ones(2)}},
+        "which is not an array",
+    ),
     "a vector": ({"sgd": om.sgd(0.1)}, {"loss": lambda p, batch: p["bias"]}, "one real number"),
-    "no number from the start": (
+    "not finite at the start": (
         {"sgd": om.sgd(0.1)},
         {"loss": lambda p, b: jnp.nan * loss(p, b)},
-        "no finite number before the first step",
+        "not finite before the first step",
     ),
     "a loss with more": ({"sgd": om.sgd(0.1)}, {"loss": lambda p, b: (loss(p, b), 1)}, "one real number"),
 }
@@ -289,11 +299,11 @@ def test_spectra_leave_out_what_no_rule_decides():
 
 
 def test_the_kept_update_is_the_step_that_was_taken():
-    task = own.task(loss, start(), BATCHES, HELD_OUT, 3, "", "", False)
-    run = Run(Track(task), om.adam(0.1), 0)
+    task = make_task(loss, start(), BATCHES, HELD_OUT, 3, title="", measure="")
+    run = Run(CompiledTask(task), om.adam(0.1), 0)
     before = jax.tree.map(np.asarray, run.params)
-    run.take_step(keep=True)
-    for name, update in run.kept.items():
+    run.take_step(keep_update=True)
+    for name, update in run.kept_update.items():
         np.testing.assert_allclose(run.params[name] - before[name], update, atol=1e-6)
 
 
@@ -301,7 +311,7 @@ def test_written_and_read_again(tmp_path):
     result = race({"sgd": om.sgd}, learning_rates=[0.1, 0.2])
     paths = result.write(tmp_path / "new")
     assert [path.name for path in paths] == ["race.json", "race.png", "race.html"]
-    assert Record.read(paths[0]) == Record(**vars(result))
+    assert RaceResult.read(paths[0]) == result
     result.plot(tmp_path / "race.svg")
     assert "<svg" in (tmp_path / "race.svg").read_text()
 
@@ -337,5 +347,5 @@ def test_a_missing_module_of_its_own_is_not_taken_for_an_extra(monkeypatch):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(om, "import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'optimorph.racing.race'$"):
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'optimorph._racing.race'$"):
         _ = om.race

@@ -155,7 +155,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 
 def test_a_missing_module_of_its_own_is_not_taken_for_an_extra(monkeypatch):
     with monkeypatch.context() as changed:
-        changed.setattr("importlib.import_module", failing(ModuleNotFoundError(name="optimorph.racing")))
+        changed.setattr("importlib.import_module", failing(ModuleNotFoundError(name="optimorph._racing")))
         with pytest.raises(ModuleNotFoundError):
             main(["race"])
 

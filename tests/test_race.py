@@ -29,17 +29,23 @@ import pytest
 from rich.console import Console
 
 from optimorph.__main__ import main
+from optimorph._racing import command, grids, result, training
+from optimorph._racing.display import plain_console, training_display
+from optimorph._racing.interrupt import STOPPING, stop_on_ctrl_c
+from optimorph._racing.options import DEFAULTS, USES, find_conflict
+from optimorph._racing.registry import (
+    OPTIMIZERS,
+    WITH_OTHERS,
+    LearningRates,
+    make_optimizer,
+    tuned_learning_rates,
+)
+from optimorph._racing.result import RaceResult, make_row
+from optimorph._racing.run import CompiledTask, Run
+from optimorph._racing.table import tables
+from optimorph._racing.tasks import digits, quadratic, text
+from optimorph._racing.training import Entry, train_all
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
-from optimorph.racing import command, contestants, grids, laps, result
-from optimorph.racing.contestants import Rates
-from optimorph.racing.display import Live, display, plain_console
-from optimorph.racing.interrupt import STOPPING, stop_on_ctrl_c
-from optimorph.racing.options import DEFAULTS, USES, clash
-from optimorph.racing.record import Record
-from optimorph.racing.result import Result, row
-from optimorph.racing.run import Run, Track
-from optimorph.racing.table import tables
-from optimorph.racing.tasks import digits, quadratic, text
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +58,7 @@ def _standard_promotion():
 def test_quadratic_race(tmp_path, capsys):
     assert main(["race", "--task", "quadratic", "--steps", "40", "--seeds", "2", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    for name in contestants.MAKERS:
+    for name in OPTIMIZERS:
         assert re.search(rf"^ *{name} ", out, re.M), out
     assert "step 40/80" in out
     found = json.loads((tmp_path / "race.json").read_text())
@@ -60,13 +66,13 @@ def test_quadratic_race(tmp_path, capsys):
     assert [row["loss"] for row in found["rows"]] == sorted(row["loss"] for row in found["rows"])
     assert {row["steps"] for row in found["rows"]} == {40}
     assert {(c["optimizer"], c["seed"]) for c in found["curves"]} == {
-        (n, s) for n in contestants.MAKERS for s in (0, 1)
+        (n, s) for n in OPTIMIZERS for s in (0, 1)
     }
     assert all(c["seconds"] == sorted(c["seconds"]) and c["steps"][-1] == 40 for c in found["curves"])
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "race.html").read_text().count('<th scope="row">') == 2 * len(contestants.MAKERS)
-    assert {each["path"] for each in found["spectra"]} == {"kernel"}
-    assert {each["optimizer"] for each in found["spectra"]} == set(contestants.MAKERS)
+    assert (tmp_path / "race.html").read_text().count('<th scope="row">') == 2 * len(OPTIMIZERS)
+    assert {spectrum["path"] for spectrum in found["spectra"]} == {"kernel"}
+    assert {spectrum["optimizer"] for spectrum in found["spectra"]} == set(OPTIMIZERS)
 
 
 def test_redrawn_from_its_figures(tmp_path, capsys):
@@ -75,8 +81,8 @@ def test_redrawn_from_its_figures(tmp_path, capsys):
     assert "null" in (tmp_path / "race.json").read_text()  # a loss that overflowed
     drawn = {path: path.read_bytes() for path in tmp_path.glob("race.*")}
     assert len(drawn) == 3
-    for kind in ("png", "html"):
-        (tmp_path / f"race.{kind}").unlink()
+    for suffix in ("png", "html"):
+        (tmp_path / f"race.{suffix}").unlink()
     assert main([*given, "--redraw"]) == 0
     assert {path: path.read_bytes() for path in tmp_path.glob("race.*")} == drawn
     assert "race.html" in capsys.readouterr().out
@@ -95,8 +101,8 @@ def test_pages_of_a_sweep_are_redrawn_and_the_race_keeps_its_rates(tmp_path, mon
     assert all(name in out for name in ("race.png", "race.html", "sweep.html"))
     assert (tmp_path / "sweep.html").read_bytes() == drawn
     assert "rates-title" in (tmp_path / "race.html").read_text()
-    for kind in ("json", "png", "html"):
-        (tmp_path / f"race.{kind}").unlink()
+    for suffix in ("json", "png", "html"):
+        (tmp_path / f"race.{suffix}").unlink()
     assert main(["race", "--redraw", "--out", str(tmp_path)]) == 0
     assert not list(tmp_path.glob("race.*"))
 
@@ -131,7 +137,7 @@ def test_learning_rates_by_hand(tmp_path, capsys):
     assert "condition number 10" in capsys.readouterr().out
 
 
-def test_a_diverged_contestant_does_not_spoil_the_race(tmp_path, capsys):
+def test_a_diverged_optimizer_does_not_spoil_the_race(tmp_path, capsys):
     arguments = [
         "race",
         "--task",
@@ -171,7 +177,7 @@ def test_infinite_losses_are_null_in_json(tmp_path):
 
 
 def run_of(loss, step):
-    """A run as it would stand after so many steps, without the training."""
+    """A run after this many steps, without the training."""
     run = object.__new__(Run)
     run.params = run.state = jnp.zeros(3)
     run.losses, run.compile_seconds = [4.0, loss], 1.0
@@ -181,7 +187,7 @@ def run_of(loss, step):
 
 def row_of(*losses_and_steps):
     runs = [run_of(*each) for each in losses_and_steps]
-    return row(laps.Contestant("muon", optax.identity(), Rates(0.02, 0.05), runs))
+    return make_row(Entry("muon", optax.identity(), LearningRates(0.02, 0.05), runs))
 
 
 def test_a_seed_that_diverged_is_not_left_out():
@@ -195,7 +201,7 @@ def shown(width):
     console = Console(width=width, record=True, file=io.StringIO())
     rows = [row_of((2.2138, 250), (2.2338, 250), (2.1938, 250))]
     task = text.task()
-    record = Record(task.name, task.title, task.measure, 250, 3, True, {}, rows, [])
+    record = RaceResult(task.name, task.title, task.measure, 250, 3, True, {}, rows, [])
     for table in tables(record, width):
         console.print(table)
     return console.export_text()
@@ -203,13 +209,9 @@ def shown(width):
 
 def test_steps_per_second_are_those_of_the_median_step():
     run = run_of(2.0, 50)
-    assert row(laps.Contestant("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(
-        1 / 0.11
-    )
+    assert make_row(Entry("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(1 / 0.11)
     run.model_seconds[7] = 30.0  # the machine was busy
-    assert row(laps.Contestant("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(
-        1 / 0.11
-    )
+    assert make_row(Entry("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(1 / 0.11)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
@@ -223,17 +225,17 @@ def test_the_table_is_whole_at_any_width(width):
     assert max(map(len, out.splitlines())) <= width
 
 
-NAMED = [dataclasses.replace(row_of((2.0, 250)), name=name) for name in contestants.MAKERS]
+NAMED = [dataclasses.replace(row_of((2.0, 250)), name=name) for name in OPTIMIZERS]
 
 
 @pytest.mark.parametrize("width", range(30, 101))
 def test_no_name_in_the_table_is_broken(width):
     console = Console(width=width, record=True, file=io.StringIO())
-    for table in tables(Record("own", "race", "loss", 250, 1, True, {}, NAMED, []), width):
+    for table in tables(RaceResult("custom", "race", "loss", 250, 1, True, {}, NAMED, []), width):
         console.print(table)
     lines = [line.split()[:1] for line in console.export_text().splitlines()]
     first = [word[0] for word in lines if word and word[0].isalpha() and word[0] != "race:"]
-    assert set(first) - {"update", "state", "learning"} == {"optimizer", *contestants.MAKERS}
+    assert set(first) - {"update", "state", "learning"} == {"optimizer", *OPTIMIZERS}
 
 
 def test_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(monkeypatch):
@@ -255,8 +257,8 @@ BAD = {
     "negative steps": (["--steps", "-3"], ["--steps", "'-3'", "at least 1"]),
     "words for steps": (["--steps", "many"], ["--steps", "'many'"]),
     "no seeds": (["--seeds", "0"], ["--seeds", "'0'"]),
-    "lr of nobody": (["--lr", "lion=1"], ["'lion=1'", "muon.others"]),
-    "lr of an absent one": (["--optimizers", "sgd", "--lr", "adam=1"], ["'adam=1'", "sgd"]),
+    "lr of an unknown optimizer": (["--lr", "lion=1"], ["'lion=1'", "muon.others"]),
+    "lr of an optimizer that does not race": (["--optimizers", "sgd", "--lr", "adam=1"], ["'adam=1'", "sgd"]),
     "lr without value": (["--lr", "adam"], ["--lr adam", "''"]),
     "negative lr": (["--lr", "adam=-1"], ["--lr adam", "'-1'"]),
     "others of sgd": (["--lr", "sgd.others=1"], ["'sgd.others=1'"]),
@@ -276,8 +278,7 @@ BAD = {
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
 def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for begin in ("_race", "_sweep"):
-        monkeypatch.setattr(command, begin, lambda *given: pytest.fail("it began"))
+    monkeypatch.setattr(command, "stop_on_ctrl_c", lambda console: pytest.fail("training began"))
     with pytest.raises(SystemExit) as stopped:
         main(["race", *arguments])
     assert stopped.value.code == 2
@@ -296,7 +297,7 @@ def test_what_has_no_effect_is_refused():
             given = argparse.Namespace(**nothing | {mode.lstrip("-"): True, name: value})
             if name == "condition":
                 given.task = "quadratic" if "task" in used else None
-            problem = clash(given)
+            problem = find_conflict(given)
             assert (problem is None) == (name in used), (mode, name, problem)
             assert problem is None or (f"--{name} " in problem and mode in problem)
 
@@ -362,16 +363,16 @@ def test_a_file_where_the_folder_should_be(tmp_path, capsys):
 def test_list(capsys):
     assert main(["race", "--list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in [*command.TASKS, *contestants.MAKERS])
+    assert all(name in out for name in [*command.TASKS, *OPTIMIZERS])
 
 
 def test_every_task_has_learning_rates():
     for task in command.TASKS:
-        made = command.TASKS[task](argparse.Namespace(condition=1000.0))
-        rates = contestants.tuned(made)
-        assert list(rates) == list(contestants.MAKERS)
+        made = command.TASKS[task](1000.0)
+        rates = tuned_learning_rates(made)
+        assert list(rates) == list(OPTIMIZERS)
         for name, rate in rates.items():
-            assert (rate.others is not None) == (name in contestants.WITH_OTHERS)
+            assert (rate.others is not None) == (name in WITH_OTHERS)
             assert name in made.theory or rate in list(grids.grid(name, task))
 
 
@@ -386,22 +387,22 @@ def test_sweep(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "adagrad    1e+30" in out
     assert "theory gives their learning rates: sgd." in out
-    tried = Result.read(tmp_path / "sweep.json").trials
+    tried = RaceResult.read(tmp_path / "sweep.json").trials
     assert [trial.learning_rate for trial in tried] == [0.01, 1.0, 1e30]
     assert not math.isfinite(tried[-1].loss)
     assert "adagrad" in (tmp_path / "sweep.html").read_text()
     main(["race", "--task", "quadratic", "--optimizers", "adagrad", "--steps", "3", "--out", str(tmp_path)])
-    assert Result.read(tmp_path / "race.json").trials[:2] == tried[:2]
+    assert RaceResult.read(tmp_path / "race.json").trials[:2] == tried[:2]
     assert "1 of 3" in (tmp_path / "race.html").read_text()
 
 
 def test_edges_of_a_grid():
     low, *_, high = grids.GRIDS["text"]["sgd"]
-    assert grids.at_edge("sgd", Rates(low), "text")
-    assert grids.at_edge("sgd", Rates(high), "text")
-    assert not grids.at_edge("sgd", Rates(grids.GRIDS["text"]["sgd"][2]), "text")
+    assert grids.at_edge("sgd", LearningRates(low), "text")
+    assert grids.at_edge("sgd", LearningRates(high), "text")
+    assert not grids.at_edge("sgd", LearningRates(grids.GRIDS["text"]["sgd"][2]), "text")
     assert grids.at_edge(
-        "muon", Rates(grids.GRIDS["text"]["muon"][1], grids.GRIDS["text"]["others"][0]), "text"
+        "muon", LearningRates(grids.GRIDS["text"]["muon"][1], grids.GRIDS["text"]["others"][0]), "text"
     )
 
 
@@ -485,7 +486,7 @@ def test_a_message_of_another_thread_leaves_each_bar_once():
     console.file, console.width = io.StringIO(), 80
     console._force_terminal = console.is_interactive = True
     speaker = threading.Thread(target=console.print, args=[Late()])
-    with Live(console, ["sgd", "adam"], 10):
+    with training_display(console, ["sgd", "adam"], 10):
         speaker.start()
         time.sleep(0.2)
     speaker.join()
@@ -505,29 +506,27 @@ def test_a_stop_is_announced_while_the_main_thread_is_busy(monkeypatch):
 
 
 def test_a_stopped_race_evaluates_nothing_twice():
-    task, stop, looks = quadratic.task(10.0), threading.Event(), []
-    entered = [
-        laps.Contestant(name, contestants.make(name, task, Rates(0.1), 40)) for name in ("sgd", "adam")
-    ]
+    task, stop, calls = quadratic.task(10.0), threading.Event(), []
+    entries = [Entry(name, make_optimizer(name, task, LearningRates(0.1), 40)) for name in ("sgd", "adam")]
 
-    def moved(one):
-        looks.append((one.name, one.step))
-        if len(looks) == 30:
+    def on_step(entry):
+        calls.append((entry.name, entry.step))
+        if len(calls) == 30:
             stop.set()
 
-    laps.hold(task, entered, 40, 1, moved, stop)
-    for one in entered:
-        assert one.runs[0].steps == sorted(set(one.runs[0].steps))
-        assert one.runs[0].steps[-1] == one.step
+    train_all(task, entries, 40, 1, on_step, stop)
+    for entry in entries:
+        assert entry.runs[0].steps == sorted(set(entry.runs[0].steps))
+        assert entry.runs[0].steps[-1] == entry.step
 
 
 def test_the_first_calls_of_a_program_are_not_timed(monkeypatch):
     """Nor do they change where the training starts."""
     calls = []
 
-    class Cold(Track):
-        def __post_init__(self):
-            super().__post_init__()
+    class Cold(CompiledTask):
+        def __init__(self, task):
+            super().__init__(task)
             inner, self.gradient = self.gradient, lambda *given: calls.append("gradient") or inner(*given)
 
         def compile(self, *given):
@@ -535,15 +534,15 @@ def test_the_first_calls_of_a_program_are_not_timed(monkeypatch):
             return lambda *given: calls.append("update") or inner(*given), seconds
 
     run = Run(Cold(quadratic.task(10.0)), optax.adam(0.1), 0)
-    monkeypatch.setattr(laps, "Run", lambda *given: run)
+    monkeypatch.setattr(training, "Run", lambda *given: run)
     before = np.asarray(run.params["kernel"])
     seen = []
-    laps.hold(
-        run.track.task,
-        [laps.Contestant("adam", optax.adam(0.1))],
+    train_all(
+        run.compiled.task,
+        [Entry("adam", optax.adam(0.1))],
         1,
         1,
-        lambda one: seen.append((one.step, list(calls), np.asarray(one.runs[0].params["kernel"]))),
+        lambda entry: seen.append((entry.step, list(calls), np.asarray(entry.runs[0].params["kernel"]))),
         threading.Event(),
     )
     step, called, params = seen[0]
@@ -564,9 +563,9 @@ def small(tmp_path, monkeypatch):
 def test_ctrl_c_before_the_training_is_heard(small, monkeypatch, capsys):
     def interrupted(*given):
         signal.raise_signal(signal.SIGINT)
-        return contestants.make(*given)
+        return make_optimizer(*given)
 
-    monkeypatch.setattr(command, "make", interrupted)
+    monkeypatch.setattr(command, "make_optimizer", interrupted)
     assert main(small) == 130
     assert "Stopped before the first step" in capsys.readouterr().out
 
@@ -588,9 +587,9 @@ def test_ctrl_c_before_any_rate_leaves_the_last_sweep_alone(small, monkeypatch, 
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     take_step = Run.take_step
 
-    def interrupted(self, keep=False):
+    def interrupted(self, **options):
         signal.raise_signal(signal.SIGINT)
-        take_step(self, keep)
+        take_step(self, **options)
 
     monkeypatch.setattr(Run, "take_step", interrupted)
     assert main([*small, "--sweep"]) == 130
@@ -600,8 +599,8 @@ def test_ctrl_c_before_any_rate_leaves_the_last_sweep_alone(small, monkeypatch, 
 
 def test_bars_are_whole_at_60_columns():
     console = Console(force_terminal=True, width=60, record=True, file=io.StringIO())
-    with Live(console, ["momentum"], 3000) as bars:
-        bars.progress.update(bars.bars["momentum"], completed=1234, loss="4.188e-07")
+    with training_display(console, ["momentum"], 3000) as on_step:
+        on_step(Entry("momentum", optax.identity(), None, [run_of(4.188e-07, 1234)]))
     drawn = console.export_text()
     assert "1234/3000" in drawn
     assert "…" not in drawn
@@ -628,24 +627,20 @@ def test_a_thread_leaves_ctrl_c_alone():
     assert found == [(False, signal.getsignal(signal.SIGINT))]
 
 
-def test_live_display_draws_every_contestant():
+def test_bars_show_every_optimizer():
     console = Console(force_terminal=True, width=100, record=True, file=io.StringIO())
     task = quadratic.task(10.0)
-    rates = {"sgd": Rates(1.0), "adam": Rates(0.01)}
-    entered = [
-        laps.Contestant(name, contestants.make(name, task, each, 20), each) for name, each in rates.items()
-    ]
-    shown = display(console, list(rates), 20)
-    assert isinstance(shown, Live)
-    with shown:
-        laps.hold(task, entered, 20, 1, shown.moved, threading.Event())
+    rates = {"sgd": LearningRates(1.0), "adam": LearningRates(0.01)}
+    entries = [Entry(name, make_optimizer(name, task, rate, 20), rate) for name, rate in rates.items()]
+    with training_display(console, list(rates), 20) as on_step:
+        train_all(task, entries, 20, 1, on_step, threading.Event())
     drawn = console.export_text()
     for word in ("sgd", "adam", "20/20", "loss", "left"):
         assert word in drawn
 
 
 def test_the_text_is_what_its_provenance_says():
-    data = importlib.resources.files("optimorph.racing").joinpath("data")
+    data = importlib.resources.files("optimorph._racing").joinpath("data")
     content = data.joinpath("shakespeare.txt").read_bytes()
     assert hashlib.sha256(content).hexdigest() in data.joinpath("PROVENANCE.md").read_text()
     assert len(content) > 1_000_000
@@ -654,10 +649,10 @@ def test_the_text_is_what_its_provenance_says():
 
 
 def test_validation_text_is_neither_trained_nor_tuned_on():
-    parts, size = text._data()
+    parts, size = text.load_characters()
     whole = sum(len(part) for part in parts.values())
     assert whole == len(
-        importlib.resources.files("optimorph.racing").joinpath("data/shakespeare.txt").read_bytes()
+        importlib.resources.files("optimorph._racing").joinpath("data/shakespeare.txt").read_bytes()
     )
     assert len(parts["train"]) > 0.85 * whole
     train = parts["train"].astype(np.uint8).tobytes()
@@ -677,13 +672,12 @@ def test_text_batches_repeat_by_seed():
 def train(run, steps):
     for _ in range(steps):
         run.take_step()
-    run.look()
+    run.evaluate()
 
 
 def test_digits_learns():
     task = digits.task()
-    track = Track(task)
-    run = Run(track, contestants.make("muon", task, contestants.tuned(task)["muon"], 60), 0)
+    run = Run(CompiledTask(task), make_optimizer("muon", task, tuned_learning_rates(task)["muon"], 60), 0)
     train(run, 60)
     assert run.losses[0] == pytest.approx(math.log(10), rel=0.3)
     assert run.losses[-1] < 0.5
@@ -692,7 +686,7 @@ def test_digits_learns():
 @pytest.mark.slow
 def test_text_starts_at_the_entropy_of_letters_and_learns():
     task = text.task()
-    run = Run(Track(task), contestants.make("adamw", task, Rates(1e-3, 1e-2), 10), 0)
+    run = Run(CompiledTask(task), make_optimizer("adamw", task, LearningRates(1e-3, 1e-2), 10), 0)
     train(run, 10)
     assert run.losses[0] == pytest.approx(math.log(72), rel=0.15)
     assert run.losses[-1] < 0.9 * run.losses[0]
@@ -714,7 +708,7 @@ def test_adamw_and_muon_route_alike():
     task = text.task()
     params = task.init(0)
     states = [
-        contestants.make(name, task, Rates(0.01, 0.01), 10).init(params).inner_states
+        make_optimizer(name, task, LearningRates(0.01, 0.01), 10).init(params).inner_states
         for name in ("adamw", "muon")
     ]
     sizes = [{leaf.size for leaf in jax.tree.leaves(state["matrix"]) if leaf.ndim} for state in states]

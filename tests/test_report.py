@@ -1,4 +1,4 @@
-"""The page that a race leaves: a sound document, seen through a browser in light and in dark."""
+"""The HTML report of a race: a valid document, rendered by a browser in light and in dark."""
 
 import contextlib
 import html
@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from optimorph.racing import contestants, page, palette, plot
-from optimorph.racing.record import Curve, Row, Spectrum, Trial
-from optimorph.racing.result import Result
-from optimorph.racing.verdict import leaders, noise, verdict
+from optimorph._racing import palette, plot
+from optimorph._racing.race_data import Curve, Row, Spectrum, Trial
+from optimorph._racing.registry import OPTIMIZERS
+from optimorph._racing.result import RaceResult
+from optimorph._racing.verdict import leaders, noise, verdict
 
 NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "<muon> & co")
 WIDTHS = (1100, 375)  # of a desk and of a phone
@@ -27,7 +28,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 def result_of(names=NAMES, **changed):
-    """A race in which each falls a little faster than the one before."""
+    """A race in which the loss of each optimizer falls faster than that of the one before."""
     steps = list(range(0, 110, 10))
     speeds = {name: 0.01 * (k + 1) for k, name in enumerate(names)}
     curves = [
@@ -57,7 +58,7 @@ def result_of(names=NAMES, **changed):
     ]
     machine = {"date": "2026-01-01", "device": "cpu", "cores": 2, "versions": {"jax": "0"}}
     given = {
-        "task": "own",
+        "task": "custom",
         "title": "five & six",
         "measure": "loss",
         "steps": 100,
@@ -65,7 +66,7 @@ def result_of(names=NAMES, **changed):
         "finished": True,
     }
     given |= {"machine": machine, "rows": rows, "curves": curves, "trials": trials, "spectra": spectra}
-    return Result(**(given | changed))
+    return RaceResult(**(given | changed))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_nothing_is_fetched(written):
     assert used <= ids
 
 
-def test_everybody_is_in_every_table_and_legend_in_one_order(written):
+def test_every_table_and_legend_has_all_optimizers_in_one_order(written):
     text = written.read_text(encoding="utf-8")
     read = Reader(text)
     best_first = list(reversed(NAMES))
@@ -155,7 +156,7 @@ def test_everybody_is_in_every_table_and_legend_in_one_order(written):
     assert not [color for color in (*palette.LIGHT, palette.INK[0]) if f"stroke: {color}" in text]
 
 
-def test_a_legend_names_those_in_its_picture_alone(tmp_path):
+def test_a_legend_names_only_the_optimizers_in_its_plot(tmp_path):
     tried = [trial for trial in result_of().trials if trial.optimizer in NAMES[:2]]
     result_of(trials=tried).report(tmp_path / "race.html")
     found = [text for _, text in Reader((tmp_path / "race.html").read_text(encoding="utf-8")).all("li")]
@@ -163,7 +164,7 @@ def test_a_legend_names_those_in_its_picture_alone(tmp_path):
 
 
 def test_the_order_is_that_of_the_picture_too():
-    with drawn(plot.losses, result_of()) as figure:
+    with drawn(plot.plot_losses, result_of()) as figure:
         assert [text.get_text() for text in figure.legends[0].get_texts()] == list(reversed(NAMES))
 
 
@@ -194,17 +195,17 @@ VERDICTS = {
         "muon ends lowest, at 2.2, before adamw at 2.4; one seed cannot rank close losses. Loss, 250 steps.",
     ),
     "alone": ([row("muon", 2.2, seeds=1)], "muon ends lowest, at 2.2. Loss, 250 steps."),
-    "blown up": ([row("sgd", float("nan"))], "Every training diverged."),
+    "blown up": ([row("sgd", float("nan"))], "Every run diverged."),
     "one stands": ([*CLEAR[:1], row("sgd", float("nan"))], "muon ends lowest, at 2.2. Loss, 250 steps."),
     "a sweep": ([], "24 learning rates were tried."),
 }
 
 
-@pytest.mark.parametrize(("rows", "said"), VERDICTS.values(), ids=VERDICTS)
-def test_verdict(rows, said):
-    """Nobody is called the lowest within the noise of the seeds."""
-    assert verdict(result_of(rows=rows)) == said
-    assert verdict(result_of(rows=rows, finished=False)) == f"Stopped early. {said}"
+@pytest.mark.parametrize(("rows", "expected"), VERDICTS.values(), ids=VERDICTS)
+def test_verdict(rows, expected):
+    """No optimizer is called the lowest if another is within the noise of the seeds."""
+    assert verdict(result_of(rows=rows)) == expected
+    assert verdict(result_of(rows=rows, finished=False)) == f"Stopped early. {expected}"
 
 
 def test_no_number_of_the_lead_breaks_at_its_sign(tmp_path):
@@ -222,15 +223,17 @@ def test_noise_is_two_standard_errors_of_the_difference():
     assert leaders([a, b, c]) == [a, b]  # 2 √(2 · 0.1² / 4) = 0.1414
 
 
-def test_best_of_the_other_rates():
+def test_best_of_the_other_rates(tmp_path):
     trials = [
         Trial("muon", 0.1, 0.5, 2.0, 1),
         Trial("muon", 0.1, 0.1, 1.0, 1),
         Trial("muon", 0.01, 0.1, np.nan, 1),
     ]
-    assert plot.envelope(trials) == {0.01: np.inf, 0.1: 1.0}
-    assert page._best(trials) == ("0.1", "1", "1 of 2")
-    assert page._best(trials[2:]) == ("none", "diverged", "0 of 1")
+    assert plot.best_losses(trials) == {0.01: np.inf, 0.1: 1.0}
+    for some, cells in ((trials, ["0.1", "1", "1 of 2"]), (trials[2:], ["none", "diverged", "0 of 1"])):
+        result_of(rows=[], curves=[], spectra=[], trials=some).report(tmp_path / "race.html")
+        read = Reader((tmp_path / "race.html").read_text(encoding="utf-8"))
+        assert [text for _, text in read.all("td")] == cells
 
 
 @pytest.mark.parametrize("changed", [{"rows": [], "curves": []}, {"trials": []}, {"spectra": []}], ids=str)
@@ -245,13 +248,13 @@ def test_parts_that_are_missing_leave_no_hole(changed, tmp_path):
 def drawn(picture, record, **given):
     """A picture as it is drawn on a canvas."""
     with mpl.rc_context(plot.SETTINGS):
-        figure = picture(record, record._styles(), **given)
+        figure = picture(record, **given)
         FigureCanvasAgg(figure).draw()
         yield figure
 
 
 def falling(*ends, start=2.0):
-    """Losses of somebody each, from the start to these ends."""
+    """One optimizer for each of these ends, with losses from the start to the end."""
     names = [f"racer {k}" for k in range(len(ends))]
     curves = [
         Curve(n, 0, [0, 5, 10], [0.0, 1.0, 2.0], [start, start, e]) for n, e in zip(names, ends, strict=True)
@@ -264,17 +267,17 @@ SCALES = {
     "below a tenth of it": (falling(1.5, 0.1), "log"),
     "zero": (falling(1.5, 0.0), "log"),
     "negative": (falling(1.5, -3.0), "linear"),
-    "one that took off": (falling(1.5, 1e30), "linear"),
-    "one that is no number": (falling(1.5, float("nan")), "linear"),
-    "as the user says": (Result(**vars(falling(1.5, 0.9)) | {"log_loss": True}), "log"),
+    "a loss that diverges": (falling(1.5, 1e30), "linear"),
+    "a loss that is not finite": (falling(1.5, float("nan")), "linear"),
+    "as the user says": (RaceResult(**vars(falling(1.5, 0.9)) | {"log_loss": True}), "log"),
 }
 
 
 @pytest.mark.parametrize(("record", "scale"), SCALES.values(), ids=SCALES)
-def test_the_losses_decide_about_a_logarithmic_axis(record, scale):
-    with drawn(plot.losses, record) as figure:
+def test_the_range_of_losses_decides_whether_the_axis_is_logarithmic(record, scale):
+    with drawn(plot.plot_losses, record) as figure:
         assert [axes.get_yscale() for axes in figure.axes] == [scale, scale]
-        assert figure.axes[0].get_ylim()[1] < 10  # who took off flattens nobody
+        assert figure.axes[0].get_ylim()[1] < 10  # a diverging loss does not flatten the others
 
 
 def inside(box, outer):
@@ -294,7 +297,7 @@ PICTURES = {
 
 @pytest.mark.parametrize("record", PICTURES.values(), ids=PICTURES)
 def test_nothing_is_cut_and_nothing_overlaps_in_the_picture(record):
-    with drawn(plot.losses, record) as figure:
+    with drawn(plot.plot_losses, record) as figure:
         renderer, whole = figure.canvas.get_renderer(), figure.bbox
         title, legend = figure.texts[0].get_window_extent(renderer), figure.legends[0].get_window_extent()
         plots = [axes.get_tightbbox(renderer) for axes in figure.axes]
@@ -366,18 +369,18 @@ def test_colours_stay_apart_for_all_eyes(scheme):
         assert min(apart) > 0.11
 
 
-def test_everybody_known_has_one_style_whoever_else_is_there():
-    assert set(palette.OPTIMIZERS) == set(contestants.MAKERS)
+def test_a_known_optimizer_has_the_same_style_in_every_race():
+    assert set(palette.OPTIMIZERS) == set(OPTIMIZERS)
     assert len({style.color for style in palette.OPTIMIZERS.values()}) == 8
-    for names in (["sgd", "muon"], ["mine", "muon", "sgd"], list(contestants.MAKERS)):
+    for names in (["sgd", "muon"], ["mine", "muon", "sgd"], list(OPTIMIZERS)):
         found = palette.styles(names)
         assert found["muon"] == palette.OPTIMIZERS["muon"]
         assert found["sgd"] == palette.OPTIMIZERS["sgd"]
 
 
-def test_the_others_take_what_is_left():
+def test_other_names_get_the_remaining_styles():
     names = [str(k) for k in range(24)]
-    found = palette.styles([*contestants.MAKERS, *names])
+    found = palette.styles([*OPTIMIZERS, *names])
     assert len(set(found.values())) == 32
     found = palette.styles(["muon", *names[:7]])
     assert len({style.color for style in found.values()}) == 8
@@ -385,7 +388,7 @@ def test_the_others_take_what_is_left():
 
 
 def browser():
-    """Where a browser is; None only where nobody has asked for one."""
+    """The path of a browser; None if there is none and none is required."""
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     assert found or not os.environ.get("OPTIMORPH_BROWSER"), f"none of {', '.join(BROWSERS)} is installed"
     return found
@@ -412,7 +415,7 @@ parent.document.body.dataset[`at${innerWidth}`] = JSON.stringify({
   boxes: all("h1, h2, p, li, figcaption, caption, th, td, svg, svg text").map(e => [e.textContent, box(e)]),
   scrolled: all("main *:not(svg, svg *)").filter(e => 0 < e.clientWidth && e.clientWidth < e.scrollWidth - 1)
     .map(e => e.tagName),
-  pictures: all(".pictures > svg").map(e => ({
+  pictures: all(".plots > svg").map(e => ({
     box: box(e), texts: all("text", e).map(t => [t.textContent, box(t)]),
     strokes: all("path", e).map(p => style(p, "stroke")),
   })),
@@ -494,7 +497,7 @@ def rgb(color):
 def test_colours_are_those_of_the_scheme(seen):
     scheme, pages = seen
     colors = dict(zip(palette.LIGHT, map(rgb, (palette.LIGHT, palette.DARK)[scheme]), strict=True))
-    styles = result_of()._styles()
+    styles = result_of().styles
     expected = [colors[styles[name].color] for name in reversed(NAMES)]
     for looked in pages.values():
         assert looked["paper"] == rgb(palette.PAPER[scheme])

@@ -396,7 +396,7 @@ def test_complex_numbers_stay_complex_in_any_dtype():
 
 def test_forms_of_decay_are_refused_by_name():
     for name in ("adamw", "nadamw", "muon"):
-        with pytest.raises(ValueError, match=rf"{name}: no form of weight decay is called 'decoupled'"):
+        with pytest.raises(ValueError, match=rf"{name}: weight_decay_form .* is 'decoupled'"):
             getattr(om, name)(0.1, weight_decay_form="decoupled")
 
 

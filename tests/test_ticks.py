@@ -5,8 +5,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from optimorph.racing.plot import SETTINGS
-from optimorph.racing.ticks import PlainLog, plain
+from optimorph._racing.plot import SETTINGS
+from optimorph._racing.ticks import PlainLog, plain
 
 RANGES = {
     "a twentieth of a decade": (2.2, 2.5),

@@ -12,5 +12,5 @@ def all_of(flags: Iterable[jax.Array]) -> jax.Array:
     XLA repeats cheap arithmetic, such as a conjunction of n booleans, in each of the n leaves that use it:
     the program and its compilation grow with n². It never repeats a square root.
     """
-    broken = jnp.sum(jnp.asarray([~flag for flag in flags], float))
+    broken = jnp.max(jnp.asarray([~flag for flag in flags], jnp.bfloat16), initial=0)
     return jnp.sqrt(broken) == 0

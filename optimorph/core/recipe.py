@@ -26,7 +26,7 @@ def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
     def build(*args: P.args, **kwargs: P.kwargs) -> Recipe:
         inner, who = checked(make)(*args, **kwargs), make.__name__
         if rule := rule_of(inner):
-            return transform(who, rule)
+            return transform(who, rule, strict=True)
         return _with_checks(who, inner)
 
     return build

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optimorph.core.checks import not_an_array
@@ -149,8 +150,11 @@ def pointwise(update: Callable[..., jax.Array]) -> Rule:
     return Rule(optax.EmptyState(), lambda g, s, leaf, now: (update(g), s))
 
 
-def transform(who: str, rule: Rule) -> Transform:
+def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
     """The transformation of trees that updates each leaf by `rule`; it names errors after `who`.
+
+    With `strict` gradients must be real or complex as their parameters are; without, they may be updates of
+    another transformation, such as squares.
 
     Leaves whose gradient is missing get None and keep their state. Parameters that are no real or complex
     numbers have no state. Updates have the gradients' dtype.
@@ -170,7 +174,7 @@ def transform(who: str, rule: Rule) -> Transform:
         )
 
     def update(updates, state, params=None, **extra):
-        gs, tree, ws = aligned(who, updates, params)
+        gs, tree, ws = aligned(who, updates, params, strict)
         slots = _columns(who, rule, tree, state, updates, params)
         _check_moments(who, rule, gs, slots, updates, params)
         leaves, out = Leaves(tree, gs if params is None else ws), []
@@ -212,7 +216,7 @@ def arrays(who: str, params: PyTree) -> tuple[list, Any]:
     return leaves, tree
 
 
-def aligned(who: str, updates: PyTree, params: PyTree | None) -> tuple[list, Any, list]:
+def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = True) -> tuple[list, Any, list]:
     """The gradients as a list with None for missing ones, their tree's structure, and the parameters' list.
 
     Raises:
@@ -227,13 +231,14 @@ def aligned(who: str, updates: PyTree, params: PyTree | None) -> tuple[list, Any
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
         if is_missing(g):
             gs[k] = None
-        elif not (_alike(g, w) if params is not None else is_trainable(g)):
+        elif not (is_trainable(g) if params is None else _alike(g, w, strict)):
             gradients(who, updates, params)
     return gs, tree, ws
 
 
-def _alike(g: Any, w: Any) -> bool:
-    return kind(g) == kind(w) in ("real", "complex") and jnp.shape(g) == jnp.shape(w)
+def _alike(g: Any, w: Any, strict: bool) -> bool:
+    own = kind(g)
+    return np.shape(g) == np.shape(w) and own in (kind(w), "real" if not strict else "") and own != "integer"
 
 
 def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: Any) -> list[Any]:
@@ -263,7 +268,7 @@ def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, pa
         for g, m in zip(gs, slot if role.moment else (), strict=False):
             if g is None or isinstance(m, optax.MaskedNode):
                 continue
-            if m is None or jnp.shape(m) != jnp.shape(g) or (jnp.iscomplexobj(g) and not jnp.iscomplexobj(m)):
+            if m is None or np.shape(m) != np.shape(g) or (jnp.iscomplexobj(g) and not jnp.iscomplexobj(m)):
                 if params is None:
                     tree = jax.tree.structure(updates, is_leaf=_is_none)
                     gradients(who, updates, tree.unflatten(slot))

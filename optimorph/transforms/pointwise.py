@@ -101,7 +101,7 @@ def debias(decay: Numeric, *, ahead: int = 0) -> optax.GradientTransformationExt
         return 1 - jnp.power(as_scalar(decay, t), t), DebiasState(count)
 
     def update(g, state, leaf, weight):
-        return g / weight.astype(jnp.finfo(g.dtype).dtype), state  # (2)
+        return g / as_scalar(weight, g), state  # (2)
 
     def begin(leaves):
         return DebiasState(jnp.zeros([], jnp.int32))

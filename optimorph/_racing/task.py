@@ -1,4 +1,4 @@
-"""What a race needs to know of a model and its data."""
+"""A task: a model, its data and how to train it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,29 +11,29 @@ from optimorph.core.types import Schedule
 
 
 def warmup_cosine(peak: float, steps: int) -> Schedule:
-    """A tenth of the steps up to the peak, then half a cosine down to zero."""
+    """Linear warm-up to the peak over a tenth of the steps, then a cosine decay to zero."""
     unit = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), max(2, steps))
     return lambda count: peak * unit(count)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its data and how long to train it.
+    """A model, its data and how to train it.
 
     Args:
-      name: as typed on the command line.
-      title: what is trained, for headings.
+      name: the task's name on the command line.
+      title: a heading that says what is trained.
       measure: what the loss is, with its unit.
-      init: seed → parameters.
-      loss: (parameters, batch) → scalar.
-      batches: seed → endless training batches.
-      held_out: "tuning" or "validation" → batches that are never trained on.
-      steps: of training, unless the user says otherwise.
-      schedule: (peak learning rate, steps) → schedule.
-      momentum: of `momentum` and `nesterov`, by name.
-      weight_decay: of matrices, for `adamw` and `muon`.
-      theory: learning rates that are known and need no tuning, by optimizer.
-      log_loss: whether the loss axis of pictures is logarithmic; None: the range of the losses decides.
+      init: function seed → parameters.
+      loss: function (parameters, batch) → scalar.
+      batches: function seed → endless iterator of training batches.
+      held_out: function "tuning" or "validation" → batches that are not trained on.
+      steps: the default number of training steps.
+      schedule: function (peak learning rate, steps) → schedule.
+      momentum: "momentum" and "nesterov" → the momentum of that optimizer.
+      weight_decay: the weight decay of matrices, for `adamw` and `muon`.
+      theory: optimizer → a learning rate that theory gives, which needs no tuning.
+      log_loss: whether plots have a logarithmic loss axis; None: the range of the losses decides.
     """
 
     name: str

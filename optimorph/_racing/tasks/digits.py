@@ -5,17 +5,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from optimorph.racing.task import Task
+from optimorph._racing.task import Task
 
 BATCH = 64
 SPLIT = {"train": slice(0, 1200), "tuning": slice(1200, 1500), "validation": slice(1500, 1797)}
 
 
 class CNN(nnx.Module):
-    """Two convolutions and two dense layers on 8 x 8 pictures."""
+    """Two convolutions and two dense layers on images of 8 x 8 pixels; about 38,000 parameters."""
 
     def __init__(self, rngs: nnx.Rngs):
-        """About 38,000 parameters."""
         self.conv1 = nnx.Conv(1, 16, (3, 3), rngs=rngs)
         self.conv2 = nnx.Conv(16, 32, (3, 3), rngs=rngs)
         self.dense = nnx.Linear(2 * 2 * 32, 64, rngs=rngs)
@@ -29,7 +28,7 @@ class CNN(nnx.Module):
 
 
 def task() -> Task:
-    """Ten classes, 1,200 training pictures."""
+    """Classify images of digits; 1,200 are trained on."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -45,8 +44,8 @@ def task() -> Task:
     def batches(seed):
         rng = np.random.default_rng(seed)
         while True:
-            some = rng.integers(0, SPLIT["train"].stop, BATCH)
-            yield images[some], labels[some]
+            chosen = rng.integers(0, SPLIT["train"].stop, BATCH)
+            yield images[chosen], labels[chosen]
 
     return Task(
         name="digits",

@@ -1,9 +1,9 @@
-"""The learning rates that `optimorph race --sweep` tries, and how it keeps the best."""
+"""The grids of learning rates that `optimorph race --sweep` tries, and the file that keeps the best."""
 
 import itertools
 from collections.abc import Iterator
 
-from optimorph.racing.contestants import WITH_OTHERS, Rates
+from optimorph._racing.registry import WITH_OTHERS, LearningRates
 
 Grid = dict[str, tuple[float, ...]]
 
@@ -33,27 +33,27 @@ _QUADRATIC: Grid = {
     "adam": (5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
     "adamw": (5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
     "muon": (5e-3, 0.01, 0.02, 0.05, 0.1),
-    "others": (0.01,),  # there is one matrix and nothing else
+    "others": (0.01,),  # the only leaf is a matrix
 }
 
 GRIDS = {"text": _TEXT, "digits": _DIGITS, "quadratic": _QUADRATIC}
-"""Task → optimizer → learning rates; `others` is for the second rate of all who have one."""
+"""Task → optimizer → learning rates; `others` is the second rate of every optimizer that has one."""
 
 
-def grid(name: str, task: str) -> Iterator[Rates]:
-    """The learning rates that a sweep tries for an optimizer."""
+def grid(name: str, task: str) -> Iterator[LearningRates]:
+    """The learning rates that a sweep of an optimizer tries."""
     others = GRIDS[task]["others"] if name in WITH_OTHERS else (None,)
-    return (Rates(*pair) for pair in itertools.product(GRIDS[task][name], others))
+    return (LearningRates(*pair) for pair in itertools.product(GRIDS[task][name], others))
 
 
-def at_edge(name: str, rates: Rates, task: str) -> bool:
-    """Whether the best point of a grid is at its rim, so that a better one may lie outside."""
-    sides = [(rates.learning_rate, GRIDS[task][name]), (rates.others, GRIDS[task]["others"])]
-    return any(len(values) > 1 and rate in (values[0], values[-1]) for rate, values in sides)
+def at_edge(name: str, rates: LearningRates, task: str) -> bool:
+    """Whether a rate is the lowest or highest of its grid, so that a better one may lie outside."""
+    axes = [(rates.learning_rate, GRIDS[task][name]), (rates.others, GRIDS[task]["others"])]
+    return any(len(values) > 1 and rate in (values[0], values[-1]) for rate, values in axes)
 
 
-def toml(task: str, steps: int, best: dict[str, Rates]) -> str:
-    """The table file's section of a task."""
+def toml(task: str, steps: int, best: dict[str, LearningRates]) -> str:
+    """A task's section of `learning_rates.toml`."""
     lines = [f"# optimorph race --task {task} --steps {steps} --sweep", f"[{task}]"]
     for name, rates in best.items():
         others = "" if rates.others is None else f", others = {rates.others}"

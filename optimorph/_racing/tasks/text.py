@@ -9,22 +9,21 @@ import numpy as np
 import optax
 from flax import nnx
 
-from optimorph.racing.task import Task
+from optimorph._racing.task import Task
 
 LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
-PIECE = 8192  # characters; of every twenty pieces one is for tuning and one for validation
+PIECE = 8192  # characters; of every 20 pieces, one is for tuning and one for validation
 
 
 class Attention(nnx.Module):
-    """Causal self-attention of several heads."""
+    """Causal multi-head self-attention."""
 
     def __init__(self, rngs: nnx.Rngs):
-        """Four square maps: query, key, value, out."""
         make = functools.partial(nnx.Linear, WIDTH, WIDTH, use_bias=False, rngs=rngs)
         self.query, self.key, self.value, self.out = make(), make(), make(), make()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(rows, width) → the same."""
+        """(rows, WIDTH) → (rows, WIDTH)."""
         split = (-1, CONTEXT, HEADS, WIDTH // HEADS)
         q, k, v = (f(x).reshape(split) for f in (self.query, self.key, self.value))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -32,26 +31,24 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then a perceptron, each beside a residual path."""
+    """Attention, then an MLP, each on a residual branch that a norm begins."""
 
     def __init__(self, rngs: nnx.Rngs):
-        """Norms before each part."""
         self.norm1, self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
         self.attention = Attention(rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, rngs=rngs)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(rows, width) → the same."""
+        """(rows, WIDTH) → (rows, WIDTH)."""
         x = x + self.attention(self.norm1(x))
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
 
 
 class GPT(nnx.Module):
-    """Characters to the scores of the next character."""
+    """Characters → logits of the next characters. The head has its own weights."""
 
     def __init__(self, vocabulary: int, rngs: nnx.Rngs):
-        """Token and position embeddings, the blocks, a norm and an untied head."""
         self.embed = nnx.Embed(vocabulary, WIDTH, rngs=rngs)
         self.position_embed = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
         self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
@@ -61,15 +58,15 @@ class GPT(nnx.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """(batch, CONTEXT) → (batch, CONTEXT, vocabulary)."""
         x = self.embed(tokens) + self.position_embed(jnp.arange(CONTEXT))
-        x = x.reshape(-1, WIDTH)  # rows: a weight's gradient is twice as fast from two axes as from three
+        x = x.reshape(-1, WIDTH)  # two axes: gradients of weights are then twice as fast as with three
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)).reshape(*tokens.shape, -1)
 
 
 def task() -> Task:
-    """The default task: 0.8 million parameters, about 1 MB of text."""
-    parts, vocabulary = _data()
+    """Predict the next character; 0.8 million parameters, about 1 MB of text."""
+    parts, vocabulary = load_characters()
     graph = nnx.graphdef(_model(vocabulary, 0))
 
     def loss(params, batch):
@@ -84,7 +81,7 @@ def task() -> Task:
 
     def held_out(part):
         starts = np.linspace(0, len(parts[part]) - CONTEXT - 2, 4 * 64).astype(int)
-        return [_windows(parts[part], some) for some in np.split(starts, 4)]
+        return [_windows(parts[part], chunk) for chunk in np.split(starts, 4)]
 
     return Task(
         name="text",
@@ -103,12 +100,13 @@ def _model(vocabulary: int, seed: int) -> GPT:
 
 
 def _windows(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    at = starts[:, None] + np.arange(CONTEXT)
-    return text[at], text[at + 1]
+    indices = starts[:, None] + np.arange(CONTEXT)
+    return text[indices], text[indices + 1]
 
 
-def _data() -> tuple[dict[str, np.ndarray], int]:
-    text = importlib.resources.files("optimorph.racing").joinpath("data/shakespeare.txt").read_bytes()
+def load_characters() -> tuple[dict[str, np.ndarray], int]:
+    """Part of the data → its characters as integers, and the number of distinct characters."""
+    text = importlib.resources.files("optimorph._racing").joinpath("data/shakespeare.txt").read_bytes()
     letters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     pieces = [codes[k : k + PIECE].astype(np.int32) for k in range(0, len(codes), PIECE)]
     parts = {
@@ -116,4 +114,4 @@ def _data() -> tuple[dict[str, np.ndarray], int]:
         "validation": pieces[19::20],
         "train": [piece for k, piece in enumerate(pieces) if k % 10 != 9],
     }
-    return {name: np.concatenate(some) for name, some in parts.items()}, len(letters)
+    return {name: np.concatenate(chunks) for name, chunks in parts.items()}, len(letters)

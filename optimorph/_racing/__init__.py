@@ -1,0 +1,1 @@
+"""Train real models with several optimizers, and compare their losses and costs."""

@@ -1,0 +1,143 @@
+"""Turn the arguments of `optimorph.race` into a task, and refuse bad arguments before training starts."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optimorph._racing.registry import LearningRates
+from optimorph._racing.task import Task
+from optimorph.core.checks import check_numbers
+from optimorph.core.paths import leaf_paths
+
+Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+"""An optimizer, or a function of a learning rate that returns one."""
+
+
+def make_task(
+    loss: Callable[..., Any], params: Any, batches: Any, held_out: Iterable[Any], steps: int, **labels: Any
+) -> Task:
+    """The task that arguments of `optimorph.race` describe; labels are `title`, `measure` and `log_loss`."""
+    held_out_batches = list(held_out)
+    if not held_out_batches:
+        raise ValueError("race: held_out is empty. Type held_out=[batch], a batch that is not trained on.")
+    if steps < 1:
+        raise ValueError(f"race: steps must be at least 1, but is {steps}. Type steps=100, for example.")
+    return Task(
+        name="custom",
+        init=lambda seed: jax.tree.map(_to_array, params(seed) if _is_function(params) else params),
+        loss=loss,
+        batches=lambda seed: _endless(batches, seed),
+        held_out=lambda part: held_out_batches,
+        steps=steps,
+        **labels,
+    )
+
+
+def candidate_rates(
+    optimizers: Mapping[str, Optimizer], learning_rates: Sequence[float] | Mapping[str, Sequence[float]]
+) -> dict[str, list[LearningRates]]:
+    """Name → the learning rates to try, for every optimizer that is a function of a learning rate."""
+    if not optimizers:
+        raise ValueError("race: optimizers is empty. Type optimizers={'adamw': om.adamw(1e-3)}, for example.")
+    functions = [n for n, tx in optimizers.items() if not isinstance(tx, optax.GradientTransformation)]
+    if isinstance(learning_rates, Mapping):
+        table, unknown = learning_rates, set(learning_rates) - set(functions)
+    else:
+        table = dict.fromkeys(functions, learning_rates)
+        unknown = set() if functions or not len(learning_rates) else {"every optimizer"}
+    if unknown:
+        raise ValueError(
+            f"race: learning_rates has rates of {', '.join(sorted(unknown))}, which is not a function of a "
+            "learning rate. Type 'adamw': om.adamw instead of 'adamw': om.adamw(1e-3), for example, or leave "
+            "out its rates."
+        )
+    for name in functions:
+        if not len(table.get(name, ())):
+            raise ValueError(
+                f"race: {name!r} is a function of a learning rate, but has no rates to try. "
+                f"Type learning_rates={{{name!r}: [1e-3, 3e-3]}}, or {name!r}: ...(1e-3), a transformation."
+            )
+        for rate in table[name]:
+            check_numbers("race", learning_rate=rate)
+    return {name: [LearningRates(float(rate)) for rate in table[name]] for name in functions}
+
+
+def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
+    """Refuse what would fail during training, or would measure nothing.
+
+    Raises:
+      ValueError: with the argument that is wrong, and what to type instead.
+    """
+    if seeds < 1:
+        raise ValueError(f"race: seeds must be at least 1, but is {seeds}. Type seeds=3, for example.")
+    if seeds > 1 and not _is_function(params) and not callable(batches):
+        raise ValueError(
+            f"race: seeds={seeds}, but neither params nor batches is a function of a seed, so that all runs "
+            "would be equal. Type params=lambda seed: ..., or batches=lambda seed: ..., or seeds=1."
+        )
+    tree = task.init(0)
+    for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"race: params has {leaf.dtype} at {path!r}, where gradients need floating point. "
+                "Leave it out of params, and let loss refer to it as a variable from outside."
+            )
+    batch = next(task.batches(0))
+    for held_out_batch in task.held_out(""):
+        if _structure(held_out_batch) != _structure(batch):
+            raise ValueError(
+                f"race: a batch of held_out is {_structure(held_out_batch)}, but a batch of batches is "
+                f"{_structure(batch)}. Both are lists of batches: type held_out=[batch]."
+            )
+    out = jax.eval_shape(task.loss, tree, batch)
+    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(
+            f"race: loss must return one real number, but returns {out}. Return the mean loss alone."
+        )
+    if not all(jnp.isfinite(task.loss(tree, held_out_batch)) for held_out_batch in task.held_out("")):
+        raise ValueError(
+            "race: the loss is not finite before the first step. Look for a division by zero, a "
+            "logarithm of zero or a NaN in held_out."
+        )
+
+
+def _structure(batch: Any) -> str:
+    """The tree of a batch, with the number of axes of every leaf."""
+    return str(jax.tree.map(lambda leaf: f"{jnp.ndim(leaf)} axes", batch))
+
+
+def _to_array(leaf: Any) -> jax.Array:
+    """A copy with a strong type. Updates return strong types, and a change of type would recompile."""
+    try:
+        return jnp.array(leaf, jnp.result_type(leaf))
+    except TypeError:
+        raise ValueError(
+            f"race: params holds {leaf!r}, which is not an array. Split it off first, as nnx.split and "
+            "eqx.partition do, and put it back in loss."
+        ) from None
+
+
+def _is_function(params: Any) -> bool:
+    """Whether params is a function of a seed. A callable model is not one: it is no leaf of a pytree."""
+    return callable(params) and jax.tree.leaves(params) == [params]
+
+
+def _endless(batches: Any, seed: int) -> Iterator[Any]:
+    if not callable(batches) and isinstance(batches, Iterator):
+        raise ValueError(
+            "race: batches is an iterator, which can be read only once, but every optimizer has to read it. "
+            "Type list(batches), or batches=lambda seed: ..., which makes a new iterator."
+        )
+    while True:
+        epoch: Any = batches(seed) if callable(batches) else batches
+        empty = True
+        for batch in epoch:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError(
+                "race: batches is empty. Type a list of batches, or a function that returns some for a seed."
+            )

@@ -1,0 +1,1 @@
+"""The tasks of `optimorph race`: each file has a function `task`."""

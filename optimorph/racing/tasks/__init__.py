@@ -1,1 +1,0 @@
-"""What is raced on: one file a task, each with a `task` function."""
