@@ -138,3 +138,8 @@ def common(x: jax.Array, moment: Any) -> tuple[jax.Array, jax.Array]:
     moment = upcast(moment)
     dtype = np.promote_types(x.dtype, moment.dtype)
     return x.astype(dtype), moment.astype(dtype)
+
+
+def as_kind_of(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` without its imaginary part if `like` is real."""
+    return x.real if jnp.iscomplexobj(x) and not jnp.iscomplexobj(like) else x

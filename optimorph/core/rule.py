@@ -265,14 +265,20 @@ def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: 
 def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, params: Any) -> None:
     """Refuse moments whose shapes are not those of the gradients, and real ones of complex gradients."""
     for slot, role in zip(slots, rule.roles, strict=True):
-        for g, m in zip(gs, slot if role.moment else (), strict=False):
-            if g is None or isinstance(m, optax.MaskedNode):
+        for g, m in zip(gs, slot if role.tree else (), strict=False):
+            if g is None or isinstance(m, optax.MaskedNode) or _fits(g, m, role):
                 continue
-            if m is None or np.shape(m) != np.shape(g) or (jnp.iscomplexobj(g) and not jnp.iscomplexobj(m)):
-                if params is None:
-                    tree = jax.tree.structure(updates, is_leaf=_is_none)
-                    gradients(who, updates, tree.unflatten(slot))
-                raise other_state(who)
+            if params is None:
+                tree = jax.tree.structure(updates, is_leaf=_is_none)
+                gradients(who, updates, tree.unflatten(slot))
+            raise other_state(who)
+
+
+def _fits(g: Any, m: Any, role: Role) -> bool:
+    if not hasattr(m, "dtype"):
+        return False
+    real = jnp.iscomplexobj(g) and not jnp.iscomplexobj(m)
+    return not role.moment or (m.shape == np.shape(g) and not real)
 
 
 def chain(*transforms: optax.GradientTransformation | None) -> optax.GradientTransformationExtraArgs:

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from optimorph.core.checks import check_dtypes, check_numbers
-from optimorph.core.numbers import as_scalar, common, full_like, stored_dtype
+from optimorph.core.numbers import as_kind_of, as_scalar, common, full_like, stored_dtype
 from optimorph.core.roles import AVERAGE, TOTAL, VELOCITY, holds, roles_of
 from optimorph.core.rule import Rule, transform
 from optimorph.core.types import DTypeLike, Numeric, PyTree
@@ -68,9 +68,9 @@ def ema(
         return (1 - b) * g + b * m
 
     def update(g, state, leaf, now):
-        g, m = common(g, state.average)
-        m = lerp(g, m)  # (1)
-        return (lerp(g, m) if nesterov else m), EmaState(
+        x, m = common(g, state.average)
+        m = lerp(x, m)  # (1)
+        return as_kind_of(lerp(x, m) if nesterov else m, g), EmaState(
             m if dtype is None else _stored(m, dtype)
         )  # (3), (2)
 
@@ -112,9 +112,9 @@ def momentum(
         return g + as_scalar(decay, v) * v
 
     def update(g, state, leaf, now):
-        g, v = common(g, state.velocity)
-        v = add(g, v)  # (1)
-        return (add(g, v) if nesterov else v), MomentumState(
+        x, v = common(g, state.velocity)
+        v = add(x, v)  # (1)
+        return as_kind_of(add(x, v) if nesterov else v, g), MomentumState(
             v if dtype is None else _stored(v, dtype)
         )  # (3), (2)
 
@@ -151,9 +151,9 @@ def accumulate(
     check_dtypes("accumulate", dtype=dtype)
 
     def update(g, state, leaf, now):
-        g, s = common(g, state.total)
-        s = g + s  # (1)
-        return s, AccumulateState(s if dtype is None else _stored(s, dtype))  # (2)
+        x, s = common(g, state.total)
+        s = x + s  # (1)
+        return as_kind_of(s, g), AccumulateState(s if dtype is None else _stored(s, dtype))  # (2)
 
     return transform(
         "accumulate",

@@ -9,7 +9,7 @@ import optax
 
 from optimorph.core.checks import check_dtypes, is_integer
 from optimorph.core.differences import gradients, map_state, map_updates
-from optimorph.core.flags import all_of
+from optimorph.core.flags import all_of, real_dtype
 from optimorph.core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, upcast
 from optimorph.core.rule import arrays
 from optimorph.core.types import DTypeLike, PyTree
@@ -113,7 +113,7 @@ def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-    return all_of(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree))
+    return all_of([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)], real_dtype(tree))
 
 
 def _on_all_devices(so: jax.Array) -> jax.Array:

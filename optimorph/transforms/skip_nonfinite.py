@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optimorph.core.checks import is_integer
-from optimorph.core.flags import all_of
+from optimorph.core.flags import all_of, real_dtype
 from optimorph.core.numbers import increment, is_missing, is_trainable
 from optimorph.core.paths import leaf_paths
 from optimorph.core.roles import holds, scalar
@@ -74,7 +74,7 @@ def skip_nonfinite(
         sound = {f"the gradient of {path!r}": ok for path, ok in gradients_sound.items()}
         sound |= {f"the update of {path!r}": ok for path, ok in updates_sound.items()}
         sound |= {f"the state's {path!r}": ok for path, ok in state_sound.items()}
-        fine = all_of(sound.values())
+        fine = all_of(sound.values(), real_dtype(updates))
         skipped = jnp.where(fine, state.skipped, increment(state.skipped))
         consecutive = jnp.where(fine, 0, increment(state.consecutive))
         if max_consecutive is not None:
