@@ -5,8 +5,9 @@ import jax.numpy as jnp
 
 from optimorph.core.checks import check_key, kind
 from optimorph.core.differences import UnlikeError
+from optimorph.core.dtypes import cast_like, wide
 from optimorph.core.rounding import leaf_key, stochastic_bfloat16
-from optimorph.core.tree import cast_like, leaf_paths, map_present, wide
+from optimorph.core.tree import leaf_paths, map_present
 from optimorph.core.types import PyTree
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from optimorph.core.checks import is_trained
-from optimorph.core.tree import cast_like, leaf_paths
+from optimorph.core.dtypes import cast_like
+from optimorph.core.tree import leaf_paths
 from optimorph.core.types import PyTree
 from optimorph.storage.compressed import CompressedState
 from optimorph.transforms.accumulate import AccumulateState

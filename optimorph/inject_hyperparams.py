@@ -22,7 +22,7 @@ NEVER_SCHEDULES = (
     "scale",
     "shardings",
     "weight_decay_form",
-    "wire_dtype",
+    "comm_dtype",
 )
 """Arguments of recipes that can be called, as functions and dtypes can, but are no schedules."""
 

@@ -7,12 +7,12 @@ import jax
 import optax
 from optax import chain
 
+from optimorph._distributed.shardings import by_whole_shape
 from optimorph.core.recipe import Transform, recipe
 from optimorph.core.tree import leaf_paths
 from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
 from optimorph.descend import descend
 from optimorph.optimizers import adamw
-from optimorph.routing.layouts import of_whole
 from optimorph.routing.partition import partition
 from optimorph.routing.reading import leaf_axes
 from optimorph.routing.rules import lookup, unused
@@ -43,7 +43,7 @@ def muon(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
     shardings: Rules | None = None,
-    wire_dtype: DTypeLike | None = None,
+    comm_dtype: DTypeLike | None = None,
 ) -> Transform:
     """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
 
@@ -65,7 +65,7 @@ def muon(
       shardings: how leaves lie over a mesh, which is found out where it is not said: a tree of
         `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
         `jax.shard_map` it must be said of what leaves are shards; `P()` is whole.
-      wire_dtype: of what devices send each other, as that of `orthogonalize`.
+      comm_dtype: the dtype of the data in collectives, as that of `orthogonalize`.
 
     Raises:
       ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
@@ -90,11 +90,11 @@ def muon(
     if isinstance(rules, Mapping):
         state = lookup(rules)  # of which some are for matrices, some for others
     spec = leaf_axes("muon", axes)
-    whole = of_whole("muon", shardings, spec)
+    whole = by_whole_shape("muon", None if shardings is None else lookup(shardings), spec)
     average = ema(momentum, nesterov=nesterov, dtype=mu_dtype)
     matrices = chain(
         small("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        orthogonalize(orthogonalizer, spec, shardings, wire_dtype=wire_dtype),
+        orthogonalize(orthogonalizer, spec, shardings, comm_dtype=comm_dtype),
         scale_by_shape(scale, spec, shardings),
         *descend("muon", learning_rate, weight_decay, mask, weight_decay_form),
     )

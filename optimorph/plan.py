@@ -17,7 +17,7 @@ import optax
 from optimorph.core.checks import is_array, kind, not_an_array
 from optimorph.core.tree import distinct_paths
 from optimorph.core.types import PyTree, Shape
-from optimorph.linalg.axes import Axes
+from optimorph.linalg import Axes
 from optimorph.muon import muon
 from optimorph.routing.alike import apart_from_numbers, listed, starred
 from optimorph.routing.reading import Reading, reader

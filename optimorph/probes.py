@@ -20,12 +20,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
+from optimorph._distributed.map_by_shape import map_by_shape
+from optimorph._distributed.shardings import explicit_axes
 from optimorph.core.checks import check_params, is_integer, is_trained
 from optimorph.core.count import increment
-from optimorph.core.tree import by_path, distinct_paths, is_missing, wide
+from optimorph.core.dtypes import wide
+from optimorph.core.tree import by_path, distinct_paths, is_missing
 from optimorph.core.types import AxesRules, PyTree
-from optimorph.linalg.buckets import together
-from optimorph.linalg.meshes import explicit_axes
 from optimorph.routing.reading import leaf_axes
 from optimorph.storage.moments import FIRST, moments_of
 from optimorph.transforms.add_decayed_weights import DecayState
@@ -244,7 +245,7 @@ def _of_matrices(
         arrays = [_whole(wide(getattr(leaves[path], of))) for path in paths]
         stacks = [form(path, x.shape).matrices(x) for path, x in zip(paths, arrays, strict=True)]
         numbers = iter(
-            together(
+            map_by_shape(
                 functools.partial(_numbers, names=names, exact=exact),
                 [x for each in stacks for x in each],
                 turn=False,

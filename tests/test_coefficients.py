@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimorph.linalg import Coefficients, NewtonSchulz, polar_express
-from optimorph.linalg.coefficients import EXACT
-from optimorph.linalg.presets import PRESETS
+from optimorph.linalg._coefficients import EXACT
+from optimorph.linalg._newton_schulz import PRESETS
 
 PUBLISHED = {
     "Polar Express": (

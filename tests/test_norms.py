@@ -12,10 +12,10 @@ import rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
+from optimorph.linalg.spectrum import SQUARINGS
 
 from optimorph import linalg
 from optimorph.linalg import Exact, NewtonSchulz, dual_exponent, spectral_norm, spectrum
-from optimorph.linalg.spectrum import SQUARINGS
 
 SHAPES = [(1, 1), (1, 7), (6, 6), (5, 9), (9, 5), (2, 3, 8, 4)]
 FACTS = {

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimorph.linalg.placement import Leaf, place
 
 from optimorph.linalg import Axes, NewtonSchulz
-from optimorph.linalg.placement import Leaf, place
 
 F32 = np.dtype(np.float32)
 MESH = {"x": 4, "y": 2}

@@ -38,7 +38,6 @@ RANGES = {
     "momentum": _DECAY,
     "offset": _POSITIVE,
     "others_learning_rate": _RATE,
-    "p": ("at least 1", lambda x: x >= 1, "2.0"),
     "smoothness": _POSITIVE,
     "strong_convexity": _POSITIVE,
     "weight_decay": _NOT_NEGATIVE,
@@ -54,6 +53,10 @@ DTYPES = ("accumulator_dtype", "mu_dtype", "nu_dtype")
 
 STORED = ("bfloat16", "float16", "float32", "float64")
 """What they may be; of complex numbers both halves."""
+
+
+class LeafError(ValueError):
+    """The error of one leaf; functions of trees collect these and report all of them at once."""
 
 
 def check_numbers(who: str, **values: Any) -> None:

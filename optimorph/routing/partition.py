@@ -6,7 +6,7 @@ import optax
 
 from optimorph.core.tree import map_present
 from optimorph.core.types import Rules
-from optimorph.routing.rules import UNSAID, LeafError, labels, lookup
+from optimorph.routing.rules import UNSAID, labels, lookup
 
 
 def partition(

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from optimorph.core.checks import is_array, not_an_array
+from optimorph.core.checks import LeafError, is_array, not_an_array
 from optimorph.core.tree import leaf_paths, map_paths
 from optimorph.core.types import Mask, PyTree, Rules, Shape
 from optimorph.routing.alike import listed
@@ -19,10 +19,6 @@ Pattern = str | re.Pattern[str]
 
 UNSAID = ...
 """What a lookup finds of a leaf that no rule matches, and what a rule may say to have it so."""
-
-
-class LeafError(ValueError):
-    """One leaf cannot be routed; `labels` collects these and reports all of them at once."""
 
 
 @dataclasses.dataclass(frozen=True)

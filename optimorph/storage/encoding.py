@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optimorph._distributed.shardings import devices, spec_of
 from optimorph.codecs import Codec, Encoded, Signed8
 from optimorph.core.types import PyTree, Shape
-from optimorph.linalg.meshes import spec_of
-from optimorph.linalg.placement import devices
 
 
 def begin(codec: Codec | None, x: jax.Array) -> Encoded:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import optax
 
 from optimorph.core.checks import check_dtypes, check_numbers
-from optimorph.core.tree import cast_like, full, map_state, map_updates, wide
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import full, map_state, map_updates
 from optimorph.core.types import DTypeLike, Numeric, PyTree
 
 

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import optax
 
-from optimorph.core.tree import cast_like, map_updates, wide
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import map_updates
 
 
 class AddState(NamedTuple):

@@ -9,7 +9,8 @@ import optax
 
 from optimorph.core.checks import check_numbers, check_params
 from optimorph.core.count import as_schedule, increment, reading
-from optimorph.core.tree import cast_like, map_updates, number, wide
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import map_updates, number
 from optimorph.core.types import Mask, ScalarOrSchedule
 from optimorph.routing.rules import as_mask
 

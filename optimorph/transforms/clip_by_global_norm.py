@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 from optimorph.core.checks import check_numbers
-from optimorph.core.tree import cast_like, gradients, map_updates, number, wide
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import gradients, map_updates, number
 from optimorph.core.types import Numeric
 
 

@@ -2,7 +2,8 @@
 
 import optax
 
-from optimorph.core.tree import cast_like, map_updates, wide
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import map_updates
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

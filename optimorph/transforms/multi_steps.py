@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optimorph._distributed.shardings import manual_axes
 from optimorph.core.checks import check_dtypes, is_integer
 from optimorph.core.count import as_schedule, increment
+from optimorph.core.dtypes import cast_like, wide
 from optimorph.core.flags import all_of
-from optimorph.core.tree import cast_like, full, gradients, map_state, map_updates, number, wide
+from optimorph.core.tree import full, gradients, map_state, map_updates, number
 from optimorph.core.types import DTypeLike, PyTree
-from optimorph.linalg.meshes import manual_axes
 
 
 class MultiStepsState(NamedTuple):

@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._distributed.sharded_function import ShardedFunction
+from optimorph._distributed.shardings import by_whole_shape, shardings_of
 from optimorph.core.tree import gradients, leaf_paths
 from optimorph.core.types import AxesRules, DTypeLike, Rules
-from optimorph.linalg.exact import Exact
-from optimorph.linalg.meshes import Everywhere
-from optimorph.linalg.newton_schulz import NewtonSchulz
-from optimorph.routing.layouts import layouts_of, of_whole
+from optimorph.linalg import Exact, NewtonSchulz
 from optimorph.routing.reading import leaf_axes
-from optimorph.routing.rules import labels
+from optimorph.routing.rules import labels, lookup
 
-_WIRES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
+_COMM_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
 
 
 def orthogonalize(
@@ -24,7 +23,7 @@ def orthogonalize(
     axes: AxesRules | None = None,
     shardings: Rules | None = None,
     *,
-    wire_dtype: DTypeLike | None = None,
+    comm_dtype: DTypeLike | None = None,
     bytes_at_once: int = 2**28,
 ) -> optax.GradientTransformation:
     """Replace every matrix by its polar factor: the same singular vectors, all singular values 1.
@@ -40,9 +39,9 @@ def orthogonalize(
         one stack, and must treat each by itself.
       axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
       shardings: how leaves lie over a mesh, as that of `muon`.
-      wire_dtype: the dtype of what devices send each other, if narrower than the gradients'. bfloat16 halves
-        the bytes; each number is rounded to 8 bits before the iteration and once more behind it.
-      bytes_at_once: of whole matrices that a device holds at a time, of the two under way.
+      comm_dtype: the dtype of the data in collectives, if narrower than the gradients'. bfloat16 halves the
+        bytes; each number is rounded to 8 bits before the iteration and once more after it.
+      bytes_at_once: the most bytes of whole matrices that a device holds in one round, of two in flight.
 
     Raises:
       ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides; at `update`,
@@ -55,14 +54,15 @@ def orthogonalize(
     who = "orthogonalize"
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
     polar = polar if isinstance(polar, Hashable) else _by_identity(polar)
-    free = isinstance(polar, NewtonSchulz | Exact)
-    wire = None if wire_dtype is None else jnp.dtype(wire_dtype)
-    if wire is not None and wire not in _WIRES:
+    equivariant = isinstance(polar, NewtonSchulz | Exact)
+    comm = None if comm_dtype is None else jnp.dtype(comm_dtype)
+    if comm is not None and comm not in _COMM_DTYPES:
         raise ValueError(
-            f"{who}: wire_dtype must be one of {[*map(str, _WIRES)]}, but is {wire}. Type "
-            "wire_dtype='bfloat16': a narrower exponent would lose small gradients."
+            f"{who}: comm_dtype must be one of {[*map(str, _COMM_DTYPES)]}, but is {comm}. Type "
+            "comm_dtype='bfloat16': a narrower exponent would lose small gradients."
         )
-    read = of_whole(who, shardings, leaf_axes(who, axes))
+    match = None if shardings is None else lookup(shardings)
+    read = by_whole_shape(who, match, leaf_axes(who, axes))
 
     def init(params):
         labels(read)(params)
@@ -75,9 +75,9 @@ def orthogonalize(
         forms = [read(path, np.shape(g)) for path, g in zip(paths, leaves, strict=True)]
         chosen = [k for k, form in enumerate(forms) if form is not None and np.size(leaves[k])]
         matrices = [jnp.asarray(leaves[k]) for k in chosen]
-        layouts = layouts_of(who, shardings, [paths[k] for k in chosen], matrices)
-        everywhere = Everywhere(polar, tuple(forms[k] for k in chosen), free, wire, bytes_at_once)
-        factors = everywhere(matrices, layouts) if matrices else []  # (1)
+        given = shardings_of(who, match, [paths[k] for k in chosen], matrices)
+        sharded = ShardedFunction(polar, tuple(forms[k] for k in chosen), equivariant, comm, bytes_at_once)
+        factors = sharded(matrices, given) if matrices else []  # (1)
         for k, factor in zip(chosen, factors, strict=True):
             leaves[k] = factor
         return jax.tree.unflatten(structure, leaves), state

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import optax
 
 from optimorph.core.checks import check_numbers
-from optimorph.core.tree import cast_like, map_updates, number, wide
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import map_updates, number
 from optimorph.core.types import Numeric
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import optax
 
-from optimorph.core.tree import cast_like, gradients, map_paths, wide
+from optimorph._distributed.shardings import by_whole_shape, local_shard, local_shard_spec
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import gradients, map_paths
 from optimorph.core.types import AxesRules, Rules
-from optimorph.linalg.meshes import own_part
-from optimorph.routing.layouts import cuts, of_whole
 from optimorph.routing.reading import leaf_axes
-from optimorph.routing.rules import labels
+from optimorph.routing.rules import labels, lookup
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "rms_to_rms": lambda inputs, outputs: math.sqrt(outputs / inputs),  # (1)
@@ -48,7 +48,8 @@ def scale_by_shape(
             f"{who}: no scale is called {scale!r}. Type one of {', '.join(map(repr, SCALES))}, or None."
         )
 
-    read, cut = of_whole(who, shardings, leaf_axes(who, axes)), cuts(who, shardings)
+    match = None if shardings is None else lookup(shardings)
+    read, shard_spec = by_whole_shape(who, match, leaf_axes(who, axes)), local_shard_spec(who, match)
 
     def init(params):
         labels(read)(params)
@@ -58,9 +59,9 @@ def scale_by_shape(
         form = read(path, np.shape(g))
         if form is None or scale is None or np.size(g) == 0:
             return g
-        spec, whole = cut(path, np.shape(g))
+        spec, whole = shard_spec(path, np.shape(g))
         x, factor = wide(g), form.spread(SCALES[scale], whole)
-        factor = factor.item() if factor.size == 1 else own_part(factor.astype(x.real.dtype), spec)
+        factor = factor.item() if factor.size == 1 else local_shard(factor.astype(x.real.dtype), spec)
         return cast_like(factor * x, g)
 
     def update(updates, state, params=None):

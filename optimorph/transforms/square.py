@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import optax
 
-from optimorph.core.tree import cast_like, map_updates, wide
+from optimorph.core.dtypes import cast_like, wide
+from optimorph.core.tree import map_updates
 
 
 def square() -> optax.GradientTransformation:

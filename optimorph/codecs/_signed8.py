@@ -1,4 +1,4 @@
-"""Eight bits of either sign."""
+"""The codec of momentum: 8 bits with a sign."""
 
 import dataclasses
 from typing import ClassVar
@@ -6,56 +6,55 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph.codecs.blocks import BlockCodec, nearest
+from optimorph.codecs._blocks import BlockCodec, nearest
 from optimorph.core.types import DTypeLike
 
 
 def _linear(c: jax.Array) -> jax.Array:
-    """c / 127, the sign apart: of (c / 127) s compilers make c (s / 127), which may vanish."""
+    """c / 127; without the sign apart, compilers turn (c / 127) s into c (s / 127), which may underflow."""
     return jnp.sign(c) * (jnp.abs(c) / 127)
 
 
 VALUES = {"softsign": lambda c: c / (254 - jnp.abs(c)), "linear": _linear}
-"""What the codes from -127 to 127 stand for, in [-1, 1]."""
+"""Mapping → the value in [-1, 1] of a code from -127 to 127."""
 
 
 def _softsign(q: jax.Array) -> jax.Array:
-    """The code nearest to z = q / 4 in [0, 1]: with w = 254 / (1 + z) code c has the numbers whose
+    """The code nearest to z = q / 4 in [0, 1], before rounding.
 
-        254 - (w + √(w² + 1)) / 2  is in  [c - 1/2, c + 1/2],
+        c = round(254 - (w + √(w² + 1)) / 2),  w = 254 / (1 + z)        (1)
 
-    where √(w² + 1) is w + 1 / 2w in float32.
+    In float32 √(w² + 1) is w + 1 / 2w.
     """
     return 254 - 1016 / (4 + q) - (4 + q) / 4064
 
 
 CODES = {"softsign": _softsign, "linear": lambda q: 31.75 * q}
-"""The other way, of 4 |x| / s, before rounding."""
+"""Mapping → the code of 4 |x| / s, before rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Signed8(BlockCodec):
-    """One byte for numbers of either sign, such as momentum: 127 codes each way, and one for zero.
+    """One byte for signed numbers, such as momentum: 127 codes of each sign, and one for zero.
 
         softsign: x = s c / (254 - |c|),  |decoded - x| ≤ s / 128        (1)
         linear:   x = s c / 127,          |decoded - x| ≤ s / 254        (2)
 
-    s is the largest |x| of the block, in bfloat16 at most 1/128 above it. (1) has its codes four times as
-    close around 0 as around s: of numbers below s / 506 it makes 0, (2) of those below s / 254. Each number
-    becomes the nearest that its block has. A second round trip changes nothing; with (2) and scales in
-    bfloat16 a third does not.
+    s is the largest |x| of the block; scales in bfloat16 are at most 1/128 larger. Codes of (1) are four times
+    denser around 0 than around s: numbers below s / 506 become 0, with (2) those below s / 254. Numbers are
+    rounded to the nearest value. A second round trip changes nothing; with (2) and scales in bfloat16, a third.
 
-    A block of zeros is exact, and a block is zeros if all is below 4.8e-38. A number that is not finite makes
-    its block NaN, and no other.
+    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own block
+    NaN.
 
     Args:
-      block: how many numbers share a scale, at least 1; more on each device than a multiple of it, if the
-        last axis is divided over devices, costs communication.
-      mapping: "softsign", (1), or "linear", (2), which suffices for what is orthogonalized.
+      block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a
+        multiple of it cost communication.
+      mapping: "softsign", (1), or "linear", (2), which suffices for orthogonalized momentum.
       scale_dtype: float32 or bfloat16.
 
     Raises:
-      ValueError: another mapping or dtype, or a block of no numbers.
+      ValueError: another mapping or dtype, or a block below 1.
 
     References:
       (1): FlashOptim 2026, arXiv:2602.23349; (2): Gupta et al. 2025, "Effective quantization of Muon
@@ -67,7 +66,7 @@ class Signed8(BlockCodec):
     code_dtype: ClassVar[DTypeLike] = jnp.int8
 
     def __post_init__(self):
-        """Refuse mappings that there are none of."""
+        """Refuse unknown mappings."""
         super().__post_init__()
         if self.mapping not in VALUES:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The polar factor by a factorization: the oracle."""
+"""The polar factor by singular value decomposition."""
 
 import dataclasses
 
@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from optimorph.linalg.unit import unit
+from optimorph.linalg._newton_schulz import normalize
 
 Stack = Inexact[Array, "*batch n m"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The polar factor by singular value decomposition: the oracle, slow on every machine.
+    """The polar factor by singular value decomposition: the reference, slow on every device.
 
         G = U Σ Vᴴ,  polar(G) = U sign(Σ) Vᴴ        (1)
 
-    Singular values below rounding count as zero, so rank is kept and zero comes back as zero.
+    Singular values below rounding count as zero, so rank is kept and the polar factor of zero is zero.
 
     Shapes:
       `(*batch, n, m)` in, the same out.
@@ -30,7 +30,7 @@ class Exact:
         """The polar factor of every matrix."""
         if g.size == 0:
             return g
-        u, s, vh = jnp.linalg.svd(unit(g), full_matrices=False)
-        kept = s > max(g.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
-        factor = jnp.matmul(jnp.where(kept[..., None, :], u, 0), vh, precision="highest")  # (1)
+        u, s, vh = jnp.linalg.svd(normalize(g), full_matrices=False)
+        nonzero = s > max(g.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
+        factor = jnp.matmul(jnp.where(nonzero[..., None, :], u, 0), vh, precision="highest")  # (1)
         return jax.lax.convert_element_type(factor, g.dtype)
