@@ -248,7 +248,7 @@ def _of_matrices(
             map_by_shape(
                 functools.partial(_numbers, names=names, exact=exact),
                 [x for each in stacks for x in each],
-                turn=False,
+                transpose=False,
             )
         )
         for path, each in zip(paths, stacks, strict=True):

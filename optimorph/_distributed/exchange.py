@@ -112,7 +112,7 @@ def _all_gather(exchange: Exchange, names: Names, packets: Sequence[jax.Array], 
 
 
 def _in_comm_dtype(exchange: Exchange, send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`send` in the communication dtype; two-byte floats are sent as integers, as some compilers widen them."""
+    """`send` in the communication dtype; two-byte floats as integers, since some compilers widen floats."""
     dtype, is_short = exchange.comm_dtype, exchange.comm_dtype.itemsize == 2
     y = x.astype(dtype)
     y = send(jax.lax.bitcast_convert_type(y, jnp.uint16) if is_short else y)

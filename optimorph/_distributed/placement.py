@@ -43,7 +43,7 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LeafShard:
-    """How a device's local shard of one leaf becomes pieces of matrices, `(matrices, *local_shape)`, and back.
+    """How a leaf's local shard becomes pieces of matrices, `(matrices, *local_shape)`, and back.
 
     Args:
       leaf: the leaf's index.
@@ -97,7 +97,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What is exchanged and computed together: (group, first, last) for the slots [first, last) of a group."""
+    """What is exchanged and computed together: (group, first, last) for slots [first, last) of a group."""
 
     slots: tuple[tuple[int, int, int], ...]
 
@@ -178,8 +178,8 @@ def place(
       cost: flops of one matrix.
       equivariant: whether rows and columns may be permuted, and matrices transposed and padded with zeros, as
         for polar factors; else owners receive the matrices unchanged.
-      comm_dtype: the dtype of the data in collectives, if narrower than the leaf's.
-      bytes_at_once: the most bytes of whole matrices that a device holds in one round; one matrix may exceed it.
+      comm_dtype: the dtype of the data in collectives, if narrower than the leaf's. bytes_at_once: the most
+      bytes of whole matrices that a device holds in one round; one matrix may exceed it.
     """
     alike: dict[Any, list[Group]] = {}
     for group, batch_axes, dtype in _groups(mesh, leaves, equivariant):
@@ -193,8 +193,8 @@ def place(
         )
         least_sent += sent_dtype.itemsize * sum(_least_sent(mesh, axes, owners, group) for group in groups)
         for group in _merged(mesh, owners, groups, cost) if equivariant else groups:
-            *roles, slots = _roles(mesh, axes, owners, group)
-            exchange = Exchange(batch_axes, *roles, dtype, sent_dtype)
+            all_to_all, all_gather, replica, slots = _roles(mesh, axes, owners, group)
+            exchange = Exchange(batch_axes, all_to_all, all_gather, replica, dtype, sent_dtype)
             placed.setdefault(exchange, []).append(dataclasses.replace(group, slots=slots))
     exchanges = tuple(
         _in_rounds(mesh, exchange, groups, bytes_at_once) for exchange, groups in placed.items()

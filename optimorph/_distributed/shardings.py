@@ -1,4 +1,4 @@
-"""Shardings of leaves over a mesh: what types and the caller's rules tell, as mesh axes for each array axis."""
+"""Shardings of leaves over a mesh, from array types and the caller's rules."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

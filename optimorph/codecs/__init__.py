@@ -5,8 +5,8 @@
     x = codec.decode(encoded)           # float32
 
 `BFloat16`; with one byte per number and a scale per block of the last axis: `Signed8` for momentum, `Nonneg8`
-for second moments, `Float8`; `Split8` and `Split16` for weights. A codec is a hashable description. Codes have
-the array's shape and scales that of its blocks, so that they can have its sharding: encoding needs no
+for second moments, `Float8`; `Split8` and `Split16` for weights. A codec is a hashable description. Codes
+have the array's shape and scales that of its blocks, so that they can have its sharding: encoding needs no
 communication where shards hold whole blocks.
 """
 

@@ -15,7 +15,7 @@ from optimorph.core.rounding import outer_bfloat16
 from optimorph.core.types import DTypeLike, Shape
 
 TINY = 4.7019774e-38
-"""Blocks with a smaller maximum become zeros: four times the smallest normal number, so that 4 / s is finite."""
+"""Blocks with a smaller maximum become zeros: four times the smallest normal number; 4 / s is finite."""
 
 WHOLE = 1.5 * 2**23
 """The last bits of x + WHOLE are the integer nearest to x, ties to even."""
@@ -105,7 +105,7 @@ class BlockCodec(Codec):
 
 
 def nearest(x: jax.Array) -> jax.Array:
-    """The nearest integer, ties to even, as a code: its last byte is right for |x| < 2²², arbitrary for NaN."""
+    """The nearest integer, ties to even: its last byte is right for |x| < 2²², arbitrary for NaN."""
     return jax.lax.bitcast_convert_type(x + WHOLE, jnp.int32)
 
 

@@ -2,7 +2,6 @@
 
 import abc
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -58,11 +57,6 @@ class Codec(abc.ABC):
     def form(self, shape: Shape) -> Encoded:
         """Shapes and dtypes of codes and scales for an array of this shape."""
         return _form(self, shape)
-
-    def bytes_per_element(self, shape: Shape) -> float:
-        """The bytes of codes and scales per number, for an array of this shape; 0 for an empty one."""
-        stored = jax.tree.leaves(self.form(shape))
-        return sum(x.size * x.dtype.itemsize for x in stored) / max(1, math.prod(shape))
 
     @abc.abstractmethod
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:

@@ -20,11 +20,12 @@ class Float8(BlockCodec):
         x = s c / 256,  c in e4m3        (1)
         |decoded - x| ≤ max(|x| / 17, s / 262144)        (2)
 
-    s is the largest |x| of the block. Numbers are rounded to the nearest value, and a second round trip changes
-    nothing. Numbers below s / 262144 become 0, which second moments must not: use `Nonneg8` for those.
+    s is the largest |x| of the block. Numbers are rounded to the nearest value, and a second round trip
+    changes nothing. Numbers below s / 262144 become 0, which second moments must not: use `Nonneg8` for
+    those.
 
-    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own block
-    NaN.
+    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own
+    block NaN.
 
     Args:
       block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a

@@ -40,12 +40,13 @@ class Signed8(BlockCodec):
         softsign: x = s c / (254 - |c|),  |decoded - x| ≤ s / 128        (1)
         linear:   x = s c / 127,          |decoded - x| ≤ s / 254        (2)
 
-    s is the largest |x| of the block; scales in bfloat16 are at most 1/128 larger. Codes of (1) are four times
-    denser around 0 than around s: numbers below s / 506 become 0, with (2) those below s / 254. Numbers are
-    rounded to the nearest value. A second round trip changes nothing; with (2) and scales in bfloat16, a third.
+    s is the largest |x| of the block; scales in bfloat16 are at most 1/128 larger. Codes of (1) are four
+    times denser around 0 than around s: numbers below s / 506 become 0, with (2) those below s / 254. Numbers
+    are rounded to the nearest value. A second round trip changes nothing; with (2) and scales in bfloat16, a
+    third.
 
-    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own block
-    NaN.
+    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own
+    block NaN.
 
     Args:
       block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a

@@ -17,9 +17,9 @@ class _SplitCodec(Codec):
 
         x = θ' + step c        (1)
 
-    In `Encoded`, `codes` is c and `scales` is θ', one for each number. Differences are between bit patterns, in
-    steps of float32, of which 65536 are one of bfloat16: they count away from zero, are exact in every binade,
-    and are right on both sides of a power of two, where the step size changes.
+    In `Encoded`, `codes` is c and `scales` is θ', one for each number. Differences are between bit patterns,
+    in steps of float32, of which 65536 are one of bfloat16: they count away from zero, are exact in every
+    binade, and are right on both sides of a power of two, where the step size changes.
     """
 
     code_dtype: ClassVar[DTypeLike]
@@ -37,19 +37,19 @@ class _SplitCodec(Codec):
 
 @dataclasses.dataclass(frozen=True)
 class Split8(_SplitCodec):
-    """Three bytes: the nearest bfloat16 number for the model, and one byte of the difference for the optimizer.
+    """Three bytes: the nearest bfloat16 number for the model, and a byte of difference for the optimizer.
 
         θ' = bfloat16(x),  c = round(127 (x - θ') / (ULP(θ') / 2))        (1)
         |decoded - x| ≤ 129 · 2⁻²³ |x| < 1.6e-5 |x|        (2)
 
-    bfloat16 numbers, infinities and NaN are exact, with c = 0, and bfloat16(decoded) is always θ': a code is 258
-    of the 65536 steps of float32 between neighbors, and code 127 is just short of half-way.
+    bfloat16 numbers, infinities and NaN are exact, with c = 0, and bfloat16(decoded) is always θ': a code is
+    258 of the 65536 steps of float32 between neighbors, and code 127 is just short of half-way.
 
     With stochastic rounding c is unbiased to two steps of float32, and the error twice (2): additions to x,
     however small, are then not lost.
 
-    Below 1.2e-38, where the steps of float32 no longer shrink, the error is at most 129 of them. Finite numbers
-    stay finite: those above 3.396e38 are decoded as the largest bfloat16 number.
+    Below 1.2e-38, where the steps of float32 no longer shrink, the error is at most 129 of them. Finite
+    numbers stay finite: those above 3.396e38 are decoded as the largest bfloat16 number.
 
     Args:
       stochastic: whether to round c stochastically, which needs a key.
@@ -82,8 +82,8 @@ class Split16(_SplitCodec):
         decoded = x        (2)
 
     There are 65536 steps between neighbors in bfloat16, and as many codes. Rounding half-way to even, as is
-    usual, would need one code more, for half-way up and down: θ' differs there from `x.astype("bfloat16")`, for
-    one number in 131072.
+    usual, would need one code more, for half-way up and down: θ' differs there from `x.astype("bfloat16")`,
+    for one number in 131072.
 
     (2) holds for all numbers, zeros and infinities; every NaN is decoded as the same NaN. From 3.396e38 on θ'
     is infinite, as with `astype`, and x is still decoded exactly.

@@ -20,7 +20,7 @@ _MOST_BLOCKS = 1 << 16
 
 
 class Axis(NamedTuple):
-    """One axis of a spec: its letter, and the relative sizes of its blocks: (1,) for an axis without blocks."""
+    """One axis of a spec: its letter, and the relative sizes of its blocks, (1,) for no blocks."""
 
     letter: str
     blocks: tuple[int, ...]
@@ -42,9 +42,9 @@ class Axis(NamedTuple):
 class Axes:
     """One letter per axis: `i` input (summed over), `o` output, `b` batch (each slice its own matrix).
 
-    All `i` axes together are the input side, all `o` axes the output side. An axis that holds several matrices
-    side by side is written with its blocks: `(3o)` is three equal blocks, `(32+8+8 o)` three blocks with sizes
-    in the ratio 32 : 8 : 8, whether these count heads or elements.
+    All `i` axes together are the input side, all `o` axes the output side. An axis that holds several
+    matrices side by side is written with its blocks: `(3o)` is three equal blocks, `(32+8+8 o)` three blocks
+    with sizes in the ratio 32 : 8 : 8, whether these count heads or elements.
 
     | leaf | shape | spec |
     |---|---|---|
@@ -117,10 +117,6 @@ class Axes:
             n = len(axis.blocks)
             pieces = [jnp.concatenate(pieces[j : j + n], axis=k) for j in range(0, len(pieces), n)]
         return pieces[0]
-
-    def map(self, f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """The array with `f` applied to each of its stacks."""
-        return self.array([f(stack) for stack in self.matrices(x)], x.shape)
 
     def spread(self, f: Callable[[int, int], float], shape: Shape) -> np.ndarray:
         """f(inputs, outputs) of each element's matrix, broadcastable against an array of this shape."""

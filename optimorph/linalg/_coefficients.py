@@ -21,7 +21,7 @@ MAX_CONDITION = 120.0
 """The largest condition number of the Gram iteration's factor between restarts."""
 
 _MAX_VALUE = 2.5
-"""The largest value that a step may return. The polynomials are made for values up to 2: beyond, they diverge."""
+"""The largest value that a step may return. Polynomials are made for values up to 2, and diverge beyond."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,13 +48,13 @@ class NewtonSchulz:
         X ← G / ‖G‖F                                                       (1)
         X ← a X + (b R + c R²) X,  R = X Xᴴ, for each row of the table     (2)
 
-    Each step applies the odd polynomial a σ + b σ³ + c σ⁵ to the singular values and keeps the singular vectors.
-    For matrices wider than tall, the Gram iteration does the same with smaller products,
+    Each step applies the odd polynomial a σ + b σ³ + c σ⁵ to the singular values and keeps the singular
+    vectors. For matrices wider than tall, the Gram iteration does the same with smaller products,
 
         Q ← Q (a + Z),  R ← (a + Z) R (a + Z),  Z = b R + c R²;  at the end  X ← Q X      (3)
 
-    and restarts from X before rounding matters. R is always of the smaller side. The result does not depend on
-    scale: polar(cG) = polar(G) for c > 0, however large or small; the polar factor of zero is zero.
+    and restarts from X before rounding matters. R is always of the smaller side. The result does not depend
+    on scale: polar(cG) = polar(G) for c > 0, however large or small; the polar factor of zero is zero.
 
     Shapes:
       `(*batch, n, m)` in, the same out; each matrix independently.

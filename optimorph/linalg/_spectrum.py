@@ -172,8 +172,8 @@ def orthogonality_error(x: Stack | Spectrum) -> Numbers:
 
         min ‖W - c Q‖F / ‖W‖F over c and Q with orthonormal rows or columns = √(Σ (σ - σ̄)² / Σ σ²)        (1)
 
-    σ̄ is the mean of all r. The error is in [0, 1): 0 where all singular values are equal, √(1 - 1/r) at rank 1,
-    and 0 for zero. In float32 it is accurate from 1e-6 on.
+    σ̄ is the mean of all r. The error is in [0, 1): 0 where all singular values are equal, √(1 - 1/r) at rank
+    1, and 0 for zero. In float32 it is accurate from 1e-6 on.
 
     References:
       The nearest Q is the polar factor: Fan & Hoffman 1955, "Some metric inequalities in the space of

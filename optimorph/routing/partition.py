@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import optax
 
+from optimorph.core.checks import LeafError
 from optimorph.core.tree import map_present
 from optimorph.core.types import Rules
 from optimorph.routing.rules import UNSAID, labels, lookup
