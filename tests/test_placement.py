@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimorph.linalg.placement import Leaf, place
 
+from optimorph._distributed.placement import Leaf, place
 from optimorph.linalg import Axes, NewtonSchulz
 
 F32 = np.dtype(np.float32)
