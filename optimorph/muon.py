@@ -15,7 +15,7 @@ from optimorph.descend import descend
 from optimorph.optimizers import adamw
 from optimorph.routing.partition import partition
 from optimorph.routing.reading import leaf_axes
-from optimorph.routing.rules import lookup, unused
+from optimorph.routing.rules import lookup, lookup_if_given, unused
 from optimorph.storage.choice import linear, named
 from optimorph.storage.moments import FIRST, SECOND
 from optimorph.storage.small import small
@@ -90,7 +90,7 @@ def muon(
     if isinstance(rules, Mapping):
         state = lookup(rules)  # of which some are for matrices, some for others
     spec = leaf_axes("muon", axes)
-    whole = by_whole_shape("muon", None if shardings is None else lookup(shardings), spec)
+    whole = by_whole_shape("muon", lookup_if_given(shardings), spec)
     average = ema(momentum, nesterov=nesterov, dtype=mu_dtype)
     matrices = chain(
         small("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),

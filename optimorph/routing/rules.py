@@ -49,6 +49,11 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
     return lambda path, shape: known.get(path, UNSAID)
 
 
+def lookup_if_given(rules: Rules | None) -> Callable[[str, Shape], Any] | None:
+    """`lookup`; None for no rules."""
+    return None if rules is None else lookup(rules)
+
+
 def by_pattern(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:
     """Whether the rules go by the patterns of paths, rather than being a function or a tree."""
     if not isinstance(rules, Mapping) or not all(isinstance(key, str | re.Pattern) for key in rules):

@@ -13,7 +13,7 @@ from optimorph.core.tree import gradients, leaf_paths
 from optimorph.core.types import AxesRules, DTypeLike, Rules
 from optimorph.linalg import Exact, NewtonSchulz
 from optimorph.routing.reading import leaf_axes
-from optimorph.routing.rules import labels, lookup
+from optimorph.routing.rules import labels, lookup_if_given
 
 _COMM_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
 
@@ -61,7 +61,7 @@ def orthogonalize(
             f"{who}: comm_dtype must be one of {[*map(str, _COMM_DTYPES)]}, but is {comm}. Type "
             "comm_dtype='bfloat16': a narrower exponent would lose small gradients."
         )
-    match = None if shardings is None else lookup(shardings)
+    match = lookup_if_given(shardings)
     read = by_whole_shape(who, match, leaf_axes(who, axes))
 
     def init(params):

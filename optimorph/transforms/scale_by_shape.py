@@ -11,7 +11,7 @@ from optimorph.core.dtypes import cast_like, wide
 from optimorph.core.tree import gradients, map_paths
 from optimorph.core.types import AxesRules, Rules
 from optimorph.routing.reading import leaf_axes
-from optimorph.routing.rules import labels, lookup
+from optimorph.routing.rules import labels, lookup_if_given
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "rms_to_rms": lambda inputs, outputs: math.sqrt(outputs / inputs),  # (1)
@@ -48,7 +48,7 @@ def scale_by_shape(
             f"{who}: no scale is called {scale!r}. Type one of {', '.join(map(repr, SCALES))}, or None."
         )
 
-    match = None if shardings is None else lookup(shardings)
+    match = lookup_if_given(shardings)
     read, shard_spec = by_whole_shape(who, match, leaf_axes(who, axes)), local_shard_spec(who, match)
 
     def init(params):
