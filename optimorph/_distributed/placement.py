@@ -126,7 +126,7 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A plan; `print` shows it.
+    """A plan.
 
     Args:
       mesh: the names and sizes of the mesh axes.
@@ -143,22 +143,6 @@ class Placement:
     least_flops: float
     sent: float
     least_sent: float
-
-    def __str__(self) -> str:
-        """A line for every group of matrices, and the totals."""
-        mesh = dict(self.mesh)
-        lines = ["mesh " + (" x ".join(f"{name} {size}" for name, size in self.mesh) or "of one device")]
-        for exchange in self.exchanges:
-            roles = ("batch", "all_to_all", "all_gather", "replica")
-            used = [f"{role} {', '.join(n)}" for role in roles if (n := getattr(exchange, f"{role}_axes"))]
-            lines.append(f"{'; '.join(used) or 'all on each device'}; {len(exchange.rounds)} round(s)")
-            for group in exchange.groups:
-                owners = devices(mesh, exchange.replica_axes) * devices(mesh, exchange.all_to_all_axes)
-                whole = " x ".join(map(str, group.whole(mesh)))
-                lines.append(f"  {group.matrices} matrices {whole} over {owners} owners, {group.slots} each")
-        lines.append(f"flops of a device {self.flops:.4g}, at least {self.least_flops:.4g}")
-        lines.append(f"bytes that a device sends {self.sent:.4g}, at least {self.least_sent:.4g}")
-        return "\n".join(lines)
 
 
 def place(

@@ -80,7 +80,7 @@ class Codec(abc.ABC):
     def _key(self, key: jax.Array | None) -> jax.Array:
         if key is None:
             raise ValueError(
-                f"{type(self).__name__}: encode rounds stochastically and needs a key. "
+                f"{type(self).__name__}: encode was called without a key, but rounds stochastically. "
                 "Type encode(x, jax.random.key(0)), and another key at every step."
             )
         check_key(type(self).__name__, key)

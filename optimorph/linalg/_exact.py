@@ -4,11 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact
 
-from optimorph.linalg._newton_schulz import normalize
-
-Stack = Inexact[Array, "*batch n m"]
+from optimorph.linalg._newton_schulz import Stack, normalize
 
 
 @dataclasses.dataclass(frozen=True)

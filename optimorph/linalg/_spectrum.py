@@ -12,14 +12,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float
 
 from optimorph.core.checks import is_integer
 from optimorph.core.dtypes import wide_dtype
-from optimorph.linalg._newton_schulz import rescale, safe_denominator
+from optimorph.linalg._newton_schulz import Stack, rescale, safe_denominator
 from optimorph.linalg._symmetric import product
 
-Stack = Inexact[Array, "*batch n m"]
 Numbers = Float[Array, "*batch"]
 
 METHODS = ("gram", "svd")

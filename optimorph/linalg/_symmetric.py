@@ -64,15 +64,11 @@ def apply(s: Symmetric, x: jax.Array, precision: str) -> jax.Array:
 
 def combine(dtype: jnp.dtype, *terms: tuple[float, Symmetric]) -> Symmetric:
     """The linear combination of (factor, matrix) pairs, rounded to a dtype once."""
-    factors, matrices = zip(*terms, strict=True)
-
-    def total(*blocks: jax.Array) -> jax.Array:
-        wide = wide_dtype(blocks[0].dtype)
-        return functools.reduce(
-            operator.add, (f * x.astype(wide) for f, x in zip(factors, blocks, strict=True))
-        )
-
-    return tuple(total(*blocks).astype(dtype) for blocks in zip(*matrices, strict=True))
+    wide = wide_dtype(terms[0][1][0].dtype)
+    total, *rest = [[factor * block.astype(wide) for block in matrix] for factor, matrix in terms]
+    for blocks in rest:
+        total = list(map(operator.add, total, blocks))
+    return tuple([block.astype(dtype) for block in total])
 
 
 def identity(s: Symmetric) -> Symmetric:
