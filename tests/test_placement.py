@@ -166,7 +166,7 @@ def test_every_matrix_has_one_place(problem, at_once, equivariant):
     for exchange in plan.exchanges:
         owners = math.prod(mesh[name] for name in (*exchange.all_to_all_axes, *exchange.replica_axes))
         seen = {k: [] for k in range(len(exchange.groups))}
-        for k, first, last in itertools.chain.from_iterable(r.slots for r in exchange.rounds):
+        for k, first, last in itertools.chain.from_iterable(exchange.rounds):
             seen[k] += range(first, last)
         for k, group in enumerate(exchange.groups):
             assert seen[k] == list(range(group.slots))

@@ -57,19 +57,13 @@ class Executor:
         packed = [_packed(group, replicas * owners * group.slots, shards) for group in exchange.groups]
         results: dict[LeafShard, list[jax.Array]] = {s: [] for group in exchange.groups for s in group.shards}
         in_flight: list[list[jax.Array]] = []
-        for exchange_round in exchange.rounds:
-            spans = [
-                (replicas * owners * first, replicas * owners * last)
-                for _, first, last in exchange_round.slots
-            ]
-            groups = [exchange.groups[g] for g, _, _ in exchange_round.slots]
-            pieces = [
-                _own(
-                    packed[g][i:j].reshape(replicas, owners, last - first, *group.local_shape),
-                    exchange.replica_axes,
-                )
-                for (g, first, last), (i, j), group in zip(exchange_round.slots, spans, groups, strict=True)
-            ]
+        for slots in exchange.rounds:
+            spans = [(replicas * owners * first, replicas * owners * last) for _, first, last in slots]
+            groups = [exchange.groups[g] for g, _, _ in slots]
+            pieces = []
+            for (g, first, last), (i, j), group in zip(slots, spans, groups, strict=True):
+                x = packed[g][i:j].reshape(replicas, owners, last - first, *group.local_shape)
+                pieces.append(_own(x, exchange.replica_axes))
             if len(in_flight) == PREFETCH:
                 pieces, _ = jax.lax.optimization_barrier((pieces, in_flight.pop(0)))
             in_flight.append(self._computed(sizes, exchange, groups, pieces))

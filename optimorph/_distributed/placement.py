@@ -31,6 +31,9 @@ from optimorph.linalg import Axes
 Cost = Callable[[int, int], float]
 """The cost of a matrix n x m."""
 
+Round = tuple[tuple[int, int, int], ...]
+"""What is exchanged and computed together: (group, first, last) for the slots [first, last) of a group."""
+
 
 class Leaf(NamedTuple):
     """An array over a mesh: its global shape, how it reads as matrices, its sharding and its dtype."""
@@ -96,13 +99,6 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class Round:
-    """What is exchanged and computed together: (group, first, last) for slots [first, last) of a group."""
-
-    slots: tuple[tuple[int, int, int], ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Exchange:
     """Leaves of one dtype for which the mesh axes have the same roles.
 
@@ -111,7 +107,7 @@ class Exchange:
       dtype: that of the leaves.
       comm_dtype: that of the data in collectives.
       groups: the matrices.
-      rounds: in which order they are exchanged.
+      rounds: their slots, in the order in which they are exchanged.
     """
 
     batch_axes: Names
@@ -162,8 +158,8 @@ def place(
       cost: flops of one matrix.
       equivariant: whether rows and columns may be permuted, and matrices transposed and padded with zeros, as
         for polar factors; else owners receive the matrices unchanged.
-      comm_dtype: the dtype of the data in collectives, if narrower than the leaf's. bytes_at_once: the most
-      bytes of whole matrices that a device holds in one round; one matrix may exceed it.
+      comm_dtype: the dtype of the data in collectives, if narrower than the leaf's.
+      bytes_at_once: the most bytes of whole matrices that a device holds in one round; one may exceed it.
     """
     alike: dict[Any, list[Group]] = {}
     for group, batch_axes, dtype in _groups(mesh, leaves, equivariant):
@@ -171,29 +167,22 @@ def place(
     placed: dict[Exchange, list[Group]] = {}
     least_flops = least_sent = 0.0
     for (batch_axes, axes, dtype), groups in alike.items():
-        owners, sent_dtype = [name for name in mesh if name not in batch_axes], _sent_dtype(dtype, comm_dtype)
-        least_flops += sum(group.matrices * group.cost(mesh, cost) for group in groups) / devices(
-            mesh, owners
-        )
-        least_sent += sent_dtype.itemsize * sum(_least_sent(mesh, axes, owners, group) for group in groups)
+        owners = [name for name in mesh if name not in batch_axes]
+        sent_dtype = _sent_dtype(dtype, comm_dtype)
+        for group in groups:
+            least_flops += group.matrices * group.cost(mesh, cost) / devices(mesh, owners)
+            least_sent += sent_dtype.itemsize * _least_sent(mesh, axes, owners, group)
         for group in _merged(mesh, owners, groups, cost) if equivariant else groups:
             all_to_all, all_gather, replica, slots = _roles(mesh, axes, owners, group)
             exchange = Exchange(batch_axes, all_to_all, all_gather, replica, dtype, sent_dtype)
             placed.setdefault(exchange, []).append(dataclasses.replace(group, slots=slots))
-    exchanges = tuple(
-        _in_rounds(mesh, exchange, groups, bytes_at_once) for exchange, groups in placed.items()
-    )
-    pairs = [(exchange, group) for exchange in exchanges for group in exchange.groups]
-    return Placement(
-        tuple(mesh.items()),
-        exchanges,
-        flops=float(sum(group.slots * group.cost(mesh, cost) for _, group in pairs)),
-        least_flops=float(least_flops),
-        sent=float(
-            sum(exchange.comm_dtype.itemsize * _sent(mesh, exchange, group) for exchange, group in pairs)
-        ),
-        least_sent=float(least_sent),
-    )
+    flops = sent = 0.0
+    for exchange, groups in placed.items():
+        for group in groups:
+            flops += group.slots * group.cost(mesh, cost)
+            sent += exchange.comm_dtype.itemsize * _sent(mesh, exchange, group)
+    exchanges = (_in_rounds(mesh, exchange, groups, bytes_at_once) for exchange, groups in placed.items())
+    return Placement(tuple(mesh.items()), tuple(exchanges), flops, least_flops, sent, least_sent)
 
 
 def _groups(
@@ -316,9 +305,7 @@ def _in_rounds(
             rounds[-1].append((index, first, first + count))
             room -= count * size
             first += count
-    return dataclasses.replace(
-        exchange, groups=tuple(groups), rounds=tuple(Round(tuple(slots)) for slots in rounds)
-    )
+    return dataclasses.replace(exchange, groups=tuple(groups), rounds=tuple(map(tuple, rounds)))
 
 
 def _slots(mesh: Mapping[str, int], owners: Iterable[str], matrices: int) -> int:
