@@ -1,4 +1,7 @@
-"""The execution of a plan on one device of a mesh: local shards out, whole matrices in, and back."""
+"""The execution of a plan on one device of a mesh: local shards out, whole matrices in, and back.
+
+A piece is the local shard of a matrix.
+"""
 
 import dataclasses
 import itertools

@@ -1,14 +1,14 @@
 """The plan of an exchange: which device computes which matrices whole, from shapes alone.
 
 Every matrix is computed whole by one owner. The mesh axes of a leaf have four roles. Batch axes shard the
-leaf's batch: its matrices are local already. The other axes that shard the leaf divide the matrices: over
-all_to_all axes the owners receive their matrices' pieces and send the results back, over all_gather axes
-every device receives all pieces; as many are all_to_all axes as give every owner its share. Replica axes are
-those over which the leaf is replicated: replicas split the work and all_gather the results, or, where that
-would save nothing, repeat it.
+leaf's batch: its matrices are local already. The other axes that shard the leaf divide the matrices. Over
+all_to_all axes owners receive their local shards and send the results back; over all_gather axes every device
+receives all of them. Over replica axes the leaf is replicated: replicas split the matrices and all_gather the
+results. Where splitting saves nothing, replicas repeat the work. Roles are chosen for the fewest slots (1),
+then for the fewest bytes (2).
 
     matrices  M = those of one shape on a device's share of the batch axes
-    slots     k = ⌈M / (|all_to_all| |replica|)⌉ for each owner, of which the last may stay empty      (1)
+    slots     k = ⌈M / (|all_to_all| |replica|)⌉ for each owner; the last ones may stay empty            (1)
     sent      k (|all_to_all| |all_gather| - 1) local shards in, k (|all_to_all| - 1) back,
               k |all_to_all| (|replica| - 1) to the replicas                                           (2)
 
@@ -46,15 +46,15 @@ class Leaf(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LeafShard:
-    """How a leaf's local shard becomes pieces of matrices, `(matrices, *local_shape)`, and back.
+    """A leaf's local shard as local shards of matrices, `(matrices, *local_shape)`.
 
     Args:
       leaf: the leaf's index.
       view: the local shard's shape with blocks as axes of their own.
       order: the permutation of the view's axes that puts those that count matrices first.
       matrices: their number; blocks that a shard boundary cuts count as one matrix.
-      local_shape: the shape of the device's piece of each matrix.
-      transposed: whether pieces are transposed, so that no matrix is taller than wide.
+      local_shape: the shape of the local shard of a matrix.
+      transposed: whether matrices are transposed, so that none is taller than wide.
     """
 
     leaf: int
@@ -70,7 +70,7 @@ class Group:
     """Matrices of one shape, sharded in the same way.
 
     Args:
-      local_shape: the shape of a device's piece of a matrix.
+      local_shape: the shape of the local shard of a matrix.
       mesh_axes: the mesh axes that shard each axis of a matrix.
       form: how whole matrices `(matrices, *axes)` read as such.
       shards: the leaves that they come from.

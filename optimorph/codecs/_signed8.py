@@ -20,9 +20,9 @@ VALUES = {"softsign": lambda c: c / (254 - jnp.abs(c)), "linear": _linear}
 
 
 def _softsign(q: jax.Array) -> jax.Array:
-    """The code nearest to z = q / 4 in [0, 1], before rounding.
+    """The code of q = 4 |x| / s, before rounding.
 
-        c = round(254 - (w + √(w² + 1)) / 2),  w = 254 / (1 + z)        (1)
+        254 - (w + √(w² + 1)) / 2,  w = 254 / (1 + q / 4)        (1)
 
     In float32 √(w² + 1) is w + 1 / 2w.
     """
@@ -43,7 +43,7 @@ class Signed8(BlockCodec):
     s is the largest |x| of the block; scales in bfloat16 are at most 1/128 larger. Codes of (1) are four
     times denser around 0 than around s: numbers below s / 506 become 0, with (2) those below s / 254. Numbers
     are rounded to the nearest value. A second round trip changes nothing; with (2) and scales in bfloat16, a
-    third.
+    third changes nothing.
 
     A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own
     block NaN.

@@ -49,7 +49,7 @@ class Split8(_SplitCodec):
     however small, are then not lost.
 
     Below 1.2e-38, where the steps of float32 no longer shrink, the error is at most 129 of them. Finite
-    numbers stay finite: those above 3.396e38 are decoded as the largest bfloat16 number.
+    numbers stay finite: those above 3.396e38 are decoded as 3.396e38.
 
     Args:
       stochastic: whether to round c stochastically, which needs a key.

@@ -54,8 +54,7 @@ class Coefficients:
         object.__setattr__(self, "rows", tuple(checked_row(row) for row in self.rows))
         if not self.rows:
             raise ValueError("Coefficients: the table has no rows. Type at least one: ((a, b, c),).")
-        wrong = None if self.dtype == EXACT else fault(self.rows, self.dtype)
-        if wrong is not None:
+        if self.dtype != EXACT and (wrong := fault(self.rows, self.dtype)):
             raise ValueError(f"Coefficients: {wrong}")
 
     def take(self, steps: int) -> "Coefficients":
@@ -78,9 +77,8 @@ class Coefficients:
     @property
     def band(self) -> tuple[float, float]:
         """The smallest and the largest value after all steps, for σ in [lower, 1]."""
-        values = self(
-            np.concatenate([np.geomspace(self.lower, 1, 20_001), np.linspace(self.lower, 1, 20_001)])
-        )
+        sigma = np.concatenate([space(self.lower, 1, 20_001) for space in (np.geomspace, np.linspace)])
+        values = self(sigma)
         return float(values.min()), float(values.max())
 
     def restarts(self, limit: float = MAX_CONDITION) -> tuple[int, ...]:
@@ -121,13 +119,13 @@ def fault(rows: Table, dtype: str) -> str | None:
         where, low = _lowest(row, top)
         if low <= 0:
             return (
-                f"step {step}, {row}, turns signs: from σ = {where:.6g}, within reach in {dtype}, it makes "
+                f"step {step}, {row}, flips signs: from σ = {where:.6g}, within reach in {dtype}, it makes "
                 f"{where * low:.3g}. Every step needs a + b σ² + c σ⁴ > 0."
             )
         where, high = highest(row, top)
         if high > _MAX_VALUE:
             return (
-                f"step {step}, {row}, runs away: from σ = {where:.6g}, within reach in {dtype}, it makes "
+                f"step {step}, {row}, diverges: from σ = {where:.6g}, within reach in {dtype}, it makes "
                 f"{high:.3g}. Singular values should tend to 1."
             )
         top = high * (1 + MARGINS[dtype])
@@ -174,15 +172,10 @@ def highest(row: Row, top: float) -> tuple[float, float]:
     return max(((s, value(row, s)) for s in (*critical_points(row), top) if s <= top), key=lambda x: x[1])
 
 
-def _spread() -> np.ndarray:
-    """Singular values from 0 to 1, dense where the first step is steep."""
-    return np.concatenate([[0.0], np.geomspace(1e-6, 1e-2, 500), np.linspace(1e-2, 1, 4000)])
-
-
 @functools.lru_cache
 def _condition(rows: Table, first: int, last: int) -> float:
     """max / min, over σ in [0, 1], of the factor by which the steps from `first` to `last` multiply σ."""
-    sigma = _spread()
+    sigma = np.concatenate([[0.0], np.geomspace(1e-6, 1e-2, 500), np.linspace(1e-2, 1, 4000)])
     for row in rows[:first]:
         sigma = sigma * _quotient(row, sigma)
     factor = np.ones_like(sigma)

@@ -53,8 +53,8 @@ class NewtonSchulz:
 
         Q ← Q (a + Z),  R ← (a + Z) R (a + Z),  Z = b R + c R²;  at the end  X ← Q X      (3)
 
-    and restarts from X before rounding matters. R is always of the smaller side. The result does not depend
-    on scale: polar(cG) = polar(G) for c > 0, however large or small; the polar factor of zero is zero.
+    and restarts from X before rounding matters. R has the size of the smaller side. The result does not
+    depend on scale: polar(cG) = polar(G) for c > 0, however large or small; the polar factor of zero is zero.
 
     Shapes:
       `(*batch, n, m)` in, the same out; each matrix independently.

@@ -24,7 +24,7 @@ Numbers = Float[Array, "*batch"]
 METHODS = ("gram", "svd")
 
 SQUARINGS = 10
-"""Of the Gram matrix, to its 1024th power: the largest of 1000 singular values is then found to 0.34 %."""
+"""Squarings of the Gram matrix, to its 1024th power: accurate to 0.34 % for 1000 singular values."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape"])
