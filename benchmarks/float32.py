@@ -1,22 +1,31 @@
 """A codec that stores float32 unchanged: what slabs cost without encoding, and what they must not change."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
-from optimorph.codecs import Codec, Encoded
+from optimorph import codecs
 
 
-@dataclasses.dataclass(frozen=True)
-class Float32(Codec):
-    """Four bytes: float32 bit by bit."""
+@functools.cache
+def float32_class(codecs):
+    """The codec's class, for one copy of the package."""
 
-    def zeros(self, shape):
-        """The encoding of zeros."""
-        return Encoded(jnp.zeros(shape, jnp.float32), None)
+    @dataclasses.dataclass(frozen=True)
+    class Float32(codecs.Codec):
+        """Four bytes: float32 bit by bit."""
 
-    def _encode(self, x, key, place):
-        return Encoded(x, None)
+        def zeros(self, shape):
+            return codecs.Encoded(jnp.zeros(shape, jnp.float32), None)
 
-    def _decode(self, encoded):
-        return encoded.codes
+        def _encode(self, x, key, place):
+            return codecs.Encoded(x, None)
+
+        def _decode(self, encoded):
+            return encoded.codes
+
+    return Float32
+
+
+Float32 = float32_class(codecs)
