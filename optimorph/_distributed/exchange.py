@@ -3,7 +3,6 @@
 A piece is the local shard of a matrix.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -24,68 +23,68 @@ PREFETCH = 2
 """Rounds in flight: one is computed while the next is sent, and memory is bounded by both."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Executor:
-    """Runs a plan on the devices of its mesh, whose axes must be manual.
+def execute(
+    plan: Placement,
+    f: Callable[[jax.Array], jax.Array],
+    shards: Sequence[jax.Array],
+    *,
+    equivariant: bool,
+    to: str = "varying",
+) -> list[jax.Array]:
+    """This device's local shards of f of every matrix, where the mesh's axes are manual.
 
     f computes in the leaf's dtype; collectives may use a narrower one. With bfloat16 every number is rounded
     to 8 bits once on the way in and once on the way out: directions with singular values below 2⁻⁹ of the
     norm are lost, and the result is accurate to 2⁻⁹ of itself.
 
     Args:
+      plan: what `place` returned for the leaves.
       f: a function of stacks `(batch, n, m)` that treats each matrix independently.
+      shards: this device's local shards of the leaves.
       equivariant: that of the plan.
       to: "invarying" where types track what varies over the mesh, as in `jax.shard_map(check_vma=True)`.
     """
+    results, sizes = list(shards), dict(plan.mesh)
+    for exchange in plan.exchanges:
 
-    f: Callable[[jax.Array], jax.Array]
-    equivariant: bool = True
-    to: str = "varying"
+        def compute(groups, pieces, exchange=exchange):
+            """f of matrices: this replica's pieces `(owners, slots, *local_shape)` in, all replicas' out."""
+            received = _all_to_all(exchange, pieces)
+            received = _all_gather(exchange, exchange.all_gather_axes, received, "varying")
+            wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, received, strict=True)]
+            matrices = map_matrices(f, [group.form for group in groups], wholes, transpose=equivariant)
+            back = [_pieces(sizes, exchange, group, y) for group, y in zip(groups, matrices, strict=True)]
+            return _all_gather(exchange, exchange.replica_axes, _all_to_all(exchange, back), to)
 
-    def __call__(self, plan: Placement, shards: Sequence[jax.Array]) -> list[jax.Array]:
-        """This device's local shards of f of every matrix, from its local shards of every leaf."""
-        results, sizes = list(shards), dict(plan.mesh)
-        for exchange in plan.exchanges:
-            for shard, pieces in self._run(sizes, exchange, shards):
-                x = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
-                results[shard.leaf] = _to_shard(x, shard).reshape(shards[shard.leaf].shape)
-        return results
+        for shard, pieces in _in_rounds(sizes, exchange, shards, compute):
+            x = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
+            results[shard.leaf] = _to_shard(x, shard).reshape(shards[shard.leaf].shape)
+    return results
 
-    def _run(
-        self, sizes: Sizes, exchange: Exchange, shards: Sequence[jax.Array]
-    ) -> Iterable[tuple[LeafShard, list[jax.Array]]]:
-        """For each leaf the pieces of f of its matrices, from each round that computed some."""
-        replicas = devices(sizes, exchange.replica_axes)
-        owners = devices(sizes, exchange.all_to_all_axes)
-        packed = [_packed(group, replicas * owners * group.slots, shards) for group in exchange.groups]
-        results: dict[LeafShard, list[jax.Array]] = {s: [] for group in exchange.groups for s in group.shards}
-        in_flight: list[list[jax.Array]] = []
-        for slots in exchange.rounds:
-            spans = [(replicas * owners * first, replicas * owners * last) for _, first, last in slots]
-            groups = [exchange.groups[g] for g, _, _ in slots]
-            pieces = []
-            for (g, first, last), (i, j), group in zip(slots, spans, groups, strict=True):
-                x = packed[g][i:j].reshape(replicas, owners, last - first, *group.local_shape)
-                pieces.append(_own(x, exchange.replica_axes))
-            if len(in_flight) == PREFETCH:
-                pieces, _ = jax.lax.optimization_barrier((pieces, in_flight.pop(0)))
-            in_flight.append(self._computed(sizes, exchange, groups, pieces))
-            for group, span, result in zip(groups, spans, in_flight[-1], strict=True):
-                for shard, part in _unpacked(group, span, result):
-                    results[shard].append(part)
-        return results.items()
 
-    def _computed(
-        self, sizes: Sizes, exchange: Exchange, groups: Sequence[Group], pieces: Sequence[jax.Array]
-    ) -> list[jax.Array]:
-        """f of matrices: this replica's pieces `(owners, slots, *local_shape)` in, all replicas' out."""
-        received = _all_to_all(exchange, pieces)
-        received = _all_gather(exchange, exchange.all_gather_axes, received, "varying")
-        wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, received, strict=True)]
-        forms = [group.form for group in groups]
-        results = map_matrices(self.f, forms, wholes, transpose=self.equivariant)
-        back = [_pieces(sizes, exchange, group, y) for group, y in zip(groups, results, strict=True)]
-        return _all_gather(exchange, exchange.replica_axes, _all_to_all(exchange, back), self.to)
+def _in_rounds(
+    sizes: Sizes, exchange: Exchange, shards: Sequence[jax.Array], compute: Callable[..., list[jax.Array]]
+) -> Iterable[tuple[LeafShard, list[jax.Array]]]:
+    """For each leaf the pieces of its results, from each round that computed some."""
+    replicas = devices(sizes, exchange.replica_axes)
+    owners = devices(sizes, exchange.all_to_all_axes)
+    packed = [_packed(group, replicas * owners * group.slots, shards) for group in exchange.groups]
+    results: dict[LeafShard, list[jax.Array]] = {s: [] for group in exchange.groups for s in group.shards}
+    in_flight: list[list[jax.Array]] = []
+    for slots in exchange.rounds:
+        spans = [(replicas * owners * first, replicas * owners * last) for _, first, last in slots]
+        groups = [exchange.groups[g] for g, _, _ in slots]
+        pieces = []
+        for (g, first, last), (i, j), group in zip(slots, spans, groups, strict=True):
+            x = packed[g][i:j].reshape(replicas, owners, last - first, *group.local_shape)
+            pieces.append(_own(x, exchange.replica_axes))
+        if len(in_flight) == PREFETCH:
+            pieces, _ = jax.lax.optimization_barrier((pieces, in_flight.pop(0)))
+        in_flight.append(compute(groups, pieces))
+        for group, span, result in zip(groups, spans, in_flight[-1], strict=True):
+            for shard, part in _unpacked(group, span, result):
+                results[shard].append(part)
+    return results.items()
 
 
 def _all_to_all(exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:

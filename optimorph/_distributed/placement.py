@@ -180,7 +180,9 @@ def place(
     for exchange, groups in placed.items():
         for group in groups:
             flops += group.slots * group.cost(mesh, cost)
-            sent += exchange.comm_dtype.itemsize * _sent(mesh, exchange, group)
+            axes = exchange.all_to_all_axes, exchange.all_gather_axes, exchange.replica_axes
+            numbers = group.slots * math.prod(group.local_shape) * _shards_sent(mesh, *axes)
+            sent += exchange.comm_dtype.itemsize * numbers
     exchanges = (_in_rounds(mesh, exchange, groups, bytes_at_once) for exchange, groups in placed.items())
     return Placement(tuple(mesh.items()), tuple(exchanges), flops, least_flops, sent, least_sent)
 
@@ -316,12 +318,6 @@ def _shards_sent(mesh: Mapping[str, int], all_to_all: Names, all_gather: Names, 
     """The local shards that a device sends for each slot (2)."""
     a, g, r = (devices(mesh, names) for names in (all_to_all, all_gather, replica))
     return (a * g - 1) + (a - 1) + a * (r - 1)
-
-
-def _sent(mesh: Mapping[str, int], exchange: Exchange, group: Group) -> int:
-    """The numbers that a device sends for a group."""
-    shards = _shards_sent(mesh, exchange.all_to_all_axes, exchange.all_gather_axes, exchange.replica_axes)
-    return group.slots * math.prod(group.local_shape) * shards
 
 
 def _least_sent(mesh: Mapping[str, int], axes: Names, owners: Sequence[str], group: Group) -> float:

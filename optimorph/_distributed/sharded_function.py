@@ -18,7 +18,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from optimorph._distributed.exchange import Executor
+from optimorph._distributed.exchange import execute
 from optimorph._distributed.map_by_shape import map_matrices
 from optimorph._distributed.placement import Leaf, place
 from optimorph._distributed.shardings import (
@@ -96,7 +96,7 @@ class ShardedFunction:
             comm_dtype=self.comm_dtype,
             bytes_at_once=self.bytes_at_once,
         )
-        return Executor(self.f, self.equivariant, to)(plan, shards)
+        return execute(plan, self.f, shards, equivariant=self.equivariant, to=to)
 
     def _over(
         self, mesh: Mesh | AbstractMesh, shardings: Sequence[Sharding], arrays: Sequence[jax.Array]

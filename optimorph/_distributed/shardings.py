@@ -98,10 +98,8 @@ def shardings_of(
     shardings = [PartitionSpec() if sharding is None else sharding for sharding in shardings]
     meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
     mesh = jax.sharding.get_abstract_mesh() if manual or not meshes else next(iter(meshes))
-    faults = [
-        _fault(path, x.shape, sharding, mesh, manual)
-        for path, x, sharding in zip(paths, arrays, shardings, strict=True)
-    ]
+    leaves = zip(paths, arrays, shardings, strict=True)
+    faults = [_fault(path, x.shape, sharding, mesh, manual) for path, x, sharding in leaves]
     faults = [fault for fault in faults if fault is not None]
     if len(meshes) > 1:
         faults.append(f"shardings name {len(meshes)} meshes. Type one for all leaves.")
@@ -141,27 +139,19 @@ def _fault(path: str, shape: Shape, sharding: Any, mesh: Any, manual: dict[str, 
     if sharding is ...:
         return _unmatched(path)
     if not isinstance(sharding, NamedSharding | PartitionSpec):
-        return (
-            f"the sharding of {path!r} is {sharding!r}. Type a jax.sharding.PartitionSpec or NamedSharding."
-        )
+        return f"{path!r} has sharding {sharding!r}. Type a jax.sharding.PartitionSpec or NamedSharding."
     spec = partition_spec(sharding)
     if not mesh.shape:
-        return (
-            f"the sharding of {path!r} is {spec}, without a mesh. Type a NamedSharding, or use jax.set_mesh."
-        )
+        return f"{path!r} has sharding {spec} without a mesh. Type a NamedSharding, or use jax.set_mesh."
     if len(tuple(spec)) > len(shape):
         return f"{path!r} has shape {shape}, but its sharding {spec} has {len(tuple(spec))} axes."
-    names = [name for entry in spec for name in _names(entry)]
-    if unknown := [name for name in names if name not in mesh.shape]:
-        return (
-            f"the sharding of {path!r} is {spec}, but the mesh has no {unknown[0]!r}, only {[*mesh.shape]}."
-        )
-    for size, sharding_axes in zip(shape, spec_of(spec, len(shape), mesh.shape), strict=True):
-        count = devices(mesh.shape, sharding_axes)
+    unknown = [name for entry in spec for name in _names(entry) if name not in mesh.shape]
+    if unknown:
+        return f"{path!r} has sharding {spec}, but the mesh has no {unknown[0]!r}, only {[*mesh.shape]}."
+    for size, names in zip(shape, spec_of(spec, len(shape), mesh.shape), strict=True):
+        count = devices(mesh.shape, names)
         if not manual and size % count:
-            return (
-                f"{path!r} has shape {shape}, and {spec} divides {size} by {count}, which leaves a remainder."
-            )
+            return f"{path!r} has shape {shape}, but {spec} divides {size} by {count}, with a remainder."
     return None
 
 

@@ -56,7 +56,7 @@ def test_sizes_that_do_not_divide():
 
 
 def test_no_mesh():
-    with pytest.raises(ValueError, match=r"sharding of 'w' is .* without a mesh.*NamedSharding.*set_mesh"):
+    with pytest.raises(ValueError, match=r"'w' has sharding .* without a mesh.*NamedSharding.*set_mesh"):
         update({"w": P("data", None)})
 
 
