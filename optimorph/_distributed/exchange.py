@@ -3,6 +3,7 @@
 A piece is the local shard of a matrix.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -16,6 +17,8 @@ from optimorph._distributed.shardings import Names, devices
 from optimorph.core.types import Shape
 from optimorph.linalg._axes import inverse
 
+Function = Callable[[jax.Array], jax.Array]
+
 Sizes = Mapping[str, int]
 """The sizes of the mesh axes."""
 
@@ -24,12 +27,7 @@ PREFETCH = 2
 
 
 def execute(
-    plan: Placement,
-    f: Callable[[jax.Array], jax.Array],
-    shards: Sequence[jax.Array],
-    *,
-    equivariant: bool,
-    to: str = "varying",
+    plan: Placement, f: Function, shards: Sequence[jax.Array], *, equivariant: bool, to: str = "varying"
 ) -> list[jax.Array]:
     """This device's local shards of f of every matrix, where the mesh's axes are manual.
 
@@ -46,20 +44,29 @@ def execute(
     """
     results, sizes = list(shards), dict(plan.mesh)
     for exchange in plan.exchanges:
-
-        def compute(groups, pieces, exchange=exchange):
-            """f of matrices: this replica's pieces `(owners, slots, *local_shape)` in, all replicas' out."""
-            received = _all_to_all(exchange, pieces)
-            received = _all_gather(exchange, exchange.all_gather_axes, received, "varying")
-            wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, received, strict=True)]
-            matrices = map_matrices(f, [group.form for group in groups], wholes, transpose=equivariant)
-            back = [_pieces(sizes, exchange, group, y) for group, y in zip(groups, matrices, strict=True)]
-            return _all_gather(exchange, exchange.replica_axes, _all_to_all(exchange, back), to)
-
+        compute = functools.partial(_compute, sizes, exchange, f, equivariant, to)
         for shard, pieces in _in_rounds(sizes, exchange, shards, compute):
             x = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces)
             results[shard.leaf] = _to_shard(x, shard).reshape(shards[shard.leaf].shape)
     return results
+
+
+def _compute(
+    sizes: Sizes,
+    exchange: Exchange,
+    f: Function,
+    equivariant: bool,
+    to: str,
+    groups: Sequence[Group],
+    pieces: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """f of matrices: this replica's pieces `(owners, slots, *local_shape)` in, all replicas' out."""
+    received = _all_to_all(exchange, pieces)
+    received = _all_gather(exchange, exchange.all_gather_axes, received, "varying")
+    wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, received, strict=True)]
+    results = map_matrices(f, [group.form for group in groups], wholes, transpose=equivariant)
+    back = [_pieces(sizes, exchange, group, y) for group, y in zip(groups, results, strict=True)]
+    return _all_gather(exchange, exchange.replica_axes, _all_to_all(exchange, back), to)
 
 
 def _in_rounds(

@@ -75,9 +75,9 @@ def orthogonalize(
         forms = [read(path, np.shape(g)) for path, g in zip(paths, leaves, strict=True)]
         chosen = [k for k, form in enumerate(forms) if form is not None and np.size(leaves[k])]
         matrices = [jnp.asarray(leaves[k]) for k in chosen]
-        given = shardings_of(who, match, [paths[k] for k in chosen], matrices)
+        leaf_shardings = shardings_of(who, match, [paths[k] for k in chosen], matrices)
         sharded = ShardedFunction(polar, tuple(forms[k] for k in chosen), equivariant, comm, bytes_at_once)
-        factors = sharded(matrices, given) if matrices else []  # (1)
+        factors = sharded(matrices, leaf_shardings) if matrices else []  # (1)
         for k, factor in zip(chosen, factors, strict=True):
             leaves[k] = factor
         return jax.tree.unflatten(structure, leaves), state
