@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 from optimorph.linalg import Exact, NewtonSchulz
-from optimorph.linalg.newton_schulz import operations
+from optimorph.linalg._newton_schulz import operations
 
 ROUNDS = 5
 RESULTS = Path(__file__).parent / "results" / "polar.json"

@@ -32,8 +32,8 @@ from rich.progress import track
 from rich.table import Table
 
 import optimorph as om
+from optimorph._distributed.placement import Leaf, place
 from optimorph.linalg import Axes, NewtonSchulz
-from optimorph.linalg.placement import Leaf, place
 
 RESULTS = Path(__file__).parent / "results" / "sharding.json"
 DEVICES = 8
@@ -76,8 +76,8 @@ def shardings(layout, shapes, kind=AxisType.Auto, devices=None):
     }
 
 
-def ours(wire=None):
-    return om.muon(0.02, axes={"*": "io"}, wire_dtype=wire)
+def ours(comm_dtype=None):
+    return om.muon(0.02, axes={"*": "io"}, comm_dtype=comm_dtype)
 
 
 def theirs():
@@ -172,7 +172,7 @@ def simulated():
                 "worst_over_mean": plan.flops / plan.least_flops,
                 "sent": plan.sent,
                 "sent_over_least": plan.sent / plan.least_sent,
-                "goes": sum(len(exchange.buckets) for exchange in plan.exchanges),
+                "rounds": sum(len(exchange.rounds) for exchange in plan.exchanges),
                 "plan_seconds": time.perf_counter() - started,
             }
     return rows
@@ -227,7 +227,7 @@ def table(rows):
 
 def paper(rows):
     out = Table(title="planned, from shapes alone", box=box.SIMPLE_HEAD, title_justify="left")
-    for head in ("model", "matrices", "Tflop", "worst / mean", "GB sent", "over least", "in goes"):
+    for head in ("model", "matrices", "Tflop", "worst / mean", "GB sent", "over least", "rounds"):
         out.add_column(head, justify="left" if head == "model" else "right")
     for name, row in rows.items():
         out.add_row(
@@ -237,7 +237,7 @@ def paper(rows):
             f"{row['worst_over_mean']:.2f}",
             f"{row['sent'] / 1e9:.2f}",
             f"{row['sent_over_least']:.2f}",
-            f"{row['goes']}",
+            f"{row['rounds']}",
         )
     return out
 

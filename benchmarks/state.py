@@ -29,6 +29,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from float32 import Float32
 from optimizers import gpt
 from rich import box
 from rich.console import Console
@@ -39,7 +40,7 @@ from state_races import TASKS, draw, race, race_tables
 from state_step import step_tables, steps
 
 import optimorph as om
-from optimorph.codecs import Float32, Nonneg8, Signed8
+from optimorph.codecs import Nonneg8, Signed8
 from optimorph.core.rounding import noise, places
 from optimorph.storage.slabs import slab_shape
 

@@ -50,10 +50,9 @@ from optimorph.transforms.clip_by_global_norm import ClipState, clip_by_global_n
 from optimorph.transforms.combine import AddState, DivideState, MixState, add, divide, mix
 from optimorph.transforms.in_bfloat16 import BFloat16State, in_bfloat16
 from optimorph.transforms.in_float32 import in_float32
+from optimorph.transforms.matrices import orthogonalize, scale_by_shape
 from optimorph.transforms.multi_steps import MultiStepsState, multi_steps
-from optimorph.transforms.orthogonalize import orthogonalize
 from optimorph.transforms.pointwise import DampenState, DebiasState, dampen, debias, root, square
-from optimorph.transforms.scale_by_shape import scale_by_shape
 from optimorph.transforms.skip_nonfinite import SkipState, skip_nonfinite
 from optimorph.transforms.step import (
     DecayState,

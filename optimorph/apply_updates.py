@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.checks import check_key
 from optimorph.core.differences import MismatchError, map_present
 from optimorph.core.numbers import cast_like, kind, upcast
 from optimorph.core.paths import leaf_paths
-from optimorph.core.rounding import leaf_key, stochastic_bfloat16
+from optimorph.core.rounding import check_key, leaf_key, stochastic_bfloat16
 from optimorph.core.types import PyTree
 
 

@@ -13,7 +13,7 @@ from optimorph.core.checks import not_an_array
 from optimorph.core.numbers import is_array, upcast
 from optimorph.core.paths import leaf_paths
 from optimorph.core.types import PyTree
-from optimorph.linalg.unit import not_zero
+from optimorph.linalg._newton_schulz import safe_denominator
 
 
 class Extremes(NamedTuple):
@@ -97,7 +97,7 @@ def _extremes(loss: Callable[..., Any], params: PyTree, args: Any, key: jax.Arra
     start = optax.tree.random_like(key, params, jax.random.normal, kind)
     alpha, beta = _lanczos(hessian, start, steps)
     t = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
-    scale = not_zero(jnp.max(jnp.abs(t)))
+    scale = safe_denominator(jnp.max(jnp.abs(t)))
     values, vectors = jnp.linalg.eigh(t / scale)  # (2)
     values, errors = scale * values, beta[-1] * jnp.abs(vectors[-1])  # (3)
     return Extremes(values[-1], values[0], errors[-1], errors[0])
@@ -120,7 +120,7 @@ def _lanczos(hessian: Callable[[PyTree], PyTree], start: PyTree, steps: int) -> 
         alive, goes_on = _norm(v) > 0, b > eps * largest
         alpha = alpha.at[k].set(jnp.where(alive | (k == 0), a, alpha[0]))
         beta = beta.at[k].set(jnp.where(goes_on, b, 0))
-        v = jax.tree.map(lambda x: jnp.where(goes_on, x / not_zero(b), 0), w)
+        v = jax.tree.map(lambda x: jnp.where(goes_on, x / safe_denominator(b), 0), w)
         return basis, v, alpha, beta, largest
 
     basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), start)
@@ -147,7 +147,7 @@ def _inner(v: PyTree, w: PyTree) -> jax.Array:
 def _norm(v: PyTree) -> jax.Array:
     """‖v‖, whose squares neither overflow nor vanish."""
     largest = jax.tree.reduce(jnp.maximum, jax.tree.map(lambda x: jnp.max(jnp.abs(x), initial=0), v))
-    scaled = jax.tree.map(lambda x: x / not_zero(largest), v)
+    scaled = jax.tree.map(lambda x: x / safe_denominator(largest), v)
     return largest * jnp.sqrt(_inner(scaled, scaled))
 
 

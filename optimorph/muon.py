@@ -14,11 +14,11 @@ from optimorph.core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, Sca
 from optimorph.optimizers import adamw
 from optimorph.route_matrices import routed
 from optimorph.routing.rules import lookup, unused
-from optimorph.storage.codec_rules import linear, named
+from optimorph.storage.codec_rules import linear
+from optimorph.storage.encoding import named
 from optimorph.storage.state_argument import with_state_storage
 from optimorph.transforms.averages import ema
-from optimorph.transforms.orthogonalize import orthogonalize
-from optimorph.transforms.scale_by_shape import scale_by_shape
+from optimorph.transforms.matrices import orthogonalize, scale_by_shape
 from optimorph.transforms.step import decay_and_step
 
 
@@ -40,7 +40,7 @@ def muon(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
     shardings: Rules | None = None,
-    wire_dtype: DTypeLike | None = None,
+    comm_dtype: DTypeLike | None = None,
 ) -> Recipe:
     """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
 
@@ -62,7 +62,7 @@ def muon(
       shardings: how leaves lie over a mesh, which is found out where it is not said: a tree of
         `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
         `jax.shard_map` it must be said of what leaves are shards; `P()` is whole.
-      wire_dtype: of what devices send each other, as that of `orthogonalize`.
+      comm_dtype: the dtype of the data in collectives, as that of `orthogonalize`.
 
     Raises:
       ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
@@ -89,7 +89,7 @@ def muon(
     average = ema(momentum, nesterov=nesterov, dtype=mu_dtype)
     matrices = chain(
         with_state_storage("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        orthogonalize(orthogonalizer, wire_dtype=wire_dtype),
+        orthogonalize(orthogonalizer, comm_dtype=comm_dtype),
         scale_by_shape(scale),
         *decay_and_step("muon", learning_rate, weight_decay, mask, weight_decay_form),
     )

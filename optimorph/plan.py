@@ -18,14 +18,14 @@ from optimorph.core.checks import not_an_array
 from optimorph.core.numbers import is_array, kind
 from optimorph.core.paths import distinct_paths
 from optimorph.core.types import PyTree, Shape
-from optimorph.linalg.axes import Axes
+from optimorph.linalg import Axes
 from optimorph.muon import muon
 from optimorph.route_matrices import Routes
 from optimorph.routing.alike import apart_from_numbers, listed, starred
 from optimorph.routing.names import by_name
 from optimorph.routing.reading import Reading
 from optimorph.routing.rules import unused
-from optimorph.transforms.scale_by_shape import SCALES
+from optimorph.transforms.matrices import SCALES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,8 @@ def plan(params: PyTree, optimizer: optax.GradientTransformation | None = None, 
     paths, leaves = distinct_paths("plan", params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     if optimizer is None:
-        optimizer = muon(**{"learning_rate": 0.0} | arguments)
+        given: dict[str, Any] = {"learning_rate": 0.0} | arguments
+        optimizer = muon(**given)
     routes = getattr(optimizer, "routes", None)
     readings = [_reading(routes, path, leaf) for path, leaf in zip(paths, shapes, strict=True)]
     held = _state_bytes(optimizer, paths, shapes, readings)

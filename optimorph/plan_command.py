@@ -13,7 +13,7 @@ import numpy as np
 
 from optimorph.core.types import PyTree
 from optimorph.plan import plan
-from optimorph.transforms.scale_by_shape import SCALES
+from optimorph.transforms.matrices import SCALES
 
 
 class BadInput(Exception):

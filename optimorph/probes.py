@@ -20,13 +20,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
+from optimorph._distributed.map_by_shape import map_by_shape
+from optimorph._distributed.shardings import explicit_axes
 from optimorph.core.checks import check_params, is_integer
 from optimorph.core.numbers import increment, is_missing, is_trainable, upcast
 from optimorph.core.paths import by_path, distinct_paths
 from optimorph.core.roles import FIRST, Role
 from optimorph.core.types import AxesRules, PyTree
-from optimorph.linalg.buckets import together
-from optimorph.linalg.meshes import explicit_axes
 from optimorph.routing.reading import leaf_axes
 from optimorph.storage.moments import moments_of
 
@@ -237,10 +237,10 @@ def _of_matrices(
         arrays = [_whole(upcast(getattr(leaves[path], of))) for path in paths]
         stacks = [form(path, x.shape).matrices(x) for path, x in zip(paths, arrays, strict=True)]
         numbers = iter(
-            together(
+            map_by_shape(
                 functools.partial(_numbers, names=names, exact=exact),
                 [x for each in stacks for x in each],
-                turn=False,
+                transpose=False,
             )
         )
         for path, each in zip(paths, stacks, strict=True):

@@ -1,21 +1,22 @@
 """Matrices to one transformation, all other leaves to another."""
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
-from optimorph.core.differences import map_present
-from optimorph.core.paths import leaf_paths
-from optimorph.core.rule import Transform
+from optimorph._distributed.shardings import by_whole_shape
+from optimorph.core.differences import other_state
+from optimorph.core.numbers import cast_like, is_absent, is_trainable, upcast
+from optimorph.core.rule import Leaves, Transform, aligned, arrays
 from optimorph.core.types import AxesRules, Rules, Shape
-from optimorph.routing.layouts import of_whole
 from optimorph.routing.reading import Reading, axes_of, reader
-from optimorph.routing.rules import labels, unused
-from optimorph.transforms.in_float32 import in_float32
+from optimorph.routing.rules import labels, lookup_if_given, unused
 
 MATRIX, OTHER = "matrix", "other"
 
@@ -74,33 +75,46 @@ def routed(
     scale: str | None = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
-    read = reader(who, axes)
-    form = of_whole(who, shardings, axes_of(who, read))
-    transforms = {MATRIX: in_float32(matrices), OTHER: others}
+    read, match = reader(who, axes), lookup_if_given(shardings)
+    form = by_whole_shape(who, match, functools.cache(axes_of(who, read)))
+    transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 
-    def split(tree: Any) -> tuple[dict[str, Any], optax.GradientTransformationExtraArgs]:
-        forms = labels(form)(tree)
-        parts = jax.tree.map(lambda _, f: OTHER if f is None else MATRIX, tree, forms)
-        known = dict(zip(leaf_paths(tree), _leaves_of(tree, forms), strict=True))
-        return known, optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
+    def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:
+        parts = tree.unflatten([OTHER if f is None else MATRIX for f in forms])
+        return optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
 
     def init(params):
-        paths = leaf_paths(params)
+        leaves, tree = arrays(who, params)
+        paths = Leaves(tree, leaves, {}).paths
         for rule in unused(axes, paths) if axes is not None and paths else ():
             warnings.warn(f"{who}: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
-        return split(params)[1].init(params)
+        params = tree.unflatten(w if is_trainable(w) else None for w in leaves)
+        forms = tree.flatten_up_to(labels(form)(params))
+        return parted(tree, forms).init(params)
 
     def update(updates, state, params=None, **extra):
-        trees = (updates,) if params is None else (updates, params)
-        updates = map_present(who, lambda g, *_: g, *trees)
-        forms, tx = split(updates if params is None else params)  # a missing gradient has no shape
-        handed = {"matrix_axes": forms, "matrix_shardings": shardings}
-        return tx.update(updates, state, params, **extra, **handed)
+        gs, tree, ws = aligned(who, updates, params)
+        leaves = Leaves(tree, gs if params is None else ws, extra)  # a missing gradient has no shape
+        forms = [
+            form(path, np.shape(x)) if is_trainable(x) else None
+            for path, x in zip(leaves.paths, leaves.values, strict=True)
+        ]
+        wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
+        handed = {"matrix_axes": forms, "matrix_shardings": match}
+        own = None if params is None else leaves.tree
+        try:
+            tx = parted(tree, forms)
+            out, after = tx.update(tree.unflatten(wide), state, own, **extra, **handed)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            known = own is not None and jax.tree.structure(jax.eval_shape(init, own))
+            if not known or known == jax.tree.structure(state):
+                raise
+            raise other_state(who) from error
+        out = tree.flatten_up_to(out)
+        return tree.unflatten(
+            [u if is_absent(g) else cast_like(u, g) for u, g in zip(out, gs, strict=True)]
+        ), after
 
     tx = Transform(init, update)
     tx.routes = Routes(read, axes, names, scale)
     return tx
-
-
-def _leaves_of(tree: Any, forms: Any) -> list[Any]:
-    return jax.tree.structure(tree).flatten_up_to(forms)

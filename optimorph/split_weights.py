@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph.codecs import Encoded, Split8, Split16
-from optimorph.core.checks import check_key, not_an_array
+from optimorph.core.checks import not_an_array
 from optimorph.core.differences import MismatchError
 from optimorph.core.numbers import is_array, kind
 from optimorph.core.paths import by_path, leaf_paths
-from optimorph.core.rounding import leaf_key
+from optimorph.core.rounding import check_key, leaf_key
 from optimorph.core.types import PyTree
 
 CODECS = {jnp.dtype(jnp.int8): Split8(), jnp.dtype(jnp.int16): Split16()}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import papers
+from float32 import float32_class
 
 import optimorph
 
@@ -129,7 +130,9 @@ TRANSFORMS = [
     ),
     Entry(
         "compress_state",
-        lambda om: om.compress_state(om.adam(0.1, eps=1e-2), {"*": om.codecs.Float32()}, elementwise=True),
+        lambda om: om.compress_state(
+            om.adam(0.1, eps=1e-2), {"*": float32_class(om.codecs)()}, elementwise=True
+        ),
         lambda: papers.adam(0.1, 0.9, 0.999, 1e-2),
     ),
     Entry("compress_state-default", lambda om: om.compress_state(om.ema(0.9)), lambda: papers.ema(0.9)),

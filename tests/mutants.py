@@ -23,7 +23,7 @@ PATHS = {
 OPPOSITES = {ast.Eq: ast.NotEq, ast.Lt: ast.GtE, ast.LtE: ast.Gt}
 OPPOSITES |= {opposite: own for own, opposite in OPPOSITES.items()}
 ALIKE = {  # function → positions of arguments of the kind that it returns
-    **dict.fromkeys(("abs", "everywhere", "increment", "sqrt", "square", "unit"), (0,)),
+    **dict.fromkeys(("abs", "everywhere", "increment", "sqrt", "square", "normalize"), (0,)),
     **dict.fromkeys(("max", "maximum", "min", "minimum", "multiply", "power"), (0, 1)),
     **dict.fromkeys(("mix", "select", "where"), (1, 2)),
     **dict.fromkeys(("apply", "map"), (1,)),

@@ -19,6 +19,7 @@ FLOORS = {
     "codecs": 1,
     "linalg": 1,
     "split_weights": 1,
+    "_distributed": 2,
     "routing": 2,
     "transforms": 3,
     "schedules": 3,
@@ -37,6 +38,7 @@ FLOORS = {
     "_racing": 8,
     "__main__": 9,
 }
+PACKAGES = {name.split(".")[0] for name in NAMES if "." in name} - {"racing"}
 AT_RUN_TIME = {"jax", "optax", "jaxtyping", "numpy", "optimorph"}
 WITH_RACE = AT_RUN_TIME | {"flax", "rich", "matplotlib", "sklearn"}
 PUBLIC = {
@@ -76,6 +78,12 @@ def floor(dotted):
     return FLOORS[dotted.split(".")[1] if "." in dotted else "__init__"]
 
 
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_packages_say_their_floor(package):
+    doc = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text()))
+    assert doc.startswith(f"Floor {FLOORS[package]}: ")
+
+
 @pytest.mark.parametrize(("path", "name"), list(zip(MODULES, NAMES, strict=True)), ids=NAMES)
 def test_imports_point_down(path, name):
     own = FLOORS[name.split(".")[0]]
@@ -84,6 +92,12 @@ def test_imports_point_down(path, name):
     allowed = WITH_RACE if own >= FLOORS["_racing"] else AT_RUN_TIME
     outside = {module.split(".")[0] for module in imported(path)} - set(__import__("sys").stdlib_module_names)
     assert outside <= allowed
+
+
+@pytest.mark.parametrize("package", ["codecs", "linalg"])
+def test_modules_are_private(package):
+    modules = {name.split(".")[1] for name in NAMES if name.startswith(f"{package}.")} - {"__init__"}
+    assert all(module.startswith("_") for module in modules)
 
 
 def test_no_cycles():

@@ -14,10 +14,11 @@ import orbax.checkpoint as ocp
 import pytest
 import rounding
 from flax import nnx
+from float32 import Float32
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
-from optimorph.codecs import BFloat16, Float8, Float32, Nonneg8, Signed8, Split16
+from optimorph.codecs import BFloat16, Float8, Nonneg8, Signed8, Split16
 from optimorph.storage import slabs
 from optimorph.storage.moments import OPTAX_FIELDS, moments_of
 

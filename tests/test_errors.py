@@ -61,11 +61,11 @@ REFUSED = {
         lambda: NewtonSchulz("cans", dtype="bfloat16"),
         ["cushion=0", "safe in float32, not in bfloat16", "coefficients='polar_express'"],
     ),
-    "a table that turns signs": (
+    "a table that flips signs": (
         lambda: NewtonSchulz(((3.0, -6.0, 2.9),)),
-        ["step 1", "turns signs", "σ = 1"],
+        ["step 1", "flips signs", "σ = 1"],
     ),
-    "a table that runs away": (lambda: NewtonSchulz(((3.0, 0.0, 0.0),)), ["step 1", "runs away", "σ = 1"]),
+    "a table that diverges": (lambda: NewtonSchulz(((3.0, 0.0, 0.0),)), ["step 1", "diverges", "σ = 1"]),
     "lower": (lambda: polar_express(0.0), ["polar_express", "lower", "(0, 1)", "1e-3"]),
     "degree": (lambda: polar_express(degree=7), ["polar_express", "degree", "3 or 5"]),
     "table's steps": (lambda: polar_express(steps=0), ["polar_express", "steps", "at least 1"]),

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optimorph as om
-from optimorph.linalg import Exact, NewtonSchulz, polar_express, symmetric
-from optimorph.linalg.buckets import together
-from optimorph.linalg.coefficients import LIMIT
-from optimorph.linalg.newton_schulz import operations
+from optimorph._distributed.map_by_shape import map_by_shape
+from optimorph.linalg import Exact, NewtonSchulz, _symmetric, polar_express
+from optimorph.linalg._coefficients import MAX_CONDITION
+from optimorph.linalg._newton_schulz import operations
 
 SHAPES = [
     (1, 1),
@@ -253,11 +253,11 @@ def test_float32_is_as_close_to_float64_as_the_plain_iteration(values, iteration
 def test_blocked_products_are_plain_ones(rows, dtype):
     x = jnp.asarray(matrix((2, rows, 2 * rows)), dtype)
     x = x + (1j * x[:, ::-1] if dtype == "complex128" else 0)
-    one, three = (symmetric.gram(x, "highest", halves) for halves in (False, True))
+    one, three = (_symmetric.gram(x, "highest", halves) for halves in (False, True))
     assert (len(one), len(three)) == (1, 3)
-    squares = [symmetric.multiply(s, s, "highest") for s in (one, three)]
+    squares = [_symmetric.multiply(s, s, "highest") for s in (one, three)]
     for s, t in ((one, three), squares):
-        left, right = (symmetric.apply(each, x, "highest") for each in (s, t))
+        left, right = (_symmetric.apply(each, x, "highest") for each in (s, t))
         rounding.close(left, right)
     plain = np.asarray(one[0]) @ np.asarray(one[0])
     rounding.close(squares[0][0], plain)
@@ -268,7 +268,7 @@ def test_a_whole_iteration_in_blocks(iteration, monkeypatch):
     with jax.enable_x64(True):
         g = jnp.asarray(matrix((2, 9, 20)))
         plain = NewtonSchulz(iteration=iteration)(g)
-        monkeypatch.setitem(symmetric.WORTH_WHILE, "cpu", 1)
+        monkeypatch.setitem(_symmetric.MIN_BLOCKED_ROWS, "cpu", 1)
         np.testing.assert_allclose(NewtonSchulz(iteration=iteration)(g), plain, atol=1e-11)
 
 
@@ -375,7 +375,7 @@ def test_high_and_wide_matrices_go_together():
 def test_empty_stacks_stay_empty():
     """Of no matrices, and of matrices without rows: they go into no call."""
     stacks = [jnp.zeros((0, 3, 5)), jnp.ones((2, 3, 5)), jnp.zeros((2, 5, 0))]
-    found = together(lambda x: 2 * x, stacks, turn=True)
+    found = map_by_shape(lambda x: 2 * x, stacks, transpose=True)
     assert [x.shape for x in found] == [x.shape for x in stacks]
     np.testing.assert_array_equal(found[1], 2 * stacks[1])
 
@@ -398,7 +398,7 @@ def test_half_precision_stays_close(values, dtype):
     inside = np.diag(u.T @ np.asarray(NewtonSchulz(dtype=dtype)(g), np.float64) @ vh.T)
     exact = np.diag(u.T @ np.asarray(NewtonSchulz()(g), np.float64) @ vh.T)
     large = s > 0.05 * np.linalg.norm(s)
-    bound = rounding.eps(dtype) * {"float16": LIMIT, "bfloat16": 25}[dtype]
+    bound = rounding.eps(dtype) * {"float16": MAX_CONDITION, "bfloat16": 25}[dtype]
     np.testing.assert_allclose(inside[large], exact[large], atol=bound)
 
 

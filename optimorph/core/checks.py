@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -39,7 +38,6 @@ RANGES = {
     "momentum": _DECAY,
     "offset": _POSITIVE,
     "others_learning_rate": _RATE,
-    "p": ("at least 1", lambda x: x >= 1, "2.0"),
     "smoothness": _POSITIVE,
     "strong_convexity": _POSITIVE,
     "weight_decay": _NOT_NEGATIVE,
@@ -55,6 +53,10 @@ DTYPES = ("accumulator_dtype", "mu_dtype", "nu_dtype")
 
 STORED = ("bfloat16", "float16", "float32", "float64")
 """What they may be; of complex numbers both halves."""
+
+
+class LeafError(ValueError):
+    """The error of one leaf; functions of trees collect these and report all of them at once."""
 
 
 def check_numbers(who: str, **values: Any) -> None:
@@ -156,22 +158,6 @@ def check_seed(who: str, seed: Any) -> None:
     """
     if not is_integer(seed, 0, 2**32):
         raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
-
-
-def check_key(who: str, key: Any) -> None:
-    """Refuse what is no single key of `jax.random`, of either form.
-
-    Raises:
-      ValueError: naming `who`, and what to type.
-    """
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (shape == () if typed else dtype == jnp.uint32 and len(shape) == 1):
-        said = f"{dtype}{list(shape)}" if dtype is not None else repr(key)
-        raise ValueError(
-            f"{who}: key must be one key of jax.random, but is {said}. Type key=jax.random.key(0), and "
-            "another key at every step."
-        )
 
 
 def _is_real(value: Any) -> bool:

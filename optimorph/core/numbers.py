@@ -113,6 +113,15 @@ def is_trainable(leaf: Any) -> bool:
     return kind(leaf) in ("real", "complex")
 
 
+ABSENT = (type(None), optax.MaskedNode)
+"""What stands in the place of a leaf that is missing or masked."""
+
+
+def is_absent(leaf: Any) -> bool:
+    """Whether nothing stands in a leaf's place."""
+    return isinstance(leaf, ABSENT)
+
+
 def is_missing(gradient: Any) -> bool:
     """Whether there is no gradient: None, or the float0 that jax uses for what is not differentiable."""
     return gradient is None or getattr(gradient, "dtype", None) == jax.dtypes.float0

@@ -1,13 +1,14 @@
 """The paths of leaves: `blocks/0/attn/kernel`."""
 
 import collections
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
+from optimorph.core.numbers import is_absent
 from optimorph.core.types import PyTree
 
 
@@ -30,7 +31,7 @@ def leaf_paths(tree: PyTree) -> list[str]:
     A container of nothing but a `value`, or of one child that it does not name, is a box around a leaf, as
     Flax and Haliax have them, and no part of its name.
     """
-    entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)[0]
+    entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)[0]
     inside: dict[tuple[Any, ...], set[Any]] = {}
     for path, _ in entries:
         for k in range(len(path)):
@@ -42,7 +43,13 @@ def leaf_paths(tree: PyTree) -> list[str]:
         boxed = nameless and len(path) > 1 and len(inside[path[:-1]]) == 1
         return "/".join(map(_word, path[:-1] if boxed else path))
 
-    return [name(path) for path, leaf in entries if not _is_absent(leaf)]
+    return [name(path) for path, leaf in entries if not is_absent(leaf)]
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def structure_paths(structure: Any) -> list[str]:
+    """`leaf_paths` of a tree with this structure."""
+    return leaf_paths(structure.unflatten([0] * structure.num_leaves))
 
 
 def distinct_paths(who: str, tree: PyTree) -> list[str]:
@@ -68,7 +75,3 @@ def _word(key: Any) -> str:
 def paths_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     """Every leaf's path and shape, in the tree's order."""
     return {path: np.shape(leaf) for path, leaf in by_path(tree).items()}
-
-
-def _is_absent(x: Any) -> bool:
-    return x is None or isinstance(x, optax.MaskedNode)

@@ -3,11 +3,29 @@
 import math
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optimorph.core.types import Shape
+
+
+def check_key(who: str, key: Any) -> None:
+    """Refuse what is no single key of `jax.random`, of either form.
+
+    Raises:
+      ValueError: naming `who`, and what to type.
+    """
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (shape == () if typed else dtype == jnp.uint32 and len(shape) == 1):
+        said = f"{dtype}{list(shape)}" if dtype is not None else repr(key)
+        raise ValueError(
+            f"{who}: key must be one key of jax.random, but is {said}. Type key=jax.random.key(0), and "
+            "another key at every step."
+        )
 
 
 def leaf_key(key: jax.Array, path: str) -> jax.Array:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,20 +12,28 @@ import optax
 
 from optimorph.core.checks import not_an_array
 from optimorph.core.differences import gradients, other_state
-from optimorph.core.numbers import NotScalarError, cast_like, is_array, is_missing, is_trainable, kind, upcast
-from optimorph.core.paths import leaf_paths
+from optimorph.core.numbers import (
+    ABSENT,
+    NotScalarError,
+    cast_like,
+    is_absent,
+    is_array,
+    is_missing,
+    is_trainable,
+    kind,
+    upcast,
+)
+from optimorph.core.paths import leaf_paths, structure_paths
 from optimorph.core.roles import Role
 from optimorph.core.types import PyTree
-
-_is_none = functools.partial(operator.is_, None)
 
 
 class Leaves:
     """What a rule may know of all leaves at once."""
 
-    def __init__(self, structure: Any, values: Sequence[Any]):
-        """Of parameters, or without them of gradients."""
-        self.structure, self.values = structure, values
+    def __init__(self, structure: Any, values: Sequence[Any], extra: Mapping[str, Any]):
+        """Of parameters, or without them of gradients, and the further arguments of `update`."""
+        self.structure, self.values, self.extra = structure, values, extra
 
     @functools.cached_property
     def tree(self) -> PyTree:
@@ -36,7 +43,7 @@ class Leaves:
     @functools.cached_property
     def paths(self) -> list[str]:
         """The path of every leaf, also where there is no array."""
-        return leaf_paths(self.structure.unflatten([0] * len(self.values)))
+        return structure_paths(self.structure)
 
 
 class Leaf(NamedTuple):
@@ -133,7 +140,7 @@ class Transform(optax.GradientTransformationExtraArgs):
     rule: Rule | None = None
     routes: Any = None
 
-    def with_init(self, init: Callable[[PyTree], Any]) -> "Transform":
+    def with_init(self, init: Any) -> "Transform":
         """The same transformation with another `init`."""
         tx = Transform(init, self.update)
         tx.rule, tx.routes = self.rule, self.routes
@@ -162,7 +169,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
 
     def init(params):
         leaves, tree = arrays(who, params)
-        known = Leaves(tree, leaves)
+        known = Leaves(tree, leaves, {})
         own = [
             rule.slots(rule.init(Leaf(w, k, known))) if is_trainable(w) else None
             for k, w in enumerate(leaves)
@@ -177,12 +184,12 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
         gs, tree, ws = aligned(who, updates, params, strict)
         slots = _columns(who, rule, tree, state, updates, params)
         _check_moments(who, rule, gs, slots, updates, params)
-        leaves, out = Leaves(tree, gs if params is None else ws), []
+        leaves, out = Leaves(tree, gs if params is None else ws, extra), []
         try:
             now, shared = rule.advance(rule.pick(slots), leaves)
             for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
-                if g is None:
-                    out.append(None)
+                if isinstance(g, ABSENT):
+                    out.append(g)
                     continue
                 x = jnp.asarray(g) if rule.narrow else upcast(g)
                 u, s = rule.update(x, rule.pick(slots, k), Leaf(w, k, leaves), now)
@@ -219,16 +226,20 @@ def arrays(who: str, params: PyTree) -> tuple[list, Any]:
 def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = True) -> tuple[list, Any, list]:
     """The gradients as a list with None for missing ones, their tree's structure, and the parameters' list.
 
+    Of a tree from `optax.masked` the leaves that are masked are in the list too.
+
     Raises:
       ValueError: naming `who` and every leaf where the gradients are not those of the parameters.
     """
-    gs, tree = jax.tree.flatten(updates, is_leaf=_is_none)
+    gs, tree = jax.tree.flatten(updates, is_leaf=is_absent)
     try:
         ws = [None] * len(gs) if params is None else tree.flatten_up_to(params)
     except (ValueError, TypeError, KeyError) as error:
         gradients(who, updates, params)
         raise ValueError(f"{who}: the gradients do not match the parameters. {error}") from error
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
+        if isinstance(g, ABSENT):
+            continue
         if is_missing(g):
             gs[k] = None
         elif not (is_trainable(g) if params is None else _alike(g, w, strict)):
@@ -266,10 +277,10 @@ def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, pa
     """Refuse moments whose shapes are not those of the gradients, and real ones of complex gradients."""
     for slot, role in zip(slots, rule.roles, strict=True):
         for g, m in zip(gs, slot if role.tree else (), strict=False):
-            if g is None or isinstance(m, optax.MaskedNode) or _fits(g, m, role):
+            if isinstance(g, ABSENT) or isinstance(m, optax.MaskedNode) or _fits(g, m, role):
                 continue
             if params is None:
-                tree = jax.tree.structure(updates, is_leaf=_is_none)
+                tree = jax.tree.structure(updates, is_leaf=is_absent)
                 gradients(who, updates, tree.unflatten(slot))
             raise other_state(who)
 
@@ -281,7 +292,7 @@ def _fits(g: Any, m: Any, role: Role) -> bool:
     return not role.moment or (m.shape == np.shape(g) and not real)
 
 
-def chain(*transforms: optax.GradientTransformation | None) -> optax.GradientTransformationExtraArgs:
+def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """`optax.chain`, in which neighbours that work leaf by leaf become one rule for one leaf.
 
     The state is that of `optax.chain`: a tuple with the state of each.
@@ -289,39 +300,41 @@ def chain(*transforms: optax.GradientTransformation | None) -> optax.GradientTra
     Args:
       transforms: transformations in the order in which they are applied.
     """
-    rules = [rule_of(tx) for tx in transforms]
-    if all(rules):
-        return transform("chain", chained(rules))
-    groups: list[list[int]] = []
-    for k, rule in enumerate(rules):
-        if groups and rule and rules[groups[-1][-1]]:
-            groups[-1].append(k)
+    groups: list[list[Any]] = []
+    for tx in transforms:
+        if groups and rule_of(tx) and rule_of(groups[-1][-1]):
+            groups[-1].append(tx)
         else:
-            groups.append([k])
-    merged = [
-        transform("chain", chained([rules[k] for k in group])) if rules[group[0]] else None
-        for group in groups
-    ]
-    txs = [optax.with_extra_args_support(tx) for tx in transforms]
+            groups.append([tx])
+    merged = [_merged(group) for group in groups]
+    if len(merged) == 1 and len(transforms) > 1:
+        return merged[0]
+    sizes = [len(group) for group in groups]
 
     def init(params):
-        return tuple(tx.init(params) for tx in txs)
+        states = [tx.init(params) for tx in merged]
+        return tuple(
+            s for state, n in zip(states, sizes, strict=True) for s in (state if n > 1 else (state,))
+        )
 
     def update(updates, state, params=None, **extra):
-        if not isinstance(state, tuple) or len(state) != len(txs):
+        if not isinstance(state, tuple) or len(state) != len(transforms):
             raise other_state("chain")
-        states = []
-        for group, tx in zip(groups, merged, strict=True):
-            if tx is None:
-                updates, after = txs[group[0]].update(updates, state[group[0]], params, **extra)
-                states.append(after)
-            else:
-                own = tuple(state[group[0] : group[-1] + 1])
-                updates, after = tx.update(updates, own, params)
-                states += after
-        return updates, tuple(states)
+        after, rest = [], list(state)
+        for tx, n in zip(merged, sizes, strict=True):
+            own, rest = tuple(rest[:n]), rest[n:]
+            updates, own = tx.update(updates, own if n > 1 else own[0], params, **extra)
+            after += own if n > 1 else (own,)
+        return updates, tuple(after)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _merged(group: Sequence[Any]) -> Any:
+    """Neighbours that carry rules as one transformation."""
+    if len(group) == 1:
+        return optax.with_extra_args_support(group[0])
+    return transform("chain", chained([tx.rule for tx in group]))
 
 
 def chained(rules: Sequence[Rule]) -> Rule:

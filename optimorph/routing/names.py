@@ -6,7 +6,7 @@ from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 from optimorph.core.types import Shape
-from optimorph.linalg.axes import Axes
+from optimorph.linalg import Axes
 from optimorph.routing import sizes
 
 UNDECIDED = "?"

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 import optax
 
+from optimorph.core.checks import LeafError
 from optimorph.core.differences import map_present
 from optimorph.core.types import Rules
-from optimorph.routing.rules import UNSAID, LeafError, labels, lookup
+from optimorph.routing.rules import UNSAID, labels, lookup
 
 
 def partition(

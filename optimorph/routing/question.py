@@ -1,7 +1,7 @@
 """What to ask about a leaf, and the likely answers."""
 
 from optimorph.core.types import Shape
-from optimorph.linalg.axes import Axes
+from optimorph.linalg import Axes
 
 
 def question(path: str, shape: Shape, cause: str) -> str:

@@ -4,11 +4,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from optimorph.core.checks import LeafError
 from optimorph.core.types import AxesRules, Shape
-from optimorph.linalg.axes import Axes
+from optimorph.linalg import Axes
 from optimorph.routing.names import UNDECIDED, by_name
 from optimorph.routing.question import question
-from optimorph.routing.rules import UNSAID, LeafError, by_pattern, finder, lookup
+from optimorph.routing.rules import UNSAID, by_pattern, finder, lookup
 
 _axes = functools.cache(Axes)
 

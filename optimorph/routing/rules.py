@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from optimorph.core.checks import not_an_array
+from optimorph.core.checks import LeafError, not_an_array
 from optimorph.core.numbers import is_array
 from optimorph.core.paths import by_path, leaf_paths, map_paths
 from optimorph.core.rule import Leaves
@@ -21,10 +21,6 @@ Pattern = str | re.Pattern[str]
 
 UNSAID = ...
 """What a lookup finds of a leaf that no rule matches, and what a rule may say to have it so."""
-
-
-class LeafError(ValueError):
-    """One leaf cannot be routed; `labels` collects these and reports all of them at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +49,11 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
         if known.setdefault(path, box.said) != box.said:
             raise ValueError(f"labels: several leaves are called {path!r}. Type keys without slashes.")
     return lambda path, shape: known.get(path, UNSAID)
+
+
+def lookup_if_given(rules: Rules | None) -> Callable[[str, Shape], Any] | None:
+    """`lookup`; None for no rules."""
+    return None if rules is None else lookup(rules)
 
 
 def by_pattern(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:

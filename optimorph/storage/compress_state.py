@@ -17,13 +17,25 @@ from optimorph.core.rounding import leaf_key, leaf_keys
 from optimorph.core.rule import Rule, rule_of, transform
 from optimorph.core.types import PyTree, Rules
 from optimorph.routing.rules import unused
-from optimorph.storage.codec_rules import SMALL, CodecRule, codec_rule, named, stored_codec
+from optimorph.storage.codec_rules import SMALL, codec_rule
 from optimorph.storage.compressed import CompressedState
 from optimorph.storage.elementwise import NotElementwiseError, inlined, on_part
-from optimorph.storage.encoding import decoded, encoded, initial, split
+from optimorph.storage.encoding import (
+    CodecRule,
+    Step,
+    decode,
+    decoded,
+    encode,
+    encoded,
+    initial,
+    is_large,
+    named,
+    slabwise,
+    split,
+    stored_codec,
+)
 from optimorph.storage.moments import Fields, map_moments, moments_of, unknown, with_moments
 from optimorph.storage.one_leaf import one_leaf_rule
-from optimorph.storage.slabwise import Step, decode, encode, is_large, slabwise
 
 WHO = "compress_state"
 

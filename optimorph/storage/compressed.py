@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
-
 from optimorph.core.roles import holds
 
 
@@ -20,5 +18,5 @@ class CompressedState(NamedTuple):
     averages = holds(inner="")  # stored as codes, which are no moments to others
     inner: Any
     scales: tuple[Any, ...]
-    seed: jax.Array
-    count: jax.Array
+    seed: Any
+    count: Any

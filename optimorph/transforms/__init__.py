@@ -1,1 +1,1 @@
-"""Floor 2: one idea per file, its state beside it."""
+"""Floor 3: one idea per file, its state beside it."""

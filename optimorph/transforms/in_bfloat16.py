@@ -18,8 +18,8 @@ class BFloat16State(NamedTuple):
     """The inner state in bfloat16, the seed of its rounding, and how many updates there have been."""
 
     inner: Any
-    seed: jax.Array
-    count: jax.Array
+    seed: Any
+    count: Any
     roles = holds(seed=scalar("seed of in_bfloat16"), count=scalar("count of in_bfloat16"))
 
 

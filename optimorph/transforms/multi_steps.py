@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optimorph._distributed.shardings import manual_axes
 from optimorph.core.checks import check_dtypes, is_integer
 from optimorph.core.differences import gradients, map_state, map_updates
 from optimorph.core.flags import all_of, real_dtype
 from optimorph.core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, upcast
 from optimorph.core.rule import arrays
 from optimorph.core.types import DTypeLike, PyTree
-from optimorph.linalg.meshes import manual_axes
 
 
 class MultiStepsState(NamedTuple):

@@ -5,10 +5,11 @@ import jax
 import numpy as np
 import pytest
 import trees
+from float32 import Float32
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optimorph.codecs import BFloat16, Float8, Float32, Nonneg8, Signed8, Split8, Split16
+from optimorph.codecs import BFloat16, Float8, Nonneg8, Signed8, Split8, Split16
 
 CODECS = [
     Float32(),

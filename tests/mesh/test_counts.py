@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
-from optimorph.linalg.meshes import Everywhere
+from optimorph._distributed.sharded_function import ShardedFunction
 
 SHAPES = sharding.transformer(width=32)
 """The 84 matrices of the benchmark, a twenty-fourth as wide."""
@@ -65,7 +65,7 @@ def test_the_state_is_given_away(layout, mode):
 
 @pytest.mark.slow
 def test_replicated_memory():
-    """All results are gathered in one go: their bytes, and less than as many again."""
+    """One all_gather of all results: their bytes, and less than as many again."""
     places = sharding.shardings("replicated", SHAPES)
     numbers = sum(a * b for layer in SHAPES.values() for a, b in layer.values())
     assert sharding.counts(sharding.ours(), SHAPES, places)["temporary"] < 2 * 4 * numbers
@@ -73,8 +73,8 @@ def test_replicated_memory():
 
 @pytest.mark.examples("sharded")
 @pytest.mark.parametrize("spec", [P("data", None), P()], ids=["sharded", "replicated"])
-def test_memory_is_bounded_by_what_goes_at_once(spec):
-    """64 matrices in n goes need an n-th of the memory: (4 + those who share) times what goes at once.
+def test_memory_is_bounded_by_a_round(spec):
+    """64 matrices in n rounds need an n-th of the memory: (4 + replicas) times the bytes of a round.
 
     Where programs run in the order that needs least memory, as on accelerators; on CPUs by a flag.
     """
@@ -82,16 +82,16 @@ def test_memory_is_bounded_by_what_goes_at_once(spec):
     leaf = jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=NamedSharding(mesh, spec))
     leaves = {f"w{k}": leaf for k in range(64)}
 
-    def measured(goes):
-        at_once = 64 * 256 * 512 * 4 // 8 // goes
+    def measured(rounds):
+        at_once = 64 * 256 * 512 * 4 // 8 // rounds
         tx = om.orthogonalize(None, {"*": "io"}, bytes_at_once=at_once)
         program = jax.jit(lambda g: tx.update(g, tx.init(g))[0]).lower(leaves)
         program = program.compile()
         return program.memory_analysis().temp_size_in_bytes / at_once, hlo.counted(program).collectives
 
-    for goes in (1, 2, 8):
-        temporary, collectives = measured(goes)
-        assert set(collectives.values()) == {goes if spec == P() else 2 * goes}
+    for rounds in (1, 2, 8):
+        temporary, collectives = measured(rounds)
+        assert set(collectives.values()) == {rounds if spec == P() else 2 * rounds}
         assert temporary <= (4 if spec != P() else 12) + 0.1
 
 
@@ -109,11 +109,11 @@ def test_experts_and_layers_stay_where_they_are(mode):
 
 @pytest.mark.slow
 def test_one_device_among_many_has_the_program_of_one_device():
-    task = Everywhere(om.linalg.NewtonSchulz(), (om.linalg.Axes("io"), om.linalg.Axes("oi")))
+    task = ShardedFunction(om.linalg.NewtonSchulz(), (om.linalg.Axes("io"), om.linalg.Axes("oi")))
     arrays = [jnp.ones((8, 24)), jnp.ones((24, 8))]
 
     def operations(f):
         text = jax.jit(f).lower(*arrays).compile().as_text()
         return collections.Counter(re.findall(r" = \S+ ([a-z\-]+)\(", text))
 
-    assert operations(lambda *x: task(x)) == operations(lambda *x: task.of_whole(x))
+    assert operations(lambda *x: task(x)) == operations(lambda *x: task.on_one_device(x))

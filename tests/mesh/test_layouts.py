@@ -96,7 +96,7 @@ def test_bfloat16_between_devices(layout, mode):
     """Rounded to 8 bits on the way in and on the way out: no matrix is further off than that allows."""
     places = trees.shardings(layout, 8, mode)
     shapes = {name: shape for name, shape in trees.SHAPES.items() if name != "bias"}
-    tx = om.orthogonalize(NewtonSchulz(steps=2), trees.AXES, wire_dtype=jnp.bfloat16)
+    tx = om.orthogonalize(NewtonSchulz(steps=2), trees.AXES, comm_dtype=jnp.bfloat16)
     g = {name: x for name, x in trees.drawn(1).items() if name in shapes}
     got = jax.jit(tx.update)(trees.put(g, places), optax.EmptyState())[0]
     want = jax.jit(om.orthogonalize(NewtonSchulz(steps=2), trees.AXES).update)(

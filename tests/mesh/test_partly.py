@@ -112,5 +112,5 @@ def test_second_derivatives():
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8, jnp.float8_e4m3fn])
 def test_dtypes_that_would_lose_gradients_are_not_sent(dtype):
-    with pytest.raises(ValueError, match=r"wire_dtype must be one of .*bfloat16"):
-        polar(wire_dtype=dtype)
+    with pytest.raises(ValueError, match=r"comm_dtype must be one of .*bfloat16"):
+        polar(comm_dtype=dtype)

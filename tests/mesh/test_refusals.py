@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
-from optimorph.linalg.meshes import Everywhere
+from optimorph._distributed.sharded_function import ShardedFunction
 
 PLAIN = {"*": "io"}
 NONE = optax.EmptyState()
@@ -32,7 +32,7 @@ def update(shardings, shape=(8, 24)):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"v": P("data")}, ["orthogonalize", "nothing of 'w'", "P()"]),
+        ({"v": P("data")}, ["orthogonalize", "no sharding rule matches 'w'", "P()"]),
         ({"w": "data"}, ["'w'", "'data'", "PartitionSpec"]),
         ({"w": P("data", None, None)}, ["'w'", "(8, 24)", "3 axes"]),
         ({"w": P("rows", None)}, ["'w'", "'rows'", "['data', 'model']"]),
@@ -56,7 +56,7 @@ def test_sizes_that_do_not_divide():
 
 
 def test_no_mesh():
-    with pytest.raises(ValueError, match=r"'w' is to lie as .* over no mesh.*NamedSharding.*set_mesh"):
+    with pytest.raises(ValueError, match=r"'w' has sharding .* without a mesh.*NamedSharding.*set_mesh"):
         update({"w": P("data", None)})
 
 
@@ -85,14 +85,14 @@ def test_inside_shard_map_every_leaf_is_said():
     run = jax.shard_map(
         lambda w: tx.init({"w": w}), mesh=mesh(), in_specs=P("data", None), out_specs=P(), check_vma=False
     )
-    with pytest.raises(ValueError, match=r"muon: shardings say nothing of 'w'"):
+    with pytest.raises(ValueError, match=r"muon: no sharding rule matches 'w'"):
         jax.eval_shape(run, jnp.ones((8, 24)))
 
 
-def test_inside_shard_map_layouts_are_given():
-    task = Everywhere(om.linalg.NewtonSchulz(), (om.linalg.Axes("io"),))
+def test_inside_shard_map_shardings_are_given():
+    task = ShardedFunction(om.linalg.NewtonSchulz(), (om.linalg.Axes("io"),))
     place = {"mesh": mesh(), "in_specs": P("data", None), "out_specs": P("data", None)}
-    with pytest.raises(ValueError, match="layouts are not given"):
+    with pytest.raises(ValueError, match="shardings must be given"):
         jax.eval_shape(jax.shard_map(lambda w: task([w])[0], **place), jnp.ones((8, 24)))
 
 

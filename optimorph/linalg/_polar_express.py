@@ -1,14 +1,23 @@
-"""The best table for a lower bound and a number of steps, computed when it is asked for."""
+"""The optimal table for a lower bound and a number of steps."""
 
 import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from optimorph.linalg.coefficients import EXACT, MARGINS, Coefficients, Row, fault, highest, turns, value
+from optimorph.linalg._coefficients import (
+    EXACT,
+    MARGINS,
+    Coefficients,
+    Row,
+    critical_points,
+    fault,
+    highest,
+    value,
+)
 
 _CUSHION = 0.02407327424182761
-"""Of the published Polar Express table."""
+"""The cushion of the published Polar Express table."""
 
 
 @functools.lru_cache
@@ -20,19 +29,19 @@ def polar_express(
     safety: float = 0.02,
     cushion: float = _CUSHION,
 ) -> Coefficients:
-    """The table whose every step is the best there is for what the steps before have left.
+    """The table whose every step is the best polynomial for the interval that the previous steps leave.
 
         p = argmin max |1 - p(σ)|, σ in [max(l, κ u), u], p odd of the degree      (1)
         l ← p(l),  u ← 2 - l;  at first l = lower, u = 1                            (2)
         where κ u > l, p is scaled so that p(l) + max p = 2                         (3)
         σ ← σ / (1 + safety) in every step but the last                             (4)
 
-    The composition is the best of its kind for a cushion κ of 0; a cushion trades some of that for a gentler
-    first step, and `safety` leaves room for rounding above 1.
+    With a cushion κ of 0 the composition is optimal; a larger cushion makes the first steps gentler, at some
+    cost in accuracy. `safety` leaves room for rounding above 1.
 
     Args:
       lower: the smallest singular value, relative to the largest, that should reach 1; in (0, 1).
-      steps: how many, at least 1.
+      steps: the number of steps, at least 1.
       degree: 3 or 5.
       safety: relative, at least 0.
       cushion: in [0, 1).
@@ -55,8 +64,8 @@ def polar_express(
         room = 1.0 if step == steps - 1 else 1 + safety
         rows.append(_divided(row, [room, room**3, room**5]))  # (4)
     source = f"polar_express({lower:g}, {steps}, degree={degree}, safety={safety:g}, cushion={cushion:g})"
-    sound = (dtype for dtype in MARGINS if fault(tuple(rows), dtype) is None)
-    return Coefficients(tuple(rows), source, lower, next(sound, EXACT))
+    safe = (dtype for dtype in MARGINS if fault(tuple(rows), dtype) is None)
+    return Coefficients(tuple(rows), source, lower, next(safe, EXACT))
 
 
 def _check_arguments(lower: float, steps: int, degree: int, safety: float, cushion: float) -> None:
@@ -74,30 +83,31 @@ def _check_arguments(lower: float, steps: int, degree: int, safety: float, cushi
 
 
 def _best(lower: float, upper: float, degree: int) -> Row:
-    """The odd polynomial closest to 1 on [lower, upper]: Remez' exchange on [lower/upper, 1].
+    """The odd polynomial closest to 1 on [lower, upper], by the Remez exchange on [lower/upper, 1].
 
         p(xₖ) = 1 - (-1)ᵏ E at one point more than there are coefficients      (1)
 
-    of which all but the ends are where p' = 0.
+    The inner points are those with p' = 0.
     """
     low, powers = lower / upper, np.arange(1, degree + 1, 2)
     count = len(powers)
-    best = np.array([3 / 2, -1 / 2] if degree == 3 else [15 / 8, -10 / 8, 3 / 8])  # as low tends to 1
+    best = np.array(
+        [3 / 2, -1 / 2] if degree == 3 else [15 / 8, -10 / 8, 3 / 8]
+    )  # the limit as low tends to 1
     points = low + (1 - low) * np.array([0, 1 / 2, 1] if degree == 3 else [0, 1 / 4, 3 / 4, 1])
     for _ in range(100 if 1 - low > 5e-6 else 0):
         signs = (-1.0) ** np.arange(count + 1)
         system = np.column_stack([points[:, None] ** powers, signs])
-        *found, _ = np.linalg.solve(system, np.ones(count + 1))  # (1)
-        best = np.array(found)
-        inner = [x for x in turns(_padded(best)) if low < x < 1]
+        best = np.linalg.solve(system, np.ones(count + 1))[:-1]  # (1)
+        inner = [x for x in critical_points(_padded(best)) if low < x < 1]
         if len(inner) != count - 1 or np.allclose(inner, points[1:-1], rtol=1e-14, atol=0):
             break
         points[1:-1] = inner
     return _padded(best / upper**powers)
 
 
-def _padded(found: np.ndarray) -> Row:
-    a, b, c, *_ = *map(float, found), 0.0
+def _padded(coefficients: np.ndarray) -> Row:
+    a, b, c, *_ = *map(float, coefficients), 0.0
     return a, b, c
 
 

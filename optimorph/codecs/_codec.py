@@ -1,24 +1,22 @@
-"""What every codec is: a description with `encode` and `decode`."""
+"""The interface of codecs: a hashable description with `encode` and `decode`."""
 
 import abc
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.checks import check_key
-from optimorph.core.rounding import places
+from optimorph.core.rounding import check_key, places
 from optimorph.core.types import Shape
 
 
 class Encoded(NamedTuple):
-    """An array as a codec stores it.
+    """An array as stored by a codec.
 
     Shapes:
-      codes: that of the array.
-      scales: `(*batch, ceil(last / block))`, one for each block of the last axis; None of codecs without.
+      codes: the array's.
+      scales: `(*batch, ceil(last / block))`, one for each block of the last axis; None for codecs without.
     """
 
     codes: jax.Array
@@ -26,20 +24,20 @@ class Encoded(NamedTuple):
 
 
 class Codec(abc.ABC):
-    """A way to store real numbers: hashable, and no array itself.
+    """A way to store real numbers, as a hashable description without arrays.
 
-    Codecs work on every axis but the last, and on every block of that, by themselves: codes and scales can
-    be divided over devices as the array is.
+    Each block of the last axis is encoded independently, so that codes and scales can have the array's
+    sharding.
     """
 
     def encode(self, x: Any, key: jax.Array | None = None, place: jax.Array | None = None) -> Encoded:
-        """Store an array of real numbers; those wider than float32 are rounded to it first.
+        """Encode an array of real numbers; dtypes wider than float32 are first rounded to it.
 
         Args:
-          x: of any shape, also `()` and empty ones.
-          key: of `jax.random`; codecs that round by chance need one, the others take no notice of it.
-          place: of every number in the array that x is a part of, uint32: a part is rounded as the whole
-            would be. x is the whole without it.
+          x: an array of any shape, including `()` and empty ones.
+          key: a key of `jax.random`, which codecs with stochastic rounding need and the others ignore.
+          place: uint32, the index of every number in the array that x is a part of, so that a part is rounded
+            like the whole; without it x is the whole.
 
         Raises:
           ValueError: integers, booleans or complex numbers; no key where one is needed.
@@ -48,29 +46,24 @@ class Codec(abc.ABC):
         return self._encode(x, key, places(x.shape) if place is None else place)
 
     def decode(self, encoded: Encoded) -> jax.Array:
-        """The numbers that are stored, in float32 and in the shape of the codes."""
+        """The stored numbers, in float32, with the shape of the codes."""
         return self._decode(jax.tree.map(jnp.asarray, encoded))
 
     @abc.abstractmethod
     def zeros(self, shape: Shape) -> Encoded:
-        """What decodes to zeros, without encoding them, which compilers would do number by number."""
+        """The encoding of zeros as constants: compilers would fold an encoding number by number."""
 
     def form(self, shape: Shape) -> Encoded:
         """Shapes and dtypes of codes and scales for an array of this shape."""
         return _form(self, shape)
 
-    def bytes_per_element(self, shape: Shape) -> float:
-        """Of codes and scales for an array of this shape; 0 of an empty one."""
-        stored = jax.tree.leaves(self.form(shape))
-        return sum(x.size * x.dtype.itemsize for x in stored) / max(1, math.prod(shape))
-
     @abc.abstractmethod
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
-        """`encode` of float32."""
+        """`encode` for float32."""
 
     @abc.abstractmethod
     def _decode(self, encoded: Encoded) -> jax.Array:
-        """`decode` of JAX's arrays."""
+        """`decode` for JAX arrays."""
 
     def _real(self, x: Any) -> jax.Array:
         dtype = jnp.result_type(x)
@@ -78,15 +71,15 @@ class Codec(abc.ABC):
             return jnp.asarray(x, jnp.float32)
         who = type(self).__name__
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            fix = "Type encode(x.real) and encode(x.imag), each stored for itself."
+            fix = "Type encode(x.real) and encode(x.imag)."
         else:
-            fix = "Type encode(x.astype('float32')); counts and indices are better left as they are."
+            fix = "Type encode(x.astype('float32')); counts and indices are better not encoded."
         raise ValueError(f"{who}: encode stores real numbers, but x is an array of {dtype}. {fix}")
 
     def _key(self, key: jax.Array | None) -> jax.Array:
         if key is None:
             raise ValueError(
-                f"{type(self).__name__}: encode was called without a key, but rounds by chance. "
+                f"{type(self).__name__}: encode was called without a key, but rounds stochastically. "
                 "Type encode(x, jax.random.key(0)), and another key at every step."
             )
         check_key(type(self).__name__, key)

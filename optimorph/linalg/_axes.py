@@ -12,27 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Shape = tuple[int, ...]
+from optimorph.core.types import Shape
 
 _TOKEN = re.compile(r"\s*(?:([iob])|\(\s*([0-9]+(?:\s*\+\s*[0-9]+)*)\s*([io])\s*\))\s*")
-
 
 _MOST_BLOCKS = 1 << 16
 
 
 class Axis(NamedTuple):
-    """One axis of a spec: its letter, and the proportions of its blocks: (1,) for an axis in one piece."""
+    """One axis of a spec: its letter, and the relative sizes of its blocks, (1,) for no blocks."""
 
     letter: str
     blocks: tuple[int, ...]
 
     @property
     def equal(self) -> bool:
-        """Whether all blocks are of one size."""
+        """Whether all blocks have the same size."""
         return len(set(self.blocks)) == 1
 
     def __str__(self) -> str:
-        """The axis as a spec writes it."""
+        """The axis as written in a spec."""
         if len(self.blocks) == 1:
             return self.letter
         sizes = str(len(self.blocks)) if self.equal else "+".join(map(str, self.blocks)) + " "
@@ -43,9 +42,9 @@ class Axis(NamedTuple):
 class Axes:
     """One letter per axis: `i` input (summed over), `o` output, `b` batch (each slice its own matrix).
 
-    Several `i` make one input side, several `o` one output side. An axis that holds several matrices side by
-    side is written with its blocks: `(3o)` is three equal ones, `(32+8+8 o)` three whose sizes are as
-    32 : 8 : 8, be that heads or numbers.
+    All `i` axes together are the input side, all `o` axes the output side. An axis that holds several
+    matrices side by side is written with its blocks: `(3o)` is three equal blocks, `(32+8+8 o)` three blocks
+    with sizes in the ratio 32 : 8 : 8, whether these count heads or elements.
 
     | leaf | shape | spec |
     |---|---|---|
@@ -68,29 +67,29 @@ class Axes:
       spec: the letters, with at least one `i` and one `o`.
 
     Raises:
-      ValueError: a spec that is not so written.
+      ValueError: a spec that cannot be parsed.
     """
 
     spec: str
 
     def __post_init__(self):
-        """Refuse a spec that is not a matrix."""
+        """Refuse a spec that does not describe a matrix."""
         if not isinstance(self.spec, str):
             raise ValueError(_refusal(self.spec))
         _parse(self.spec)
 
     @property
     def parts(self) -> tuple[Axis, ...]:
-        """The axes, one by one."""
+        """The axes in order."""
         return _parse(self.spec)
 
     @property
     def ndim(self) -> int:
-        """How many axes the spec describes."""
+        """The number of axes."""
         return len(_parse(self.spec))
 
     def misfit(self, shape: Shape) -> str | None:
-        """Why an array of this shape cannot be read so; None if it can."""
+        """Why an array of this shape does not fit the spec; None if it fits."""
         axes = _parse(self.spec)
         if len(axes) != len(shape):
             return f"the spec {self.spec!r} describes {len(axes)} axes, not {len(shape)}"
@@ -101,91 +100,101 @@ class Axes:
 
     def stacks(self, shape: Shape) -> tuple[Shape, ...]:
         """The shapes `(*batch, inputs, outputs)` of an array's stacks: one, unless blocks are unequal."""
-        return tuple(self._stacked(piece) for piece in self._pieces(shape))
+        return tuple(_view(self.spec, piece).stack for piece in _pieces(self.spec, shape))
 
     def matrices(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The array as stacks `(*batch, inputs, outputs)`."""
         pieces = [x]
-        for k, axis in self._unequal():
-            cuts = list(itertools.accumulate(_sizes(axis, x.shape[k])))[:-1]
-            pieces = [part for piece in pieces for part in jnp.split(piece, cuts, axis=k)]
+        for k, axis in _unequal(self.spec):
+            ends = list(itertools.accumulate(_sizes(axis, x.shape[k])))[:-1]
+            pieces = [part for piece in pieces for part in jnp.split(piece, ends, axis=k)]
         return tuple(self._stack(piece) for piece in pieces)
 
     def array(self, stacks: Sequence[jax.Array], shape: Shape) -> jax.Array:
         """The array of this shape whose `matrices` are the stacks."""
-        pieces = [self._unstack(*pair) for pair in zip(stacks, self._pieces(shape), strict=True)]
-        for k, axis in reversed(self._unequal()):
+        pieces = [self._unstack(*pair) for pair in zip(stacks, _pieces(self.spec, shape), strict=True)]
+        for k, axis in reversed(_unequal(self.spec)):
             n = len(axis.blocks)
             pieces = [jnp.concatenate(pieces[j : j + n], axis=k) for j in range(0, len(pieces), n)]
         return pieces[0]
 
-    def map(self, f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """`f` of every stack, put back where it came from."""
-        return self.array([f(stack) for stack in self.matrices(x)], x.shape)
-
     def spread(self, f: Callable[[int, int], float], shape: Shape) -> np.ndarray:
-        """f(inputs, outputs) of each element's matrix, to be broadcast against an array of this shape."""
+        """f(inputs, outputs) of each element's matrix, broadcastable against an array of this shape."""
         sizes = [
-            _sizes(axis, size) if not axis.equal else [1]
+            [1] if axis.equal else _sizes(axis, size)
             for size, axis in zip(shape, _parse(self.spec), strict=True)
         ]
         values = np.array([f(*stack[-2:]) for stack in self.stacks(shape)])
-        values = values.reshape([len(each) for each in sizes])
-        for k, each in enumerate(sizes):
-            values = np.repeat(values, each, axis=k)
+        values = values.reshape([len(blocks) for blocks in sizes])
+        for k, blocks in enumerate(sizes):
+            values = np.repeat(values, blocks, axis=k)
         return values
 
-    def _unequal(self) -> list[tuple[int, Axis]]:
-        return [(k, axis) for k, axis in enumerate(_parse(self.spec)) if not axis.equal]
-
-    def _pieces(self, shape: Shape) -> list[Shape]:
-        sizes = [
-            [size] if axis.equal else _sizes(axis, size)
-            for size, axis in zip(shape, _parse(self.spec), strict=True)
-        ]
-        return list(itertools.product(*sizes))
-
-    def _stacked(self, piece: Shape) -> Shape:
-        letters, sizes, _ = self._view(piece)
-        side = {x: [n for n, found in zip(sizes, letters, strict=True) if found == x] for x in "bio"}
-        return (*side["b"], math.prod(side["i"]), math.prod(side["o"]))
-
     def _stack(self, piece: jax.Array) -> jax.Array:
-        _, sizes, order = self._view(piece.shape)
-        return piece.reshape(sizes).transpose(order).reshape(self._stacked(piece.shape))
+        view = _view(self.spec, piece.shape)
+        return piece.reshape(view.sizes).transpose(view.order).reshape(view.stack)
 
     def _unstack(self, stack: jax.Array, piece: Shape) -> jax.Array:
-        _, sizes, order = self._view(piece)
-        return stack.reshape([sizes[k] for k in order]).transpose(inverse(order)).reshape(piece)
-
-    def _view(self, piece: Shape) -> tuple[str, Shape, list[int]]:
-        """Every axis of equal blocks as two, (block, within): letters, sizes, and batch-in-out order."""
-        letters, sizes = "", ()
-        for size, axis in zip(piece, _parse(self.spec), strict=True):
-            n = len(axis.blocks) if axis.equal else 1
-            letters += axis.letter if n == 1 else "b" + axis.letter
-            sizes += (size,) if n == 1 else (n, size // n)
-        return letters, sizes, [k for x in "bio" for k, found in enumerate(letters) if found == x]
+        view = _view(self.spec, piece)
+        return (
+            stack.reshape([view.sizes[k] for k in view.order]).transpose(inverse(view.order)).reshape(piece)
+        )
 
 
 def inverse(order: Sequence[int]) -> list[int]:
-    """The order that undoes a transposition."""
+    """The inverse of a permutation."""
     return sorted(range(len(order)), key=order.__getitem__)
+
+
+class _View(NamedTuple):
+    """A piece as a stack: reshape to `sizes`, transpose by `order`, reshape to `stack`."""
+
+    sizes: Shape
+    order: tuple[int, ...]
+    stack: Shape
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _view(spec: str, piece: Shape) -> _View:
+    """Every axis of equal blocks becomes two, (block, within); the order is batch, inputs, outputs."""
+    letters, sizes = "", ()
+    for size, axis in zip(piece, _parse(spec), strict=True):
+        n = len(axis.blocks) if axis.equal else 1
+        letters += axis.letter if n == 1 else "b" + axis.letter
+        sizes += (size,) if n == 1 else (n, size // n)
+    batch, inputs, outputs = ([k for k, x in enumerate(letters) if x == letter] for letter in "bio")
+    n, m = (math.prod(sizes[k] for k in side) for side in (inputs, outputs))
+    return _View(sizes, (*batch, *inputs, *outputs), (*(sizes[k] for k in batch), n, m))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _pieces(spec: str, shape: Shape) -> tuple[Shape, ...]:
+    """The shapes of the parts of an array that unequal blocks make: one, unless blocks are unequal."""
+    sizes = [
+        [size] if axis.equal else _sizes(axis, size) for size, axis in zip(shape, _parse(spec), strict=True)
+    ]
+    return tuple(itertools.product(*sizes))
+
+
+@functools.cache
+def _unequal(spec: str) -> tuple[tuple[int, Axis], ...]:
+    """The axes of unequal blocks, with their positions."""
+    return tuple((k, axis) for k, axis in enumerate(_parse(spec)) if not axis.equal)
 
 
 @functools.cache
 def _parse(spec: str) -> tuple[Axis, ...]:
-    axes, at = [], 0
-    while found := _TOKEN.match(spec, at):
-        letter, blocks, blocked = found.groups()
+    axes, position = [], 0
+    while token := _TOKEN.match(spec, position):
+        letter, blocks, blocked = token.groups()
         parts = [int(n) for n in blocks.split("+")] if blocks else [1]
         if sum(parts) > _MOST_BLOCKS:
             break
         parts = [1] * parts[0] if len(parts) == 1 else parts
         axes.append(Axis(letter or blocked, tuple(n // (math.gcd(*parts) or 1) for n in parts)))
-        at = found.end()
+        position = token.end()
     complete = {"i", "o"} <= {axis.letter for axis in axes}
-    if at < len(spec) or not complete or not all(axis.blocks and all(axis.blocks) for axis in axes):
+    if position < len(spec) or not complete or not all(axis.blocks and all(axis.blocks) for axis in axes):
         raise ValueError(_refusal(spec))
     return tuple(axes)
 
@@ -199,4 +208,5 @@ def _refusal(spec: object) -> str:
 
 
 def _sizes(axis: Axis, size: int) -> list[int]:
+    """The sizes of an axis's blocks."""
     return [size * block // sum(axis.blocks) for block in axis.blocks]

@@ -1,0 +1,202 @@
+"""A function of whole matrices, applied to arrays that may be sharded over a mesh.
+
+The shardings come from, in this order: the caller; the arrays' types, for `Explicit` mesh axes; the compiler,
+for `Auto` mesh axes, when it partitions the program (`custom_partitioning`). Inside `jax.shard_map` arrays
+are local shards, and the caller must give the shardings.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from optimorph._distributed.exchange import execute
+from optimorph._distributed.map_by_shape import map_matrices
+from optimorph._distributed.placement import Leaf, place
+from optimorph._distributed.shardings import (
+    Sharding,
+    Spec,
+    explicit_axes,
+    manual_axes,
+    mesh_of,
+    partition_spec,
+    spec_of,
+    whole_shape,
+)
+from optimorph.linalg import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedFunction:
+    """A function of stacks of matrices as a function of arrays, whatever their sharding.
+
+    Args:
+      f: a hashable function of stacks `(batch, n, m)` that treats each matrix independently.
+      forms: how each array reads as matrices.
+      equivariant: whether f(P x Q) = P f(x) Q for permutations, f(xᴴ) = f(x)ᴴ, and f of x padded with zeros
+        is f(x) padded with zeros, as for polar factors.
+      comm_dtype: the dtype of the data in collectives, if narrower than the arrays'.
+      bytes_at_once: the most bytes of whole matrices that a device holds in one round.
+    """
+
+    f: Callable[[jax.Array], jax.Array]
+    forms: tuple[Axes, ...]
+    equivariant: bool = True
+    comm_dtype: jnp.dtype | None = None
+    bytes_at_once: int = 2**28
+
+    def __call__(
+        self, arrays: Sequence[jax.Array], shardings: Sequence[Sharding] | None = None
+    ) -> list[jax.Array]:
+        """f of every matrix; the results have the arrays' shardings.
+
+        Args:
+          arrays: global arrays, or inside `jax.shard_map` this device's local shards.
+          shardings: those of the arrays; inside `jax.shard_map`, those of the global arrays.
+
+        Raises:
+          ValueError: inside `jax.shard_map`, no shardings.
+        """
+        if manual := manual_axes():
+            if shardings is None:
+                raise ValueError("inside jax.shard_map arrays are local shards: shardings must be given")
+            specs = [spec_of(sharding, x.ndim, manual) for sharding, x in zip(shardings, arrays, strict=True)]
+            return self._of_shards(manual, specs, arrays, "invarying")
+        if shardings is not None:
+            return self._over(mesh_of(shardings), shardings, arrays)
+        if jax.device_count() == 1 and not explicit_axes(arrays):
+            return self.on_one_device(arrays)
+        return [*_dispatch(self, *arrays)]
+
+    def on_one_device(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+        """f of every matrix of arrays that are whole on one device."""
+        return map_matrices(self.f, self.forms, arrays, transpose=self.equivariant)
+
+    def _of_shards(
+        self, mesh: Mapping[str, int], specs: Sequence[Spec], shards: Sequence[jax.Array], to: str
+    ) -> list[jax.Array]:
+        """One device's program: from its local shards to those of the results."""
+        leaves = [
+            Leaf(whole_shape(mesh, spec, x.shape), form, spec, np.dtype(x.dtype))
+            for spec, form, x in zip(specs, self.forms, shards, strict=True)
+        ]
+        plan = place(
+            mesh,
+            leaves,
+            cost=getattr(self.f, "flops", lambda n, m: 2.0 * n * n * m),
+            equivariant=self.equivariant,
+            comm_dtype=self.comm_dtype,
+            bytes_at_once=self.bytes_at_once,
+        )
+        return execute(plan, self.f, shards, equivariant=self.equivariant, to=to)
+
+    def _over(
+        self, mesh: Mesh | AbstractMesh, shardings: Sequence[Sharding], arrays: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """Over a known mesh, with known shardings."""
+        specs = tuple(map(partition_spec, shardings))
+
+        def body(*shards):
+            sizes = manual_axes()  # without the mesh axes that a vmap is over
+            local_specs = [spec_of(spec, x.ndim, sizes) for spec, x in zip(specs, shards, strict=True)]
+            return tuple(self._of_shards(sizes, local_specs, shards, "varying"))
+
+        run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+        return [*run(*arrays)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dispatch(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """With the shardings of the arrays' types if all mesh axes are `Explicit`, else with the compiler's."""
+    names = explicit_axes(arrays)
+    if not names:
+        return _custom_partitioned(task, *arrays)
+    shardings = [jax.typeof(x).sharding for x in arrays]
+    context = jax.sharding.get_abstract_mesh()
+    mesh = shardings[0].mesh if context.empty else context
+    if len(names) == len(mesh.axis_names):
+        return tuple(task._over(mesh, shardings, arrays))
+    function: Any = functools.partial(_custom_partitioned, task)
+    function = jax.sharding.auto_axes(function, axes=names, out_sharding=tuple(shardings))
+    return function(*arrays)
+
+
+def _custom_partitioned(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """With the shardings that the compiler chose; on one device this is `on_one_device`."""
+
+    x64 = jnp.result_type(float) == np.float64
+
+    @jax.jit  # so that constants stay inside
+    def whole(*arrays):
+        return tuple(task.on_one_device(arrays))
+
+    def partition(mesh, operands, results):
+        del results  # have the operands' shardings
+        shardings = [_even(mesh, x) for x in operands[1:]]
+
+        def local_program(digest, *shards):
+            specs = [spec_of(s, x.ndim, mesh.shape) for s, x in zip(shardings, shards, strict=True)]
+            with jax.enable_x64(x64):  # the compiler calls this outside the caller's context
+                return tuple(task._of_shards(mesh.shape, specs, shards, "varying"))
+
+        replicated = NamedSharding(mesh, PartitionSpec())
+        return mesh, local_program, tuple(shardings), (replicated, *shardings)
+
+    def infer(mesh, operands, results):
+        return tuple(x.sharding for x in operands[1:])
+
+    sides = [" ".join(f"x{k}y{axis}" for axis in range(x.ndim)) for k, x in enumerate(arrays)]
+    rule = f"{', '.join(['mark', *sides])} -> {', '.join(sides)}"
+    partitioned = custom_partitioning(lambda digest, *arrays: whole(*arrays))
+    partitioned.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+
+    @custom_vmap
+    def mapped(*arrays):
+        return partitioned(_digest(task), *arrays)
+
+    @mapped.def_vmap
+    def batched(size, in_batched, *arrays):
+        stacked = [
+            x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+            for x, is_batched in zip(arrays, in_batched, strict=True)
+        ]
+        forms = tuple(Axes("b" + form.spec) for form in task.forms)
+        out = _custom_partitioned(dataclasses.replace(task, forms=forms), *stacked)
+        return out, (True,) * len(out)
+
+    @jax.custom_jvp
+    def differentiable(*arrays):
+        return mapped(*arrays)
+
+    @differentiable.defjvp
+    def jvp(primals, tangents):
+        return differentiable(*primals), jax.jvp(whole, primals, tangents)[1]
+
+    return differentiable(*arrays)
+
+
+def _digest(task: ShardedFunction) -> np.ndarray:
+    """Hash of the task: compilation caches ignore the body of custom_partitioning."""
+    return np.frombuffer(hashlib.sha256(repr(task).encode()).digest(), np.int32)
+
+
+def _even(mesh: Mesh, operand: jax.ShapeDtypeStruct) -> NamedSharding:
+    """An operand's sharding without the mesh axes that do not divide its sizes."""
+    spec = []
+    for size, names in zip(operand.shape, spec_of(operand.sharding, operand.ndim, mesh.shape), strict=True):
+        even = []
+        for name in names:
+            if size % mesh.shape[name]:
+                break
+            size //= mesh.shape[name]
+            even.append(name)
+        spec.append(tuple(even) or None)
+    return NamedSharding(mesh, PartitionSpec(*spec))

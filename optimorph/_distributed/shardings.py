@@ -1,0 +1,164 @@
+"""Shardings of leaves over a mesh, from array types and the caller's rules."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from optimorph.core.checks import LeafError
+from optimorph.core.types import Shape
+
+Names = tuple[str, ...]
+"""Names of mesh axes."""
+
+Spec = tuple[Names, ...]
+"""For each axis of an array the mesh axes that shard it, the outermost first."""
+
+Sharding = NamedSharding | PartitionSpec
+
+Match = Callable[[str, Shape], Any]
+"""(path, shape) → the sharding of that leaf; None for replicated, ... where no rule matches."""
+
+
+def devices(mesh: Mapping[str, int], names: Iterable[str]) -> int:
+    """The number of devices along some axes of a mesh."""
+    return math.prod(mesh[name] for name in names)
+
+
+def manual_axes() -> dict[str, int]:
+    """The mesh axes of more than one device that are manual here, as inside `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: mesh.shape[name] for name in mesh.manual_axes if mesh.shape[name] > 1}
+
+
+def explicit_axes(arrays: Sequence[jax.Array]) -> tuple[str, ...]:
+    """The `Explicit` mesh axes: those over which array types carry the sharding."""
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(arrays[0]).sharding.mesh if mesh.empty else mesh
+    pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, axis_type in pairs if axis_type is AxisType.Explicit)
+
+
+def partition_spec(sharding: Sharding) -> PartitionSpec:
+    """A sharding without its mesh."""
+    return sharding if isinstance(sharding, PartitionSpec) else sharding.spec
+
+
+def mesh_of(shardings: Sequence[Sharding]) -> Mesh | AbstractMesh:
+    """The mesh that shardings name, or else the one in use."""
+    meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
+    return meshes.pop() if meshes else jax.sharding.get_abstract_mesh()
+
+
+def spec_of(sharding: Sharding, ndim: int, mesh: Mapping[str, int]) -> Spec:
+    """For each axis of an array the mesh axes that shard it, restricted to those in `mesh`."""
+    entries = tuple(partition_spec(sharding))
+    entries += (None,) * (ndim - len(entries))
+    return tuple(tuple(n for n in _names(entry) if mesh.get(n, 1) > 1) for entry in entries)
+
+
+def whole_shape(mesh: Mapping[str, int], spec: Spec, shard: Shape) -> Shape:
+    """The global shape of an array, from the shape of its shards."""
+    return tuple(size * devices(mesh, names) for size, names in zip(shard, spec, strict=True))
+
+
+def local_shard(x: np.ndarray, spec: Spec) -> jax.Array:
+    """Inside `jax.shard_map`, this device's shard of a constant; axes of size 1 are replicated."""
+    shard = jnp.asarray(x)
+    for k, names in enumerate(spec):
+        if names and x.shape[k] > 1:
+            size = x.shape[k] // devices(manual_axes(), names)
+            shard = jax.lax.dynamic_slice_in_dim(shard, jax.lax.axis_index(names) * size, size, k)
+    return shard
+
+
+def shardings_of(
+    who: str, match: Match | None, paths: Sequence[str], arrays: Sequence[jax.Array]
+) -> list[Sharding] | None:
+    """The shardings that the caller gave for arrays; None if the caller gave none.
+
+    Raises:
+      ValueError: naming `who`, and every leaf that no rule matches or whose sharding does not fit: unknown
+        mesh axes, too many axes, sizes that do not divide; inside `jax.shard_map`, no rules.
+    """
+    manual = manual_axes()
+    if match is None:
+        if manual and paths:
+            raise ValueError(
+                f"{who}: inside jax.shard_map or pmap over {', '.join(manual)} {paths[0]!r} has shape "
+                f"{arrays[0].shape}, which may be a local shard. Type shardings=, with the in_specs of the "
+                "parameters, such as shardings={'*/kernel': P('data', None), '*': P()}; P() is replicated."
+            )
+        return None
+    shardings = [match(path, x.shape) for path, x in zip(paths, arrays, strict=True)]
+    shardings = [PartitionSpec() if sharding is None else sharding for sharding in shardings]
+    meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
+    mesh = jax.sharding.get_abstract_mesh() if manual or not meshes else next(iter(meshes))
+    leaves = zip(paths, arrays, shardings, strict=True)
+    faults = [_fault(path, x.shape, sharding, mesh, manual) for path, x, sharding in leaves]
+    faults = [fault for fault in faults if fault is not None]
+    if len(meshes) > 1:
+        faults.append(f"shardings name {len(meshes)} meshes. Type one for all leaves.")
+    if faults:
+        raise ValueError("\n".join(f"{who}: {fault}" for fault in faults))
+    return shardings
+
+
+def by_whole_shape(who: str, match: Match | None, f: Match) -> Match:
+    """`f` of a leaf's path and its global shape, where a local shard's shape is passed."""
+    if match is None:
+        return f
+    shard_spec = local_shard_spec(who, match)
+    return lambda path, shape: f(path, shard_spec(path, shape)[1])
+
+
+def local_shard_spec(who: str, match: Match | None) -> Callable[[str, Shape], tuple[Spec, Shape]]:
+    """(path, local shape) → the manual mesh axes that shard each axis of the leaf, and its global shape.
+
+    Raises:
+      LeafError: when called inside `jax.shard_map`, naming `who` and a leaf that no rule matches.
+    """
+
+    def shard_spec(path: str, shape: Shape) -> tuple[Spec, Shape]:
+        manual = {} if match is None else manual_axes()
+        sharding = match(path, shape) if match is not None and manual else None
+        if sharding is ...:
+            raise LeafError(f"{who}: {_unmatched(path)}")
+        spec = spec_of(PartitionSpec() if sharding is None else sharding, len(shape), manual)
+        return spec, whole_shape(manual, spec, shape)
+
+    return shard_spec
+
+
+def _fault(path: str, shape: Shape, sharding: Any, mesh: Any, manual: dict[str, int]) -> str | None:
+    """Why a sharding does not fit a leaf; None if it does."""
+    if sharding is ...:
+        return _unmatched(path)
+    if not isinstance(sharding, NamedSharding | PartitionSpec):
+        return f"{path!r} has sharding {sharding!r}. Type a jax.sharding.PartitionSpec or NamedSharding."
+    spec = partition_spec(sharding)
+    if not mesh.shape:
+        return f"{path!r} has sharding {spec} without a mesh. Type a NamedSharding, or use jax.set_mesh."
+    if len(tuple(spec)) > len(shape):
+        return f"{path!r} has shape {shape}, but its sharding {spec} has {len(tuple(spec))} axes."
+    unknown = [name for entry in spec for name in _names(entry) if name not in mesh.shape]
+    if unknown:
+        return f"{path!r} has sharding {spec}, but the mesh has no {unknown[0]!r}, only {[*mesh.shape]}."
+    for size, names in zip(shape, spec_of(spec, len(shape), mesh.shape), strict=True):
+        count = devices(mesh.shape, names)
+        if not manual and size % count:
+            return f"{path!r} has shape {shape}, but {spec} divides {size} by {count}, with a remainder."
+    return None
+
+
+def _unmatched(path: str) -> str:
+    return f"no sharding rule matches {path!r}. Add one, or end with '*': P() for replicated leaves."
+
+
+def _names(entry: str | Names | None) -> Names:
+    """The mesh axes of one entry of a `PartitionSpec`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

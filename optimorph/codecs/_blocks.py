@@ -1,0 +1,254 @@
+"""Codecs of one byte per number, with a scale for each block of the last axis."""
+
+import abc
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from optimorph.codecs._codec import Codec, Encoded
+from optimorph.core.checks import dtype_name, is_integer
+from optimorph.core.rounding import noise, outer_bfloat16
+from optimorph.core.types import DTypeLike, Shape
+
+TINY = 4.7019774e-38
+"""Blocks with a smaller maximum become zeros: four times the smallest normal number; 4 / s is finite."""
+
+WHOLE = 1.5 * 2**23
+"""The last bits of x + WHOLE are the integer nearest to x, ties to even."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCodec(Codec):
+    """What the codecs of one byte share.
+
+        s = max |x| over the block, rounded up for bfloat16 scales              (1)
+        x = s value(code)                                                       (2)
+
+    The last block of an axis may be shorter. A scalar is one block.
+    """
+
+    block: int = 128
+    _: dataclasses.KW_ONLY
+    scale_dtype: DTypeLike = "float32"
+
+    code_dtype: ClassVar[DTypeLike]
+
+    def __post_init__(self):
+        """Refuse an invalid block or scale dtype, and keep the description hashable."""
+        who = type(self).__name__
+        if not is_integer(self.block, 1):
+            raise ValueError(
+                f"{who}: block must be a whole number of at least 1, but is {self.block!r}. Type block=128."
+            )
+        if dtype_name(self.scale_dtype) not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"{who}: scale_dtype must be float32 or bfloat16, which have the range of gradients, but is "
+                f"{self.scale_dtype!r}. Type scale_dtype='bfloat16'."
+            )
+        object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
+
+    def zeros(self, shape: Shape) -> Encoded:
+        """The encoding of zeros."""
+        return Encoded(
+            jnp.zeros(shape, self.code_dtype), jnp.zeros(self._scales_shape(shape), self.scale_dtype)
+        )
+
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
+        blocks = self._blocks(x)
+        scales = self._scales(blocks)
+        s = scales.astype(jnp.float32)[..., None]
+        quarters = blocks * jnp.where(s >= TINY, 4 / s, 0)  # 1 / s may be subnormal
+        codes = self._codes(quarters, key, self._blocks(place))
+        return Encoded(_joined(codes.astype(self.code_dtype), x), scales.reshape(self._scales_shape(x.shape)))
+
+    def _decode(self, encoded: Encoded) -> jax.Array:
+        assert encoded.scales is not None
+        codes, scales = self._blocks(encoded.codes), encoded.scales.astype(jnp.float32)
+        x = self._values(codes) * scales.reshape(*codes.shape[:-1], 1)  # (2)
+        return _joined(x, encoded.codes)
+
+    def _scales(self, blocks: jax.Array) -> jax.Array:
+        """(1); 0 below `TINY`, NaN for blocks with a non-finite number."""
+        s = jax.lax.bitcast_convert_type(_largest(self._bits(blocks)), jnp.float32)
+        s = jnp.where(s < jnp.inf, s, jnp.nan)
+        s = jnp.where(s < TINY, 0, s)
+        return outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
+
+    def _bits(self, blocks: jax.Array) -> jax.Array:
+        """|x| as int32 in the same order, NaN above all: compilers lose NaN in a maximum of floats."""
+        return jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
+
+    @abc.abstractmethod
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        """The codes of 4 x / s, which is in [-4, 4] up to rounding and 0 where s is 0; arbitrary for NaN."""
+
+    @abc.abstractmethod
+    def _values(self, codes: jax.Array) -> jax.Array:
+        """The values of codes, in [-1, 1]."""
+
+    def _scales_shape(self, shape: Shape) -> Shape:
+        return (*shape[:-1], -(-shape[-1] // self.block)) if shape else ()
+
+    def _blocks(self, x: jax.Array) -> jax.Array:
+        """`(*batch, last)` → `(*batch, blocks, width)`, padded with zeros."""
+        *batch, last = x.shape or (1,)
+        width = max(1, min(self.block, last))
+        count = -(-last // width)
+        x = _whole(x, width)
+        if count * width != last:
+            x = jnp.pad(x, (*[(0, 0)] * len(batch), (0, count * width - last)))
+        return x.reshape(*batch, count, width)
+
+
+def _linear(c: jax.Array) -> jax.Array:
+    """c / 127; without the sign apart, compilers turn (c / 127) s into c (s / 127), which may underflow."""
+    return jnp.sign(c) * (jnp.abs(c) / 127)
+
+
+VALUES = {"softsign": lambda c: c / (254 - jnp.abs(c)), "linear": _linear}
+"""Mapping → the value in [-1, 1] of a code from -127 to 127."""
+
+
+def _softsign(q: jax.Array) -> jax.Array:
+    """The code of q = 4 |x| / s, before rounding.
+
+        254 - (w + √(w² + 1)) / 2,  w = 254 / (1 + q / 4)        (1)
+
+    In float32 √(w² + 1) is w + 1 / 2w.
+    """
+    return 254 - 1016 / (4 + q) - (4 + q) / 4064
+
+
+CODES = {"softsign": _softsign, "linear": lambda q: 31.75 * q}
+"""Mapping → the code of 4 |x| / s, before rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Signed8(BlockCodec):
+    """One byte for signed numbers, such as momentum: 127 codes of each sign, and one for zero.
+
+        softsign: x = s c / (254 - |c|),  |decoded - x| ≤ s / 128        (1)
+        linear:   x = s c / 127,          |decoded - x| ≤ s / 254        (2)
+
+    s is the largest |x| of the block; scales in bfloat16 are at most 1/128 larger. Codes of (1) are four
+    times denser around 0 than around s: numbers below s / 506 become 0, with (2) those below s / 254. Numbers
+    are rounded to the nearest value. A second round trip changes nothing; with (2) and scales in bfloat16, a
+    third changes nothing.
+
+    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own
+    block NaN.
+
+    Args:
+      block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a
+        multiple of it cost communication.
+      mapping: "softsign", (1), or "linear", (2), which suffices for orthogonalized momentum.
+      scale_dtype: float32 or bfloat16.
+
+    Raises:
+      ValueError: another mapping or dtype, or a block below 1.
+
+    References:
+      (1): FlashOptim 2026, arXiv:2602.23349; (2): Gupta et al. 2025, "Effective quantization of Muon
+      optimizer states", arXiv:2509.23106; blocks: Dettmers et al. 2021, arXiv:2110.02861.
+    """
+
+    mapping: str = "softsign"
+
+    code_dtype: ClassVar[DTypeLike] = jnp.int8
+
+    def __post_init__(self):
+        """Refuse unknown mappings."""
+        super().__post_init__()
+        if self.mapping not in VALUES:
+            raise ValueError(
+                f"Signed8: no mapping is called {self.mapping!r}. Type {' or '.join(map(repr, VALUES))}."
+            )
+
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        size = CODES[self.mapping](jnp.abs(quarters))
+        return nearest(jnp.where(quarters < 0, -size, size))
+
+    def _values(self, codes: jax.Array) -> jax.Array:
+        return VALUES[self.mapping](codes.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Nonneg8(BlockCodec):
+    """One byte for nonnegative numbers by whose roots one divides: second moments. Rounding is stochastic.
+
+        x = s (c / 256)²,  c = 1 ... 256                          (1)
+        E[decoded] = x for x ≥ s / 65536, and |√decoded - √x| ≤ √s / 256        (2)
+
+    s is the largest x of the block. There is no code for zero: numbers below s / 65536 become s / 65536,
+    since an update divided by the root of 0 is as large as eps allows, while one divided by √s / 256 is
+    small. Rounding is stochastic because an average with β = 0.999 moves by less than half the distance to
+    the next code: rounded to the nearest it would never change, and rounded up it would never fall.
+
+    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A negative or non-finite number makes
+    its own block NaN.
+
+    Args:
+      block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a
+        multiple of it cost communication.
+      scale_dtype: float32 or bfloat16.
+
+    Raises:
+      ValueError: another dtype, or a block below 1; when encoding, no key.
+
+    References:
+      The root: FlashOptim 2026, arXiv:2602.23349; no zero: Li et al. 2023, "Memory efficient optimizers with
+      4-bit states", arXiv:2309.01507, section 4.1; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
+    """
+
+    code_dtype: ClassVar[DTypeLike] = jnp.uint8
+
+    def _bits(self, blocks: jax.Array) -> jax.Array:
+        """x as int32 in the same order, negative numbers and NaN above all."""
+        return jnp.where(blocks >= 0, jax.lax.bitcast_convert_type(blocks, jnp.int32), 0x7FFFFFFF)
+
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        random = (noise(self._key(key), place) >> 16).astype(jnp.int32).astype(jnp.float32)
+        size = 16384 * quarters  # 65536 x / s
+        c = jnp.clip(jnp.floor(jnp.sqrt(size)), 1, 255)
+        above = size - c**2 > (random + 0.5) / 65536 * (2 * c + 1)  # the fraction of the way to (c + 1)²
+        return nearest(jnp.where(above, c, c - 1))  # (2)
+
+    def _values(self, codes: jax.Array) -> jax.Array:
+        return ((codes.astype(jnp.float32) + 1) / 256) ** 2  # (1)
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    """The nearest integer, ties to even: its last byte is right for |x| < 2²², arbitrary for NaN."""
+    return jax.lax.bitcast_convert_type(x + WHOLE, jnp.int32)
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """max over the last axis, first elementwise between its halves, which compilers vectorize."""
+    while (width := x.shape[-1]) > 16:
+        half = (width + 1) // 2
+        x = jnp.maximum(x[..., :half], x[..., width - half :])
+    return jnp.max(x, axis=-1)
+
+
+def _whole(x: jax.Array, width: int) -> jax.Array:
+    """`x`, resharded to replicate its last axis if its type says that shard boundaries cut blocks."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[-1] if x.ndim and len(sharding.spec) == x.ndim else None
+    if names is None:
+        return x
+    parts = math.prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
+    if x.shape[-1] % (parts * width) == 0:
+        return x
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*sharding.spec[:-1], None)))
+
+
+def _joined(blocks: jax.Array, like: jax.Array) -> jax.Array:
+    """`(*batch, blocks, width)` in the shape of another array, with the sharding of its type."""
+    *batch, count, width = blocks.shape
+    x = blocks.reshape(*batch, count * width)[..., : like.shape[-1] if like.ndim else 1].reshape(like.shape)
+    sharding = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding.spec == sharding.spec else jax.sharding.reshard(x, sharding)

@@ -1,0 +1,50 @@
+"""The codec of 8-bit floats."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from optimorph.codecs._blocks import BlockCodec
+from optimorph.core.types import DTypeLike
+
+TOP = 256.0
+"""The code of s: a power of two, so that decoding rounds once, and below 448, the largest of e4m3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8(BlockCodec):
+    """One byte for signed numbers: four bits of exponent, three of mantissa, and a scale per block.
+
+        x = s c / 256,  c in e4m3        (1)
+        |decoded - x| ≤ max(|x| / 17, s / 262144)        (2)
+
+    s is the largest |x| of the block. Numbers are rounded to the nearest value, and a second round trip
+    changes nothing. Numbers below s / 262144 become 0, which second moments must not: use `Nonneg8` for
+    those.
+
+    A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own
+    block NaN.
+
+    Args:
+      block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a
+        multiple of it cost communication.
+      scale_dtype: float32 or bfloat16.
+
+    Raises:
+      ValueError: another dtype, or a block below 1.
+
+    References:
+      Micikevicius et al. 2022, "FP8 formats for deep learning", arXiv:2209.05433.
+    """
+
+    code_dtype: ClassVar[DTypeLike] = jnp.float8_e4m3fn
+
+    def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
+        return TOP / 4 * quarters
+
+    def _values(self, codes: jax.Array) -> jax.Array:
+        """(1); without the sign apart, compilers turn (c / TOP) s into c (s / TOP), which may underflow."""
+        c = codes.astype(jnp.float32)
+        return jnp.sign(c) * (jnp.abs(c) / TOP)

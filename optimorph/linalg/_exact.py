@@ -1,0 +1,33 @@
+"""The polar factor by singular value decomposition."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from optimorph.linalg._newton_schulz import Stack, normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """The polar factor by singular value decomposition: the reference, slow on every device.
+
+        G = U Σ Vᴴ,  polar(G) = U sign(Σ) Vᴴ        (1)
+
+    Singular values below rounding count as zero, so rank is kept and the polar factor of zero is zero.
+
+    Shapes:
+      `(*batch, n, m)` in, the same out.
+
+    References:
+      Higham 2008, "Functions of Matrices", chapter 8.
+    """
+
+    def __call__(self, g: Stack) -> Stack:
+        """The polar factor of every matrix."""
+        if g.size == 0:
+            return g
+        u, s, vh = jnp.linalg.svd(normalize(g), full_matrices=False)
+        nonzero = s > max(g.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
+        factor = jnp.matmul(jnp.where(nonzero[..., None, :], u, 0), vh, precision="highest")  # (1)
+        return jax.lax.convert_element_type(factor, g.dtype)

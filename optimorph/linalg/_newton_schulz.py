@@ -1,0 +1,265 @@
+"""The polar factor of a stack of matrices by Newton-Schulz iterations: matrix products alone."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from optimorph.core.numbers import upcast
+from optimorph.core.types import DTypeLike
+from optimorph.linalg._coefficients import (
+    EXACT,
+    JORDAN,
+    MARGINS,
+    MAX_CONDITION,
+    YOU,
+    Coefficients,
+    Table,
+    checked_row,
+)
+from optimorph.linalg._polar_express import polar_express
+from optimorph.linalg._symmetric import Symmetric, apply, blocked, combine, gram, identity, multiply
+
+Stack = Inexact[Array, "*batch n m"]
+
+ITERATIONS = ("auto", "standard", "gram")
+
+FAST_DTYPES = {"gpu": jnp.dtype(jnp.float16), "tpu": jnp.dtype(jnp.bfloat16)}
+"""Platform → the fast dtype; on GPUs float16, whose rounding is finer and whose range suffices here."""
+
+PRESETS: dict[str, Callable[[int], Coefficients]] = {
+    "polar_express": lambda steps: polar_express(steps=steps),
+    "jordan": JORDAN.take,
+    "you": YOU.take,
+    "cans": lambda steps: polar_express(steps=steps, safety=0.0, cushion=0.0),
+}
+"""Name → number of steps → table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz:
+    """The polar factor by matrix products alone: the limit in which every singular value is 1.
+
+        X ← G / ‖G‖F                                                       (1)
+        X ← a X + (b R + c R²) X,  R = X Xᴴ, for each row of the table     (2)
+
+    Each step applies the odd polynomial a σ + b σ³ + c σ⁵ to the singular values and keeps the singular
+    vectors. For matrices wider than tall, the Gram iteration does the same with smaller products,
+
+        Q ← Q (a + Z),  R ← (a + Z) R (a + Z),  Z = b R + c R²;  at the end  X ← Q X      (3)
+
+    and restarts from X before rounding matters. R has the size of the smaller side. The result does not
+    depend on scale: polar(cG) = polar(G) for c > 0, however large or small; the polar factor of zero is zero.
+
+    Shapes:
+      `(*batch, n, m)` in, the same out; each matrix independently.
+
+    Args:
+      coefficients: "polar_express", "jordan", "you" or "cans"; a table, such as
+        `linalg.polar_express(lower=1e-4, steps=6)`; or rows `((a, b, c), ...)`, of which the last repeats.
+      steps: the number of steps (2), at least 1.
+      iteration: "standard", (2); "gram", (3); or "auto", whichever takes fewer operations for the shape, but
+        (2) where (3) is not accurate enough: in bfloat16, and for a table such as "cans".
+      dtype: that of the iteration, whose products accumulate in float32. By default float16 on GPUs and
+        bfloat16 on TPUs, if the table is safe in it, else float32; float64 and complex input keep their own.
+      precision: of float32 products, as `jax.lax.Precision` names it; "highest" rounds nothing to fewer bits.
+      max_stack_bytes: larger stacks are computed in several batches, which bounds memory.
+
+    Raises:
+      ValueError: an unknown preset, a table that is not safe in the dtype, fewer than one step, an unknown
+        iteration.
+
+    References:
+      Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Amsel et al. 2025,
+      arXiv:2505.16932 (Polar Express); Dao-AILab 2026, "Gram Newton-Schulz"; Björck & Bowie 1971.
+    """
+
+    coefficients: str | Coefficients | Sequence[Sequence[float]] = "polar_express"
+    steps: int = 5
+    _: dataclasses.KW_ONLY
+    iteration: str = "auto"
+    dtype: DTypeLike | None = None
+    precision: str = "highest"
+    max_stack_bytes: int = 2**28
+
+    def __post_init__(self):
+        """Refuse what cannot be computed, and keep the description hashable."""
+        if not isinstance(self.coefficients, str | Coefficients):
+            object.__setattr__(self, "coefficients", tuple(map(checked_row, self.coefficients)))
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(
+                f"NewtonSchulz: steps must be a whole number of at least 1, but is {self.steps!r}."
+            )
+        if self.iteration not in ITERATIONS:
+            raise ValueError(
+                f"NewtonSchulz: no iteration is called {self.iteration!r}. Type one of "
+                f"{', '.join(map(repr, ITERATIONS))}."
+            )
+        if self.max_stack_bytes < 1:
+            raise ValueError(
+                f"NewtonSchulz: max_stack_bytes must be positive, but is {self.max_stack_bytes}."
+            )
+        table = self.table
+        if self.dtype is not None and not _safe(table, jnp.dtype(self.dtype)):
+            raise ValueError(
+                f"NewtonSchulz: {table.source} is safe in {table.dtype}, not in {jnp.dtype(self.dtype)}. "
+                "Leave out dtype, or type coefficients='polar_express', which has room for rounding."
+            )
+
+    @property
+    def table(self) -> Coefficients:
+        """The coefficients, a row for each step."""
+        return _table(self.coefficients, self.steps)
+
+    def __call__(self, g: Stack) -> Stack:
+        """The approximate polar factor of every matrix."""
+        if g.size == 0:
+            return g
+        tall = g.shape[-2] > g.shape[-1]
+        x = normalize(g.mT.conj() if tall else g)  # (1)
+        x = x.astype(self._dtype(x.dtype)).reshape(-1, *x.shape[-2:])
+        batch = max(1, self.max_stack_bytes // (x.itemsize * math.prod(x.shape[1:])))
+        x = self._iterate(x) if len(x) <= batch else jax.lax.map(self._iterate, x, batch_size=batch)
+        x = x.reshape(*g.shape[:-2], *x.shape[-2:]).astype(g.dtype)
+        return x.mT.conj() if tall else x
+
+    def flops(self, n: int, m: int) -> float:
+        """Multiplications and additions for one float32 matrix n x m, n ≤ m."""
+        restarts = _restarts(self, (n, m), self._dtype(jnp.dtype(jnp.float32)), blocked(n))
+        return 2.0 * operations((n, m), self.table.rows, restarts)
+
+    def _iterate(self, x: jax.Array) -> jax.Array:
+        rows, in_blocks = self.table.rows, blocked(x.shape[-2])
+        restarts = _restarts(self, x.shape[-2:], x.dtype, in_blocks)
+        if restarts is None:
+            return _standard(x, rows, self.precision, in_blocks)
+        return _by_gram(x, rows, restarts, self.precision, in_blocks)
+
+    def _dtype(self, own: jnp.dtype) -> jnp.dtype:
+        if self.dtype is not None and not jnp.issubdtype(own, jnp.complexfloating):
+            return jnp.dtype(self.dtype)
+        fast = FAST_DTYPES.get(jax.default_backend())
+        return fast if fast is not None and own == jnp.float32 and _safe(self.table, fast) else own
+
+
+def normalize(g: jax.Array) -> jax.Array:
+    """g / ‖g‖F of every matrix, in float32 or wider, without overflow or underflow; zero stays zero."""
+    x, _ = rescale(g)
+    squares = jnp.sum((x * x.conj()).real, axis=(-2, -1), keepdims=True)
+    return x / jnp.sqrt(safe_denominator(squares)).astype(x.dtype)
+
+
+def rescale(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """g / c and c, the largest |entry| of every matrix, `(*batch, 1, 1)`; zero stays zero.
+
+    Derivatives treat c as a constant. That is right for every f(g) = cᵏ f(g / c), homogeneous of degree k.
+    """
+    x = upcast(g)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    number = largest.dtype.type
+    middle = jnp.where(largest > 1, number(2.0**-64), number(2.0**64))  # so that all reciprocals are normal
+    return x * middle.astype(x.dtype) / safe_denominator(largest * middle).astype(x.dtype), largest
+
+
+def safe_denominator(x: jax.Array) -> jax.Array:
+    """`x`, with 1 in place of 0."""
+    return jnp.where(x == 0, 1, x)
+
+
+def operations(shape: tuple[int, ...], rows: Table, restarts: Sequence[int] | None) -> int:
+    """Multiplications for each matrix, `(..., n, m)` with n ≤ m: (2) without restarts, (3) with them.
+
+    A symmetric product in blocks counts three quarters of a whole one.
+    """
+    n, m = shape[-2:]
+    share = 0.75 if blocked(n) else 1.0
+    square, wide = share * n**3, share * n * n * m
+    powers = [int(c != 0) for _, _, c in rows]  # an R² for each row with a fifth power
+    if restarts is None:
+        return round(sum(wide + power * square + n * n * m for power in powers))
+    stretches = [j - i for i, j in itertools.pairwise([0, *restarts, len(rows)])]
+    products = sum(powers) + sum(3 * (length - 1) for length in stretches)  # R²; R twice, Q
+    return round(products * square + len(stretches) * (wide + n * n * m))
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _table(coefficients: str | Coefficients | Table, steps: int) -> Coefficients:
+    """The table of a preset's name, or of rows, for a number of steps."""
+    if isinstance(coefficients, Coefficients):
+        return coefficients.take(steps)
+    if not isinstance(coefficients, str):
+        return Coefficients(coefficients).take(steps)
+    if coefficients not in PRESETS:
+        raise ValueError(
+            f"NewtonSchulz: no coefficients are called {coefficients!r}. Type one of "
+            f"{', '.join(map(repr, PRESETS))}, linalg.polar_express(...), or the rows: ((a, b, c), ...)."
+        )
+    return PRESETS[coefficients](steps)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _restarts(
+    method: NewtonSchulz, shape: tuple[int, ...], dtype: jnp.dtype, in_blocks: bool
+) -> tuple[int, ...] | None:
+    """The restarts of the Gram iteration; None for the standard one."""
+    del in_blocks  # a part of the key, since `operations` depends on it
+    rows, restarts = method.table.rows, method.table.restarts()
+    if method.iteration != "auto":
+        return restarts if method.iteration == "gram" else None
+    accurate = max(method.table.conditions(restarts)) <= MAX_CONDITION and dtype != jnp.bfloat16
+    fewer = operations(shape, rows, restarts) < operations(shape, rows, None)
+    return restarts if accurate and fewer else None
+
+
+def _standard(x: jax.Array, rows: Table, precision: str, in_blocks: bool) -> jax.Array:
+    dtype = x.dtype
+    for a, b, c in rows:
+        r = combine(dtype, (1.0, gram(x, precision, in_blocks)))
+        step = apply(_quintic(r, b, c, precision), x, precision)
+        x = (a * x.astype(step.dtype) + step).astype(dtype)  # (2)
+    return x
+
+
+def _by_gram(
+    x: jax.Array, rows: Table, restarts: Sequence[int], precision: str, in_blocks: bool
+) -> jax.Array:
+    dtype = x.dtype
+    for i, j in itertools.pairwise([0, *restarts, len(rows)]):
+        r = combine(dtype, (1.0, gram(x, precision, in_blocks)))
+        x = apply(_factor(r, rows[i:j], precision), x, precision).astype(dtype)
+    return x
+
+
+def _factor(r: Symmetric, rows: Table, precision: str) -> Symmetric:
+    """Q of (3) from Q = 1."""
+    dtype, q = r[0].dtype, None
+    for step, (a, b, c) in enumerate(rows, 1):
+        z = _quintic(r, b, c, precision)
+        if q is None:
+            q = combine(dtype, (1.0, z), (a, identity(z)))
+        else:
+            q = combine(dtype, (1.0, multiply(q, z, precision)), (a, q))
+        if step < len(rows):
+            w = combine(dtype, (1.0, multiply(r, z, precision)), (a, r))
+            r = combine(dtype, (1.0, multiply(z, w, precision)), (a, w))
+    assert q is not None
+    return q
+
+
+def _quintic(r: Symmetric, b: float, c: float, precision: str) -> Symmetric:
+    """Z of (3)."""
+    terms = [(b, r)] if c == 0 else [(b, r), (c, multiply(r, r, precision))]
+    return combine(r[0].dtype, *terms)
+
+
+def _safe(table: Coefficients, dtype: jnp.dtype) -> bool:
+    """Whether a table allows for the rounding of a dtype."""
+    dtypes = [*MARGINS]
+    if table.dtype == EXACT or dtype.name not in dtypes:
+        return False
+    return dtypes.index(dtype.name) >= dtypes.index(table.dtype)

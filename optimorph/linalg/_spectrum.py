@@ -1,0 +1,223 @@
+"""Norms and ranks of stacks of matrices: functions of their singular values.
+
+A matrix W maps rows of inputs to rows of outputs, y = x W. Its singular values are σ₁ ≥ σ₂ ≥ ... ≥ σᵣ, where
+r = min(inputs, outputs). Norms and ranks take a stack `(*batch, inputs, outputs)` and return one number per
+matrix, `(*batch)`, in float32 or wider; all are differentiable. They also take a `Spectrum`, so that several
+share one decomposition. Ranks do not depend on the size of W; the rank of zero is 0.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from optimorph.core.checks import is_integer
+from optimorph.core.numbers import upcast_dtype
+from optimorph.linalg._newton_schulz import Stack, rescale, safe_denominator
+from optimorph.linalg._symmetric import product
+
+Numbers = Float[Array, "*batch"]
+
+METHODS = ("gram", "svd")
+
+SQUARINGS = 10
+"""Squarings of the Gram matrix, to its 1024th power: accurate to 0.34 % for 1000 singular values."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape"])
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """The singular values of a stack of matrices, as returned by `spectrum` and accepted by every norm.
+
+    Args:
+      values: `(*batch, r)`, the largest first.
+      shape: (inputs, outputs) of each matrix.
+    """
+
+    values: jax.Array
+    shape: tuple[int, int]
+
+
+def spectrum(x: Stack | Spectrum) -> Spectrum:
+    """All singular values of every matrix, by singular value decomposition.
+
+    Each is accurate to a few roundings of the largest, 1e-6 σ₁ in float32: smaller values are noise. A
+    `Spectrum` is returned unchanged.
+    """
+    if isinstance(x, Spectrum):
+        return x
+    n, m = x.shape[-2:]
+    if x.size == 0:
+        real = jnp.finfo(upcast_dtype(x.dtype)).dtype
+        return Spectrum(jnp.zeros((*x.shape[:-2], min(n, m)), real), (n, m))
+    y, scale = rescale(x)
+    return Spectrum(scale[..., 0] * jnp.linalg.svd(y, compute_uv=False), (n, m))
+
+
+def spectral_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
+    """The largest singular value, ‖W‖₂ = σ₁: the most that W stretches a vector.
+
+        σ₁² ≈ tr Aᵏ⁺¹ / tr Aᵏ,  A = W Wᴴ or Wᴴ W, the smaller; k = 2¹⁰ by squaring A ten times      (1)
+        σ₁ r^(-1/(2k + 2)) ≤ √(1) ≤ σ₁                                                              (2)
+
+    (1) is a mean of the eigenvalues of A, each weighted by its own kth power, and so at most σ₁², up to
+    rounding. By the inequality of means it is at least (tr Aᵏ⁺¹ / r)^(1/(k + 1)), which gives (2): at most
+    0.34 % too small for r = 1000, 0.45 % for r = 10,000, whatever the matrix. It is exact where every other
+    singular value is equal to σ₁ or 1 % smaller, as in orthogonal matrices. Its derivative is u vᴴ of the
+    leading singular vectors, or a mean over several.
+
+    Args:
+      method: "gram", (1), which takes eleven matrix products; or "svd", exact. A spectrum is exact already.
+
+    Raises:
+      ValueError: another method.
+
+    References:
+      (2) is the argument of Kuczyński & Woźniakowski 1992, "Estimating the largest eigenvalue by the power
+      and Lanczos algorithms with a random start", for all starts at once.
+    """
+    exact = _is_exact("spectral_norm", method)
+    if exact or isinstance(x, Spectrum):
+        return _largest(spectrum(x).values)
+    scale, leading, _ = _gram_powers(x)
+    return scale * jnp.sqrt(safe_denominator(leading))
+
+
+def rms_to_rms_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
+    """The most that W multiplies the root mean square of a vector.
+
+        max rms(x W) / rms(x) = √(inputs / outputs) ‖W‖₂        (1)
+
+    Args:
+      method: as in `spectral_norm`, with the same accuracy.
+
+    Raises:
+      ValueError: another method.
+
+    References:
+      Bernstein & Newhouse 2024, arXiv:2410.21265; Yang, Simon & Bernstein 2023, arXiv:2310.17813.
+    """
+    _is_exact("rms_to_rms_norm", method)
+    inputs, outputs = x.shape[-2:]
+    return math.sqrt(max(1, inputs) / max(1, outputs)) * spectral_norm(x, method)  # (1)
+
+
+def stable_rank(x: Stack | Spectrum, method: str = "gram") -> Numbers:
+    """The number of singular values equal to the largest that would have the same sum of squares: in [1, r].
+
+        ‖W‖F² / ‖W‖₂²        (1)
+
+    Args:
+      method: as in `spectral_norm`. The rank is too large by as much as the square of that norm is too small:
+        0.7 % at most for r = 1000.
+
+    Raises:
+      ValueError: another method.
+
+    References:
+      Rudelson & Vershynin 2007, arXiv:math/0503442, section 1.
+    """
+    exact = _is_exact("stable_rank", method)
+    if exact or isinstance(x, Spectrum):
+        ratios = _relative(x)
+        leading, squares = _largest(ratios) ** 2, jnp.sum(ratios**2, axis=-1)
+    else:
+        _, leading, squares = _gram_powers(x)
+    return squares / safe_denominator(leading)  # (1)
+
+
+def effective_rank(x: Stack | Spectrum) -> Numbers:
+    """The number of equal singular values that would have the same entropy: in [1, r].
+
+        exp(-Σ pₖ ln pₖ),  pₖ = σₖ / Σ σ        (1)
+
+    References:
+      Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality".
+    """
+    ratios = _relative(x)
+    total = jnp.sum(ratios, axis=-1)
+    shares = ratios / safe_denominator(total)[..., None]
+    entropy = -jnp.sum(shares * jnp.log(safe_denominator(shares)), axis=-1)
+    return jnp.where(total == 0, 0, jnp.exp(entropy))  # (1)
+
+
+def top_energy(x: Stack | Spectrum, k: int) -> Numbers:
+    """The share of the sum of squares that the k largest singular values hold: in [0, 1].
+
+        Σ σⱼ² over j ≤ k / Σ σⱼ²        (1)
+
+    The best approximation of rank k keeps this share; that of zero is 0.
+
+    Args:
+      k: at least 1.
+
+    Raises:
+      ValueError: k below 1, or not a whole number.
+
+    References:
+      Eckart & Young 1936, "The approximation of one matrix by another of lower rank".
+    """
+    if not is_integer(k, 1):
+        raise ValueError(f"top_energy: k must be a whole number of at least 1, but is {k}. Type k=1.")
+    squares = _relative(x) ** 2
+    return jnp.sum(squares[..., :k], axis=-1) / safe_denominator(jnp.sum(squares, axis=-1))  # (1)
+
+
+def orthogonality_error(x: Stack | Spectrum) -> Numbers:
+    """The distance of W from multiples of orthogonal matrices: the sine of its angle to its polar factor.
+
+        min ‖W - c Q‖F / ‖W‖F over c and Q with orthonormal rows or columns = √(Σ (σ - σ̄)² / Σ σ²)        (1)
+
+    σ̄ is the mean of all r. The error is in [0, 1): 0 where all singular values are equal, √(1 - 1/r) at rank
+    1, and 0 for zero. In float32 it is accurate from 1e-6 on.
+
+    References:
+      The nearest Q is the polar factor: Fan & Hoffman 1955, "Some metric inequalities in the space of
+      matrices"; Higham 2008, "Functions of Matrices", theorem 8.4.
+    """
+    ratios = _relative(x)
+    mean = jnp.sum(ratios, axis=-1, keepdims=True) / max(1, ratios.shape[-1])
+    deviation = jnp.sum((ratios - mean) ** 2, axis=-1) / safe_denominator(jnp.sum(ratios**2, axis=-1))
+    return jnp.where(deviation == 0, 0, jnp.sqrt(safe_denominator(deviation)))  # (1)
+
+
+def _is_exact(who: str, method: str) -> bool:
+    """Whether a method is the exact one; refuse unknown methods."""
+    if method not in METHODS:
+        raise ValueError(f"{who}: no method is called {method!r}. Type {' or '.join(map(repr, METHODS))}.")
+    return method == "svd"
+
+
+def _largest(values: jax.Array) -> jax.Array:
+    """The largest singular value; 0 if there is none."""
+    return jnp.max(values, axis=-1, initial=0)
+
+
+def _relative(x: jax.Array | Spectrum) -> jax.Array:
+    """Singular values over the largest, which derivatives treat as a constant: for functions of degree 0."""
+    values = spectrum(x).values
+    return values / safe_denominator(jax.lax.stop_gradient(_largest(values)))[..., None]
+
+
+def _gram_powers(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A scale c, with (σ₁ / c)² by (1) of `spectral_norm` and (‖x‖F / c)²."""
+    if x.size == 0:
+        zeros = spectrum(x).values.sum(axis=-1)
+        return zeros, zeros, zeros
+    y, scale = rescale(x)
+    y = y.mT.conj() if y.shape[-2] > y.shape[-1] else y
+    a = product(y, y.mT.conj(), "highest")
+    power = _of_trace_one(jax.lax.stop_gradient(a))
+    power = jax.lax.fori_loop(0, SQUARINGS, lambda _, b: _of_trace_one(product(b, b, "highest")), power)
+    return scale[..., 0, 0], jnp.sum((a * power.conj()).real, axis=(-2, -1)), _trace(a)
+
+
+def _of_trace_one(a: jax.Array) -> jax.Array:
+    return a / safe_denominator(_trace(a))[..., None, None].astype(a.dtype)
+
+
+def _trace(a: jax.Array) -> jax.Array:
+    return jnp.trace(a, axis1=-2, axis2=-1).real
