@@ -40,9 +40,9 @@ from state_races import TASKS, draw, race, race_tables
 from state_step import step_tables, steps
 
 import optimorph as om
+from optimorph._core.rounding import noise, places
+from optimorph._storage.slabs import slab_shape
 from optimorph.codecs import Nonneg8, Signed8
-from optimorph.core.rounding import noise, places
-from optimorph.storage.slabs import slab_shape
 
 RESULTS = Path(__file__).parent / "results" / "state.json"
 ROUNDS, COMPILES = 9, 2

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import optimorph as om
+from optimorph._storage.moments import moments_of
 from optimorph.codecs import Encoded, Nonneg8
-from optimorph.storage.moments import moments_of
 
 WHOLE = (768, 3072)
 """Of what bytes are counted."""

@@ -32,29 +32,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from optimorph import codecs, curvature, linalg, probes, schedules, theory
-from optimorph.apply_updates import apply_updates
-from optimorph.core.rule import chain
-from optimorph.from_optax import from_optax_state
-from optimorph.inject_hyperparams import inject_hyperparams
-from optimorph.muon import muon
-from optimorph.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
-from optimorph.plan import Plan, PlanRow, plan
-from optimorph.route_matrices import route_matrices
-from optimorph.routing.partition import partition
-from optimorph.routing.rules import labels
-from optimorph.split_weights import join_weights, split_weights
-from optimorph.storage.compress_state import compress_state
-from optimorph.storage.compressed import CompressedState
-from optimorph.transforms.averages import AccumulateState, EmaState, MomentumState, accumulate, ema, momentum
-from optimorph.transforms.clip_by_global_norm import ClipState, clip_by_global_norm
-from optimorph.transforms.combine import AddState, DivideState, MixState, add, divide, mix
-from optimorph.transforms.in_bfloat16 import BFloat16State, in_bfloat16
-from optimorph.transforms.in_float32 import in_float32
-from optimorph.transforms.matrices import orthogonalize, scale_by_shape
-from optimorph.transforms.multi_steps import MultiStepsState, multi_steps
-from optimorph.transforms.pointwise import DampenState, DebiasState, dampen, debias, root, square
-from optimorph.transforms.skip_nonfinite import SkipState, skip_nonfinite
-from optimorph.transforms.step import (
+from optimorph._apply_updates import apply_updates
+from optimorph._core.rule import chain
+from optimorph._from_optax import from_optax_state
+from optimorph._inject_hyperparams import inject_hyperparams
+from optimorph._plan import Plan, PlanRow, plan
+from optimorph._recipes.muon import muon
+from optimorph._recipes.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
+from optimorph._recipes.route_matrices import route_matrices
+from optimorph._routing.partition import partition
+from optimorph._routing.rules import labels
+from optimorph._split_weights import join_weights, split_weights
+from optimorph._storage.compress_state import compress_state
+from optimorph._storage.compressed import CompressedState
+from optimorph._transforms.averages import AccumulateState, EmaState, MomentumState, accumulate, ema, momentum
+from optimorph._transforms.clip_by_global_norm import ClipState, clip_by_global_norm
+from optimorph._transforms.combine import AddState, DivideState, MixState, add, divide, mix
+from optimorph._transforms.in_bfloat16 import BFloat16State, in_bfloat16
+from optimorph._transforms.in_float32 import in_float32
+from optimorph._transforms.matrices import orthogonalize, scale_by_shape
+from optimorph._transforms.multi_steps import MultiStepsState, multi_steps
+from optimorph._transforms.pointwise import DampenState, DebiasState, dampen, debias, root, square
+from optimorph._transforms.skip_nonfinite import SkipState, skip_nonfinite
+from optimorph._transforms.step import (
     DecayState,
     LearningRateState,
     add_decayed_weights,
@@ -144,3 +144,8 @@ def __getattr__(name: str) -> Any:
         raise ModuleNotFoundError(
             f"optimorph.race needs {package}: pip install 'optimorph[race]'", name=error.name
         ) from error
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "race"]

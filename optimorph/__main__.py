@@ -11,7 +11,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "race": ("optimorph._racing.command", "train a real model with several optimizers and see who wins"),
-    "plan": ("optimorph.plan_command", "show what muon makes of every parameter of a model"),
+    "plan": ("optimorph._plan_command", "show what muon makes of every parameter of a model"),
 }
 """Name → (module with `add_arguments`, `main` and `BadInput`; help)."""
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph.core.checks import not_an_array
-from optimorph.core.numbers import is_array, upcast
-from optimorph.core.paths import leaf_paths
-from optimorph.core.types import PyTree
+from optimorph._core.checks import not_an_array
+from optimorph._core.numbers import is_array, upcast
+from optimorph._core.paths import leaf_paths
+from optimorph._core.types import PyTree
 from optimorph.linalg._newton_schulz import safe_denominator
 
 

@@ -20,15 +20,15 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
+from optimorph._core.checks import check_params, is_integer
+from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
+from optimorph._core.paths import by_path, distinct_paths
+from optimorph._core.roles import FIRST, Role
+from optimorph._core.types import AxesRules, PyTree
 from optimorph._distributed.map_by_shape import map_by_shape
 from optimorph._distributed.shardings import explicit_axes
-from optimorph.core.checks import check_params, is_integer
-from optimorph.core.numbers import increment, is_missing, is_trainable, upcast
-from optimorph.core.paths import by_path, distinct_paths
-from optimorph.core.roles import FIRST, Role
-from optimorph.core.types import AxesRules, PyTree
-from optimorph.routing.reading import leaf_axes
-from optimorph.storage.moments import moments_of
+from optimorph._routing.reading import leaf_axes
+from optimorph._storage.moments import moments_of
 
 
 class Leaf(NamedTuple):

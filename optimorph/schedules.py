@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from optimorph.core.checks import checked
-from optimorph.core.types import Numeric, Schedule
+from optimorph._core.checks import checked
+from optimorph._core.types import Numeric, Schedule
 
 
 @checked

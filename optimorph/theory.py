@@ -7,7 +7,7 @@ is about ρᵏ times the first: 1 / ln(1/ρ) steps for every factor e.
 import math
 from typing import NamedTuple
 
-from optimorph.core.checks import check_numbers
+from optimorph._core.checks import check_numbers
 
 
 class Tuning(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import optimorph as om
-from optimorph.core.rounding import stochastic_bfloat16
+from optimorph._core.rounding import stochastic_bfloat16
 
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 

@@ -9,8 +9,8 @@ import pytest
 import rounding
 from float32 import Float32
 
+from optimorph._core.rounding import noise, places
 from optimorph.codecs import BFloat16, Encoded, Float8, Nonneg8, Signed8, Split8, Split16
-from optimorph.core.rounding import noise, places
 
 BLOCKS = {
     "softsign": Signed8(),

@@ -14,7 +14,7 @@ import pytest
 import rounding
 
 import optimorph as om
-from optimorph.core.checks import RANGES
+from optimorph._core.checks import RANGES
 from optimorph.linalg import NewtonSchulz
 
 CONDITION = NewtonSchulz().table.slope

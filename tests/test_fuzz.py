@@ -492,7 +492,7 @@ SENT = """
 import inspect, json, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 import optimorph as om
-from optimorph.core.checks import RANGES, SCHEDULED
+from optimorph._core.checks import RANGES, SCHEDULED
 
 BAD = {
     "text": "0.1", "dtype": "float32", "nan": float("nan"), "negative": -1e-3, "inf": float("inf"),

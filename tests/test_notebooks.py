@@ -146,11 +146,11 @@ def test_the_claim_is_stated_asserted_and_limited(path):
     [
         "import torch",
         "from scipy.linalg import polar",
-        "import optimorph.core",
-        "from optimorph.transforms.ema import ema",
+        "import optimorph._core",
+        "from optimorph._transforms.averages import ema",
         "from optimorph import recipe",
         "from optimorph.theory import _condition",
-        "import optimorph as om\nom.core.recipe",
+        "import optimorph as om\nom._core.rule",
         "import jax\njax._src",
     ],
 )

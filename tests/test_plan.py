@@ -135,7 +135,7 @@ def test_a_closed_pipe_is_no_error(model):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("where", ["importlib.import_module", "optimorph.plan_command.main"])
+@pytest.mark.parametrize("where", ["importlib.import_module", "optimorph._plan_command.main"])
 def test_ctrl_c_is_one_word(model, monkeypatch, capsys, where):
     """Also while jax is being imported."""
     with monkeypatch.context() as changed:

@@ -14,8 +14,8 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import optimorph as om
-from optimorph.core.paths import leaf_paths, paths_and_shapes
-from optimorph.routing.names import UNDECIDED, by_name
+from optimorph._core.paths import leaf_paths, paths_and_shapes
+from optimorph._routing.names import UNDECIDED, by_name
 
 
 def specs(params, axes=None):

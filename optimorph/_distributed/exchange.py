@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optimorph._core.types import Shape
 from optimorph._distributed.map_by_shape import map_matrices, split
 from optimorph._distributed.placement import Exchange, Group, LeafShard, Placement
 from optimorph._distributed.shardings import Names, devices
-from optimorph.core.types import Shape
 from optimorph.linalg._axes import inverse
 
 Function = Callable[[jax.Array], jax.Array]

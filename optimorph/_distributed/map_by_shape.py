@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph.core.types import Shape
+from optimorph._core.types import Shape
 from optimorph.linalg import Axes
 
 

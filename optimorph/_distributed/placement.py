@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from optimorph._core.types import Shape
 from optimorph._distributed.shardings import Names, Spec, devices, whole_shape
-from optimorph.core.types import Shape
 from optimorph.linalg import Axes
 
 Cost = Callable[[int, int], float]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optimorph.core.checks import LeafError
-from optimorph.core.types import Shape
+from optimorph._core.checks import LeafError
+from optimorph._core.types import Shape
 
 Names = tuple[str, ...]
 """Names of mesh axes."""

@@ -1,1 +1,1 @@
-"""Train real models with several optimizers, and compare their losses and costs."""
+"""Floor 8: train real models with several optimizers, and compare their losses and costs."""

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optimorph._core.checks import check_numbers
+from optimorph._core.paths import leaf_paths
 from optimorph._racing.registry import LearningRates
 from optimorph._racing.task import Task
-from optimorph.core.checks import check_numbers
-from optimorph.core.paths import leaf_paths
 
 Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 """An optimizer, or a function of a learning rate that returns one."""

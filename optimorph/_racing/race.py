@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from optimorph._core.types import AxesRules
 from optimorph._racing import custom_task
 from optimorph._racing.custom_task import Optimizer
 from optimorph._racing.display import plain_console, sweep_display, training_display
@@ -13,7 +14,6 @@ from optimorph._racing.race_data import Trial
 from optimorph._racing.result import RaceResult, collect
 from optimorph._racing.sweep import Sweep, best_rates
 from optimorph._racing.training import Entry, train_all
-from optimorph.core.types import AxesRules
 
 
 def race(

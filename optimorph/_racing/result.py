@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 
 from optimorph import __version__
+from optimorph._core.types import AxesRules
 from optimorph._racing.html_report import write_html
 from optimorph._racing.plot import write_plot
 from optimorph._racing.race_data import Curve, RaceData, Row, Spectrum, Trial
@@ -23,7 +24,6 @@ from optimorph._racing.spectra import spectra
 from optimorph._racing.table import print_table
 from optimorph._racing.task import Task
 from optimorph._racing.training import Entry
-from optimorph.core.types import AxesRules
 
 
 class RaceResult(RaceData):

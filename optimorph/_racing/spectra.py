@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from optimorph._core.paths import leaf_paths
+from optimorph._core.types import AxesRules
 from optimorph._racing.race_data import Spectrum
-from optimorph.core.paths import leaf_paths
-from optimorph.core.types import AxesRules
+from optimorph._routing.reading import reader
 from optimorph.linalg import effective_rank, spectrum
-from optimorph.routing.reading import reader
 
 MAX_SIDE = 1024  # matrices whose shorter side is longer are skipped, because they take too long
 MAX_VALUES = 24  # singular values kept of each spectrum

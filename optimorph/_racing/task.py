@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from optimorph.core.types import Schedule
+from optimorph._core.types import Schedule
 
 
 def warmup_cosine(peak: float, steps: int) -> Schedule:

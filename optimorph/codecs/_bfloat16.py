@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.rounding import nearest_bfloat16, stochastic_bfloat16
+from optimorph._core.types import Shape
 from optimorph.codecs._codec import Codec, Encoded
-from optimorph.core.rounding import nearest_bfloat16, stochastic_bfloat16
-from optimorph.core.types import Shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from optimorph._core.checks import dtype_name, is_integer
+from optimorph._core.rounding import noise, outer_bfloat16
+from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
-from optimorph.core.checks import dtype_name, is_integer
-from optimorph.core.rounding import noise, outer_bfloat16
-from optimorph.core.types import DTypeLike, Shape
 
 TINY = 4.7019774e-38
 """Blocks with a smaller maximum become zeros: four times the smallest normal number; 4 / s is finite."""

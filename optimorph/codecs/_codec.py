@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.rounding import check_key, places
-from optimorph.core.types import Shape
+from optimorph._core.rounding import check_key, places
+from optimorph._core.types import Shape
 
 
 class Encoded(NamedTuple):

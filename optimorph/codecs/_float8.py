@@ -6,8 +6,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.types import DTypeLike
 from optimorph.codecs._blocks import BlockCodec
-from optimorph.core.types import DTypeLike
 
 TOP = 256.0
 """The code of s: a power of two, so that decoding rounds once, and below 448, the largest of e4m3."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.rounding import nearest_bfloat16, noise
+from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
-from optimorph.core.rounding import nearest_bfloat16, noise
-from optimorph.core.types import DTypeLike, Shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph.core.types import Shape
+from optimorph._core.types import Shape
 
 _TOKEN = re.compile(r"\s*(?:([iob])|\(\s*([0-9]+(?:\s*\+\s*[0-9]+)*)\s*([io])\s*\))\s*")
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from optimorph.core.numbers import upcast
-from optimorph.core.types import DTypeLike
+from optimorph._core.numbers import upcast
+from optimorph._core.types import DTypeLike
 from optimorph.linalg._coefficients import (
     EXACT,
     JORDAN,

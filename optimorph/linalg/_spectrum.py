@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from optimorph.core.checks import is_integer
-from optimorph.core.numbers import upcast_dtype
+from optimorph._core.checks import is_integer
+from optimorph._core.numbers import upcast_dtype
 from optimorph.linalg._newton_schulz import Stack, rescale, safe_denominator
 from optimorph.linalg._symmetric import product
 

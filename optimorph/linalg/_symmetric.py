@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from optimorph.core.numbers import upcast_dtype
+from optimorph._core.numbers import upcast_dtype
 
 Symmetric = tuple[jax.Array, ...]
 

@@ -1,0 +1,172 @@
+"""Errors that name the transform, what it was given, what it expected and what to type instead."""
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from optimorph._core.numbers import is_array
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_LARGEST = sys.float_info.max
+_DECAY = ("in [0, 1)", lambda x: 0 <= x < 1, "0.9")
+_POSITIVE = ("finite and above 0", lambda x: 0 < x < np.inf, "1.0")
+_NOT_NEGATIVE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "0.0")
+_RATE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "1e-3")
+
+RANGES = {
+    "b1": _DECAY,
+    "b2": _DECAY,
+    "dampening": ("in [0, 1]", lambda x: 0 <= x <= 1, "0.0"),
+    "decay": _DECAY,
+    "eps": _NOT_NEGATIVE,
+    "eps_root": _NOT_NEGATIVE,
+    "exponent": ("in (1/2, 1]", lambda x: 0.5 < x <= 1, "1.0"),
+    "initial": _NOT_NEGATIVE,
+    "initial_accumulator_value": _NOT_NEGATIVE,
+    "initial_scale": _NOT_NEGATIVE,
+    "initial_value": _POSITIVE,
+    "learning_rate": _RATE,
+    "max_norm": ("above 0", lambda x: x > 0, "1.0"),
+    "momentum": _DECAY,
+    "offset": _POSITIVE,
+    "others_learning_rate": _RATE,
+    "smoothness": _POSITIVE,
+    "strong_convexity": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+}
+"""Every hyperparameter's range, by its name: the same name means the same thing everywhere."""
+
+SCHEDULED = ("learning_rate", "others_learning_rate", "weight_decay")
+"""Hyperparameters that may be functions of the step count."""
+
+
+DTYPES = ("accumulator_dtype", "mu_dtype", "nu_dtype")
+"""Arguments that say how states are stored."""
+
+STORED = ("bfloat16", "float16", "float32", "float64")
+"""What they may be; of complex numbers both halves."""
+
+
+class LeafError(ValueError):
+    """The error of one leaf; functions of trees collect these and report all of them at once."""
+
+
+def check_numbers(who: str, **values: Any) -> None:
+    """Refuse what is not one number, or outside its range; of tracers the shape is seen, schedules pass.
+
+    Raises:
+      ValueError: naming `who`, the argument, its value, its range and a value that would do.
+    """
+    for name, value in values.items():
+        if callable(value) and name in SCHEDULED:
+            continue
+        text, inside, example = RANGES[name]
+        fix = f"Type {name}={example}, for example."
+        if value is None:
+            raise ValueError(f"{who}: {name} is missing. {fix}")
+        if not (is_array(value) and _is_real(value)):
+            raise ValueError(f"{who}: {name} must be a number {text}, but is {value!r}. {fix}")
+        shape = getattr(value, "shape", ())
+        if shape != ():
+            raise ValueError(
+                f"{who}: {name} must be one number {text}, but has shape {shape}. "
+                f"For a sweep over {name}, jax.vmap a function of one {name}."
+            )
+        if not isinstance(value, Tracer) and not inside(value):
+            raise ValueError(f"{who}: {name} must be {text}, but is {value}. {fix}")
+
+
+def check_dtypes(who: str, **dtypes: Any) -> None:
+    """Refuse a dtype that cannot hold what it is for; None passes.
+
+    Raises:
+      ValueError: naming `who`, the argument and a dtype that would do.
+    """
+    for name, dtype in dtypes.items():
+        if dtype is None:
+            continue
+        if dtype_name(dtype) not in STORED:
+            raise ValueError(
+                f"{who}: {name} must be one of {', '.join(STORED)}, but is {dtype!r}. Type {name}='bfloat16'."
+            )
+        if name == "nu_dtype" and jnp.dtype(dtype) == jnp.float16:
+            raise ValueError(
+                f"{who}: {name} must not be float16, which has no squares below 6e-8 or above 65504, "
+                f"those of gradients of 0.00024 and 256. Type {name}='bfloat16'."
+            )
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """Its name, however it is written; None of what is no dtype."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return None
+
+
+def checked(recipe: Callable[P, R]) -> Callable[P, R]:
+    """Check every argument of `recipe` that `RANGES` or `DTYPES` name, under the recipe's own name.
+
+    None is a value where it is the default.
+    """
+    signature = inspect.signature(recipe)
+    absent = {name for name, parameter in signature.parameters.items() if parameter.default is None}
+
+    @functools.wraps(recipe)
+    def build(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature.bind(*args, **kwargs).arguments
+        numbers = {k: v for k, v in given.items() if k in RANGES and not (v is None and k in absent)}
+        check_numbers(recipe.__name__, **numbers)
+        check_dtypes(recipe.__name__, **{k: v for k, v in given.items() if k in DTYPES})
+        return recipe(*args, **kwargs)
+
+    return build
+
+
+def check_params(who: str, params: Any, why: str) -> None:
+    """Refuse an `update` without the parameters that it needs.
+
+    Raises:
+      ValueError: naming `who`, the reason and the call to type.
+    """
+    if params is None:
+        raise ValueError(
+            f"{who}: update was called without params, but {why}. "
+            "Type tx.update(gradients, state, params) instead of tx.update(gradients, state)."
+        )
+
+
+def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
+    """Whether it is an integer, and no boolean, in [least, below)."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return whole and bool(least <= value < below)
+
+
+def check_seed(who: str, seed: Any) -> None:
+    """Refuse what is no seed of `jax.random.key`.
+
+    Raises:
+      ValueError: naming `who`.
+    """
+    if not is_integer(seed, 0, 2**32):
+        raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        return False
+    dtype = jnp.result_type(value)
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def not_an_array(who: str, path: str, leaf: Any) -> str:
+    """Which leaf of a tree is none, and how to leave it out."""
+    return f"{who}: {path!r} is {leaf!r}, no array. Leave such leaves out: eqx.filter(model, eqx.is_array)."

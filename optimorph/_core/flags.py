@@ -1,0 +1,29 @@
+"""Booleans of all leaves as one."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from optimorph._core.numbers import is_trainable, upcast_dtype
+from optimorph._core.types import DTypeLike, PyTree
+
+
+def all_of(flags: Iterable[jax.Array], dtype: DTypeLike) -> jax.Array:
+    """Whether all flags hold, computed once however many leaves use it.
+
+    XLA repeats cheap arithmetic, such as a conjunction of n booleans, in each of the n leaves that use it:
+    the program and its compilation grow with n². It never repeats a square root.
+
+    Args:
+      flags: any number of scalars.
+      dtype: of the root, which should be a dtype that the program uses anyway.
+    """
+    broken = jnp.max(jnp.asarray([~flag for flag in flags], dtype), initial=0)
+    return jnp.sqrt(broken) == 0
+
+
+def real_dtype(tree: PyTree) -> DTypeLike:
+    """The real dtype of arithmetic on a tree: that of its first leaf of real or complex numbers."""
+    dtypes = (upcast_dtype(jnp.result_type(x)) for x in jax.tree.leaves(tree) if is_trainable(x))
+    return jnp.finfo(next(dtypes, jnp.float32)).dtype

@@ -1,0 +1,154 @@
+"""Numbers in the right precision: arithmetic in float32 or wider, hyperparameters, counts."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.types import DTypeLike, Numeric, ScalarOrSchedule, Schedule, Shape
+
+_PYTHON = (bool, int, float, complex, np.ndarray, np.generic)
+
+
+class NotScalarError(ValueError):
+    """A schedule returned an array; `transform` says of which transform."""
+
+    def __init__(self, shape: Shape):
+        """State the shape."""
+        super().__init__(
+            f"a schedule must return one number, but returned an array of shape {shape}. For a sweep, "
+            "jax.vmap a function of one number."
+        )
+
+
+@functools.cache
+def upcast_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """float32 or `dtype`, whichever is wider; complex stays complex."""
+    if not jnp.issubdtype(dtype, jnp.inexact) or jnp.finfo(dtype).bits < 32:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(dtype)
+
+
+def upcast(x: Any) -> jax.Array:
+    """`x` in float32 or wider, the precision of all arithmetic here."""
+    if isinstance(x, jax.Array) and x.dtype == upcast_dtype(x.dtype):
+        return x  # asarray takes ten times as long to trace
+    return jnp.asarray(x, upcast_dtype(jnp.result_type(x)))
+
+
+def cast_like(x: jax.Array, like: Any) -> jax.Array:
+    """`x` in the precision of `like`; a real `x` stays real beside a complex `like`, as a square does."""
+    dtype = jnp.result_type(like)
+    if x.dtype == dtype:
+        return x
+    if jnp.issubdtype(dtype, jnp.complexfloating) and not jnp.iscomplexobj(x):
+        dtype = jnp.finfo(dtype).dtype
+    if jnp.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        x = x.real
+    return x.astype(dtype)
+
+
+def as_scalar(value: Numeric, like: jax.Array) -> Any:
+    """A hyperparameter ready to meet `like`, which is float32 or wider: never rounded to less.
+
+    Raises:
+      NotScalarError: an array, as a schedule may return.
+    """
+    if type(value) in (int, float):
+        return float(value)  # already a weak type; the integer may be too large for int32
+    if np.ndim(value):
+        raise NotScalarError(np.shape(value))
+    return jnp.asarray(value).astype(like.dtype)
+
+
+def increment(count: jax.Array) -> jax.Array:
+    """The count of one more step; it stays at the largest integer."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
+def as_schedule(value: ScalarOrSchedule) -> Schedule:
+    """A function of the count, also for a constant.
+
+    In x64 mode the count is passed as int64, because quotients of int32 are float32.
+    """
+    return (lambda count: value(count.astype(int))) if callable(value) else lambda count: value
+
+
+def as_float32(value: Numeric) -> jax.Array:
+    """A number as states keep it for people to read."""
+    return jnp.asarray(value, jnp.float32)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of a tree is an array, a number, or the shape and dtype of an array."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return True
+    if not isinstance(leaf, _PYTHON) and not hasattr(leaf, "__jax_array__"):
+        return False  # jax would take the names of dtypes for dtypes
+    try:
+        return jnp.result_type(leaf) is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def kind(leaf: Any) -> str:
+    """What numbers a leaf holds: "real", "complex", "integer" (all others), or "none" if it is no array."""
+    if isinstance(leaf, jax.Array):
+        return _kind_of(leaf.dtype)
+    return _kind_of(jnp.result_type(leaf)) if is_array(leaf) else "none"
+
+
+@functools.cache
+def _kind_of(dtype: Any) -> str:
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return "complex"
+    return "real" if jnp.issubdtype(dtype, jnp.floating) else "integer"
+
+
+def is_trainable(leaf: Any) -> bool:
+    """Whether a leaf can have a gradient: real or complex numbers."""
+    return kind(leaf) in ("real", "complex")
+
+
+ABSENT = (type(None), optax.MaskedNode)
+"""What stands in the place of a leaf that is missing or masked."""
+
+
+def is_absent(leaf: Any) -> bool:
+    """Whether nothing stands in a leaf's place."""
+    return isinstance(leaf, ABSENT)
+
+
+def is_missing(gradient: Any) -> bool:
+    """Whether there is no gradient: None, or the float0 that jax uses for what is not differentiable."""
+    return gradient is None or getattr(gradient, "dtype", None) == jax.dtypes.float0
+
+
+def stored_dtype(dtype: DTypeLike | None, own: DTypeLike) -> jnp.dtype:
+    """The dtype of a stored moment: `dtype`, or float32 or wider without it; complex for complex numbers."""
+    stored = jnp.dtype(upcast_dtype(own) if dtype is None else dtype)
+    if jnp.issubdtype(own, jnp.complexfloating) and not jnp.issubdtype(stored, jnp.complexfloating):
+        return jnp.dtype(jnp.complex64 if jnp.finfo(stored).bits <= 32 else jnp.complex128)
+    return stored
+
+
+def full_like(w: Any, value: Numeric = 0.0, dtype: DTypeLike | None = None) -> jax.Array:
+    """A moment of the parameter `w`, with its shape and sharding, in `dtype` or else in float32 or wider."""
+    return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
+
+
+def common(x: jax.Array, moment: Any) -> tuple[jax.Array, jax.Array]:
+    """A gradient in float32 or wider and a stored moment, both in the wider dtype of the two."""
+    if x.dtype == moment.dtype:
+        return x, moment
+    moment = upcast(moment)
+    dtype = np.promote_types(x.dtype, moment.dtype)
+    return x.astype(dtype), moment.astype(dtype)
+
+
+def as_kind_of(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` without its imaginary part if `like` is real."""
+    return x.real if jnp.iscomplexobj(x) and not jnp.iscomplexobj(like) else x

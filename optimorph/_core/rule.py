@@ -1,0 +1,364 @@
+"""A transform that works leaf by leaf is a rule for one leaf; `transform` lifts a rule to trees."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import not_an_array
+from optimorph._core.differences import gradients, other_state
+from optimorph._core.numbers import (
+    ABSENT,
+    NotScalarError,
+    cast_like,
+    is_absent,
+    is_array,
+    is_missing,
+    is_trainable,
+    kind,
+    upcast,
+)
+from optimorph._core.paths import leaf_paths, structure_paths
+from optimorph._core.roles import Role
+from optimorph._core.types import PyTree
+
+
+class Leaves:
+    """What a rule may know of all leaves at once."""
+
+    def __init__(self, structure: Any, values: Sequence[Any], extra: Mapping[str, Any]):
+        """Of parameters, or without them of gradients, and the further arguments of `update`."""
+        self.structure, self.values, self.extra = structure, values, extra
+
+    @functools.cached_property
+    def tree(self) -> PyTree:
+        """The arrays as a tree, with None where there is none."""
+        return self.structure.unflatten(x if is_array(x) else None for x in self.values)
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """The path of every leaf, also where there is no array."""
+        return structure_paths(self.structure)
+
+
+class Leaf(NamedTuple):
+    """What a rule may know of a leaf besides its gradient.
+
+    Args:
+      weight: the parameter, in its own dtype; None if `update` was called without parameters.
+      index: which leaf of the tree it is.
+      leaves: all of them.
+      part: whether the arrays are a part of the leaf.
+    """
+
+    weight: Any
+    index: int
+    leaves: Leaves
+    part: bool = False
+
+    @property
+    def path(self) -> str:
+        """Of the leaf."""
+        return self.leaves.paths[self.index]
+
+
+def _nothing(*_: Any) -> Any:
+    return None
+
+
+def _unchanged(shared: Any, leaves: Leaves) -> tuple[None, Any]:
+    return None, shared
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How one leaf is updated.
+
+        now, shared = advance(shared, leaves)           once in a step, for all leaves
+        u, s        = update(g, s, leaf, now)           for each leaf
+
+    Shared are scalars: counts, seeds and readings. s are the leaf's own arrays: moments. Both have the
+    structure of `state`, with None for what belongs to the other. Gradients and updates are in float32 or
+    wider.
+
+    Args:
+      state: the state's structure, with a `Role` in the place of each array or tree of arrays.
+      update: of one leaf.
+      init: leaf → s; needed if a role has `tree`.
+      begin: leaves → shared; needed if a role has no `tree`.
+      advance: (shared, leaves) → what every leaf is told, and the next step's shared.
+      narrow: whether the rule takes gradients and returns updates in their own dtypes.
+    """
+
+    state: Any
+    update: Callable[[jax.Array, Any, Leaf, Any], tuple[jax.Array, Any]]
+    init: Callable[[Leaf], Any] = _nothing
+    begin: Callable[[Leaves], Any] = _nothing
+    advance: Callable[[Any, Leaves], tuple[Any, Any]] = _unchanged
+    narrow: bool = False
+
+    @functools.cached_property
+    def structure(self) -> Any:
+        """The tree structure of the state, whose leaves are roles."""
+        return jax.tree.structure(self.state)
+
+    @functools.cached_property
+    def roles(self) -> list[Role]:
+        """The roles in the order of the state's leaves."""
+        return jax.tree.leaves(self.state)
+
+    def pick(self, slots: Sequence[Any], k: int | None = None) -> Any:
+        """Of the state's slots, the arrays of leaf `k`; without `k`, the shared scalars."""
+        if k is None:
+            own = [None if role.tree else slot for role, slot in zip(self.roles, slots, strict=True)]
+        else:
+            own = [slot[k] if role.tree else None for role, slot in zip(self.roles, slots, strict=True)]
+        return self.structure.unflatten(own)
+
+    def filled(self, state: Any) -> Any:
+        """The state, with None in every slot if it is None."""
+        return self.structure.unflatten(self.slots(state))
+
+    def slots(self, state: Any) -> list[Any]:
+        """What stands in the place of each role; Nones of a rule without arrays."""
+        return [None] * len(self.roles) if state is None else self.structure.flatten_up_to(state)
+
+
+class Transform(optax.GradientTransformationExtraArgs):
+    """An optax transformation that may say more of itself.
+
+    Attributes:
+      rule: the rule for one leaf by which it works.
+      routes: which leaves it routes where.
+    """
+
+    rule: Rule | None = None
+    routes: Any = None
+
+    def with_init(self, init: Any) -> "Transform":
+        """The same transformation with another `init`."""
+        tx = Transform(init, self.update)
+        tx.rule, tx.routes = self.rule, self.routes
+        return tx
+
+
+def rule_of(tx: Any) -> Rule | None:
+    """The rule that a transformation carries, if it carries one."""
+    return getattr(tx, "rule", None)
+
+
+def pointwise(update: Callable[..., jax.Array]) -> Rule:
+    """The rule of a function of the gradient alone."""
+    return Rule(optax.EmptyState(), lambda g, s, leaf, now: (update(g), s))
+
+
+def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
+    """The transformation of trees that updates each leaf by `rule`; it names errors after `who`.
+
+    With `strict` gradients must be real or complex as their parameters are; without, they may be updates of
+    another transformation, such as squares.
+
+    Leaves whose gradient is missing get None and keep their state. Parameters that are no real or complex
+    numbers have no state. Updates have the gradients' dtype.
+    """
+
+    def init(params):
+        leaves, tree = arrays(who, params)
+        known = Leaves(tree, leaves, {})
+        own = [
+            rule.slots(rule.init(Leaf(w, k, known))) if is_trainable(w) else None
+            for k, w in enumerate(leaves)
+        ]
+        shared = rule.slots(rule.begin(known))
+        return rule.structure.unflatten(
+            tree.unflatten([None if s is None else s[j] for s in own]) if role.tree else shared[j]
+            for j, role in enumerate(rule.roles)
+        )
+
+    def update(updates, state, params=None, **extra):
+        gs, tree, ws = aligned(who, updates, params, strict)
+        slots = _columns(who, rule, tree, state, updates, params)
+        _check_moments(who, rule, gs, slots, updates, params)
+        leaves, out = Leaves(tree, gs if params is None else ws, extra), []
+        try:
+            now, shared = rule.advance(rule.pick(slots), leaves)
+            for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
+                if isinstance(g, ABSENT):
+                    out.append(g)
+                    continue
+                x = jnp.asarray(g) if rule.narrow else upcast(g)
+                u, s = rule.update(x, rule.pick(slots, k), Leaf(w, k, leaves), now)
+                out.append(u if rule.narrow else cast_like(u, g))
+                for slot, role, new in zip(slots, rule.roles, rule.slots(s), strict=True):
+                    if role.tree:
+                        slot[k] = new
+        except NotScalarError as error:
+            raise ValueError(f"{who}: {error}") from error
+        after = [
+            tree.unflatten(slot) if role.tree else new
+            for slot, role, new in zip(slots, rule.roles, rule.slots(shared), strict=True)
+        ]
+        return tree.unflatten(out), rule.structure.unflatten(after)
+
+    tx = Transform(init, update)
+    tx.rule = rule
+    return tx
+
+
+def arrays(who: str, params: PyTree) -> tuple[list, Any]:
+    """The leaves of the parameters, and their tree's structure.
+
+    Raises:
+      ValueError: naming `who` and a leaf that is no array.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    if not all(map(is_array, leaves)):
+        path, leaf = next(p for p in zip(leaf_paths(params), leaves, strict=True) if not is_array(p[1]))
+        raise ValueError(not_an_array(who, path, leaf))
+    return leaves, tree
+
+
+def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = True) -> tuple[list, Any, list]:
+    """The gradients as a list with None for missing ones, their tree's structure, and the parameters' list.
+
+    Of a tree from `optax.masked` the leaves that are masked are in the list too.
+
+    Raises:
+      ValueError: naming `who` and every leaf where the gradients are not those of the parameters.
+    """
+    gs, tree = jax.tree.flatten(updates, is_leaf=is_absent)
+    try:
+        ws = [None] * len(gs) if params is None else tree.flatten_up_to(params)
+    except (ValueError, TypeError, KeyError) as error:
+        gradients(who, updates, params)
+        raise ValueError(f"{who}: the gradients do not match the parameters. {error}") from error
+    for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
+        if isinstance(g, ABSENT):
+            continue
+        if is_missing(g):
+            gs[k] = None
+        elif not (is_trainable(g) if params is None else _alike(g, w, strict)):
+            gradients(who, updates, params)
+    return gs, tree, ws
+
+
+def _alike(g: Any, w: Any, strict: bool) -> bool:
+    own = kind(g)
+    return np.shape(g) == np.shape(w) and own in (kind(w), "real" if not strict else "") and own != "integer"
+
+
+def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: Any) -> list[Any]:
+    """The state's slots, of trees as lists of leaves.
+
+    Raises:
+      ValueError: naming `who`, if the state is that of another optimizer or of other parameters.
+    """
+    try:
+        slots = rule.slots(state)
+    except (ValueError, TypeError, KeyError) as error:
+        raise other_state(who) from error
+    for j, role in enumerate(rule.roles):
+        if role.tree:
+            try:
+                slots[j] = tree.flatten_up_to(slots[j])
+            except (ValueError, TypeError, KeyError) as error:
+                if params is None:
+                    gradients(who, updates, slots[j])
+                raise other_state(who) from error
+    return slots
+
+
+def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, params: Any) -> None:
+    """Refuse moments whose shapes are not those of the gradients, and real ones of complex gradients."""
+    for slot, role in zip(slots, rule.roles, strict=True):
+        for g, m in zip(gs, slot if role.tree else (), strict=False):
+            if isinstance(g, ABSENT) or isinstance(m, optax.MaskedNode) or _fits(g, m, role):
+                continue
+            if params is None:
+                tree = jax.tree.structure(updates, is_leaf=is_absent)
+                gradients(who, updates, tree.unflatten(slot))
+            raise other_state(who)
+
+
+def _fits(g: Any, m: Any, role: Role) -> bool:
+    if not hasattr(m, "dtype"):
+        return False
+    real = jnp.iscomplexobj(g) and not jnp.iscomplexobj(m)
+    return not role.moment or (m.shape == np.shape(g) and not real)
+
+
+def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain`, in which neighbours that work leaf by leaf become one rule for one leaf.
+
+    The state is that of `optax.chain`: a tuple with the state of each.
+
+    Args:
+      transforms: transformations in the order in which they are applied.
+    """
+    groups: list[list[Any]] = []
+    for tx in transforms:
+        if groups and rule_of(tx) and rule_of(groups[-1][-1]):
+            groups[-1].append(tx)
+        else:
+            groups.append([tx])
+    merged = [_merged(group) for group in groups]
+    if len(merged) == 1 and len(transforms) > 1:
+        return merged[0]
+    sizes = [len(group) for group in groups]
+
+    def init(params):
+        states = [tx.init(params) for tx in merged]
+        return tuple(
+            s for state, n in zip(states, sizes, strict=True) for s in (state if n > 1 else (state,))
+        )
+
+    def update(updates, state, params=None, **extra):
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            raise other_state("chain")
+        after, rest = [], list(state)
+        for tx, n in zip(merged, sizes, strict=True):
+            own, rest = tuple(rest[:n]), rest[n:]
+            updates, own = tx.update(updates, own if n > 1 else own[0], params, **extra)
+            after += own if n > 1 else (own,)
+        return updates, tuple(after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _merged(group: Sequence[Any]) -> Any:
+    """Neighbours that carry rules as one transformation."""
+    if len(group) == 1:
+        return optax.with_extra_args_support(group[0])
+    return transform("chain", chained([tx.rule for tx in group]))
+
+
+def chained(rules: Sequence[Rule]) -> Rule:
+    """One rule after the other."""
+
+    def advance(shared, leaves):
+        told, after = [], []
+        for rule, s in zip(rules, shared, strict=True):
+            now, s = rule.advance(s, leaves)
+            told.append(now)
+            after.append(s)
+        return told, tuple(after)
+
+    def update(g, states, leaf, now):
+        after = []
+        for rule, s, t in zip(rules, states, now, strict=True):
+            g, s = rule.update(g, s, leaf, t)
+            after.append(s)
+        return g, tuple(after)
+
+    return Rule(
+        tuple(rule.state for rule in rules),
+        update,
+        init=lambda leaf: tuple(rule.filled(rule.init(leaf)) for rule in rules),
+        begin=lambda leaves: tuple(rule.filled(rule.begin(leaves)) for rule in rules),
+        advance=advance,
+    )

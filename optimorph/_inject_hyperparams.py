@@ -1,0 +1,75 @@
+"""Hyperparameters in the state, where they can be read and set."""
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from optimorph._core.checks import RANGES
+from optimorph._core.types import DTypeLike
+
+
+def inject_hyperparams(
+    inner_factory: Callable[..., optax.GradientTransformation],
+    static_args: str | Iterable[str] = (),
+    hyperparam_dtype: DTypeLike | None = None,
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """Keep a recipe's numbers in the state, from which every step takes them anew.
+
+        tx = inject_hyperparams(adamw)(learning_rate=schedule, weight_decay=0.1)
+        state = tx.init(params)
+        state.hyperparams["weight_decay"] = jnp.float32(0.05)
+
+    This is `optax.inject_hyperparams`, but for two things. optax rounds the numbers to the dtype of the
+    parameters, and b2 = 0.999 is 1 in bfloat16: here they are float32, or float64 where jax has it enabled.
+    And masks, axes, dtypes and orthogonalizers are not taken for schedules.
+
+    Args:
+      inner_factory: a recipe, of this library or of optax.
+      static_args: the names of further arguments that are functions but no schedules.
+      hyperparam_dtype: of the numbers in the state, if not as above; arrays keep their own.
+
+    Raises:
+      ValueError: `hyperparam_dtype` narrower than float32; `static_args` that the factory does not have.
+
+    Equals:
+      optax.inject_hyperparams(inner_factory, static_args, hyperparam_dtype=jnp.float32)
+    """
+    signature = inspect.signature(inner_factory)
+    names = signature.parameters
+    static = {static_args} if isinstance(static_args, str) else set(static_args)
+    if unknown := static - set(names):
+        raise ValueError(
+            f"inject_hyperparams: static_args has {sorted(unknown)}, which are no arguments of "
+            f"{getattr(inner_factory, '__name__', inner_factory)}. Type some of {sorted(names)}."
+        )
+    dtype = jnp.result_type(float) if hyperparam_dtype is None else jnp.dtype(hyperparam_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is {dtype}, in which "
+            "0.999 is another number. Type hyperparam_dtype=jnp.float32, or leave it out."
+        )
+    static |= {name for name, parameter in names.items() if not _may_be_number(parameter)}
+    injected: Any = optax.inject_hyperparams(inner_factory, tuple(sorted(static)), dtype)
+
+    @functools.wraps(inner_factory)
+    def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            if name in RANGES and type(value) is int:
+                given.arguments[name] = float(value)  # an integer would stay one in the state
+        return injected(*given.args, **given.kwargs)
+
+    return make
+
+
+def _may_be_number(parameter: inspect.Parameter) -> bool:
+    """Whether an argument's annotation allows a number; one without annotation may be anything."""
+    annotation = parameter.annotation
+    if annotation is parameter.empty or isinstance(annotation, str):
+        return True
+    return annotation is float or float in typing.get_args(annotation)

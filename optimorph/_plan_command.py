@@ -1,0 +1,102 @@
+"""`optimorph plan module:function`: what `muon` makes of the parameters that a function returns."""
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimorph._core.types import PyTree
+from optimorph._plan import plan
+from optimorph._transforms.matrices import SCALES
+
+
+class BadInput(Exception):
+    """What the user typed cannot be done; the message says what to type instead."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `optimorph plan`."""
+    parser.add_argument(
+        "target",
+        metavar="MODULE:FUNCTION",
+        help="a function without arguments that returns the parameters; it is traced for their shapes, so no "
+        "memory is needed",
+    )
+    parser.add_argument(
+        "--axes",
+        metavar="PATTERN=SPEC",
+        action="append",
+        default=[],
+        help="a rule, such as '*lookup*=none' or 'layers/*/kernel=bio'; the first that matches wins",
+    )
+    parser.add_argument(
+        "--scale",
+        metavar="NAME",
+        default="rms_to_rms",
+        choices=[*SCALES, "none"],
+        help=f"of an update by its shape: {', '.join(SCALES)}, none (default: rms_to_rms)",
+    )
+    parser.add_argument(
+        "--state",
+        choices=["float32", "int8"],
+        default="float32",
+        help="how moments are stored (default: float32)",
+    )
+
+
+def main(given: argparse.Namespace) -> int:
+    """Print the plan; 1 if something is undecided, or a rule without a leaf.
+
+    Raises:
+      BadInput: with one line for the user.
+    """
+    axes: dict[str, str | None] = {}
+    for text in given.axes:
+        pattern, spec = _rule(text)
+        axes.setdefault(pattern, spec)  # the first wins
+    scale = None if given.scale == "none" else given.scale
+    state = None if given.state == "float32" else given.state
+    found = plan(_shapes(given.target), scale=scale, axes=axes, state=state)
+    if not len(found):
+        raise BadInput(f"{given.target!r} returns no arrays; it must return parameters, or their shapes")
+    print(found)
+    return int(bool(found.unused) or any(row.question is not None for row in found))
+
+
+def _rule(text: str) -> tuple[str, str | None]:
+    pattern, equals, spec = text.rpartition("=")
+    if not (pattern and equals and spec):
+        raise BadInput(f"--axes {text!r} is not PATTERN=SPEC, such as '*lookup*=none' or '*/kernel=bio'")
+    return pattern, None if spec.lower() == "none" else spec
+
+
+def _shapes(target: str) -> PyTree:
+    name, _, attribute = target.partition(":")
+    if name.endswith(".py"):
+        raise BadInput(f"{target!r} names a file; type its module, {Path(name).stem}:{attribute or 'init'}")
+    if not (name and attribute):
+        raise BadInput(f"{target!r} is not MODULE:FUNCTION, such as model:init")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function: Any = importlib.import_module(name)
+        for part in attribute.split("."):
+            function = getattr(function, part)
+        return jax.eval_shape(lambda: jax.tree.map(_array, function()))
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        first = str(error).strip().split("\n")[0]
+        raise BadInput(f"{target!r} cannot be evaluated: {type(error).__name__}: {first}") from error
+
+
+def _array(leaf: Any) -> Any:
+    """The leaf as an array, if it is one or its shape; else nothing. Traced, so nothing is allocated."""
+    if isinstance(leaf, jax.Array | np.ndarray | float | complex):
+        return leaf
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return None

@@ -1,0 +1,1 @@
+"""Floor 5: each optimizer is a short chain of transforms."""

@@ -1,0 +1,116 @@
+"""Muon: matrices by their polar factors, all other leaves by another optimizer."""
+
+import warnings
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+from optimorph._core.paths import leaf_paths
+from optimorph._core.roles import FIRST, SECOND
+from optimorph._core.rule import chain
+from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
+from optimorph._recipes.optimizers import adamw
+from optimorph._recipes.recipe import Recipe, recipe
+from optimorph._recipes.route_matrices import routed
+from optimorph._recipes.state_storage import with_state_storage
+from optimorph._routing.rules import lookup, unused
+from optimorph._storage.codec_rules import linear
+from optimorph._storage.encoding import named
+from optimorph._transforms.averages import ema
+from optimorph._transforms.matrices import orthogonalize, scale_by_shape
+from optimorph._transforms.step import decay_and_step
+
+
+@recipe
+def muon(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric = 0.95,
+    *,
+    nesterov: bool = True,
+    weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
+    scale: str | None = "rms_to_rms",
+    axes: AxesRules | None = None,
+    others: optax.GradientTransformation | None = None,
+    others_learning_rate: ScalarOrSchedule | None = None,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
+    weight_decay_form: str = "coupled",
+    state: str | Rules | None = None,
+    shardings: Rules | None = None,
+    comm_dtype: DTypeLike | None = None,
+) -> Recipe:
+    """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
+
+    Args:
+      orthogonalizer: a function of stacks of matrices; `linalg.NewtonSchulz()`, the default, takes five
+        Polar Express steps.
+      scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
+      weight_decay_form: as that of `adamw`.
+      state: "int8" stores moments of large leaves in one byte each, the average of matrices linearly; or the
+        rules of `compress_state`.
+      axes: how leaves read as matrices, for those that the default rules do not know or get wrong: an
+        ordered mapping from path pattern (fnmatch, `*` crosses slashes; or a compiled regular expression) to
+        a spec of `linalg.Axes`, or to None for no matrix, the first match wins; or a function
+        (path, shape) → spec; or a tree of specs. The default rules know the names of Flax, Equinox, Haiku,
+        MaxText and Levanter: `plan` shows what becomes of every leaf.
+      others: the transform of the other leaves; without one `adamw(others_learning_rate)` with this
+        `weight_decay`, in this form, and this state.
+      others_learning_rate: of that AdamW; `learning_rate` without one.
+      shardings: how leaves lie over a mesh, which is found out where it is not said: a tree of
+        `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
+        `jax.shard_map` it must be said of what leaves are shards; `P()` is whole.
+      comm_dtype: the dtype of the data in collectives, as that of `orthogonalize`.
+
+    Raises:
+      ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
+
+    Equals:
+      torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
+        with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", with "adamw_rms";
+        but for the bfloat16 that PyTorch forces upon the iteration
+      Keller Jordan's Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay), with
+        NewtonSchulz("jordan") and scale="keller"
+    References:
+      Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
+      arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.
+    """
+    if others is not None and (others_learning_rate is not None or nu_dtype is not None):
+        name = "nu_dtype" if others_learning_rate is None else "others_learning_rate"
+        raise ValueError(
+            f"muon: {name} is for the AdamW that others replaces. Type one of the two, such as "
+            "others=optimorph.adamw(1e-3)."
+        )
+    rules = state
+    if isinstance(rules, Mapping):
+        state = lookup(rules)  # of which some are for matrices, some for others
+    average = ema(momentum, nesterov=nesterov, dtype=mu_dtype)
+    matrices = chain(
+        with_state_storage("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        orthogonalize(orthogonalizer, comm_dtype=comm_dtype),
+        scale_by_shape(scale),
+        *decay_and_step("muon", learning_rate, weight_decay, mask, weight_decay_form),
+    )
+    names = ("muon", "adamw" if others is None else "others")
+    if others is None:
+        others = adamw(
+            learning_rate if others_learning_rate is None else others_learning_rate,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+            weight_decay=weight_decay,
+            mask=mask,
+            weight_decay_form=weight_decay_form,
+            state=state,
+        )
+    tx = routed("muon", matrices, others, axes, shardings, names, scale)
+
+    def init(params):
+        paths = leaf_paths(params)
+        moments = [named(kind, path) for kind in (FIRST, SECOND) for path in paths]
+        for rule in unused(rules, moments) if isinstance(rules, Mapping) and paths else ():
+            warnings.warn(f"muon: no moment matches the rule {rule!r} of state.", stacklevel=2)
+        return tx.init(params)
+
+    return tx.with_init(init)

@@ -1,0 +1,120 @@
+"""Matrices to one transformation, all other leaves to another."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optimorph._core.differences import other_state
+from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
+from optimorph._core.rule import Leaves, Transform, aligned, arrays
+from optimorph._core.types import AxesRules, Rules, Shape
+from optimorph._distributed.shardings import by_whole_shape
+from optimorph._routing.reading import Reading, axes_of, reader
+from optimorph._routing.rules import labels, lookup_if_given, unused
+
+MATRIX, OTHER = "matrix", "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """What `plan` asks of an optimizer that routes.
+
+    Args:
+      read: (path, shape) → how a leaf reads as matrices.
+      rules: the user's rules of axes.
+      names: of the transformations of matrices and of other leaves.
+      scale: the name of the scale of a matrix's update by its shape.
+    """
+
+    read: Callable[[str, Shape], Reading]
+    rules: AxesRules | None
+    names: tuple[str, str]
+    scale: str | None = None
+
+
+def route_matrices(
+    matrices: optax.GradientTransformation,
+    others: optax.GradientTransformation,
+    *,
+    axes: AxesRules | None = None,
+    shardings: Rules | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Update matrices by one transformation and all other leaves by another.
+
+        tx = route_matrices(chain(ema(0.95), orthogonalize(), scale_by_learning_rate(0.02)), adamw(1e-3))
+
+    How each leaf reads as matrices is resolved once in an update and handed down: `orthogonalize` and
+    `scale_by_shape` inside `matrices` take it from there, and need no `axes` of their own. The state is that
+    of `optax.partition`, with the parts "matrix" and "other".
+
+    Args:
+      matrices: the transformation of matrices; it runs in float32 or wider.
+      others: the transformation of other leaves.
+      axes: how leaves read as matrices, as that of `muon`.
+      shardings: how leaves lie over a mesh, as that of `muon`.
+
+    Raises:
+      ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
+    """
+    return routed("route_matrices", matrices, others, axes, shardings)
+
+
+def routed(
+    who: str,
+    matrices: optax.GradientTransformation,
+    others: optax.GradientTransformation,
+    axes: AxesRules | None,
+    shardings: Rules | None,
+    names: tuple[str, str] = ("matrices", "others"),
+    scale: str | None = None,
+) -> Transform:
+    """`route_matrices` under a recipe's own name."""
+    read, match = reader(who, axes), lookup_if_given(shardings)
+    form = by_whole_shape(who, match, functools.cache(axes_of(who, read)))
+    transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
+
+    def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:
+        parts = tree.unflatten([OTHER if f is None else MATRIX for f in forms])
+        return optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
+
+    def init(params):
+        leaves, tree = arrays(who, params)
+        paths = Leaves(tree, leaves, {}).paths
+        for rule in unused(axes, paths) if axes is not None and paths else ():
+            warnings.warn(f"{who}: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
+        params = tree.unflatten(w if is_trainable(w) else None for w in leaves)
+        forms = tree.flatten_up_to(labels(form)(params))
+        return parted(tree, forms).init(params)
+
+    def update(updates, state, params=None, **extra):
+        gs, tree, ws = aligned(who, updates, params)
+        leaves = Leaves(tree, gs if params is None else ws, extra)  # a missing gradient has no shape
+        forms = [
+            form(path, np.shape(x)) if is_trainable(x) else None
+            for path, x in zip(leaves.paths, leaves.values, strict=True)
+        ]
+        wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
+        handed = {"matrix_axes": forms, "matrix_shardings": match}
+        own = None if params is None else leaves.tree
+        try:
+            tx = parted(tree, forms)
+            out, after = tx.update(tree.unflatten(wide), state, own, **extra, **handed)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            known = own is not None and jax.tree.structure(jax.eval_shape(init, own))
+            if not known or known == jax.tree.structure(state):
+                raise
+            raise other_state(who) from error
+        out = tree.flatten_up_to(out)
+        return tree.unflatten(
+            [u if is_absent(g) else cast_like(u, g) for u, g in zip(out, gs, strict=True)]
+        ), after
+
+    tx = Transform(init, update)
+    tx.routes = Routes(read, axes, names, scale)
+    return tx

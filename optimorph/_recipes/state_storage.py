@@ -1,0 +1,48 @@
+"""What recipes do with `state`."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import optax
+
+from optimorph._core.types import DTypeLike, Rules
+from optimorph._storage.compress_state import compress_state
+from optimorph.codecs import Codec
+
+INT8 = "int8"
+
+
+def with_state_storage(
+    who: str,
+    tx: optax.GradientTransformation,
+    state: str | Rules | None,
+    int8: Rules | None = None,
+    **dtypes: DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """An element-wise transformation with its state stored as the argument `state` of a recipe says.
+
+    Args:
+      who: whose error it is.
+      tx: the transformation.
+      state: None, "int8" or the rules of `compress_state`.
+      int8: the rules that "int8" stands for; those of `compress_state` by default.
+      dtypes: `mu_dtype` and the like of the recipe.
+
+    Raises:
+      ValueError: another word; a narrow dtype beside it.
+    """
+    if state is None:
+        return optax.with_extra_args_support(tx)
+    rules = isinstance(state, Codec | Mapping) or (callable(state) and not isinstance(state, type))
+    if state != INT8 and not rules:
+        raise ValueError(
+            f"{who}: state must be 'int8', the rules of compress_state or None, but is {state!r}. "
+            "Type state='int8'."
+        )
+    for name, dtype in dtypes.items():
+        if dtype is not None and jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"{who}: state says how moments are stored, and so does {name}={jnp.dtype(dtype).name!r}. "
+                "Type one of the two."
+            )
+    return compress_state(tx, int8 if isinstance(state, str) else state, elementwise=True)

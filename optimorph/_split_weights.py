@@ -1,0 +1,140 @@
+"""Weights in two parts: bfloat16 for the model, and for the optimizer what that leaves of float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimorph._core.checks import not_an_array
+from optimorph._core.differences import MismatchError
+from optimorph._core.numbers import is_array, kind
+from optimorph._core.paths import by_path, leaf_paths
+from optimorph._core.rounding import check_key, leaf_key
+from optimorph._core.types import PyTree
+from optimorph.codecs import Encoded, Split8, Split16
+
+CODECS = {jnp.dtype(jnp.int8): Split8(), jnp.dtype(jnp.int16): Split16()}
+"""Of residuals, by their dtype."""
+
+WHOLE = object()
+"""Stands for None, where paths are compared."""
+
+
+def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -> tuple[PyTree, PyTree]:
+    """float32 parameters as bfloat16 weights and residuals of 8 or 16 bits: 3 or 4 bytes for a parameter.
+
+        θ', c = split(θ),  θ̂ = join(θ', c)
+
+        θ' is a bfloat16 number nearest to θ̂, and to θ        (1)
+        |θ̂ - θ| ≤ 129 · 2⁻²³ |θ|;  with a key twice that, and E[θ̂] = θ;  with 16 bits θ̂ = θ        (2)
+        split(θ̂) = θ', c        (3)
+
+    With weights so stored there need be no other: the model computes with θ', and a step is
+
+        params = join_weights(weights, residuals)
+        updates, state = tx.update(gradients, state, params)
+        weights, residuals = split_weights(apply_updates(params, updates), 8, key)
+
+    Under `jax.jit` the parameters are joined, moved and split leaf by leaf, and with weights and residuals
+    donated the new ones take their place. Make the state of the float32 parameters too, and give `update` the
+    joined ones: weight decay then sees what they are, and not what θ' is. Gradients of θ' are bfloat16, and
+    so are the updates made of them: 2⁻⁹ of an update is lost, not of a weight. Cast gradients to float32 to
+    keep that.
+
+    With 16 bits the parameters are those of float32, bit by bit. With 8 and without a key each stands still
+    under updates below 1/130,000 of it, where bfloat16 does below 1/512; with a key small updates add up. By
+    (3) an update of 0 changes nothing that it does not in float32, as the sign of -0. Infinities stay, NaN
+    stays one; the ends of the range, where 8 bits keep (2) less well, are told by `codecs.Split8`.
+
+    Every leaf's noise is that of the key and the leaf's path, as that of `apply_updates`. Give every step a
+    key of its own: `jax.random.fold_in(key, step)`.
+
+    Args:
+      params: the parameters. Leaves of another dtype stay whole, with None for a residual.
+      bits: 8 or 16, of a residual.
+      key: of `jax.random`; with 16 bits nothing is left to chance.
+
+    Returns:
+      Weights and residuals: two trees like the parameters, leaves of the same shape and sharding.
+
+    Raises:
+      ValueError: other bits, a leaf that is no array, or what is no key.
+
+    References:
+      FlashOptim 2026, arXiv:2602.23349, weight splitting; `codecs.Split8` and `codecs.Split16` are the forms.
+    """
+    if bits not in (8, 16):
+        raise ValueError(f"split_weights: bits must be 8 or 16, but is {bits!r}. Type bits=8.")
+    if key is not None:
+        check_key("split_weights", key)
+    codec = Split16() if bits == 16 else Split8(stochastic=key is not None)
+
+    def split(path: str, p: Any) -> tuple[Any, Any]:
+        if kind(p) == "none":
+            raise ValueError(not_an_array("split_weights", path, p))
+        if jnp.result_type(p) != jnp.float32:
+            return p, None
+        residual, weight = codec.encode(p, None if key is None else leaf_key(key, path))
+        return weight, residual
+
+    leaves, structure = jax.tree.flatten(params)
+    pairs = [split(path, p) for path, p in zip(leaf_paths(params), leaves, strict=True)]
+    return structure.unflatten([w for w, _ in pairs]), structure.unflatten([c for _, c in pairs])
+
+
+def join_weights(weights: PyTree, residuals: PyTree) -> PyTree:
+    """The parameters that `split_weights` split: float32, and as they are where there is no residual.
+
+    Args:
+      weights: in bfloat16 where they were split.
+      residuals: of the same call.
+
+    Raises:
+      ValueError: residuals that are not those of the weights, by path.
+    """
+
+    def join(c, w):
+        if not _belongs(c, w):
+            raise MismatchError
+        return w if c is None else CODECS[jnp.result_type(c)].decode(Encoded(c, w))
+
+    try:
+        return jax.tree.map(join, residuals, weights, is_leaf=lambda c: c is None)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(_difference(weights, residuals)) from error
+
+
+def _belongs(c: Any, w: Any) -> bool:
+    """Whether a residual, or None, is that of a weight."""
+    if c is None:
+        return w is None or jax.tree_util.all_leaves([w])
+    if not (is_array(c) and is_array(w)):
+        return False
+    dtypes = jnp.result_type(c) in CODECS and jnp.result_type(w) == jnp.bfloat16
+    return dtypes and np.shape(c) == np.shape(w)
+
+
+def _difference(weights: PyTree, residuals: PyTree) -> str:
+    """How the trees differ, in leaves or else in containers."""
+    present = jax.tree.map(lambda c: WHOLE if c is None else c, residuals, is_leaf=lambda c: c is None)
+    ours, theirs = by_path(weights), by_path(present)
+    lines = []
+    for path in ours | theirs:
+        c = theirs.get(path)
+        if path not in theirs:
+            lines.append(f"{path!r}: a weight, but no residual")
+        elif path not in ours and c is not WHOLE:
+            lines.append(f"{path!r}: a residual, but no weight")
+        elif c is not WHOLE and not _belongs(c, ours[path]):
+            lines.append(f"{path!r}: a residual of {_told(c)} for a weight of {_told(ours[path])}")
+    shown = "\n  ".join(lines[:8]) + ("\n  ..." if len(lines) > 8 else "")
+    return (
+        "join_weights: the residuals do not match the weights.\n"
+        f"  {shown or 'They have the same leaves in other containers.'}\n"
+        "Pass both as they were returned together: weights, residuals = split_weights(params)."
+    )
+
+
+def _told(x: Any) -> str:
+    return f"{jnp.result_type(x)} and shape {np.shape(x)}" if is_array(x) else repr(x)

@@ -1,0 +1,71 @@
+"""Which codec a moment is stored by."""
+
+import functools
+import math
+
+from optimorph._core.roles import FIRST, SECOND
+from optimorph._core.types import Rules, Shape
+from optimorph._routing.names import by_name
+from optimorph._routing.rules import UNSAID, lookup
+from optimorph._storage.encoding import CodecRule, named
+from optimorph.codecs import Codec, Float8, Nonneg8, Signed8
+
+WIDE = ("bias", "embedding", "norm", "vector")
+"""Roles of leaves whose moments are not compressed by default."""
+
+SMALL = 4096
+"""Leaves with fewer numbers are not compressed by default."""
+
+BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
+"""What to type."""
+
+
+def codec_rule(rules: Rules | None) -> CodecRule:
+    """The rules as one function; `by_default` decides where no rule matches.
+
+    Raises:
+      ValueError: a codec in place of rules; when called, a rule that gives anything but a fitting codec.
+    """
+    if isinstance(rules, Codec):
+        raise ValueError(
+            f"compress_state: rules must say which moments {rules!r} is for. Type {BOTH}, for example."
+        )
+    found = lookup({} if rules is None else rules)
+
+    @functools.cache
+    def codec_of(kind: str, path: str, shape: Shape) -> Codec | None:
+        codec = found(named(kind, path), shape)
+        if codec is UNSAID:
+            return by_default(kind, path, shape)
+        if codec is not None and not isinstance(codec, Codec):
+            raise ValueError(
+                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, which is not a codec. "
+                "Type optimorph.codecs.Signed8(), for example, or None for no compression."
+            )
+        if kind == FIRST and isinstance(codec, Nonneg8):
+            raise ValueError(
+                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose numbers have "
+                f"signs. Type {BOTH}, for example."
+            )
+        if kind == SECOND and isinstance(codec, Signed8 | Float8):
+            raise ValueError(
+                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose roots are divided "
+                f"by, and it has a code for 0. Type {BOTH}, for example."
+            )
+        return codec
+
+    return codec_of
+
+
+def linear(path: str, shape: Shape) -> Codec | None:
+    """A rule: the default, with linear codes of first moments, which suffice for orthogonalized ones."""
+    kind, _, leaf = path.partition("/")
+    codec = by_default(kind, leaf, shape)
+    return Signed8(mapping="linear") if isinstance(codec, Signed8) else codec
+
+
+def by_default(kind: str, path: str, shape: Shape) -> Codec | None:
+    """The codec of a moment that no rule matches."""
+    if len(shape) < 2 or math.prod(shape) < SMALL or by_name(path, shape)[0] in WIDE:
+        return None
+    return {FIRST: Signed8(), SECOND: Nonneg8()}.get(kind)

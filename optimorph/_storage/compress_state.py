@@ -1,0 +1,294 @@
+"""Any transformation's state in fewer bytes."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import check_seed
+from optimorph._core.numbers import cast_like, increment, is_missing, upcast
+from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
+from optimorph._core.roles import Role, scalar
+from optimorph._core.rounding import leaf_key, leaf_keys
+from optimorph._core.rule import Rule, rule_of, transform
+from optimorph._core.types import PyTree, Rules
+from optimorph._routing.rules import unused
+from optimorph._storage.codec_rules import SMALL, codec_rule
+from optimorph._storage.compressed import CompressedState
+from optimorph._storage.elementwise import NotElementwiseError, inlined, on_part
+from optimorph._storage.encoding import (
+    CodecRule,
+    Step,
+    decode,
+    decoded,
+    encode,
+    encoded,
+    initial,
+    is_large,
+    named,
+    slabwise,
+    split,
+    stored_codec,
+)
+from optimorph._storage.moments import Fields, map_moments, moments_of, unknown, with_moments
+from optimorph._storage.one_leaf import one_leaf_rule
+from optimorph.codecs import Codec, Encoded
+
+WHO = "compress_state"
+
+
+def compress_state(
+    inner: optax.GradientTransformation,
+    rules: Rules | None = None,
+    *,
+    elementwise: bool = False,
+    seed: int = 0,
+    fields: Fields | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keep a transformation's moments in codes of one byte or two, and take them out for the update alone.
+
+        u, s' = inner(g, decode(s))        (1)
+        s ← encode(s')                     (2)
+
+        tx = compress_state(optimorph.adamw(1e-3), elementwise=True)      # 2.06 bytes a parameter, not 8
+
+    Updates are those of s', before it is encoded. By default first moments and velocities become `Signed8`
+    and second moments `Nonneg8`, of leaves of at least two axes and 4096 numbers; embeddings, biases, norms
+    and vectors stay as they are, and so does all else that a state has. Rules say otherwise:
+
+        rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
+        rules={"first/*embed*": Signed8(), "second/*embed*": Nonneg8()}      # embeddings too
+
+    Memory: with `elementwise` large leaves go slab by slab, in place, and there is never more of a decoded
+    moment than a slab. That is right for transformations that make every number of an update of the
+    gradient, parameter and moments at the same place: of the recipes here all but `muon`, and optax's `adam`
+    and its like, but no clipping by a norm: put that outside. It is checked when the update is traced.
+    Without, all moments are decoded, and updated, and encoded again.
+
+    The noise of codecs that round by chance is that of the seed, the step, the leaf's path and the place in
+    the leaf: a run that is resumed repeats to the bit, and one on another mesh but for how its compiler
+    rounds. Codes and scales lie as the parameters do; where blocks are not cut no device sends anything.
+    Moments of complex numbers and of float64 stay as they are. Where a gradient is missing so does the state.
+    What is not finite makes its block NaN, and so do gradients above 1.8e19, whose squares are infinite: clip
+    in front, or put `skip_nonfinite` around.
+
+    Args:
+      inner: any transformation, of this library or of optax, whose moments begin as one number everywhere.
+      rules: which codec, or None for as it is, by the moment's kind and the leaf's path, "first/..." or
+        "second/...": an ordered mapping from pattern, as that of `labels`, or a function (path, shape). What
+        they do not say, or say `...` of, is as by default.
+      elementwise: whether the inner transformation works place by place.
+      seed: of the noise, an integer in [0, 2³²); that of a state which is restored goes on.
+      fields: which fields of further states are moments, and of which kind, such as
+        `{"MyState": {"average": "first"}}`. Those of this library and of optax are known.
+
+    Raises:
+      ValueError: another seed; at `init`, rules that say what is no codec, a codec without signs of first
+        moments or with a zero of second ones, and two leaves of one path; at `update`, a state of other
+        rules, and, naming the primitive, a transformation that is said to be element-wise and is not.
+
+    References:
+      Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
+    """
+    check_seed(WHO, seed)
+    codec_of = codec_rule(rules)
+    if rule := rule_of(inner):
+        return transform(WHO, _compressed(rule, codec_of, rules, seed))
+    return _of_trees(optax.with_extra_args_support(inner), codec_of, rules, elementwise, seed, fields)
+
+
+def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int) -> Rule:
+    """The rule with its moments encoded between steps.
+
+    Args:
+      rule: of one leaf, with decoded moments.
+      codec_of: which codec stores a moment.
+      rules: as the user gave them.
+      seed: of the noise.
+    """
+    kinds = [role.moment for role in rule.roles]
+    moments = [j for j, kind in enumerate(kinds) if kind]
+
+    def state(slots, scales, seed=None, count=None):
+        return CompressedState(rule.structure.unflatten(slots), tuple(scales), seed, count)
+
+    def begin(leaves):
+        distinct_paths(WHO, leaves.tree)
+        paths = leaf_paths(leaves.tree)
+        _warn(rules, [named(kind, path) for kind in kinds if kind for path in paths])
+        if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
+            for role in rule.roles:
+                if role.tree and not role.moment:
+                    _warn_unknown(role.name)
+        shared, none = rule.slots(rule.begin(leaves)), [None] * len(moments)
+        return state(shared, none, jnp.uint32(seed), jnp.zeros([], jnp.int32))
+
+    def init(leaf):
+        slots, scales = rule.slots(rule.init(leaf)), []
+        for j in moments:
+            slots[j], own = initial(codec_of(kinds[j], leaf.path, np.shape(slots[j])), slots[j])
+            scales.append(own)
+        return state(slots, scales)
+
+    def advance(shared, leaves):
+        now, inner = rule.advance(shared.inner, leaves)
+        after = state(rule.slots(inner), [None] * len(moments), shared.seed, increment(shared.count))
+        return (now, _key(shared), {}), after
+
+    def update(g, s, leaf, now):
+        told, key, programs = now
+        held = rule.slots(s.inner)
+        codecs: list[Codec | None] = [None] * len(kinds)
+        for j, scales in zip(moments, s.scales, strict=True):
+            if isinstance(held[j], jax.Array | np.ndarray):
+                held[j] = Encoded(held[j], scales)
+                codecs[j] = stored_codec(codec_of, kinds[j], leaf.path, held[j])
+        keys: list[Any] = [None] * len(kinds)
+        for j, own in zip(
+            moments, leaf_keys(key, [named(kinds[j], leaf.path) for j in moments]), strict=True
+        ):
+            keys[j] = own
+
+        def step(g, weight, held, part=True):
+            own = leaf._replace(weight=weight, part=part)
+            u, new = rule.update(g if rule.narrow else upcast(g), rule.structure.unflatten(held), own, told)
+            return u if rule.narrow else cast_like(u, g), rule.slots(new)
+
+        try:
+            if is_large(g, held, codecs):
+                by_slab = _traced(step, g, leaf.weight, decode(held, codecs)) if rule.narrow else step
+                u, held = slabwise(by_slab, g, leaf.weight, held, codecs, keys, programs)
+            else:
+                u, new = step(g, leaf.weight, decode(held, codecs), part=False)  # (1)
+                held = encode(new, held, codecs, keys)  # (2)
+        except NotElementwiseError as error:
+            raise _not_elementwise(error, leaf.path) from None
+        stored = [isinstance(x, Encoded) for x in held]
+        scales = [held[j].scales if stored[j] else old for j, old in zip(moments, s.scales, strict=True)]
+        return u, state([x.codes if own else x for x, own in zip(held, stored, strict=True)], scales)
+
+    template = CompressedState(
+        jax.tree.map(_as_codes, rule.state),
+        tuple(Role("scales", tree=True) for _ in moments),
+        scalar("seed of compress_state"),
+        scalar("count of compress_state"),
+    )
+    return Rule(template, update, init, begin, advance, narrow=True)
+
+
+def _traced(step: Step, g: jax.Array, weight: Any, held: list[Any]) -> Step:
+    """A step of whole leaves as one of their slabs: its jaxpr, run on slices of its arguments."""
+    arguments, structure = jax.tree.flatten((g, weight, held))
+    closed, results = jax.make_jaxpr(lambda *x: step(*structure.unflatten(x)), return_shape=True)(*arguments)
+    closed, results = inlined(closed), jax.tree.structure(results)
+
+    def by_slab(g_slab, weight, held):
+        arrays = on_part(closed, jax.tree.leaves((g_slab, weight, held)), g.shape, g_slab.shape)
+        return results.unflatten(arrays)
+
+    return by_slab
+
+
+def _as_codes(role: Role) -> Role:
+    return Role("codes", "codes", tree=True) if role.moment else role
+
+
+def _of_trees(
+    inner: optax.GradientTransformationExtraArgs,
+    codec_of: CodecRule,
+    rules: Rules | None,
+    elementwise: bool,
+    seed: int,
+    fields: Fields | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`compress_state` of a transformation of trees."""
+
+    def init(params):
+        paths, scales = distinct_paths(WHO, params), []
+        state = inner.init(params)
+        _warn(rules, [named(kind, path) for kind, _ in moments_of(state, fields) for path in paths])
+        for name in unknown(state, SMALL, fields):
+            _warn_unknown(name)
+
+        def stored(kind, moment):
+            codes, own = split(map_paths(lambda p, x: initial(codec_of(kind, p, np.shape(x)), x), moment))
+            scales.append(own)
+            return codes
+
+        state = map_moments(stored, state, fields)
+        return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra):
+        if not isinstance(state, CompressedState):
+            raise ValueError(
+                f"{WHO}: the state must be one that its init made, but is a {type(state).__name__}. "
+                "Type state = tx.init(params); moments in float32 are not taken over."
+            )
+        if not elementwise:
+            return whole(updates, state, params, extra)
+        rule = one_leaf_rule(inner, state.inner, fields, extra)
+        tx = transform(WHO, _compressed(rule, codec_of, rules, seed))
+        return tx.update(updates, state, params)
+
+    def whole(updates, state, params, extra):
+        """All moments are decoded, updated and encoded again."""
+        key, missing, moments = _key(state), _missing(updates), moments_of(state.inner, fields)
+        before, after_codes, after_scales = [], [], []
+        for (kind, codes), scales in zip(moments, state.scales, strict=True):
+
+            def decode_leaf(path, c, s, kind=kind):
+                return decoded(stored_codec(codec_of, kind, path, Encoded(c, s)), Encoded(c, s))
+
+            before.append(map_paths(decode_leaf, codes, scales))
+        out, after = inner.update(updates, with_moments(state.inner, before, fields), params, **extra)  # (1)
+        new = moments_of(after, fields)
+        for (kind, codes), scales, (_, moment) in zip(moments, state.scales, new, strict=True):
+
+            def encode_leaf(path, c, s, x, kind=kind):
+                codec = stored_codec(codec_of, kind, path, Encoded(c, s))
+                own = leaf_key(key, named(kind, path))
+                return Encoded(c, s) if path in missing else encoded(codec, x, own, None, Encoded(c, s))
+
+            c, s = split(map_paths(encode_leaf, codes, scales, moment))
+            after_codes.append(c)
+            after_scales.append(s)
+        after = with_moments(after, after_codes, fields)
+        return out, CompressedState(after, tuple(after_scales), state.seed, increment(state.count))  # (2)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _key(state: CompressedState) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(state.seed), state.count)
+
+
+def _missing(updates: PyTree) -> set[str]:
+    """The paths of leaves without a gradient."""
+    flags = jax.tree.map(is_missing, updates, is_leaf=lambda x: x is None)
+    return {path for path, gone in zip(leaf_paths(flags), jax.tree.leaves(flags), strict=True) if gone}
+
+
+def _warn(rules: Rules | None, moments: list[str]) -> None:
+    for rule in unused(rules, moments) if rules is not None and moments else ():
+        warnings.warn(f"{WHO}: no moment matches the rule {rule!r}.", stacklevel=2)
+
+
+def _warn_unknown(name: str) -> None:
+    warnings.warn(
+        f"{WHO}: {name} is not compressed, because it is not known to be a moment, or it is a term of a "
+        "difference, which quantization would turn into noise. If codes are right for a field of a state, "
+        "type fields={'MyState': {'my_field': 'first'}}.",
+        stacklevel=2,
+    )
+
+
+def _not_elementwise(error: NotElementwiseError, path: str) -> ValueError:
+    return ValueError(
+        f"{WHO}: the transformation is said to be element-wise, but there is {error} in its update of "
+        f"{path!r}, which mixes elements or depends on where they are. Type elementwise=False; or put it "
+        "outside, clipping by a norm for example: "
+        "optax.chain(clip_by_global_norm(1.0), compress_state(...))."
+    )

@@ -1,0 +1,128 @@
+"""Run the jaxpr of an element-wise function on a slice of its arguments."""
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from optimorph._core.types import Shape
+
+MIXING = """
+all_* approx_top_k arg* axis_index broadcast_in_dim broadcast_to cholesky* concatenate cond conv_general_*
+cum* custom_* dot_* dynamic_* eig* fft gather ge*qr* hessenberg householder_* io_callback iota* lu p[mp]*
+pad pbroadcast* psum* pure_callback qr ragged_* random_* reduce reduce_[!p]* reduce_prod reshape reshard rev
+rng_* scaled_* scan scatter* schur select_and_* shard_map sharding_constraint slice sort split squeeze stack
+svd symmetric_* tile top_k transpose tri* unstack while
+"""
+"""Patterns of primitives that mix elements, depend on where elements are, or hold a jaxpr of their own.
+
+A primitive that is not here is element-wise if its results have the shape of its arguments and its
+parameters do not contain that shape: JAX adds such primitives with every release.
+"""
+
+CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "pjit", "remat2"}
+"""Primitives that run the jaxpr that they hold once."""
+
+CONSTANT = "an array that is neither gradient, nor parameter, nor moment"
+
+_MIXING = re.compile("|".join(map(fnmatch.translate, MIXING.split())))
+_BROADCASTS = {"broadcast_in_dim", "broadcast_to"}
+
+
+class NotElementwiseError(Exception):
+    """What in a jaxpr mixes elements, or depends on where they are: "a 'reduce_sum'"."""
+
+
+class _Value(NamedTuple):
+    """Of a variable: an array, whether it is a slice of an argument's shape, and what made it."""
+
+    x: Any
+    sliced: bool
+    by: str
+
+
+def on_part(closed: ClosedJaxpr, arrays: Iterable[jax.Array], whole: Shape, part: Shape) -> list[jax.Array]:
+    """The results of a jaxpr for arrays of the shape `whole` on slices of them, of the shape `part`.
+
+    Scalars may enter the arrays, and none may leave them. What does not depend on the arrays, such as a
+    learning rate, is computed unchanged. The jaxpr holds no calls: see `inlined`.
+
+    Args:
+      closed: the jaxpr.
+      arrays: its arguments: slices where the argument has the shape `whole`.
+      whole: the shape that the jaxpr was traced for.
+      part: the shape of the slices.
+
+    Raises:
+      NotElementwiseError: the results are not all made element by element.
+    """
+    sliced = [v.aval.shape == whole for v in closed.jaxpr.invars]
+    given = [_Value(x, own, CONSTANT) for x, own in zip(arrays, sliced, strict=True)]
+    values = _run(closed.jaxpr, closed.consts, given, whole, part)
+    for value in values:
+        if not value.sliced and np.ndim(value.x):
+            raise NotElementwiseError(value.by)
+    return [value.x for value in values]
+
+
+def inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The same jaxpr without calls."""
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
+
+    def run(jaxpr, consts, given):
+        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
+        for eqn in jaxpr.eqns:
+            values = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
+            if eqn.primitive.name in CALLS:
+                inner = next(x for x in eqn.params.values() if isinstance(x, ClosedJaxpr | Jaxpr))
+                made = run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
+            else:
+                made = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+                made = made if eqn.primitive.multiple_results else [made]
+            known.update(zip(eqn.outvars, made, strict=True))
+        return [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
+
+    return jax.make_jaxpr(lambda *given: run(closed.jaxpr, closed.consts, given))(*shapes)
+
+
+def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: list[_Value], whole: Shape, part: Shape) -> list[_Value]:
+    known = dict(zip(jaxpr.constvars, [_Value(x, False, CONSTANT) for x in consts], strict=True))
+    known.update(zip(jaxpr.invars, given, strict=True))
+
+    def value(v):
+        return _Value(v.val, False, CONSTANT) if isinstance(v, Literal) else known[v]
+
+    for eqn in jaxpr.eqns:
+        known.update(zip(eqn.outvars, _made(eqn, list(map(value, eqn.invars)), whole, part), strict=True))
+    return list(map(value, jaxpr.outvars))
+
+
+def _made(eqn: Any, values: list[_Value], whole: Shape, part: Shape) -> list[_Value]:
+    """The results of one equation."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in _BROADCASTS and not np.ndim(values[0].x) and eqn.outvars[0].aval.shape == whole:
+        return [_Value(jnp.broadcast_to(values[0].x, part), True, "")]
+    sliced = any(value.sliced for value in values)
+    by = next((value.by for value in values if not value.sliced and np.ndim(value.x)), None)
+    if sliced and _mixes(eqn, whole):
+        raise NotElementwiseError(f"a {name!r}")
+    if sliced and by is not None:
+        raise NotElementwiseError(by)
+    made = eqn.primitive.bind(*[value.x for value in values], **eqn.primitive.get_bind_params(params))
+    many = made if eqn.primitive.multiple_results else [made]
+    return [_Value(x, sliced, f"a {name!r}" if by is None else by) for x in many]
+
+
+def _mixes(eqn: Any, whole: Shape) -> bool:
+    """Whether an equation on arrays of this shape may mix their elements."""
+    shapes = [v.aval.shape for v in eqn.outvars]
+    return bool(
+        _MIXING.fullmatch(eqn.primitive.name)
+        or any(shape != whole for shape in shapes)
+        or any(type(x) is tuple and x == whole for x in eqn.params.values())
+    )

@@ -1,0 +1,210 @@
+"""The moments of one leaf as codes and scales, updated whole or slab by slab."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optimorph._core.types import PyTree, Shape
+from optimorph._distributed.shardings import devices, spec_of
+from optimorph._storage.slabs import in_slabs, slab_shape
+from optimorph.codecs import Codec, Encoded, Signed8
+
+CodecRule = Callable[[str, str, Shape], Codec | None]
+"""(kind, path, shape) → the codec of a moment, or None for no codec."""
+
+Step = Callable[[jax.Array, Any, Sequence[Any]], tuple[jax.Array, Sequence[Any]]]
+"""(gradient, weight, moments) → update, moments; of a leaf or of a slab of it."""
+
+
+def initial(codec: Codec | None, x: jax.Array) -> Encoded:
+    """A moment that is one number everywhere, encoded. Complex and float64 moments are not encoded.
+
+    Scales are zeros where a codec has none. So a tree of scales always matches the parameters, has as many
+    axes and the same shardings, and can be saved.
+    """
+    if codec is None or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
+        return Encoded(x, _full_beside(x, _scales_shape(Signed8(), x.shape), jnp.zeros([], x.dtype)))
+    number = jnp.max(x.astype(jnp.float32), initial=-jnp.inf) if x.size else jnp.float32(0)
+    one = _encode(codec)(number, jax.random.key(0))
+    codes = jnp.full_like(x, one.codes, dtype=one.codes.dtype)
+    if one.scales is None:
+        return initial(None, codes)
+    return Encoded(codes, _full_beside(x, _scales_shape(codec, x.shape), one.scales))
+
+
+@functools.cache
+def _encode(codec: Codec) -> Callable[..., Encoded]:
+    return jax.jit(codec.encode)  # traced once for all leaves
+
+
+def _scales_shape(codec: Codec, shape: Shape) -> Shape:
+    scales = codec.form(shape).scales
+    assert scales is not None
+    return scales.shape
+
+
+def decoded(codec: Codec | None, encoded: Encoded) -> jax.Array:
+    """The moment in float32; unchanged without a codec."""
+    return encoded.codes if codec is None else codec.decode(encoded)
+
+
+def encoded(codec: Codec | None, x: jax.Array, key: jax.Array, place: Any, before: Encoded) -> Encoded:
+    """The moment in codes; unchanged without a codec."""
+    if codec is None:
+        return Encoded(x, before.scales)
+    found = codec.encode(x, key, place)
+    return found if found.scales is not None else Encoded(found.codes, before.scales)
+
+
+def split(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """The codes and the scales of a tree of `Encoded`."""
+
+    def is_encoded(x: Any) -> bool:
+        return isinstance(x, Encoded)
+
+    return (
+        jax.tree.map(lambda x: x.codes, tree, is_leaf=is_encoded),
+        jax.tree.map(lambda x: x.scales, tree, is_leaf=is_encoded),
+    )
+
+
+def _full_beside(x: jax.Array, shape: Shape, value: jax.Array) -> jax.Array:
+    """One number everywhere, with the sharding of `x` if it is known and cuts no block."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
+    if not isinstance(sharding, NamedSharding) or not sharding.mesh.shape or not shape:
+        return jnp.full(shape, value)
+    *spec, last = spec_of(sharding.spec, x.ndim, sharding.mesh.shape)
+    if shape[-1] % devices(sharding.mesh.shape, last):
+        last = ()
+    spec = PartitionSpec(*(names or None for names in (*spec, last)))
+    return jax.lax.full(shape, value, sharding=sharding.update(spec=spec))
+
+
+def named(kind: str, path: str) -> str:
+    """The name of a moment in rules: `first/blocks/0/kernel`."""
+    return f"{kind}/{path}" if path else kind
+
+
+def stored_codec(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> Codec | None:
+    """The codec of a stored moment; None if it is stored uncompressed, as complex and float64 moments are.
+
+    Raises:
+      ValueError: it was stored by another codec.
+    """
+    dtype, scales = stored.codes.dtype, stored.scales
+    assert scales is not None
+    codec = codec_of(kind, path, stored.codes.shape)
+    coded = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4
+    if not coded and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
+        return None
+    if coded if codec is None else not _is_of(codec, stored.codes, scales):
+        said = "no codec" if codec is None else repr(codec)
+        blocks = f" with {scales.shape[-1]} scales a row" if coded and scales.ndim else ""
+        raise ValueError(
+            f"compress_state: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. "
+            "The state is that of other rules: type those with which it was made, or tx.init(params)."
+        )
+    return codec
+
+
+def _is_of(codec: Codec, codes: jax.Array, scales: jax.Array) -> bool:
+    """Whether codes and scales have the shapes and dtypes that the codec stores."""
+    form = codec.form(codes.shape)
+    beside = form.scales is None or (scales.shape, scales.dtype) == (form.scales.shape, form.scales.dtype)
+    return codes.dtype == form.codes.dtype and beside
+
+
+def is_large(g: jax.Array, moments: Sequence[Any], codecs: Sequence[Codec | None]) -> bool:
+    """Whether a leaf is updated slab by slab."""
+    return (
+        any(codec is not None for codec in codecs)
+        and all(np.shape(x) == g.shape for x in jax.tree.leaves([_codes(m) for m in moments]))
+        and slab_shape(g.shape) is not None
+    )
+
+
+def _codes(moment: Any) -> Any:
+    return moment.codes if isinstance(moment, Encoded) else moment
+
+
+def decode(moments: Sequence[Any], codecs: Sequence[Codec | None]) -> list[Any]:
+    """The moments of a leaf without codecs."""
+    return [
+        decoded(codec, m) if isinstance(m, Encoded) else m for m, codec in zip(moments, codecs, strict=True)
+    ]
+
+
+def encode(
+    new: Sequence[Any],
+    old: Sequence[Any],
+    codecs: Sequence[Codec | None],
+    keys: Sequence[Any],
+    place: Any = None,
+) -> list[Any]:
+    """The moments of a leaf, stored as the old ones are."""
+    return [
+        encoded(codec, x, key, place, before) if isinstance(before, Encoded) else x
+        for x, before, codec, key in zip(new, old, codecs, keys, strict=True)
+    ]
+
+
+def slabwise(
+    step: Step,
+    g: jax.Array,
+    weight: Any,
+    moments: Sequence[Any],
+    codecs: Sequence[Codec | None],
+    keys: Sequence[Any],
+    programs: dict[Any, Callable[..., Any]],
+) -> tuple[jax.Array, Sequence[Any]]:
+    """The update and the new moments of one large leaf; leaves with the same program share it.
+
+    Args:
+      step: of a slab, with decoded moments.
+      g: the gradient, whose buffer the update takes if it has the same dtype.
+      weight: the parameter, or None.
+      moments: `Encoded`, arrays or None.
+      codecs: of the moments; None where there is none.
+      keys: of the noise of each moment.
+      programs: of the leaves before.
+    """
+
+    def run(keys, g, weight, moments):
+        dtype = jax.eval_shape(lambda: step(g, weight, decode(moments, codecs)))[0].dtype
+        in_place = dtype == g.dtype
+
+        def make(written, read):
+            u, held = written
+            own, weight = read
+            return step(u if in_place else own, weight, decode(held, codecs))
+
+        def store(place, made, before):
+            (update, new), (_, old) = made, before
+            return update, encode(new, old, codecs, keys, place)
+
+        update, read = (g, None) if in_place else (jnp.zeros_like(g, dtype=dtype), g)
+        return in_slabs(make, store, g.shape, (update, list(moments)), (read, weight))
+
+    arguments, inside = jax.tree.flatten((keys, g, weight, list(moments)))
+
+    def flat(*arrays):
+        return run(*jax.tree.unflatten(inside, arrays))
+
+    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arguments)
+    same = str(closed.jaxpr), tuple(map(id, closed.consts))
+    program = programs.setdefault(same, jax.jit(_named(jaxpr_as_fun(closed))))
+    return jax.tree.unflatten(jax.tree.structure(shapes), program(*arguments))
+
+
+def _named(program: Callable[..., Any]) -> Callable[..., Any]:
+    def update_leaf(*arrays):
+        return program(*arrays)
+
+    return update_leaf

@@ -1,0 +1,61 @@
+"""Any element-wise transformation of trees as a rule for one leaf."""
+
+from typing import Any
+
+import jax
+import optax
+
+from optimorph._core.roles import Role, scalar
+from optimorph._core.rule import Rule
+from optimorph._core.types import PyTree
+from optimorph._storage.elementwise import NotElementwiseError
+from optimorph._storage.moments import Fields, map_moments
+
+
+def one_leaf_rule(
+    tx: optax.GradientTransformationExtraArgs, state: PyTree, fields: Fields | None, extra: dict[str, Any]
+) -> Rule:
+    """The rule that calls `tx` on trees in which all leaves but one are None.
+
+    Args:
+      tx: an element-wise transformation without a rule, of optax for example.
+      state: one of its states.
+      fields: which fields of further states are moments.
+      extra: further arguments of its update.
+    """
+    template = map_moments(lambda kind, _: Role(kind, kind, tree=True), state, fields)
+    template = jax.tree.map(lambda x: x if isinstance(x, Role) else scalar("shared"), template)
+
+    def step(leaves, k, g, weight, shared, own):
+        def alone(x):
+            return leaves.structure.unflatten(x if i == k else None for i in range(len(leaves.values)))
+
+        slots = [
+            alone(x) if role.tree else y
+            for role, x, y in zip(rule.roles, rule.slots(own), rule.slots(shared), strict=True)
+        ]
+        params = None if weight is None and k >= 0 else alone(weight)
+        try:
+            out, after = tx.update(alone(g), rule.structure.unflatten(slots), params, **extra)
+        except (TypeError, AttributeError) as error:
+            raise NotElementwiseError("another leaf") from error
+        return out, rule.slots(after)
+
+    def advance(shared, leaves):
+        try:
+            _, slots = step(leaves, -1, None, None, shared, None)
+        except NotElementwiseError:  # each leaf will say so, with its path
+            return shared, shared
+        return shared, rule.pick(slots)
+
+    def update(g, s, leaf, shared):
+        structure = leaf.leaves.structure
+        out, slots = step(leaf.leaves, leaf.index, g, leaf.weight, shared, s)
+        own = [
+            structure.flatten_up_to(slot) if role.tree else None
+            for role, slot in zip(rule.roles, slots, strict=True)
+        ]
+        return structure.flatten_up_to(out)[leaf.index], rule.pick(own, leaf.index)
+
+    rule = Rule(template, update, advance=advance, narrow=True)
+    return rule

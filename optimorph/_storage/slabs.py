@@ -1,0 +1,109 @@
+"""An element-wise function of large arrays, slab by slab and in place: nothing large is made on the way."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optimorph._core.rounding import places
+from optimorph._core.types import PyTree, Shape
+
+SIZES = {"cpu": (1 << 12, 1 << 14)}
+OTHER_SIZES = (1 << 20, 1 << 22)
+"""The fewest and the most numbers of a slab: of a core's cache, or enough for all of an accelerator."""
+
+PARTS = 96
+"""How many slabs an array has, if they are neither too small nor too large."""
+
+
+def slab_shape(shape: Shape) -> Shape | None:
+    """That of the slabs of an array, the last of which may be shorter; None for an array that is one slab."""
+    if len(shape) < 2 or 0 in shape:
+        return None
+    fewest, most = SIZES.get(jax.default_backend(), OTHER_SIZES)
+    pieces = _pieces(shape)
+    rows, size = shape[-2] // pieces, math.prod(shape)
+    wanted = max(1, min(max(size // PARTS, fewest), most) * rows // size)
+    even = max(k for k in range(1, wanted + 1) if rows % k == 0)
+    chosen = even if 2 * even >= wanted else wanted
+    return (*shape[:-2], pieces * chosen, shape[-1]) if 2 * chosen <= rows else None
+
+
+def in_slabs(
+    make: Callable[[PyTree, PyTree], PyTree],
+    store: Callable[[jax.Array, PyTree, PyTree], PyTree],
+    shape: Shape,
+    written: PyTree,
+    read: PyTree,
+) -> PyTree:
+    """`written` after `store(place, make(slab of written, slab of read))` of one slab after the other.
+
+    All arrays are of `shape` but for their last axes. A slab is as many rows of the last axis but one from
+    each of as many pieces as there are devices, so that it lies over a mesh as the array does, however that
+    is. What a turn makes is stored by the next, before that reads the array: there is one order to do it in,
+    so that compilers need no copy of anything; and what is made is there, where they would make it again for
+    each of the results that are stored.
+
+    Args:
+      make: of a slab of what is written, as it was, and of what is read.
+      store: of a place, the number of every element in the whole, uint32, what was made, and the first slab
+        as it was, for what is the same in all of them; returns what the slab becomes.
+      shape: one that has a `slab_shape`.
+      written: arrays, updated in place if they are donated.
+      read: other arrays.
+    """
+    slab = slab_shape(shape)
+    assert slab is not None
+    pieces = _pieces(shape)
+    rows = slab[-2] // pieces
+    count, rest = divmod(shape[-2] // pieces, rows)
+    steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    steps.insert(-2, math.prod(shape[-2:]) // pieces)
+
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-2], pieces, x.shape[-2] // pieces, x.shape[-1])
+
+    def joined(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-3], pieces * x.shape[-2], x.shape[-1])
+
+    def take(arrays: PyTree, start: Any, size: int) -> PyTree:
+        def one(x):
+            return joined(jax.lax.dynamic_slice_in_dim(x, start, size, -2, allow_negative_indices=False))
+
+        return jax.tree.map(one, arrays)
+
+    def put(arrays: PyTree, slab: PyTree, start: Any) -> PyTree:
+        def one(x, new):
+            return jax.lax.dynamic_update_slice_in_dim(x, cut(new), start, -2, allow_negative_indices=False)
+
+        return jax.tree.map(one, arrays, slab)
+
+    def place(start: Any, size: int) -> jax.Array:
+        first = jnp.asarray(start).astype(jnp.uint32) * jnp.uint32(shape[-1] % 2**32)
+        return joined(places((*shape[:-2], pieces, size, shape[-1]), steps) + first)
+
+    def turn(k, carry):
+        written, made = carry
+        start = jnp.maximum(k - 1, 0) * rows
+        stored = store(place(start, rows), made, first)
+        begun = jax.tree.map(lambda new, old: jnp.where(k > 0, new, old), stored, first)
+        written = put(written, begun, start)
+        return written, make(take(written, k * rows, rows), take(read, k * rows, rows))
+
+    written, read = jax.tree.map(cut, (written, read))
+    first = take(written, 0, rows)
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, first, take(read, 0, rows)))
+    # the last turn stores what the one before has made; what it makes itself is of no use
+    written, _ = jax.lax.fori_loop(0, count + 1, turn, (written, nothing))
+    if rest:
+        start = count * rows
+        last = take(written, start, rest)
+        made = make(last, take(read, start, rest))
+        written = put(written, store(place(start, rest), made, last), start)
+    return jax.tree.map(joined, written)
+
+
+def _pieces(shape: Shape) -> int:
+    return math.gcd(shape[-2], jax.device_count())

@@ -1,0 +1,169 @@
+"""What a transform remembers of past gradients: a sum, a decaying sum, an average."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from optimorph._core.checks import check_dtypes, check_numbers
+from optimorph._core.numbers import as_kind_of, as_scalar, common, full_like, stored_dtype
+from optimorph._core.roles import AVERAGE, TOTAL, VELOCITY, holds, roles_of
+from optimorph._core.rule import Rule, transform
+from optimorph._core.types import DTypeLike, Numeric, PyTree
+
+
+class EmaState(NamedTuple):
+    """The running average, shaped and sharded like the parameters."""
+
+    average: PyTree
+    roles = holds(average=AVERAGE)
+
+
+class MomentumState(NamedTuple):
+    """The velocity, shaped and sharded like the parameters."""
+
+    velocity: PyTree
+    roles = holds(velocity=VELOCITY)
+
+
+class AccumulateState(NamedTuple):
+    """The running sum, shaped and sharded like the parameters."""
+
+    total: PyTree
+    roles = holds(total=TOTAL)
+
+
+def ema(
+    decay: Numeric, *, nesterov: bool = False, initial: Numeric = 0.0, dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Replace every update by its exponential moving average.
+
+        m ← (1 - β) g + β m        (1)
+        u = m                      (2)
+        u = (1 - β) g + β m        (3)  nesterov: one step ahead
+
+    An average that starts at zero is too small by the factor 1 - β^t: `debias` divides that out.
+
+    Args:
+      decay: β in [0, 1), a number, an array or a tracer.
+      nesterov: return (3) instead of (2).
+      initial: m before the first step, at least 0.
+      dtype: of the stored average; float32 or the parameter's own dtype, whichever is wider. float16
+        has no numbers above 65504.
+
+    Raises:
+      ValueError: β outside [0, 1) or `initial` negative, when they are concrete numbers.
+
+    Equals:
+      optax.ema(decay, debias=False)
+    References:
+      Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; the form (3): Dozat 2016, "Incorporating
+      Nesterov momentum into Adam", section 3.
+    """
+    check_numbers("ema", decay=decay, initial=initial)
+    check_dtypes("ema", dtype=dtype)
+
+    def lerp(g, m):
+        b = as_scalar(decay, m)
+        return (1 - b) * g + b * m
+
+    def update(g, state, leaf, now):
+        x, m = common(g, state.average)
+        m = lerp(x, m)  # (1)
+        return as_kind_of(lerp(x, m) if nesterov else m, g), EmaState(
+            m if dtype is None else _stored(m, dtype)
+        )  # (3), (2)
+
+    def init(leaf):
+        return EmaState(full_like(leaf.weight, initial, dtype))
+
+    return transform("ema", Rule(roles_of(EmaState), update, init))
+
+
+def momentum(
+    decay: Numeric, *, nesterov: bool = False, dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Replace every update by a decaying sum of all updates so far.
+
+        v ← g + β v        (1)
+        u = v              (2)
+        u = g + β v        (3)  nesterov: one step ahead
+
+    Args:
+      decay: β in [0, 1), a number, an array or a tracer.
+      nesterov: return (3) instead of (2).
+      dtype: of the stored velocity; float32 or the parameter's own dtype, whichever is wider. float16
+        has no numbers above 65504.
+
+    Raises:
+      ValueError: β outside [0, 1), when it is a concrete number.
+
+    Equals:
+      optax.trace(decay, nesterov)
+    References:
+      Polyak 1964, "Some methods of speeding up the convergence of iteration methods", equation 9;
+      Nesterov 1983; the form (3): Sutskever et al. 2013, "On the importance of initialization and
+      momentum in deep learning", section 2.
+    """
+    check_numbers("momentum", decay=decay)
+    check_dtypes("momentum", dtype=dtype)
+
+    def add(g, v):
+        return g + as_scalar(decay, v) * v
+
+    def update(g, state, leaf, now):
+        x, v = common(g, state.velocity)
+        v = add(x, v)  # (1)
+        return as_kind_of(add(x, v) if nesterov else v, g), MomentumState(
+            v if dtype is None else _stored(v, dtype)
+        )  # (3), (2)
+
+    return transform(
+        "momentum",
+        Rule(
+            roles_of(MomentumState),
+            update,
+            init=lambda leaf: MomentumState(full_like(leaf.weight, 0.0, dtype)),
+        ),
+    )
+
+
+def accumulate(
+    initial: Numeric = 0.0, *, dtype: DTypeLike | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Replace every update by the sum of all updates so far.
+
+        s ← s + g        (1)
+        u = s            (2)
+
+    Args:
+      initial: s before the first step, at least 0, a number, an array or a tracer.
+      dtype: of the stored sum; float32 or the parameter's own dtype, whichever is wider. float16
+        has no numbers above 65504.
+
+    Raises:
+      ValueError: `initial` negative, when it is a concrete number.
+
+    References:
+      Duchi, Hazan & Singer 2011, "Adaptive subgradient methods", algorithm 1 (diagonal).
+    """
+    check_numbers("accumulate", initial=initial)
+    check_dtypes("accumulate", dtype=dtype)
+
+    def update(g, state, leaf, now):
+        x, s = common(g, state.total)
+        s = x + s  # (1)
+        return as_kind_of(s, g), AccumulateState(s if dtype is None else _stored(s, dtype))  # (2)
+
+    return transform(
+        "accumulate",
+        Rule(
+            roles_of(AccumulateState),
+            update,
+            init=lambda leaf: AccumulateState(full_like(leaf.weight, initial, dtype)),
+        ),
+    )
+
+
+def _stored(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(stored_dtype(dtype, x.dtype))

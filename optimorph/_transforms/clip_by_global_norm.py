@@ -1,0 +1,106 @@
+"""Long gradients made shorter, all leaves by one factor."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import check_numbers
+from optimorph._core.differences import gradients, map_updates
+from optimorph._core.numbers import as_scalar, cast_like, upcast
+from optimorph._core.roles import holds, scalar
+from optimorph._core.types import Numeric
+
+
+class ClipState(NamedTuple):
+    """The last step's norm before clipping, and the factor it was clipped by; float32 scalars, to be read."""
+
+    norm: jax.Array
+    factor: jax.Array
+    roles = holds(
+        norm=scalar("norm of clip_by_global_norm", "clip_norm"),
+        factor=scalar("factor of clip_by_global_norm", "clip_factor"),
+    )
+
+
+def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
+    """Shorten the updates to a norm of at most `max_norm`, that of all leaves as one vector.
+
+        ‖g‖ = √(Σ |gₖ|²)                  (1)
+        u = g min(1, max_norm / ‖g‖)      (2)
+
+    The squares are those of g / 2^e in float32 or wider, with 2^e within a factor of 4 of the largest |gₖ|:
+    none overflows, those that vanish do not count, zero stays zero, and what is short enough is returned to
+    the bit. A norm above the largest float32 number is reported as that number.
+
+    With a NaN or an infinity among them no factor is right: all updates pass as they are, the norm is
+    reported as what it is and the factor as 1, and `skip_nonfinite` around the sentence sees the fault.
+
+    In front of `muon` or `partition` the norm is that of all leaves, whatever becomes of each; inside, that
+    of one group. Inside `jax.shard_map` it is that of a device's own shards, which are all it sees. Over
+    a mesh it takes two all-reduces of scalars for all leaves that the same axes divide.
+
+    Args:
+      max_norm: above 0, a number, an array or a tracer, in units of the gradient; infinity measures only.
+
+    Raises:
+      ValueError: `max_norm` not above 0, when it is a concrete number.
+
+    Equals:
+      optax.clip_by_global_norm(max_norm)
+    References:
+      Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, algorithm 1; the scaled norm: Blue 1978, "A portable
+      Fortran program to find the Euclidean norm of a vector".
+    """
+    who = "clip_by_global_norm"
+    check_numbers(who, max_norm=max_norm)
+
+    def init(params):
+        return ClipState(jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32))
+
+    def update(updates, state, params=None):
+        scale, root = _scaled_norm(jax.tree.leaves(gradients(who, updates)))
+        norm, bound = root / scale, as_scalar(max_norm, root)  # (1)
+        finite = jnp.isfinite(root)
+        whole = (norm <= bound) | ~finite
+        ratio = bound / jnp.where(whole, 1, root)
+
+        def clip(g):
+            x = _at_least(upcast(g), scale.dtype)
+            shorter = x * scale.astype(x.dtype) * ratio.astype(x.dtype)  # (2)
+            return cast_like(jnp.where(whole, x, shorter), g)
+
+        factor = jnp.where(whole, 1, ratio * scale)
+        most = float(jnp.finfo(jnp.float32).max)
+        reported = jnp.where(finite, jnp.minimum(norm, most), root)
+        return map_updates(who, clip, updates), ClipState(*map(_float32, (reported, factor)))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scaled_norm(leaves: list) -> tuple[jax.Array, jax.Array]:
+    """A power of two that brings the largest number into [1/4, 2), and the norm of all leaves times it."""
+    kind = max(
+        (jnp.finfo(upcast(g).dtype).dtype for g in leaves),
+        key=lambda d: d.itemsize,
+        default=np.dtype("float32"),
+    )
+    xs = [_at_least(upcast(g), kind) for g in leaves]
+    parts = [part for x in xs for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    largest = jnp.max(jnp.stack([jnp.zeros([], kind), *(jnp.max(jnp.abs(p), initial=0) for p in parts)]))
+    _, half = jnp.frexp(jnp.sqrt(largest))  # XLA repeats a maximum in every leaf that uses it, but no root
+    limits = jnp.finfo(kind)
+    scale = jnp.ldexp(jnp.ones([], kind), -jnp.clip(2 * half, limits.minexp + 2, limits.maxexp - 2))
+    squares = jnp.sum(jnp.stack([jnp.zeros([], kind), *(jnp.sum(jnp.square(p * scale)) for p in parts)]))
+    return scale, jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+
+
+def _at_least(x: jax.Array, kind: np.dtype) -> jax.Array:
+    """`x` in the real dtype `kind`, or in the complex one of its precision."""
+    return x.astype(np.result_type(kind, np.complex64) if jnp.iscomplexobj(x) else kind)
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)

@@ -1,0 +1,176 @@
+"""Several transformations of the same gradient, combined: a quotient, a sum, a weighted mean."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optimorph._core.checks import check_numbers
+from optimorph._core.differences import map_updates, other_state
+from optimorph._core.numbers import as_scalar, cast_like, upcast
+from optimorph._core.roles import SECOND, holds, relabeled
+from optimorph._core.rule import Rule, rule_of, transform
+from optimorph._core.types import Numeric
+
+
+class DivideState(NamedTuple):
+    """The states of both sides."""
+
+    signal: Any
+    by: Any
+    averages = holds(by=SECOND)
+
+
+class AddState(NamedTuple):
+    """The states of all terms, in their order."""
+
+    terms: tuple[Any, ...]
+    averages = holds(terms="")
+
+
+class MixState(NamedTuple):
+    """The states of both transformations."""
+
+    first: Any
+    second: Any
+
+
+def divide(
+    signal: optax.GradientTransformation, by: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Divide one transformation of the gradient by another of the same gradient.
+
+        u = signal(g) / max(by(g), 64 √tiny)        (1)
+
+    where tiny is the least number of which the dtype keeps all digits: a smaller root is that of a mean
+    square that underflowed. So 0 / 0 is 0, and with ε = 0 the smallest gradients give no infinite updates.
+
+    Both sides are computed in float32 or wider and only their quotient is rounded to the gradient's dtype:
+    the square of a small float16 number would be zero.
+
+    Args:
+      signal: the numerator's transformation.
+      by: the denominator's transformation; its updates should be real and not negative.
+    """
+
+    def quotient(s, d):
+        least = 64 * math.sqrt(jnp.finfo(d.dtype).tiny)
+        return s / jnp.maximum(d, least).astype(s.dtype)  # (1)
+
+    return _combined("divide", quotient, (signal, by), DivideState)
+
+
+def add(*terms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Add several transformations of the same gradient.
+
+        u = term₁(g) + term₂(g) + ...        (1)
+
+    A variance is `add(chain(square(), ema(b)), chain(ema(b), square(), scale(-1)))`. The terms are computed
+    in float32 or wider and only their sum is rounded to the gradient's dtype.
+
+    Args:
+      terms: at least one transformation.
+
+    Raises:
+      ValueError: no terms.
+    """
+    if not terms:
+        raise ValueError("add: there is nothing to add. Type add(first, second) with two transformations.")
+
+    def total(*values):
+        return functools.reduce(operator.add, values)  # (1)
+
+    return _combined("add", total, terms, lambda *states: AddState(states), operator.attrgetter("terms"))
+
+
+def mix(
+    decay: Numeric, first: optax.GradientTransformation, second: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Mix two transformations of the same gradient, as an average mixes its past and its present.
+
+        u = β first(g) + (1 - β) second(g)        (1)
+
+    Both are computed in float32 or wider and only their mean is rounded to the gradient's dtype.
+
+    Args:
+      decay: β in [0, 1), a number, an array or a tracer.
+      first: what β weighs.
+      second: what 1 - β weighs.
+
+    Raises:
+      ValueError: β outside [0, 1), when it is a concrete number.
+    """
+    check_numbers("mix", decay=decay)
+
+    def mean(a, b):
+        beta = as_scalar(decay, a)
+        return beta * a + (1 - beta) * b  # (1)
+
+    return _combined("mix", mean, (first, second), MixState)
+
+
+def _combined(
+    who: str,
+    f: Callable[..., jax.Array],
+    transforms: Sequence[optax.GradientTransformation],
+    pack: Callable[..., Any],
+    unpack: Callable[[Any], Sequence[Any]] = tuple,
+) -> optax.GradientTransformationExtraArgs:
+    """`f` of the updates of all transforms; a rule for one leaf if each of them is one."""
+    rules = [rule for tx in transforms if (rule := rule_of(tx)) is not None]
+    if len(rules) == len(transforms):
+        return transform(who, _combined_rule(f, rules, pack, unpack))
+    txs = [optax.with_extra_args_support(tx) for tx in transforms]
+
+    def init(params):
+        return pack(*(tx.init(params) for tx in txs))
+
+    def update(updates, state, params=None, **extra):
+        g = map_updates(who, upcast, updates)
+        try:
+            states = unpack(state)
+        except (TypeError, AttributeError) as error:
+            raise other_state(who) from error
+        values, states = zip(
+            *(tx.update(g, s, params, **extra) for tx, s in zip(txs, states, strict=True)), strict=True
+        )
+        out = map_updates(who, lambda g, *each: cast_like(f(*each), g), updates, *values)
+        return out, pack(*states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _combined_rule(
+    f: Callable[..., jax.Array],
+    rules: Sequence[Rule],
+    pack: Callable[..., Any],
+    unpack: Callable[[Any], Sequence[Any]],
+) -> Rule:
+    def advance(shared, leaves):
+        told, after = [], []
+        for rule, s in zip(rules, unpack(shared), strict=True):
+            now, s = rule.advance(s, leaves)
+            told.append(now)
+            after.append(s)
+        return told, pack(*after)
+
+    def update(g, state, leaf, now):
+        values, after = [], []
+        for rule, s, t in zip(rules, unpack(state), now, strict=True):
+            u, s = rule.update(g, s, leaf, t)
+            values.append(u)
+            after.append(s)
+        return f(*values), pack(*after)
+
+    return Rule(
+        relabeled(pack(*(rule.state for rule in rules))),
+        update,
+        init=lambda leaf: pack(*(rule.filled(rule.init(leaf)) for rule in rules)),
+        begin=lambda leaves: pack(*(rule.filled(rule.begin(leaves)) for rule in rules)),
+        advance=advance,
+    )

@@ -1,0 +1,130 @@
+"""A state in half the bytes, right on average."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optimorph._core.checks import check_seed
+from optimorph._core.numbers import increment
+from optimorph._core.paths import leaf_paths
+from optimorph._core.roles import holds, scalar
+from optimorph._core.rounding import leaf_key, stochastic_bfloat16
+from optimorph._core.rule import Rule, rule_of, transform
+
+
+class BFloat16State(NamedTuple):
+    """The inner state in bfloat16, the seed of its rounding, and how many updates there have been."""
+
+    inner: Any
+    seed: Any
+    count: Any
+    roles = holds(seed=scalar("seed of in_bfloat16"), count=scalar("count of in_bfloat16"))
+
+
+def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    """Keep a transformation's state in bfloat16, every number of it rounded up or down by chance.
+
+        u, s' = inner(g, widen(s))        (1)
+        s ← round(s'),  E[round(s')] = s'        (2)
+
+    An average with β = 0.999 moves by a thousandth of the way to its goal, a bfloat16 number by 1/256 of
+    itself or not at all: rounded to the nearest, the average stands still before half of the way. Rounded by
+    chance it arrives, with a noise of about 1/256 √((1 - β) / 2) of itself for slow averages. The updates are
+    those of s', before it is rounded.
+
+    The noise is that of the seed, the step and the leaf's path in the state, all of which are kept: a run
+    repeats to the bit, resumed or on another mesh; under `jax.vmap` all runs have the same. Arrays of real
+    numbers are stored in bfloat16, float64 too, which is float32 in between; scalars, integers and complex
+    numbers stay as they are.
+
+    Args:
+      inner: any transformation; of a recipe, ask for `nu_dtype="bfloat16"`.
+      seed: of the noise, an integer in [0, 2³²); that of a state which is restored goes on.
+
+    Raises:
+      ValueError: another seed.
+
+    References:
+      Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.
+    """
+    check_seed("in_bfloat16", seed)
+    if rule := rule_of(inner):
+        return transform("in_bfloat16", _rule(rule, seed))
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        state = jax.tree.map(_narrow, inner.init(params))
+        return BFloat16State(state, jnp.uint32(seed), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra):
+        out, after = inner.update(updates, jax.tree.map(_widen, state.inner), params, **extra)  # (1)
+        key = _key(state)
+        leaves, structure = jax.tree.flatten(after)
+        rounded = [
+            _rounded(new, leaf_key(key, path)) for path, new in zip(leaf_paths(after), leaves, strict=True)
+        ]
+        return out, BFloat16State(structure.unflatten(rounded), state.seed, increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _rule(rule: Rule, seed: int) -> Rule:
+    def begin(leaves):
+        return BFloat16State(rule.filled(rule.begin(leaves)), jnp.uint32(seed), jnp.zeros([], jnp.int32))
+
+    def init(leaf):
+        return BFloat16State(jax.tree.map(_narrow, rule.filled(rule.init(leaf))), None, None)
+
+    def advance(shared, leaves):
+        now, inner = rule.advance(shared.inner, leaves)
+        return (now, _key(shared)), BFloat16State(inner, shared.seed, increment(shared.count))
+
+    def update(g, state, leaf, now):
+        now, key = now
+        u, s = rule.update(g, jax.tree.map(_widen, state.inner), leaf, now)  # (1)
+        if leaf.part:
+            return u, BFloat16State(_unrounded(s, state.inner), None, None)
+        rounded = [
+            None if x is None else _rounded(x, leaf_key(key, f"{k}/{leaf.path}"))
+            for k, x in enumerate(rule.slots(s))
+        ]
+        return u, BFloat16State(rule.structure.unflatten(rounded), None, None)
+
+    state = BFloat16State(rule.state, **BFloat16State.roles)
+    return Rule(state, update, init, begin, advance)
+
+
+def _key(state: BFloat16State) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(state.seed), state.count)
+
+
+def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    return stochastic_bfloat16(_widen(x), key) if _is_narrowed(x) else x  # (2)
+
+
+def _unrounded(state: Any, before: Any) -> Any:
+    """The state of a part of a leaf, which the codec that stored it rounds.
+
+    Raises:
+      ValueError: no codec stores it.
+    """
+    if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(before)):
+        raise ValueError(
+            "compress_state: a moment without a codec is rounded by in_bfloat16, which needs the whole leaf. "
+            "Type a codec for it, such as optimorph.codecs.BFloat16(stochastic=True), or leave out nu_dtype."
+        )
+    return state
+
+
+def _is_narrowed(x: jax.Array) -> bool:
+    return bool(x.ndim) and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _narrow(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16) if _is_narrowed(x) else x
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x

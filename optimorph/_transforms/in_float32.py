@@ -1,0 +1,28 @@
+"""One rounding at the end of a sentence instead of one after every word."""
+
+import optax
+
+from optimorph._core.differences import map_updates
+from optimorph._core.numbers import cast_like, upcast
+from optimorph._core.rule import rule_of
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Run a transformation in float32 or wider and round its updates to the gradient's dtype.
+
+        u = round(inner(widen(g)))        (1)
+
+    For float32 and wider gradients this is `inner` itself. The state is `inner`'s.
+
+    Args:
+      inner: any transformation; it sees float32 or wider updates, and the parameters as they are.
+    """
+    inner = optax.with_extra_args_support(inner)
+    if rule_of(inner):
+        return inner  # as every rule does
+
+    def update(updates, state, params=None, **extra):
+        out, state = inner.update(map_updates("in_float32", upcast, updates), state, params, **extra)
+        return map_updates("in_float32", lambda g, u: cast_like(u, g), updates, out), state  # (1)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

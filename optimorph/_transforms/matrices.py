@@ -1,0 +1,176 @@
+"""What is done to whole matrices: polar factors, and a scale by their shapes."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.numbers import is_absent
+from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
+from optimorph._core.types import AxesRules, DTypeLike, Rules
+from optimorph._distributed.sharded_function import ShardedFunction
+from optimorph._distributed.shardings import (
+    by_whole_shape,
+    local_shard,
+    local_shard_spec,
+    manual_axes,
+    shardings_of,
+)
+from optimorph._routing.reading import leaf_axes
+from optimorph._routing.rules import labels, lookup_if_given
+from optimorph.linalg import Axes, Exact, NewtonSchulz
+
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "rms_to_rms": lambda inputs, outputs: math.sqrt(outputs / inputs),  # (1)
+    "keller": lambda inputs, outputs: math.sqrt(max(1, outputs / inputs)),  # (2)
+    "adamw_rms": lambda inputs, outputs: 0.2 * math.sqrt(max(inputs, outputs)),  # (3)
+}
+_COMM_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
+
+
+def orthogonalize(
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
+    axes: AxesRules | None = None,
+    shardings: Rules | None = None,
+    *,
+    comm_dtype: DTypeLike | None = None,
+    bytes_at_once: int = 2**28,
+) -> optax.GradientTransformationExtraArgs:
+    """Replace every matrix by its polar factor: the same singular vectors, all singular values 1.
+
+        u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
+
+    Over a mesh each device computes a share of the matrices, and the updates have the gradients' shardings.
+    These are found out on any mesh, which need not be named.
+
+    Args:
+      orthogonalizer: a function of stacks `(batch, inputs, outputs)`: `linalg.NewtonSchulz()`, the default,
+        `linalg.Exact()`, or your own. It sees all matrices of one shape and dtype, whatever their leaves, as
+        one stack, and must treat each by itself.
+      axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through. Inside
+        `route_matrices` its axes and shardings count.
+      shardings: those of the leaves over a mesh, as that of `muon`.
+      comm_dtype: the dtype of the data in collectives, if narrower than the gradients'. bfloat16 halves the
+        bytes; each number is rounded to 8 bits before the iteration and once more after it.
+      bytes_at_once: the most bytes of whole matrices that a device holds in one round, of two in flight.
+
+    Raises:
+      ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides; at `update`,
+        inside `jax.shard_map` without shardings, or with some that do not fit.
+
+    References:
+      Carlson et al. 2015, "Preconditioned spectral descent for deep learning"; Jordan et al. 2024,
+      "Muon: An optimizer for hidden layers in neural networks".
+    """
+    who = "orthogonalize"
+    polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
+    polar = polar if isinstance(polar, Hashable) else _by_identity(polar)
+    equivariant = isinstance(polar, NewtonSchulz | Exact)
+    comm = None if comm_dtype is None else jnp.dtype(comm_dtype)
+    if comm is not None and comm not in _COMM_DTYPES:
+        raise ValueError(
+            f"{who}: comm_dtype must be one of {[*map(str, _COMM_DTYPES)]}, but is {comm}. Type "
+            "comm_dtype='bfloat16': a narrower exponent would lose small gradients."
+        )
+    own = _Matrices(who, axes, shardings)
+
+    def init(params):
+        arrays(who, params)
+        own.check(params)
+        return optax.EmptyState()
+
+    def update(updates, state, params=None, **extra):
+        gs, tree, _ = aligned(who, updates, None)
+        leaves = Leaves(tree, gs, extra)
+        forms, match = own.axes_and_match(leaves)
+        chosen = {k: form for k, form in enumerate(forms) if form is not None and np.size(gs[k])}
+        matrices = [jnp.asarray(gs[k]) for k in chosen]
+        paths = [leaves.paths[k] for k in chosen] if match is not None or manual_axes() else []
+        given = shardings_of(who, match, paths, matrices)
+        sharded = ShardedFunction(polar, tuple(chosen.values()), equivariant, comm, bytes_at_once)
+        factors = sharded(matrices, given) if matrices else []  # (1)
+        for k, factor in zip(chosen, factors, strict=True):
+            gs[k] = factor
+        return tree.unflatten(gs), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scale_by_shape(
+    scale: str | None = "rms_to_rms", axes: AxesRules | None = None, shardings: Rules | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply every matrix by a function of its numbers of inputs and outputs.
+
+        u = √(out / in) g              (1)  "rms_to_rms": ‖u‖ from RMS to RMS is 1, if ‖g‖₂ is
+        u = √max(1, out / in) g        (2)  "keller"
+        u = 0.2 √max(in, out) g        (3)  "adamw_rms": the RMS of a typical AdamW update
+        u = g                          (4)  None
+
+    Args:
+      scale: a name or None.
+      axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
+      shardings: those of the leaves over a mesh, as that of `muon`; the shape is that of whole matrices.
+
+    Raises:
+      ValueError: an unknown name; at `init`, a spec that does not fit its leaf, a leaf that no rule decides.
+
+    References:
+      (1) Bernstein & Newhouse 2024, arXiv:2410.21265; (2) Jordan et al. 2024, "Muon: An optimizer for
+      hidden layers in neural networks"; (3) Liu et al. 2025, arXiv:2502.16982, equation 4.
+    """
+    who = "scale_by_shape"
+    if scale is not None and scale not in SCALES:
+        raise ValueError(
+            f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, or None, but is {scale!r}."
+        )
+    own = _Matrices(who, axes, shardings)
+
+    def begin(leaves):
+        own.check(leaves.tree)
+        return optax.EmptyState()
+
+    def advance(state, leaves):
+        return (None, None) if scale is None else own.axes_and_match(leaves), state
+
+    def update(g, state, leaf, now):
+        forms, match = now
+        if scale is None or forms[leaf.index] is None or np.size(g) == 0:
+            return g, state
+        shape = np.shape(leaf.leaves.values[leaf.index])
+        spec, shape = ((), shape) if match is None else local_shard_spec(who, match)(leaf.path, shape)
+        factor = forms[leaf.index].spread(SCALES[scale], shape)
+        if factor.size == 1:
+            return factor.item() * g, state
+        if leaf.part:
+            raise ValueError(f"compress_state: put {who} outside, because {leaf.path!r} has several scales.")
+        return local_shard(factor.astype(g.real.dtype), spec) * g, state
+
+    return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
+
+
+class _Matrices:
+    """How a word finds the axes of leaves: from `route_matrices` around it, or from its own rules."""
+
+    def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
+        self.given, self.match = axes is not None, lookup_if_given(shardings)
+        self.form = by_whole_shape(who, self.match, leaf_axes(who, axes))
+
+    def check(self, params: Any) -> None:
+        """Refuse leaves that the word's own rules do not decide, if it has any."""
+        if self.given:
+            labels(self.form)(params)
+
+    def axes_and_match(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
+        """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""
+        if "matrix_axes" in leaves.extra and not self.given:
+            return leaves.extra["matrix_axes"], leaves.extra["matrix_shardings"]
+        pairs = zip(leaves.paths, leaves.values, strict=True)
+        return [None if is_absent(x) else self.form(path, np.shape(x)) for path, x in pairs], self.match
+
+
+def _by_identity(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: f(x)

@@ -1,0 +1,137 @@
+"""Steps that went wrong, left out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import is_integer
+from optimorph._core.flags import all_of, real_dtype
+from optimorph._core.numbers import increment, is_missing, is_trainable
+from optimorph._core.paths import leaf_paths
+from optimorph._core.roles import holds, scalar
+
+
+class SkipState(NamedTuple):
+    """The inner state, how many steps were skipped in all, and how many in a row until now."""
+
+    inner: Any
+    skipped: jax.Array
+    consecutive: jax.Array
+    roles = holds(
+        skipped=scalar("skipped steps", "skipped"),
+        consecutive=scalar("consecutive skipped steps", "consecutive_skips"),
+    )
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation, max_consecutive: int | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Leave out every step in which a NaN or an infinity is among the gradients, or comes of them.
+
+        u, s' = inner(g, s)
+        u, s ← u, s'        (1)  if g and u are finite, and s' is wherever s was
+        u, s ← 0, s         (2)  otherwise
+
+    A skipped step changes no weight, no moment and no count of `inner`'s: schedules wait. (1) asks for u and
+    s' as well because finite gradients may give neither: the square of 1e25 is infinite, and would stay in a
+    second moment for ever. Numbers in s that were not finite before, such as a best loss so far, may stay so.
+    It belongs around the whole sentence: weight decay outside of it would not be skipped.
+
+    Whether a step is skipped is one boolean for all leaves, which over a mesh takes one all-reduce for all
+    leaves that the same axes divide; under `jax.vmap` it is one for every run. States are chosen by a select,
+    which the compiler can fuse with the arithmetic before it, and not by a branch, which it cannot; a branch
+    would save time in the steps that are skipped alone. Inside `jax.shard_map` each device sees its own
+    shards, and may skip what others do not.
+
+    Args:
+      inner: any transformation.
+      max_consecutive: how many steps in a row may be skipped, at least 0; without it, any number. One more
+        raises an error on the host, which needs a callback in the program: such a program is not kept in the
+        persistent compilation cache and cannot be exported. The error comes with the results of that step,
+        which are lost.
+
+    Raises:
+      ValueError: `max_consecutive` no integer, or negative.
+      jax.errors.JaxRuntimeError: more than `max_consecutive` steps skipped in a row; it names the leaves.
+
+    References:
+      Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740, section 3.2.
+    """
+    _check_limit(max_consecutive)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return SkipState(inner.init(params), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None, **extra):
+        out, after = inner.update(updates, state.inner, params, **extra)
+        gradients_sound, updates_sound = _sound(updates), _sound(out)
+        state_sound = _sound(after, jax.tree.leaves(state.inner))
+        sound = {f"the gradient of {path!r}": ok for path, ok in gradients_sound.items()}
+        sound |= {f"the update of {path!r}": ok for path, ok in updates_sound.items()}
+        sound |= {f"the state's {path!r}": ok for path, ok in state_sound.items()}
+        fine = all_of(sound.values(), real_dtype(updates))
+        skipped = jnp.where(fine, state.skipped, increment(state.skipped))
+        consecutive = jnp.where(fine, 0, increment(state.consecutive))
+        if max_consecutive is not None:
+            report = _reporter([*sound], max_consecutive)
+            jax.lax.cond(
+                consecutive > max_consecutive,
+                lambda: jax.debug.callback(report, consecutive, [*sound.values()]),
+                lambda: None,
+            )
+
+        def chosen(new, old):
+            return jax.lax.select(fine, new, old)
+
+        def or_zero(u):
+            return None if is_missing(u) else chosen(jnp.asarray(u), jnp.zeros_like(u))
+
+        out = jax.tree.map(or_zero, out)  # (1), (2)
+        after = jax.tree.map(chosen, after, state.inner)
+        return out, SkipState(after, skipped, consecutive)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _sound(tree: Any, before: list | None = None) -> dict[str, jax.Array]:
+    """Of every leaf of real or complex numbers, by path, whether all are finite, or were not `before`."""
+    leaves = jax.tree.leaves(tree)
+    found = {}
+    for path, new, old in zip(leaf_paths(tree), leaves, before or [None] * len(leaves), strict=True):
+        if is_trainable(new):
+            fine = jnp.isfinite(new) if old is None else jnp.isfinite(new) | ~jnp.isfinite(old)
+            found[path] = jnp.all(fine)
+    return found
+
+
+def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
+    """What the host is told to do when a step is skipped: to raise, if it is one too many."""
+
+    def report(consecutive: Any, flags: Any) -> None:
+        count = int(np.asarray(consecutive))
+        if count <= limit:  # under vmap the host is called for every run
+            return
+        wrong = [name for name, ok in zip(names, np.asarray(flags), strict=True) if not ok]
+        kinds = [kind for kind in ("the gradient", "the update", "the state") if wrong[0].startswith(kind)]
+        wrong = [name for name in wrong if name.startswith(kinds[0])]  # all else follows from these
+        shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise FloatingPointError(
+            f"skip_nonfinite: step {count} in a row was skipped, and max_consecutive is {limit}. Not "
+            f"finite in it: {shown}. Lower the learning rate or clip the gradients, or type "
+            "max_consecutive=None to skip any number of steps."
+        )
+
+    return report
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and not is_integer(limit, 0):
+        raise ValueError(
+            f"skip_nonfinite: max_consecutive must be an integer of at least 0, or None, but is {limit!r}. "
+            "Type max_consecutive=10, for example."
+        )

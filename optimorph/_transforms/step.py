@@ -1,0 +1,157 @@
+"""The step: how weights decay, and the learning rate."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import check_numbers, check_params
+from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, upcast
+from optimorph._core.roles import holds, roles_of, scalar
+from optimorph._core.rule import Rule, pointwise, transform
+from optimorph._core.types import Mask, ScalarOrSchedule
+from optimorph._routing.rules import masked_leaves
+
+FORMS = ("coupled", "independent", "cautious")
+
+
+class DecayState(NamedTuple):
+    """How many updates there have been, and the last one's decay (before it, the first one's), to be read."""
+
+    count: jax.Array
+    weight_decay: jax.Array
+    roles = holds(count=scalar("count of a decay schedule"), weight_decay=scalar("", "weight_decay"))
+
+
+class LearningRateState(NamedTuple):
+    """How many updates there have been, and the last one's rate (before it, the first one's), to be read."""
+
+    count: jax.Array
+    learning_rate: jax.Array
+    roles = holds(
+        count=scalar("count of a learning rate schedule"), learning_rate=scalar("", "learning_rate")
+    )
+
+
+def add_decayed_weights(
+    weight_decay: ScalarOrSchedule = 0.0, mask: Mask | None = None, *, cautious: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Add a multiple of the weights to their updates.
+
+        u = g + λ w                  (1)
+        u = g + λ w [g w ≥ 0]        (2)  cautious: where the descent itself shrinks the weight
+
+    What it means depends on where it stands. Before the quotient it is the gradient of (λ/2)‖w‖², L2
+    regularisation, and the quotient rescales it weight by weight; after the quotient it is decoupled decay,
+    the same fraction of every weight:
+
+        l2_adam = chain(add_decayed_weights(λ), scale_by_adam, scale_by_learning_rate(η))
+        adamw   = chain(scale_by_adam, add_decayed_weights(λ), scale_by_learning_rate(η))
+
+        scale_by_adam = divide(chain(ema(b1), debias(b1)), by=chain(square(), ema(b2), debias(b2), root(ε)))
+
+    Args:
+      weight_decay: λ, at least 0, a number, an array, a tracer or a schedule. The constant 0 asks for no
+        params. What it was is in the state, in float32: `probes.read` shows it.
+      mask: which leaves decay, as `optax.masked` takes it, or rules, `{"*norm*": False, "*": True}`; all of
+        them without one.
+      cautious: add (2) instead of (1); of complex numbers, where Re(g w̄) ≥ 0.
+
+    Raises:
+      ValueError: λ negative, when it is a concrete number; at `update`, params missing.
+
+    Equals:
+      optax.add_decayed_weights(weight_decay, mask)
+    References:
+      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (both places); (2): Chen et al. 2025,
+      "Cautious weight decay", arXiv:2510.12402.
+    """
+    who = "add_decayed_weights"
+    check_numbers(who, weight_decay=weight_decay)
+    decay_at = as_schedule(weight_decay)
+    never = isinstance(weight_decay, int | float | np.number) and weight_decay == 0
+
+    def begin(leaves):
+        count = jnp.zeros([], jnp.int32)
+        return DecayState(count, as_float32(decay_at(count)))
+
+    def advance(state, leaves):
+        decay = decay_at(state.count)
+        chosen = None if mask is None or never else masked_leaves(who, mask, leaves)
+        return (decay, chosen), DecayState(increment(state.count), as_float32(decay))
+
+    def update(g, state, leaf, now):
+        decay, chosen = now
+        if never or (chosen is not None and not chosen[leaf.index]):
+            return g, state
+        if leaf.weight is None:
+            check_params(who, None, "weight decay adds a multiple of them")
+        w = upcast(leaf.weight).astype(g.dtype)
+        term = as_scalar(decay, g) * w
+        if cautious:
+            term = jnp.where((jnp.sign(g) * jnp.sign(w).conj()).real >= 0, term, 0)  # (2)
+        return g + term, state  # (1)
+
+    return transform(who, Rule(roles_of(DecayState), update, begin=begin, advance=advance))
+
+
+def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """Turn a direction of ascent into a step of descent.
+
+        u = -η g        (1)
+
+    Args:
+      learning_rate: η, at least 0, a number, an array, a tracer, or a schedule, which is called with the
+        number of updates before this one. What it was is in the state, in float32: `probes.read` shows it.
+
+    Raises:
+      ValueError: η negative, when it is a concrete number.
+
+    Equals:
+      optax.scale_by_learning_rate(learning_rate)
+    References:
+      Cauchy 1847, "Méthode générale pour la résolution des systèmes d'équations simultanées".
+    """
+    who = "scale_by_learning_rate"
+    check_numbers(who, learning_rate=learning_rate)
+    rate_at = as_schedule(learning_rate)
+
+    def begin(leaves):
+        count = jnp.zeros([], jnp.int32)
+        return LearningRateState(count, as_float32(rate_at(count)))
+
+    def advance(state, leaves):
+        rate = rate_at(state.count)
+        return rate, LearningRateState(increment(state.count), as_float32(rate))
+
+    def update(g, state, leaf, rate):
+        return -as_scalar(rate, g) * g, state  # (1)
+
+    return transform(who, Rule(roles_of(LearningRateState), update, begin=begin, advance=advance))
+
+
+def decay_and_step(
+    who: str, learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule, mask: Mask | None, form: str
+) -> tuple[optax.GradientTransformationExtraArgs, ...]:
+    """Decoupled weight decay in one of its forms, and the learning rate.
+
+        u = -η (g + λ w)                  (1)  "coupled", as in PyTorch and optax
+        u = -η g - λ w                    (2)  "independent" of the learning rate
+        u = -η (g + λ w [g w ≥ 0])        (3)  "cautious": where the step itself shrinks the weight
+
+    References:
+      (1), (2) Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, where λ is multiplied by the schedule
+      but not by the learning rate; (3) Chen et al. 2025, "Cautious weight decay", arXiv:2510.12402.
+    """
+    if form not in FORMS:
+        raise ValueError(
+            f"{who}: weight_decay_form must be one of {', '.join(map(repr, FORMS))}, but is {form!r}."
+        )
+    step = scale_by_learning_rate(learning_rate)
+    decay = add_decayed_weights(weight_decay, mask, cautious=form == "cautious")  # (3)
+    if form == "independent":
+        negative = transform("scale", pointwise(lambda g: -g))
+        return step, negative, decay, negative  # (2)
+    return decay, step  # (1)
