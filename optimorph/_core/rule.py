@@ -1,8 +1,10 @@
 """A transform that works leaf by leaf is a rule for one leaf; `transform` lifts a rule to trees."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -23,17 +25,34 @@ from optimorph._core.numbers import (
     kind,
     upcast,
 )
-from optimorph._core.paths import leaf_paths, structure_paths
+from optimorph._core.paths import structure_paths
 from optimorph._core.roles import Role
 from optimorph._core.types import PyTree
+
+_HANDED: ContextVar[Mapping[str, Any]] = ContextVar("handed", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def handed_down(**facts: Any) -> Iterator[None]:
+    """What is known of the leaves, for the transformations that run inside: `handed(name)` finds it."""
+    token = _HANDED.set({**_HANDED.get(), **facts})
+    try:
+        yield
+    finally:
+        _HANDED.reset(token)
+
+
+def handed(name: str) -> Any:
+    """What a transformation around this one knows of the leaves; None if there is none."""
+    return _HANDED.get().get(name)
 
 
 class Leaves:
     """What a rule may know of all leaves at once."""
 
-    def __init__(self, structure: Any, values: Sequence[Any], extra: Mapping[str, Any]):
-        """Of parameters, or without them of gradients, and the further arguments of `update`."""
-        self.structure, self.values, self.extra = structure, values, extra
+    def __init__(self, structure: Any, values: Sequence[Any]):
+        """Of parameters, or without them of gradients."""
+        self.structure, self.values = structure, values
 
     @functools.cached_property
     def tree(self) -> PyTree:
@@ -169,14 +188,16 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
 
     def init(params):
         leaves, tree = arrays(who, params)
-        known = Leaves(tree, leaves, {})
+        known = Leaves(tree, leaves)
         own = [
-            rule.slots(rule.init(Leaf(w, k, known))) if is_trainable(w) else None
+            rule.slots(rule.init(Leaf(w, k, known)))
+            if is_trainable(w)
+            else (w if isinstance(w, ABSENT) else None)
             for k, w in enumerate(leaves)
         ]
         shared = rule.slots(rule.begin(known))
         return rule.structure.unflatten(
-            tree.unflatten([None if s is None else s[j] for s in own]) if role.tree else shared[j]
+            tree.unflatten([s[j] if isinstance(s, list) else s for s in own]) if role.tree else shared[j]
             for j, role in enumerate(rule.roles)
         )
 
@@ -184,7 +205,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
         gs, tree, ws = aligned(who, updates, params, strict)
         slots = _columns(who, rule, tree, state, updates, params)
         _check_moments(who, rule, gs, slots, updates, params)
-        leaves, out = Leaves(tree, gs if params is None else ws, extra), []
+        leaves, out = Leaves(tree, gs if params is None else ws), []
         try:
             now, shared = rule.advance(rule.pick(slots), leaves)
             for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
@@ -211,15 +232,15 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
 
 
 def arrays(who: str, params: PyTree) -> tuple[list, Any]:
-    """The leaves of the parameters, and their tree's structure.
+    """The leaves of the parameters, those that are absent too, and their tree's structure.
 
     Raises:
       ValueError: naming `who` and a leaf that is no array.
     """
-    leaves, tree = jax.tree.flatten(params)
-    if not all(map(is_array, leaves)):
-        path, leaf = next(p for p in zip(leaf_paths(params), leaves, strict=True) if not is_array(p[1]))
-        raise ValueError(not_an_array(who, path, leaf))
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_absent)
+    for path, leaf in zip(structure_paths(tree), leaves, strict=True):
+        if not isinstance(leaf, ABSENT) and not is_array(leaf):
+            raise ValueError(not_an_array(who, path, leaf))
     return leaves, tree
 
 

@@ -12,7 +12,7 @@ import optax
 
 from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
-from optimorph._core.rule import Leaves, Transform, aligned, arrays
+from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import by_whole_shape
 from optimorph._routing.reading import Reading, axes_of, reader
@@ -85,26 +85,27 @@ def routed(
 
     def init(params):
         leaves, tree = arrays(who, params)
-        paths = Leaves(tree, leaves, {}).paths
+        paths = Leaves(tree, leaves).paths
         for rule in unused(axes, paths) if axes is not None and paths else ():
             warnings.warn(f"{who}: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
-        params = tree.unflatten(w if is_trainable(w) else None for w in leaves)
+        params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves)
         forms = tree.flatten_up_to(labels(form)(params))
-        return parted(tree, forms).init(params)
+        forms = [None if is_absent(w) else f for f, w in zip(forms, leaves, strict=True)]
+        with handed_down(matrix_axes=forms, shardings=match):
+            return parted(tree, forms).init(params)
 
     def update(updates, state, params=None, **extra):
         gs, tree, ws = aligned(who, updates, params)
-        leaves = Leaves(tree, gs if params is None else ws, extra)  # a missing gradient has no shape
+        leaves = Leaves(tree, gs if params is None else ws)  # a missing gradient has no shape
         forms = [
             form(path, np.shape(x)) if is_trainable(x) else None
             for path, x in zip(leaves.paths, leaves.values, strict=True)
         ]
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
-        handed = {"matrix_axes": forms, "matrix_shardings": match}
         own = None if params is None else leaves.tree
         try:
-            tx = parted(tree, forms)
-            out, after = tx.update(tree.unflatten(wide), state, own, **extra, **handed)
+            with handed_down(matrix_axes=forms, shardings=match):
+                out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             known = own is not None and jax.tree.structure(jax.eval_shape(init, own))
             if not known or known == jax.tree.structure(state):

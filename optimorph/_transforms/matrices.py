@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optimorph._core.numbers import is_absent
-from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
+from optimorph._core.rule import Leaves, Rule, aligned, arrays, handed, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.sharded_function import ShardedFunction
 from optimorph._distributed.shardings import (
@@ -39,7 +39,7 @@ def orthogonalize(
     *,
     comm_dtype: DTypeLike | None = None,
     bytes_at_once: int = 2**28,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """Replace every matrix by its polar factor: the same singular vectors, all singular values 1.
 
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
@@ -83,10 +83,10 @@ def orthogonalize(
         own.check(params)
         return optax.EmptyState()
 
-    def update(updates, state, params=None, **extra):
+    def update(updates, state, params=None):
         gs, tree, _ = aligned(who, updates, None)
-        leaves = Leaves(tree, gs, extra)
-        forms, match = own.axes_and_match(leaves)
+        leaves = Leaves(tree, gs)
+        forms, match = own.axes_and_shardings(leaves)
         chosen = {k: form for k, form in enumerate(forms) if form is not None and np.size(gs[k])}
         matrices = [jnp.asarray(gs[k]) for k in chosen]
         paths = [leaves.paths[k] for k in chosen] if match is not None or manual_axes() else []
@@ -97,7 +97,7 @@ def orthogonalize(
             gs[k] = factor
         return tree.unflatten(gs), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def scale_by_shape(
@@ -134,7 +134,7 @@ def scale_by_shape(
         return optax.EmptyState()
 
     def advance(state, leaves):
-        return (None, None) if scale is None else own.axes_and_match(leaves), state
+        return (None, None) if scale is None else own.axes_and_shardings(leaves), state
 
     def update(g, state, leaf, now):
         forms, match = now
@@ -164,10 +164,10 @@ class _Matrices:
         if self.given:
             labels(self.form)(params)
 
-    def axes_and_match(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
+    def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
         """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""
-        if "matrix_axes" in leaves.extra and not self.given:
-            return leaves.extra["matrix_axes"], leaves.extra["matrix_shardings"]
+        if not self.given and handed("matrix_axes") is not None:
+            return handed("matrix_axes"), handed("shardings")
         pairs = zip(leaves.paths, leaves.values, strict=True)
         return [None if is_absent(x) else self.form(path, np.shape(x)) for path, x in pairs], self.match
 

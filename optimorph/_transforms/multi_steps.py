@@ -10,7 +10,7 @@ import optax
 from optimorph._core.checks import check_dtypes, is_integer
 from optimorph._core.differences import gradients, map_state, map_updates
 from optimorph._core.flags import all_of, real_dtype
-from optimorph._core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, upcast
+from optimorph._core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, is_absent, upcast
 from optimorph._core.rule import arrays
 from optimorph._core.types import DTypeLike, PyTree
 from optimorph._distributed.shardings import manual_axes
@@ -109,7 +109,7 @@ def multi_steps(
 
 def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:
     leaves, tree = arrays("multi_steps", params)
-    return tree.unflatten(full_like(w, 0.0, dtype) for w in leaves)
+    return tree.unflatten(w if is_absent(w) else full_like(w, 0.0, dtype) for w in leaves)
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
