@@ -1,11 +1,14 @@
 """The end of a step: weights and updates added, and rounded once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optimorph._core.differences import MismatchError, map_present
-from optimorph._core.numbers import cast_like, kind, upcast
-from optimorph._core.paths import leaf_paths
+from optimorph._core.differences import difference
+from optimorph._core.numbers import ABSENT, as_kind_of, cast_like, is_absent, is_missing, kind, upcast
+from optimorph._core.paths import structure_paths
 from optimorph._core.rounding import check_key, leaf_key, stochastic_bfloat16
 from optimorph._core.types import PyTree
 
@@ -41,27 +44,31 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
     """
     if key is not None:
         check_key("apply_updates", key)
-    sums = map_present("apply_updates", _sum, updates, params)
-    leaves, structure = jax.tree.flatten(sums)
-    both = zip(leaf_paths(params), leaves, jax.tree.leaves(params), strict=True)
-    return jax.tree.unflatten(structure, [_rounded(path, x, w, key) for path, x, w in both])  # (1)
+    us, tree = jax.tree.flatten(updates, is_leaf=is_absent)
+    try:
+        ws = tree.flatten_up_to(params)
+    except (ValueError, TypeError, KeyError) as error:
+        raise difference("apply_updates", updates, params) from error
+    if not all(is_missing(u) or isinstance(u, ABSENT) or _fits(u, w) for u, w in zip(us, ws, strict=True)):
+        raise difference("apply_updates", updates, params)
+    leaves = zip(structure_paths(tree), us, ws, strict=True)
+    return tree.unflatten(_updated(path, u, w, key) for path, u, w in leaves)
 
 
-def _sum(u, w):
-    """In float32 or wider; of integers, as it is, if both are; the weights where there is no update."""
-    if u is None:
-        return jax.tree.map(jnp.asarray, w)
-    if kind(w) == "integer" == kind(u):
-        return w + jnp.asarray(u, jnp.result_type(w))
+def _fits(u: Any, w: Any) -> bool:
     if kind(w) == "integer" or "none" in (kind(u), kind(w)):
-        raise MismatchError
+        return kind(u) == kind(w) == "integer" and np.shape(u) == np.shape(w)
+    return np.shape(u) == np.shape(w)
+
+
+def _updated(path: str, u: Any, w: Any, key: jax.Array | None) -> Any:
+    if is_missing(u) or isinstance(u, ABSENT):
+        return jnp.asarray(w) if kind(w) in ("real", "complex") else w
+    dtype = jnp.result_type(w)
+    if kind(w) == "integer":
+        return w + jnp.asarray(u, dtype)
     x = upcast(w)
-    if jnp.iscomplexobj(u) and not jnp.iscomplexobj(x):
-        u = u.real
-    return x + upcast(u).astype(x.dtype)
-
-
-def _rounded(path, x, w, key):
-    if key is None or x.dtype == jnp.result_type(w) or jnp.result_type(w) != jnp.bfloat16:
-        return cast_like(x, w)
-    return stochastic_bfloat16(x.astype(jnp.float32), leaf_key(key, path))
+    x = x + as_kind_of(upcast(u), x).astype(x.dtype)
+    if key is None or dtype != jnp.bfloat16:
+        return cast_like(x, w)  # (1)
+    return stochastic_bfloat16(x, leaf_key(key, path))

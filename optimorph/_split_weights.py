@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph._core.checks import not_an_array
-from optimorph._core.differences import MismatchError
 from optimorph._core.numbers import is_array, kind
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rounding import check_key, leaf_key
@@ -96,7 +95,7 @@ def join_weights(weights: PyTree, residuals: PyTree) -> PyTree:
 
     def join(c, w):
         if not _belongs(c, w):
-            raise MismatchError
+            raise ValueError
         return w if c is None else CODECS[jnp.result_type(c)].decode(Encoded(c, w))
 
     try:

@@ -310,7 +310,7 @@ def test_rules():
 
 def test_rules_that_say_nothing_right():
     tree = drawn(shapes={"w": (64, 64)})
-    with pytest.raises(ValueError, match="the rules say 'int8' of 'first/w', which is no codec"):
+    with pytest.raises(ValueError, match="the rules say 'int8' of 'first/w', which is not a codec"):
         om.compress_state(om.adam(0.1), {"first/*": "int8"}).init(tree)
     with pytest.raises(ValueError, match=r"rules must say which moments .* Type {'first/"):
         om.compress_state(om.ema(0.9), Signed8())
@@ -319,7 +319,7 @@ def test_rules_that_say_nothing_right():
     for codec in (Signed8(), Float8()):
         with pytest.raises(ValueError, match="of 'second/w', whose roots are divided by, and it has a code"):
             om.compress_state(om.adam(0.1), {"second/*": codec}).init(tree)
-    with pytest.raises(ValueError, match="which is no codec"):
+    with pytest.raises(ValueError, match="which is not a codec"):
         om.compress_state(om.adam(0.1), lambda path, shape: Signed8).init(tree)
     with pytest.warns(UserWarning, match="no moment matches the rule 'frist/w'"):
         om.compress_state(om.adam(0.1), {"frist/w": Signed8(), "first/w": None}).init(tree)

@@ -21,13 +21,15 @@ class Role:
     Args:
       name: as messages say it.
       moment: "first" or "second" if the field holds a tree of moments shaped like the parameters; "" if not.
-      tree: whether the field holds a tree with a value for each parameter; if not, it holds scalars.
+      tree: whether the field holds a tree with arrays for each parameter; if not, it holds scalars.
+      shaped: whether these arrays have the shapes of the parameters.
       reading: the name under which `probes.read` shows the scalar; "" if it does not.
     """
 
     name: str
     moment: str = ""
     tree: bool = False
+    shaped: bool = True
     reading: str = ""
 
 

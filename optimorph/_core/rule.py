@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import not_an_array
-from optimorph._core.differences import gradients, other_state
+from optimorph._core.differences import difference, other_state
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
@@ -256,16 +256,24 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
     try:
         ws = [None] * len(gs) if params is None else tree.flatten_up_to(params)
     except (ValueError, TypeError, KeyError) as error:
-        gradients(who, updates, params)
-        raise ValueError(f"{who}: the gradients do not match the parameters. {error}") from error
+        raise difference(who, updates, params) from error
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
         if isinstance(g, ABSENT):
             continue
         if is_missing(g):
             gs[k] = None
         elif not (is_trainable(g) if params is None else _alike(g, w, strict)):
-            gradients(who, updates, params)
+            raise difference(who, updates, params)
     return gs, tree, ws
+
+
+def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree) -> PyTree:
+    """`f(g, *others)` on every leaf that has a gradient; None where it is missing."""
+    gs, tree, _ = aligned(who, updates, None)
+    others = [tree.flatten_up_to(other) for other in rest]
+    return tree.unflatten(
+        g if isinstance(g, ABSENT) else f(g, *each) for g, *each in zip(gs, *others, strict=True)
+    )
 
 
 def _alike(g: Any, w: Any, strict: bool) -> bool:
@@ -284,33 +292,30 @@ def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: 
     except (ValueError, TypeError, KeyError) as error:
         raise other_state(who) from error
     for j, role in enumerate(rule.roles):
-        if role.tree:
+        if not role.tree:
+            if not hasattr(slots[j], "dtype") and not isinstance(slots[j], int | float):
+                raise other_state(who)
+        else:
             try:
                 slots[j] = tree.flatten_up_to(slots[j])
             except (ValueError, TypeError, KeyError) as error:
-                if params is None:
-                    gradients(who, updates, slots[j])
-                raise other_state(who) from error
+                raise (difference(who, updates, slots[j]) if params is None else other_state(who)) from error
     return slots
 
 
 def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, params: Any) -> None:
     """Refuse moments whose shapes are not those of the gradients, and real ones of complex gradients."""
     for slot, role in zip(slots, rule.roles, strict=True):
-        for g, m in zip(gs, slot if role.tree else (), strict=False):
-            if isinstance(g, ABSENT) or isinstance(m, optax.MaskedNode) or _fits(g, m, role):
+        for g, m in zip(gs, slot if role.tree and role.shaped else (), strict=False):
+            if isinstance(g, ABSENT) or isinstance(m, optax.MaskedNode) or _fits(g, m):
                 continue
-            if params is None:
-                tree = jax.tree.structure(updates, is_leaf=is_absent)
-                gradients(who, updates, tree.unflatten(slot))
-            raise other_state(who)
+            tree = jax.tree.structure(updates, is_leaf=is_absent)
+            raise difference(who, updates, tree.unflatten(slot)) if params is None else other_state(who)
 
 
-def _fits(g: Any, m: Any, role: Role) -> bool:
-    if not hasattr(m, "dtype"):
-        return False
+def _fits(g: Any, m: Any) -> bool:
     real = jnp.iscomplexobj(g) and not jnp.iscomplexobj(m)
-    return not role.moment or (m.shape == np.shape(g) and not real)
+    return getattr(m, "shape", None) == np.shape(g) and not real
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import optax
 
 from optimorph._core.checks import LeafError
-from optimorph._core.differences import map_present
+from optimorph._core.rule import aligned
 from optimorph._core.types import Rules
 from optimorph._routing.rules import UNSAID, labels, lookup
 
@@ -43,8 +43,8 @@ def partition(
         return optax.partition({**transforms}, lambda _: found)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):
-        trees = (updates,) if params is None else (updates, params)
-        updates = map_present("partition", lambda g, *_: g, *trees)
+        gs, tree, _ = aligned("partition", updates, params)
+        updates = tree.unflatten(gs)
         known = updates if params is None else params  # a missing gradient has no shape
         return split(known).update(updates, state, params, **extra)
 

@@ -160,7 +160,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
     found = mask(leaves.tree) if callable(mask) else mask
     try:
         whole = jax.tree.broadcast(found, leaves.tree, is_leaf=lambda x: x is None)
-        return jax.tree.leaves(whole, is_leaf=lambda x: x is None)
+        return [bool(x) for x in jax.tree.leaves(whole, is_leaf=lambda x: x is None)]
     except ValueError:
         known = by_path(found)
     if unknown := [

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_seed
+from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, increment, is_missing, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role, scalar
@@ -121,7 +122,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
         _warn(rules, [named(kind, path) for kind in kinds if kind for path in paths])
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:
-                if role.tree and not role.moment:
+                if role.tree and role.shaped and not role.moment:
                     _warn_unknown(role.name)
         shared, none = rule.slots(rule.begin(leaves)), [None] * len(moments)
         return state(shared, none, jnp.uint32(seed), jnp.zeros([], jnp.int32))
@@ -144,6 +145,8 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
         codecs: list[Codec | None] = [None] * len(kinds)
         for j, scales in zip(moments, s.scales, strict=True):
             if isinstance(held[j], jax.Array | np.ndarray):
+                if not isinstance(scales, jax.Array | np.ndarray):
+                    raise other_state(WHO)
                 held[j] = Encoded(held[j], scales)
                 codecs[j] = stored_codec(codec_of, kinds[j], leaf.path, held[j])
         keys: list[Any] = [None] * len(kinds)
@@ -172,7 +175,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
 
     template = CompressedState(
         jax.tree.map(_as_codes, rule.state),
-        tuple(Role("scales", tree=True) for _ in moments),
+        tuple(Role("scales", tree=True, shaped=False) for _ in moments),
         scalar("seed of compress_state"),
         scalar("count of compress_state"),
     )

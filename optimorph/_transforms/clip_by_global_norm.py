@@ -8,9 +8,9 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_numbers
-from optimorph._core.differences import gradients, map_updates
-from optimorph._core.numbers import as_scalar, cast_like, upcast
+from optimorph._core.numbers import as_scalar, cast_like, is_absent, upcast
 from optimorph._core.roles import holds, scalar
+from optimorph._core.rule import aligned
 from optimorph._core.types import Numeric
 
 
@@ -61,7 +61,8 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
         return ClipState(jnp.zeros([], jnp.float32), jnp.ones([], jnp.float32))
 
     def update(updates, state, params=None):
-        scale, root = _scaled_norm(jax.tree.leaves(gradients(who, updates)))
+        gs, tree, _ = aligned(who, updates, None)
+        scale, root = _scaled_norm([g for g in gs if not is_absent(g)])
         norm, bound = root / scale, as_scalar(max_norm, root)  # (1)
         finite = jnp.isfinite(root)
         whole = (norm <= bound) | ~finite
@@ -75,7 +76,8 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
         factor = jnp.where(whole, 1, ratio * scale)
         most = float(jnp.finfo(jnp.float32).max)
         reported = jnp.where(finite, jnp.minimum(norm, most), root)
-        return map_updates(who, clip, updates), ClipState(*map(_float32, (reported, factor)))
+        out = tree.unflatten(g if is_absent(g) else clip(g) for g in gs)
+        return out, ClipState(*map(_float32, (reported, factor)))
 
     return optax.GradientTransformation(init, update)
 

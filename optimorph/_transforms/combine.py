@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_numbers
-from optimorph._core.differences import map_updates, other_state
+from optimorph._core.differences import other_state
 from optimorph._core.numbers import as_scalar, cast_like, upcast
 from optimorph._core.roles import SECOND, holds, relabeled
-from optimorph._core.rule import Rule, rule_of, transform
+from optimorph._core.rule import Rule, map_updates, rule_of, transform
 from optimorph._core.types import Numeric
 
 

@@ -2,9 +2,8 @@
 
 import optax
 
-from optimorph._core.differences import map_updates
 from optimorph._core.numbers import cast_like, upcast
-from optimorph._core.rule import rule_of
+from optimorph._core.rule import map_updates, rule_of
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

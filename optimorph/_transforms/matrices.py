@@ -87,7 +87,8 @@ def orthogonalize(
         gs, tree, _ = aligned(who, updates, None)
         leaves = Leaves(tree, gs)
         forms, match = own.axes_and_shardings(leaves)
-        chosen = {k: form for k, form in enumerate(forms) if form is not None and np.size(gs[k])}
+        present = [k for k, g in enumerate(gs) if g is not None and np.size(g)]
+        chosen = {k: form for k in present if (form := forms[k]) is not None}
         matrices = [jnp.asarray(gs[k]) for k in chosen]
         paths = [leaves.paths[k] for k in chosen] if match is not None or manual_axes() else []
         given = shardings_of(who, match, paths, matrices)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_dtypes, is_integer
-from optimorph._core.differences import gradients, map_state, map_updates
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, is_absent, upcast
-from optimorph._core.rule import arrays
+from optimorph._core.rule import aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, PyTree
 from optimorph._distributed.shardings import manual_axes
 
@@ -71,14 +70,17 @@ def multi_steps(
         return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, steps)
 
     def update(updates, state, params=None, **extra):
-        updates, count = gradients("multi_steps", updates), state.count + 1
+        gs, tree, _ = aligned("multi_steps", updates, state.mean)
+        updates, count = tree.unflatten(gs), state.count + 1
 
         def add(g, mean):
+            if is_absent(g):
+                return mean
             m = upcast(mean)
             n = as_scalar(count, m)
             return m + (upcast(g).astype(m.dtype) / n - m / n)
 
-        mean = map_state("multi_steps", add, updates, state.mean)  # (1)
+        mean = jax.tree.map(add, updates, state.mean, is_leaf=is_absent)  # (1)
         sound = _on_all_devices(_all_finite(updates))
         due = sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))
 
