@@ -314,8 +314,9 @@ def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, pa
 
 
 def _fits(g: Any, m: Any) -> bool:
-    real = jnp.iscomplexobj(g) and not jnp.iscomplexobj(m)
-    return getattr(m, "shape", None) == np.shape(g) and not real
+    if getattr(m, "shape", None) != np.shape(g):
+        return False
+    return jnp.iscomplexobj(m) or not jnp.iscomplexobj(g)
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

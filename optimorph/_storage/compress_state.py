@@ -145,7 +145,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
         codecs: list[Codec | None] = [None] * len(kinds)
         for j, scales in zip(moments, s.scales, strict=True):
             if isinstance(held[j], jax.Array | np.ndarray):
-                if not isinstance(scales, jax.Array | np.ndarray):
+                if not hasattr(scales, "dtype"):
                     raise other_state(WHO)
                 held[j] = Encoded(held[j], scales)
                 codecs[j] = stored_codec(codec_of, kinds[j], leaf.path, held[j])
