@@ -19,10 +19,9 @@ from optimorph._core.types import PyTree, Rules
 from optimorph._routing.rules import unused
 from optimorph._storage.codec_rules import SMALL, codec_rule
 from optimorph._storage.compressed import CompressedState
-from optimorph._storage.elementwise import NotElementwiseError, inlined, on_part
+from optimorph._storage.elementwise import NotElementwiseError
 from optimorph._storage.encoding import (
     CodecRule,
-    Step,
     decode,
     decoded,
     encode,
@@ -162,8 +161,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
 
         try:
             if is_large(g, held, codecs):
-                by_slab = _traced(step, g, leaf.weight, decode(held, codecs)) if rule.narrow else step
-                u, held = slabwise(by_slab, g, leaf.weight, held, codecs, keys, programs)
+                u, held = slabwise(step, g, leaf.weight, held, codecs, keys, programs, rule.narrow)
             else:
                 u, new = step(g, leaf.weight, decode(held, codecs), part=False)  # (1)
                 held = encode(new, held, codecs, keys)  # (2)
@@ -180,19 +178,6 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
         scalar("count of compress_state"),
     )
     return Rule(template, update, init, begin, advance, narrow=True)
-
-
-def _traced(step: Step, g: jax.Array, weight: Any, held: list[Any]) -> Step:
-    """A step of whole leaves as one of their slabs: its jaxpr, run on slices of its arguments."""
-    arguments, structure = jax.tree.flatten((g, weight, held))
-    closed, results = jax.make_jaxpr(lambda *x: step(*structure.unflatten(x)), return_shape=True)(*arguments)
-    closed, results = inlined(closed), jax.tree.structure(results)
-
-    def by_slab(g_slab, weight, held):
-        arrays = on_part(closed, jax.tree.leaves((g_slab, weight, held)), g.shape, g_slab.shape)
-        return results.unflatten(arrays)
-
-    return by_slab
 
 
 def _as_codes(role: Role) -> Role:

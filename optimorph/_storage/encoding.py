@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.shardings import devices, spec_of
+from optimorph._storage.elementwise import inlined, on_part
 from optimorph._storage.slabs import in_slabs, slab_shape
 from optimorph.codecs import Codec, Encoded, Signed8
 
@@ -163,8 +164,9 @@ def slabwise(
     codecs: Sequence[Codec | None],
     keys: Sequence[Any],
     programs: dict[Any, Callable[..., Any]],
+    by_jaxpr: bool,
 ) -> tuple[jax.Array, Sequence[Any]]:
-    """The update and the new moments of one large leaf; leaves with the same program share it.
+    """The update and the new moments of one large leaf; leaves with the same jaxpr share a program.
 
     Args:
       step: of a slab, with decoded moments.
@@ -174,10 +176,34 @@ def slabwise(
       codecs: of the moments; None where there is none.
       keys: of the noise of each moment.
       programs: of the leaves before.
+      by_jaxpr: whether to run the jaxpr of `step` on slabs, because `step` itself may depend on shapes.
     """
+    decoded_shapes = jax.eval_shape(lambda: decode(moments, codecs))
+    arguments, inside = jax.tree.flatten((g, weight, decoded_shapes))
+    closed, made = jax.make_jaxpr(lambda *x: step(*inside.unflatten(x)), return_shape=True)(*arguments)
+    shapes = str(jax.tree.map(jnp.shape, moments))
+    same = str(closed.jaxpr), tuple(map(id, closed.consts)), shapes, tuple(codecs)
+    if same not in programs:
+        if by_jaxpr:
+            step = _on_slabs(closed, jax.tree.structure(made), g.shape)
+        programs[same] = jax.jit(_program(step, codecs, made[0].dtype))
+    return programs[same](keys, g, weight, list(moments))
 
-    def run(keys, g, weight, moments):
-        dtype = jax.eval_shape(lambda: step(g, weight, decode(moments, codecs)))[0].dtype
+
+def _on_slabs(closed: ClosedJaxpr, structure: Any, shape: Shape) -> Step:
+    """A step of whole leaves as one of slabs: its jaxpr, run on slices of its arguments."""
+    closed = inlined(closed)
+
+    def step(g, weight, moments):
+        return structure.unflatten(on_part(closed, jax.tree.leaves((g, weight, moments)), shape, g.shape))
+
+    return step
+
+
+def _program(step: Step, codecs: Sequence[Codec | None], dtype: Any) -> Callable[..., Any]:
+    """(keys, gradient, weight, moments) → update and moments, slab by slab."""
+
+    def update_leaf(keys, g, weight, moments):
         in_place = dtype == g.dtype
 
         def make(written, read):
@@ -190,21 +216,6 @@ def slabwise(
             return update, encode(new, old, codecs, keys, place)
 
         update, read = (g, None) if in_place else (jnp.zeros_like(g, dtype=dtype), g)
-        return in_slabs(make, store, g.shape, (update, list(moments)), (read, weight))
-
-    arguments, inside = jax.tree.flatten((keys, g, weight, list(moments)))
-
-    def flat(*arrays):
-        return run(*jax.tree.unflatten(inside, arrays))
-
-    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*arguments)
-    same = str(closed.jaxpr), tuple(map(id, closed.consts))
-    program = programs.setdefault(same, jax.jit(_named(jaxpr_as_fun(closed))))
-    return jax.tree.unflatten(jax.tree.structure(shapes), program(*arguments))
-
-
-def _named(program: Callable[..., Any]) -> Callable[..., Any]:
-    def update_leaf(*arrays):
-        return program(*arrays)
+        return in_slabs(make, store, g.shape, (update, moments), (read, weight))
 
     return update_leaf
