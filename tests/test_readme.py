@@ -73,6 +73,17 @@ def test_the_cost_table_is_the_recorded_one():
         assert line in README
 
 
+def test_the_accelerator_table_is_the_recorded_one():
+    recorded = json.loads((RESULTS / "accelerator.json").read_text())
+    for row in recorded["rows"]:
+        name = row["name"] + (", stacked layers" if row["stacked"] else "")
+        cells = [f"{row['milliseconds']:.2f}"]
+        for key, digits in (("compile_seconds", 1), ("state_bytes", 2), ("temporary_bytes", 2)):
+            cells.append(f"{row[key]:.{digits}f}" if key in row else "-")
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    assert recorded["device"] in README
+
+
 def test_the_polar_table_is_the_recorded_one():
     recorded = json.loads((RESULTS / "polar.json").read_text())
     for name, row in recorded["rows"].items():
