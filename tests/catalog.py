@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -366,3 +367,11 @@ def _times(factor, term):
 
 def _sum(*terms):
     return lambda g, w: sum(term(g, w) for term in terms)
+
+
+def recipes_with(*arguments):
+    """The names of the recipes that have these arguments."""
+    names = dict.fromkeys(entry.name for entry in RECIPES)
+    return [
+        name for name in names if {*arguments} <= {*inspect.signature(getattr(optimorph, name)).parameters}
+    ]

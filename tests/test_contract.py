@@ -363,7 +363,7 @@ def test_masks_of_recipes():
     params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     mask = {"w": True, "b": False}
-    for name in ("sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw", "muon"):
+    for name in catalog.recipes_with("mask"):
         tx = getattr(om, name)(0.1, weight_decay=0.5, mask=mask)
         updates, _ = tx.update(zeros, tx.init(params), params)
         assert not np.any(updates["b"])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import catalog
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,7 +127,7 @@ def test_no_decay_needs_no_params():
         tx.update(W, tx.init(W))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw", "muon"])
+@pytest.mark.parametrize("name", catalog.recipes_with("learning_rate"))
 def test_trees_that_differ(name):
     """Gradients that are not those of the parameters are refused under the recipe's own name."""
     tx = getattr(om, name)(0.1)

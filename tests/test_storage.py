@@ -83,7 +83,7 @@ def second_moments(state):
     return [value["w"] for path, value in found if "by" in str(path)]
 
 
-@pytest.mark.parametrize("name", ["adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw", "muon"])
+@pytest.mark.parametrize("name", catalog.recipes_with("nu_dtype"))
 def test_second_moments_in_bfloat16(name):
     """`nu_dtype` of every recipe: two bytes, an update within 1 % of float32's, state and dtype kept."""
     params = {"w": jnp.linspace(0.5, 1.0, 200)}
@@ -213,7 +213,7 @@ def test_injection_refuses():
         om.inject_hyperparams(om.adam, hyperparam_dtype=jnp.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw", "muon"])
+@pytest.mark.parametrize("name", catalog.recipes_with("nu_dtype"))
 def test_float16_holds_no_squares(name):
     with pytest.raises(ValueError, match=rf"{name}: nu_dtype must not be float16.*Type nu_dtype='bfloat16'"):
         getattr(om, name)(0.1, nu_dtype="float16")
@@ -395,7 +395,7 @@ def test_complex_numbers_stay_complex_in_any_dtype():
 
 
 def test_forms_of_decay_are_refused_by_name():
-    for name in ("adamw", "nadamw", "muon"):
+    for name in catalog.recipes_with("weight_decay_form"):
         with pytest.raises(ValueError, match=rf"{name}: weight_decay_form .* is 'decoupled'"):
             getattr(om, name)(0.1, weight_decay_form="decoupled")
 

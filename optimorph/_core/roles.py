@@ -49,8 +49,20 @@ def scalar(name: str, reading: str = "") -> Role:
 
 
 def roles_of(state: Any) -> Any:
-    """A state of this type with a role in the place of every field."""
-    return state(**state.roles)
+    """A state of this type with a role in the place of every field.
+
+    Raises:
+      ValueError: fields and roles of a state that differ, or an unknown kind of moment.
+    """
+    roles = getattr(state, "roles", {})
+    if {*roles} != {*state._fields}:
+        raise ValueError(f"{state.__name__}: its fields are {state._fields}, but its roles {tuple(roles)}.")
+    for field, role in roles.items():
+        if role.moment not in ("", FIRST, SECOND):
+            raise ValueError(
+                f"{state.__name__}.{field}: moment is {role.moment!r}. Type {FIRST!r} or {SECOND!r}."
+            )
+    return state(**roles)
 
 
 def relabeled(state: Any) -> Any:

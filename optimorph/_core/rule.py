@@ -121,6 +121,15 @@ class Rule:
     advance: Callable[[Any, Leaves], tuple[Any, Any]] = _unchanged
     narrow: bool = False
 
+    def __post_init__(self):
+        """Refuse a state without roles, and roles without the function that makes their arrays."""
+        if wrong := [role for role in self.roles if not isinstance(role, Role)]:
+            raise ValueError(f"Rule: {wrong[0]!r} in its state is not a Role. Type roles_of(MyState).")
+        for role in self.roles:
+            name = "init" if role.tree else "begin"
+            if getattr(self, name) is _nothing:
+                raise ValueError(f"Rule: the role {role.name!r} needs {name}. Type Rule(..., {name}=...).")
+
     @functools.cached_property
     def structure(self) -> Any:
         """The tree structure of the state, whose leaves are roles."""

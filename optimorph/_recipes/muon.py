@@ -1,25 +1,15 @@
 """Muon: matrices by their polar factors, all other leaves by another optimizer."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import optax
 
-from optimorph._core.paths import leaf_paths
-from optimorph._core.roles import FIRST, SECOND
-from optimorph._core.rule import chain
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
-from optimorph._recipes.optimizers import adamw
+from optimorph._recipes.of_matrices import of_matrices
 from optimorph._recipes.recipe import Recipe, recipe
-from optimorph._recipes.route_matrices import routed
-from optimorph._recipes.state_storage import with_state_storage
-from optimorph._routing.rules import lookup, unused
-from optimorph._storage.codec_rules import linear
-from optimorph._storage.encoding import named
 from optimorph._transforms.averages import ema
-from optimorph._transforms.matrices import orthogonalize, scale_by_shape
-from optimorph._transforms.step import decay_and_step
+from optimorph._transforms.matrices import orthogonalize
 
 
 @recipe
@@ -77,40 +67,20 @@ def muon(
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
       arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.
     """
-    if others is not None and (others_learning_rate is not None or nu_dtype is not None):
-        name = "nu_dtype" if others_learning_rate is None else "others_learning_rate"
-        raise ValueError(
-            f"muon: {name} is for the AdamW that others replaces. Type one of the two, such as "
-            "others=optimorph.adamw(1e-3)."
-        )
-    rules = state
-    if isinstance(rules, Mapping):
-        state = lookup(rules)  # of which some are for matrices, some for others
-    average = ema(momentum, nesterov=nesterov, dtype=mu_dtype)
-    matrices = chain(
-        with_state_storage("muon", average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+    return of_matrices(
+        "muon",
+        ema(momentum, nesterov=nesterov, dtype=mu_dtype),
         orthogonalize(orthogonalizer, comm_dtype=comm_dtype),
-        scale_by_shape(scale),
-        *decay_and_step("muon", learning_rate, weight_decay, mask, weight_decay_form),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        scale=scale,
+        mask=mask,
+        axes=axes,
+        others=others,
+        others_learning_rate=others_learning_rate,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        weight_decay_form=weight_decay_form,
+        state=state,
+        shardings=shardings,
     )
-    names = ("muon", "adamw" if others is None else "others")
-    if others is None:
-        others = adamw(
-            learning_rate if others_learning_rate is None else others_learning_rate,
-            mu_dtype=mu_dtype,
-            nu_dtype=nu_dtype,
-            weight_decay=weight_decay,
-            mask=mask,
-            weight_decay_form=weight_decay_form,
-            state=state,
-        )
-    tx = routed("muon", matrices, others, axes, shardings, names, scale)
-
-    def init(params):
-        paths = leaf_paths(params)
-        moments = [named(kind, path) for kind in (FIRST, SECOND) for path in paths]
-        for rule in unused(rules, moments) if isinstance(rules, Mapping) and paths else ():
-            warnings.warn(f"muon: no moment matches the rule {rule!r} of state.", stacklevel=2)
-        return tx.init(params)
-
-    return tx.with_init(init)

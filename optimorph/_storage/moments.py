@@ -79,13 +79,13 @@ def with_moments(state: PyTree, moments: Iterable[PyTree], fields: Fields | None
 
 
 def unknown(state: PyTree, size: int, fields: Fields | None = None) -> list[str]:
-    """`MyState.average`: what else holds real arrays of two axes and at least so many numbers."""
+    """`MyState.average`: fields without a role whose real arrays have two axes and `size` numbers."""
     found: dict[str, None] = {}
 
     def visit(name: str, tree: Any) -> None:
         for node in jax.tree.leaves(tree, is_leaf=_is_state):
             if _is_state(node):
-                for field in node._fields:
+                for field in {*node._fields} - {*getattr(node, "roles", ())}:
                     visit(f"{type(node).__name__}.{field}", getattr(node, field))
             elif np.ndim(node) > 1 and node.size >= size and jnp.issubdtype(node.dtype, jnp.floating):
                 found[name] = None

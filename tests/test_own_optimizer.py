@@ -1,0 +1,177 @@
+"""An optimizer that is written here alone: everything finds it, and no list in the package names it."""
+
+from typing import Any, NamedTuple
+
+import catalog
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rounding
+import test_contract
+
+import optimorph as om
+from optimorph import probes
+from optimorph._core.numbers import as_float32, as_scalar, as_schedule, full_like, increment
+from optimorph._core.roles import FIRST, SECOND, Role, holds, roles_of, scalar
+from optimorph._core.rule import Rule, transform
+from optimorph._core.types import Numeric, ScalarOrSchedule
+
+
+class SlowState(NamedTuple):
+    """Two averages, a count and a reading."""
+
+    slow: Any
+    spread: Any
+    count: Any
+    temperature: Any
+    roles = holds(
+        slow=Role("slow average", FIRST, tree=True),
+        spread=Role("mean absolute gradient", SECOND, tree=True),
+        count=scalar("count of a temperature"),
+        temperature=scalar("", "temperature"),
+    )
+
+
+def scale_by_slow(decay: Numeric, temperature: ScalarOrSchedule):
+    """u = a m / (s + 1e-3): m and s average g and |g|, a is a schedule."""
+    at = as_schedule(temperature)
+
+    def begin(leaves):
+        count = jnp.zeros([], jnp.int32)
+        return SlowState(None, None, count, as_float32(at(count)))
+
+    def init(leaf):
+        return SlowState(full_like(leaf.weight), full_like(leaf.weight), None, None)
+
+    def advance(shared, leaves):
+        a = at(shared.count)
+        return a, SlowState(None, None, increment(shared.count), as_float32(a))
+
+    def update(g, s, leaf, a):
+        b = as_scalar(decay, g)
+        m = (1 - b) * g + b * s.slow
+        v = (1 - b) * jnp.abs(g).astype(g.dtype) + b * s.spread
+        return as_scalar(a, g) * m / (v + 1e-3), SlowState(m, v, None, None)
+
+    return transform("scale_by_slow", Rule(roles_of(SlowState), update, init, begin, advance))
+
+
+def toy(
+    learning_rate: ScalarOrSchedule,
+    decay: Numeric = 0.9,
+    state: Any = None,
+    temperature: ScalarOrSchedule = 1.0,
+):
+    """An optimizer of one new transform and one of the package."""
+    tx = om.chain(scale_by_slow(decay, temperature), om.scale_by_learning_rate(learning_rate))
+    return tx if state is None else om.compress_state(tx, None if state == "int8" else state)
+
+
+PARAMS = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}
+
+
+def paper():
+    m = s = 0.0
+
+    def step(g, w):
+        nonlocal m, s
+        m, s = 0.1 * g + 0.9 * m, 0.1 * np.abs(g) + 0.9 * s
+        return -0.1 * m / (s + 1e-3)
+
+    return step
+
+
+ENTRY = catalog.Entry("toy", lambda om: toy(0.1), paper)
+CONTRACT = [
+    "programs_grow_with_the_number_of_leaves",
+    "gradients_decide_the_dtype",
+    "missing_gradients",
+    "absent_parameters",
+    "empty_tree",
+    "empty_leaves",
+    "zero_gradients",
+    "masked",
+    "one_trace_and_scan",
+    "donation",
+    "init_from_shapes",
+    "in_a_chain",
+]
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_contract_holds(name):
+    getattr(test_contract, f"test_{name}")(ENTRY)
+
+
+@rounding.in_float64
+def test_rule():
+    tx, rule = toy(0.1), paper()
+    state, w = tx.init({"w": jnp.ones(3)}), np.ones(3)
+    for seed in range(5):
+        g = np.random.default_rng(seed).standard_normal(3)
+        u, state = tx.update({"w": jnp.asarray(g)}, state)
+        rounding.close(u["w"], rule(g, w), condition=1000)
+
+
+def test_it_is_one_rule():
+    """The chain is one rule for one leaf, so that a step of it is one pass over a leaf."""
+    assert toy(0.1).rule is not None
+
+
+def test_plan_counts_its_bytes():
+    assert {row.path: row.state_bytes for row in om.plan(PARAMS, toy(0.1))} == {
+        "bias": 128 * 8,
+        "kernel": 64 * 128 * 8,
+    }
+
+
+def test_its_moments_are_stored_in_8_bits():
+    """By their kinds: the first with a sign, the second without a zero."""
+    tx = toy(0.1, state="int8")
+    state = tx.init(PARAMS)
+    slow = state.inner[0]
+    assert (slow.slow["kernel"].dtype, slow.spread["kernel"].dtype) == (jnp.int8, jnp.uint8)
+    assert slow.slow["bias"].dtype == jnp.float32
+    g = jax.tree.map(lambda w: 0.1 + w, PARAMS)
+    u, after = jax.jit(tx.update)(g, state, PARAMS)
+    expected, _ = toy(0.1).update(g, toy(0.1).init(PARAMS), PARAMS)
+    rounding.close(u, expected, condition=2**20)  # what is stored later was exact in this step
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert om.plan(PARAMS, tx)["kernel"].state_bytes == 64 * (128 * 2 + 4 * 2)
+
+
+def test_probes_see_its_moment_and_its_reading():
+    tx = probes.probe(toy(0.1, temperature=lambda count: jnp.where(count == 0, 2.0, 3.0)), ("cosine",), 1)
+    state = tx.init(PARAMS)
+    _, state = tx.update(jax.tree.map(lambda w: 1.0 + w, PARAMS), state, PARAMS)
+    values = probes.read(state)
+    rounding.close(values["kernel/cosine"], 1.0)
+    assert (values["learning_rate"], values["temperature"]) == (np.float32(0.1), 2.0)
+
+
+def test_its_numbers_are_injected():
+    """The rules of its state are no schedule, though they are a function."""
+    tx = om.inject_hyperparams(toy)(learning_rate=lambda count: 0.5, state=lambda path, shape: ...)
+    state = tx.init(PARAMS)
+    assert {*state.hyperparams} == {"learning_rate", "decay", "temperature"}
+    tx.update(PARAMS, state, PARAMS)
+
+
+def test_it_races():
+    x = np.random.default_rng(0).standard_normal((32, 4)).astype(np.float32)
+
+    def loss(params, batch):
+        return jnp.mean((batch @ params["kernel"] - 1) ** 2)
+
+    with jax.numpy_dtype_promotion("standard"):
+        result = om.race(
+            loss=loss,
+            params={"kernel": np.zeros((4, 1), np.float32)},
+            batches=[x[:16]],
+            held_out=[x[16:]],
+            steps=5,
+            optimizers={"toy": toy(0.1), "adam": om.adam(0.1)},
+            progress=False,
+        )
+    assert {row.name for row in result.rows} == {"toy", "adam"}
