@@ -110,14 +110,9 @@ def _few_outputs_first(shape: Shape) -> bool:
     return len(shape) in (2, 3) and 16 * shape[-2] <= shape[-1]
 
 
-def _fused(n: int) -> Callable[[Shape], bool]:
-    """(in, n x in)."""
-    return lambda shape: shape[-1] == n * shape[-2]
-
-
-def _fused_first(n: int) -> Callable[[Shape], bool]:
-    """(n x in, in)."""
-    return lambda shape: shape[-2] == n * shape[-1]
+def _fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
+    """(in, n x in); with axis=-2, (n x in, in)."""
+    return lambda shape: shape[axis] == n * shape[-3 - axis]
 
 
 def _three_before_heads(shape: Shape) -> bool:
@@ -227,8 +222,8 @@ RULES = (
     NameRule("experts", _LEVANTER + r"experts/(\w+/)?weight", ("io",)),
     # GPT-NeoX and BLOOM order query, key and value head by head
     NameRule("attention", r"query_key_value(/(kernel|w))?", (UNDECIDED,), _fused(3)),
-    NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused_first(3)),
-    NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), _fused_first(3)),
+    NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused(3, -2)),
+    NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), _fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), _fused(3)),
     NameRule("attention", _QKV + "/kernel", ("iboo",), _three_before_heads, batch_axes=True),
     # (model, heads, 3, size)
@@ -248,8 +243,8 @@ RULES = (
     ),
     NameRule("gates", r"\w*lstm\w*/(.*/)?weight_[ih]h", ("(4o)i",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?weight_[ih]h", ("(3o)i",)),
-    NameRule("gates", "weight_hh", ("(4o)i",), _fused_first(4)),
-    NameRule("gates", "weight_hh", ("(3o)i",), _fused_first(3)),
+    NameRule("gates", "weight_hh", ("(4o)i",), _fused(4, -2)),
+    NameRule("gates", "weight_hh", ("(3o)i",), _fused(3, -2)),
     NameRule("gates", r"\w*lstm\w*/(.*/)?(dense_[ih]/kernel|linear/w)", ("i(4o)",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
     NameRule("gates", r"\w*cell\w*/dense_h/kernel", ("i(4o)",), _fused(4)),

@@ -174,12 +174,10 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
 def _is_rules(mask: Mask) -> bool:
     if has_patterns(mask):
         return any(map(_is_wild, mask)) or not all(isinstance(value, bool) for value in mask.values())
-    return callable(mask) and _is_leaf(mask) and _takes_path_and_shape(mask)
-
-
-def _takes_path_and_shape(function: Callable[..., Any]) -> bool:
-    required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    return len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) == 2
+    if not callable(mask) or not _is_leaf(mask):
+        return False
+    required = [p for p in inspect.signature(mask).parameters.values() if p.default is p.empty]
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required) == 2  # path, shape
 
 
 def _tree_values(rules: PyTree) -> list[tuple[str, Any]]:
