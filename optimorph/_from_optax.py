@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from optimorph._core import roles
+from optimorph._core.checks import abbreviated
 from optimorph._core.numbers import cast_like, is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import PyTree
@@ -121,10 +122,10 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
     held = dict(slots)
     faults = [*_repeated(slots), *_misfits(held, dict(wanted))]
     if faults:
-        shown = "\n  ".join(faults[:8]) + ("\n  ..." if len(faults) > 8 else "")
         raise ValueError(
-            f"{WHO}: the state does not fit tx.\n  {shown}\nThe state is that of {_owners(state)}. Type "
-            "for tx the recipe of that name with the same arguments, and the parameters of that state."
+            f"{WHO}: the state does not fit tx.\n  {abbreviated(faults)}\n"
+            f"The state is that of {_owners(state)}. Type for tx the recipe of that name with the same "
+            "arguments, and the parameters of that state."
         )
     sources = [_source(slot, held) for slot, _ in wanted]
     starts = _scalars(tx, params)

@@ -1,4 +1,4 @@
-"""`optimorph plan module:function`: what `muon` makes of the parameters that a function returns."""
+"""`optimorph plan module:function`: what `muon` does with the parameters that a function returns."""
 
 import argparse
 import importlib
@@ -17,7 +17,7 @@ from optimorph._transforms.matrices import SCALES
 
 
 class BadInput(Exception):
-    """What the user typed cannot be done; the message says what to type instead."""
+    """The command line is wrong; the message says what to type instead."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         metavar="MODULE:FUNCTION",
-        help="a function without arguments that returns the parameters; it is traced for their shapes, so no "
-        "memory is needed",
+        help="a function without arguments that returns the parameters; it is only traced, so it needs no "
+        "memory",
     )
     parser.add_argument(
         "--axes",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         default="rms_to_rms",
         choices=[*SCALES, "none"],
-        help=f"of an update by its shape: {', '.join(SCALES)}, none (default: rms_to_rms)",
+        help=f"scale of an update by its shape: {', '.join(SCALES)}, none (default: rms_to_rms)",
     )
     parser.add_argument(
         "--state",
@@ -50,51 +50,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(given: argparse.Namespace) -> int:
-    """Print the plan; 1 if something is undecided, or a rule without a leaf.
+def main(arguments: argparse.Namespace) -> int:
+    """Print the plan; return 1 if a leaf is unresolved or no leaf matches a rule, otherwise 0.
 
     Raises:
-      BadInput: with one line for the user.
+      BadInput: the message is one line for the user.
     """
     axes: dict[str, str | None] = {}
-    for text in given.axes:
+    for text in arguments.axes:
         pattern, spec = _rule(text)
-        axes.setdefault(pattern, spec)  # the first wins
-    scale = None if given.scale == "none" else given.scale
-    state = None if given.state == "float32" else given.state
-    found = plan(_shapes(given.target), scale=scale, axes=axes, state=state)
-    if not len(found):
-        raise BadInput(f"{given.target!r} returns no arrays; it must return parameters, or their shapes")
-    print(found)
-    return int(bool(found.unused) or any(row.question is not None for row in found))
+        axes.setdefault(pattern, spec)  # the first rule for a pattern wins
+    scale = None if arguments.scale == "none" else arguments.scale
+    state = None if arguments.state == "float32" else arguments.state
+    table = plan(_shapes(arguments.target), scale=scale, axes=axes, state=state)
+    if not len(table):
+        raise BadInput(f"{arguments.target!r} returns no arrays; it must return parameters or their shapes")
+    print(table)
+    return int(bool(table.unused) or any(row.unresolved is not None for row in table))
 
 
 def _rule(text: str) -> tuple[str, str | None]:
     pattern, equals, spec = text.rpartition("=")
     if not (pattern and equals and spec):
-        raise BadInput(f"--axes {text!r} is not PATTERN=SPEC, such as '*lookup*=none' or '*/kernel=bio'")
+        raise BadInput(f"--axes {text!r} is not of the form PATTERN=SPEC, such as '*/kernel=bio'")
     return pattern, None if spec.lower() == "none" else spec
 
 
 def _shapes(target: str) -> PyTree:
     name, _, attribute = target.partition(":")
     if name.endswith(".py"):
-        raise BadInput(f"{target!r} names a file; type its module, {Path(name).stem}:{attribute or 'init'}")
+        raise BadInput(f"{target!r} is a file; type its module, {Path(name).stem}:{attribute or 'init'}")
     if not (name and attribute):
-        raise BadInput(f"{target!r} is not MODULE:FUNCTION, such as model:init")
+        raise BadInput(f"{target!r} is not of the form MODULE:FUNCTION, such as model:init")
     sys.path.insert(0, os.getcwd())
     try:
         function: Any = importlib.import_module(name)
         for part in attribute.split("."):
             function = getattr(function, part)
         return jax.eval_shape(lambda: jax.tree.map(_array, function()))
-    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         first = str(error).strip().split("\n")[0]
         raise BadInput(f"{target!r} cannot be evaluated: {type(error).__name__}: {first}") from error
 
 
 def _array(leaf: Any) -> Any:
-    """The leaf as an array, if it is one or its shape; else nothing. Traced, so nothing is allocated."""
+    """An array for an array, a number or a shape; None for anything else. Only traced, never allocated."""
     if isinstance(leaf, jax.Array | np.ndarray | float | complex):
         return leaf
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.checks import not_an_array
+from optimorph._core.checks import abbreviated, not_an_array
 from optimorph._core.numbers import is_array, kind
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rounding import check_key, leaf_key
@@ -127,10 +127,9 @@ def _difference(weights: PyTree, residuals: PyTree) -> str:
             lines.append(f"{path!r}: a residual, but no weight")
         elif c is not WHOLE and not _belongs(c, ours[path]):
             lines.append(f"{path!r}: a residual of {_told(c)} for a weight of {_told(ours[path])}")
-    shown = "\n  ".join(lines[:8]) + ("\n  ..." if len(lines) > 8 else "")
     return (
         "join_weights: the residuals do not match the weights.\n"
-        f"  {shown or 'They have the same leaves in other containers.'}\n"
+        f"  {abbreviated(lines) or 'They have the same leaves in other containers.'}\n"
         "Pass both as they were returned together: weights, residuals = split_weights(params)."
     )
 

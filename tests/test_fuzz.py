@@ -424,7 +424,7 @@ def test_what_the_plan_says_muon_does(tree):
     for row, leaf in zip(rows, jax.tree.leaves(tree), strict=True):
         assert (row.transform == "none") == (leaf.kind in INTEGERS)
         assert leaf.kind not in INTEGERS or row.state_bytes == 0
-    asked = any(row.question for row in rows)
+    asked = any(row.unresolved for row in rows)
     states = []
     assert refuses(lambda: states.append(om.muon(0.1).init(params))) == asked
     if not asked:

@@ -15,7 +15,8 @@ from flax.core import FrozenDict
 
 import optimorph as om
 from optimorph._core.paths import leaf_paths, paths_and_shapes
-from optimorph._routing.names import UNDECIDED, by_name
+from optimorph._routing.name_rules import UNDECIDED
+from optimorph._routing.names import by_name
 
 
 def specs(params, axes=None):
@@ -67,7 +68,7 @@ def test_rules_may_be_a_callable_module_of_specs():
 
 
 def test_a_bare_spec_is_refused():
-    with pytest.raises(ValueError, match=r"muon: axes must say which leaves it means.* axes=\{'\*': 'io'\}"):
+    with pytest.raises(ValueError, match=r"muon: axes must map patterns .* to specs.* axes=\{'\*': 'io'\}"):
         om.muon(0.1, axes="io")
 
 
@@ -88,8 +89,8 @@ def test_all_undecided_leaves_are_listed_at_init():
         ("io", ["'w'", "(2, 3, 4)", "describes 2 axes, not 3", "axes={'w': 'bio'}"]),
         ("b(5i)o", ["'w'", "(2, 3, 4)", "an axis of 3 does not divide"]),
         ("bxo", ["'w'", "(2, 3, 4)", "'bxo' does not describe a matrix", "axes={'w': 'bio'}"]),
-        (True, ["'w'", "(2, 3, 4)", "True is no spec", "axes={'w': 'bio'}"]),
-        (["i", "o"], ["'w'", "['i', 'o'] is no spec"]),
+        (True, ["'w'", "(2, 3, 4)", "True is not a spec", "axes={'w': 'bio'}"]),
+        (["i", "o"], ["'w'", "['i', 'o'] is not a spec"]),
         ("b(99999999999o)i", ["'w'", "does not describe a matrix"]),
     ],
 )
@@ -541,7 +542,7 @@ def test_partition_names_every_leaf_without_a_transform():
         om.partition({"blocks/*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
     assert "'last/kernel'" in str(error.value)
     with pytest.raises(
-        ValueError, match=r"partition: 'last/kernel' is to go to 'of', but there are only \['on'\]"
+        ValueError, match=r"partition: the label of 'last/kernel' is 'of', but transforms has \['on'\]"
     ):
         om.partition({"last/*": "of", "*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
 
@@ -665,8 +666,8 @@ def test_what_is_no_array_is_named(make):
 
 
 ASKED = {
-    ("x", (3, 1, 64)): ["None}  # depthwise: not a matrix", "'bio'"],
-    ("x/weight", (64, 1, 3)): ["None}  # depthwise: not a matrix", "'boi'"],
+    ("x", (3, 1, 64)): ["None}  # a depthwise convolution: not a matrix", "'bio'"],
+    ("x/weight", (64, 1, 3)): ["None}  # a depthwise convolution: not a matrix", "'boi'"],
     ("x/weight", (12, 3, 12, 64, 768)): ["'bbooi'"],
     ("x/weight", (12, 768, 12, 64)): ["'booi'", "'boii'"],
     ("x/kernel", (12, 3, 3, 3, 8, 8)): ["'biiiio'"],

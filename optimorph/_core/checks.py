@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax.numpy as jnp
@@ -165,6 +165,12 @@ def _is_real(value: Any) -> bool:
         return False
     dtype = jnp.result_type(value)
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def abbreviated(texts: Sequence[str], separator: str = "\n  ") -> str:
+    """The first eight texts, joined, and the number of the others."""
+    others = [f"... and {len(texts) - 8} more"] if len(texts) > 8 else []
+    return separator.join([*texts[:8], *others])
 
 
 def not_an_array(who: str, path: str, leaf: Any) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.checks import not_an_array
+from optimorph._core.checks import abbreviated, not_an_array
 from optimorph._core.numbers import is_array, is_missing, kind
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.types import PyTree
@@ -69,8 +69,7 @@ def _other_shapes(gradients: dict[str, Any], beside: dict[str, Any], missing: se
 
 
 def _error(who: str, what: str, lines: list[str], fix: str) -> ValueError:
-    shown = "\n  ".join(lines[:8]) + ("\n  ..." if len(lines) > 8 else "")
-    return ValueError(f"{who}: {what}\n  {shown}\n{fix}")
+    return ValueError(f"{who}: {what}\n  {abbreviated(lines)}\n{fix}")
 
 
 def _dtype(leaf: Any) -> str:

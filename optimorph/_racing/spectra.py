@@ -9,7 +9,7 @@ import numpy as np
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules
 from optimorph._racing.race_data import Spectrum
-from optimorph._routing.reading import reader
+from optimorph._routing.leaf_spec import resolve_axes
 from optimorph.linalg import effective_rank, spectrum
 
 MAX_SIDE = 1024  # matrices whose shorter side is longer are skipped, because they take too long
@@ -21,12 +21,12 @@ def spectra(name: str, update: Any, axes: AxesRules | None = None) -> Iterator[S
 
     The spectrum of a stack is the mean over its matrices that are not zero.
     """
-    read = reader("race", axes)
+    resolve = resolve_axes("race", axes)
     for path, leaf in zip(leaf_paths(update), jax.tree.leaves(update), strict=True):
-        reading = read(path, leaf.shape)
-        if reading.axes is None:
+        spec = resolve(path, leaf.shape).axes
+        if spec is None:
             continue
-        for stack in reading.axes.matrices(leaf):
+        for stack in spec.matrices(leaf):
             rows, columns = stack.shape[-2:]
             if min(rows, columns) > MAX_SIDE or not np.all(np.isfinite(stack)) or not np.any(stack):
                 continue

@@ -15,7 +15,7 @@ from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import by_whole_shape
-from optimorph._routing.reading import Reading, axes_of, reader
+from optimorph._routing.leaf_spec import LeafSpec, resolve_axes
 from optimorph._routing.rules import labels, lookup_if_given, unused
 
 MATRIX, OTHER = "matrix", "other"
@@ -26,13 +26,13 @@ class Routes:
     """What `plan` asks of an optimizer that routes.
 
     Args:
-      read: (path, shape) → how a leaf reads as matrices.
+      resolve: (path, shape) → how a leaf reads as matrices.
       rules: the user's rules of axes.
       names: of the transformations of matrices and of other leaves.
       scale: the name of the scale of a matrix's update by its shape.
     """
 
-    read: Callable[[str, Shape], Reading]
+    resolve: Callable[[str, Shape], LeafSpec]
     rules: AxesRules | None
     names: tuple[str, str]
     scale: str | None = None
@@ -75,8 +75,9 @@ def routed(
     scale: str | None = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
-    read, match = reader(who, axes), lookup_if_given(shardings)
-    form = by_whole_shape(who, match, functools.cache(axes_of(who, read)))
+    resolve, match = resolve_axes(who, axes), lookup_if_given(shardings)
+    resolved = functools.cache(lambda path, shape: resolve(path, shape).resolved_axes(who))
+    form = by_whole_shape(who, match, resolved)
     transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 
     def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:
@@ -117,5 +118,5 @@ def routed(
         ), after
 
     tx = Transform(init, update)
-    tx.routes = Routes(read, axes, names, scale)
+    tx.routes = Routes(resolve, axes, names, scale)
     return tx

@@ -1,1 +1,1 @@
-"""Floor 2: which leaf is what, by its path and shape, never by its framework's classes."""
+"""Floor 2: rules for leaves by path and shape, for every framework alike."""

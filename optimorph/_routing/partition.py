@@ -1,4 +1,4 @@
-"""Some leaves to one transform, the others to another, by rules."""
+"""Leaves to transformations, by rules."""
 
 from collections.abc import Mapping
 
@@ -7,45 +7,44 @@ import optax
 from optimorph._core.checks import LeafError
 from optimorph._core.rule import aligned
 from optimorph._core.types import Rules
-from optimorph._routing.rules import UNSAID, labels, lookup
+from optimorph._routing.rules import NO_MATCH, labels, lookup
 
 
 def partition(
     rules: Rules, transforms: Mapping[str, optax.GradientTransformation]
 ) -> optax.GradientTransformationExtraArgs:
-    """Update every leaf by the transform that the rules name for it.
+    """Update every leaf by the transformation that the rules name for it.
 
         partition({"*embed*": "slow", "encoder/*": "frozen", "*": "fast"},
                   {"slow": adamw(1e-4), "frozen": optax.set_to_zero(), "fast": muon(0.02)})
 
-    A leaf has the state of its own transform and no other; a frozen one has none. This is
-    `optax.partition` with rules for labels, found again from the paths at every trace: it works where trees
-    change their identity, as inside `nnx.jit`, and with modules that can be called.
+    A leaf has the state of its own transformation only; a frozen leaf has no state. This is `optax.partition`
+    with rules in place of labels. The labels are computed from the paths at every trace. It therefore works
+    where the tree's objects change, as inside `nnx.jit`, and with callable modules.
 
     Args:
       rules: as those of `labels`: pattern → name, or (path, shape) → name, or a tree of names.
-      transforms: by name.
+      transforms: name → transformation.
 
     Raises:
-      ValueError: at `init`, all leaves that no rule matches, or whose rule names no transform.
+      ValueError: at `init`, naming all leaves that no rule matches or whose label is not in `transforms`.
     """
+    match = lookup(rules)
 
-    say = lookup(rules)
-
-    def name(path, shape):
-        said = say(path, shape)
-        if said is UNSAID or said in [*transforms]:  # what cannot be hashed is no name
-            return said
-        raise LeafError(f"partition: {path!r} is to go to {said!r}, but there are only {[*transforms]}.")
+    def label(path, shape):
+        name = match(path, shape)
+        if name is NO_MATCH or name in [*transforms]:  # a list: the label may not be hashable
+            return name
+        raise LeafError(f"partition: the label of {path!r} is {name!r}, but transforms has {[*transforms]}.")
 
     def split(tree):
-        found = labels(name)(tree)
-        return optax.partition({**transforms}, lambda _: found)  # a module of labels may be callable
+        tree_labels = labels(label)(tree)
+        return optax.partition({**transforms}, lambda _: tree_labels)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):
         gs, tree, _ = aligned("partition", updates, params)
         updates = tree.unflatten(gs)
-        known = updates if params is None else params  # a missing gradient has no shape
-        return split(known).update(updates, state, params, **extra)
+        leaves = updates if params is None else params  # params have shapes where gradients are missing
+        return split(leaves).update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(lambda params: split(params).init(params), update)

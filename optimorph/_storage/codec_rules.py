@@ -6,7 +6,7 @@ import math
 from optimorph._core.roles import FIRST, SECOND
 from optimorph._core.types import Rules, Shape
 from optimorph._routing.names import by_name
-from optimorph._routing.rules import UNSAID, lookup
+from optimorph._routing.rules import NO_MATCH, lookup
 from optimorph._storage.encoding import CodecRule, named
 from optimorph.codecs import Codec, Float8, Nonneg8, Signed8
 
@@ -35,7 +35,7 @@ def codec_rule(rules: Rules | None) -> CodecRule:
     @functools.cache
     def codec_of(kind: str, path: str, shape: Shape) -> Codec | None:
         codec = found(named(kind, path), shape)
-        if codec is UNSAID:
+        if codec is NO_MATCH:
             return by_default(kind, path, shape)
         if codec is not None and not isinstance(codec, Codec):
             raise ValueError(

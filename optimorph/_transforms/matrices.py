@@ -20,7 +20,7 @@ from optimorph._distributed.shardings import (
     manual_axes,
     shardings_of,
 )
-from optimorph._routing.reading import leaf_axes
+from optimorph._routing.leaf_spec import leaf_axes
 from optimorph._routing.rules import labels, lookup_if_given
 from optimorph.linalg import Axes, Exact, NewtonSchulz
 

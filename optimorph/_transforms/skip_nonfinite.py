@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import is_integer
+from optimorph._core.checks import abbreviated, is_integer
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import increment, is_missing, is_trainable
 from optimorph._core.paths import leaf_paths
@@ -119,11 +119,10 @@ def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
         wrong = [name for name, ok in zip(names, np.asarray(flags), strict=True) if not ok]
         kinds = [kind for kind in ("the gradient", "the update", "the state") if wrong[0].startswith(kind)]
         wrong = [name for name in wrong if name.startswith(kinds[0])]  # all else follows from these
-        shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
         raise FloatingPointError(
             f"skip_nonfinite: step {count} in a row was skipped, and max_consecutive is {limit}. Not "
-            f"finite in it: {shown}. Lower the learning rate or clip the gradients, or type "
-            "max_consecutive=None to skip any number of steps."
+            f"finite in it: {abbreviated(wrong, ', ')}. Lower the learning rate or clip the gradients, or "
+            "type max_consecutive=None to skip any number of steps."
         )
 
     return report

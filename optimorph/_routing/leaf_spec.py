@@ -1,0 +1,154 @@
+"""How a leaf reads as matrices: by the user's rules first, then by the default rules."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from optimorph._core.checks import LeafError
+from optimorph._core.types import AxesRules, Shape
+from optimorph._routing.name_rules import UNDECIDED
+from optimorph._routing.names import by_name
+from optimorph._routing.rules import NO_MATCH, lookup, matching_pattern
+from optimorph.linalg import Axes
+
+_axes = functools.cache(Axes)
+
+
+class LeafSpec(NamedTuple):
+    """How one leaf reads as matrices.
+
+    Args:
+      axes: the spec; None if the leaf is not a matrix.
+      role: the role by the default rules, or the rule that decided.
+      unresolved: why no spec was found, and what to type; None if the leaf is resolved.
+    """
+
+    axes: Axes | None
+    role: str
+    unresolved: str | None = None
+
+    def resolved_axes(self, who: str) -> Axes | None:
+        """The spec.
+
+        Raises:
+          LeafError: naming `who`, if the leaf is unresolved.
+        """
+        if self.unresolved is not None:
+            raise LeafError(f"{who}: {self.unresolved}")
+        return self.axes
+
+
+def resolve_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafSpec]:
+    """(path, shape) → the `LeafSpec` by `rules`, or by the default rules where none of these matches.
+
+    Args:
+      who: the function that errors name.
+      rules: pattern → spec, or (path, shape) → spec, or a tree of specs, as those of `labels`. The spec None
+        means "not a matrix".
+
+    Raises:
+      ValueError: a spec in place of rules.
+    """
+    if isinstance(rules, str | Axes):
+        raise ValueError(
+            f"{who}: axes must map patterns of paths to specs, but is {rules!r}. "
+            f"Type axes={{'*': {rules!r}}} for all leaves."
+        )
+    rules = {} if rules is None else rules
+    match, pattern_of = lookup(rules), matching_pattern(rules)
+
+    def resolve(path: str, shape: Shape) -> LeafSpec:
+        spec = match(path, shape)
+        if spec is not NO_MATCH:
+            pattern = pattern_of(path)
+            return _by_rule(spec, "rule" if pattern is None else f"rule {pattern}", path, shape)
+        role, spec = by_name(path, shape)
+        if spec == UNDECIDED:
+            cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"
+            return LeafSpec(None, "undecided", suggest(path, shape, cause))
+        return LeafSpec(None if spec is None else _axes(spec), role)
+
+    return resolve
+
+
+def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes | None]:
+    """(path, shape) → the leaf's spec, None if it is not a matrix; a `LeafError` if it is unresolved."""
+    resolve = resolve_axes(who, rules)
+    return lambda path, shape: resolve(path, shape).resolved_axes(who)
+
+
+def _by_rule(spec: Any, role: str, path: str, shape: Shape) -> LeafSpec:
+    if spec is None:
+        return LeafSpec(None, role)
+    if not isinstance(spec, str | Axes):
+        return LeafSpec(None, role, suggest(path, shape, f"{spec!r} is not a spec"))
+    try:
+        axes = spec if isinstance(spec, Axes) else _axes(spec)
+    except ValueError as error:
+        return LeafSpec(None, role, suggest(path, shape, str(error).rstrip(".")))
+    cause = axes.misfit(shape)
+    return LeafSpec(axes, role) if cause is None else LeafSpec(None, role, suggest(path, shape, cause))
+
+
+def suggest(path: str, shape: Shape, cause: str) -> str:
+    """Why a leaf is unresolved, and a rule to type for everything that the leaf may be."""
+    outputs_first = path.split("/")[-1].startswith("weight") or path.endswith("weight")
+    meanings = _WEIGHTS if outputs_first else _KERNELS
+    fitting = {spec: text for spec, text in meanings.items() if _axes(spec).misfit(shape) is None}
+    if not fitting and len(shape) > 1:
+        fitting = {"b" * (len(shape) - 2) + "io": "stacks of stacks, inputs x outputs"}
+    if len(shape) > 2 and shape[1 if outputs_first else -2] == 1:
+        rules = {None: "a depthwise convolution: not a matrix", **fitting}
+    else:
+        rules = {**fitting, None: "not a matrix"}
+    lines = [f"  axes={{{path!r}: {spec!r}}}  # {text}" for spec, text in rules.items()]
+    return "\n".join([f"{path!r} has shape {shape}, and {cause}. Type one of", *lines])
+
+
+_KERNELS = {
+    "io": "inputs x outputs",
+    "oi": "outputs x inputs",
+    "i(3o)": "query, key and value side by side",
+    "i(36o)": "query, key and value of 12 heads, ordered head by head",
+    "i(32+8+8 o)": "32 query heads, 8 key heads and 8 value heads",
+    "i(4o)": "the gates of an LSTM",
+    "bio": "stacked layers or experts, inputs x outputs",
+    "ibo": "stacked layers, where the second axis counts the layers",
+    "ioo": "attention's query, key or value: (width, heads, size)",
+    "iio": "attention's output: (heads, size, width); or a convolution over one axis",
+    "iiio": "a convolution over two axes",
+    "bbio": "stacked layers of experts",
+    "bioo": "stacked layers of attention's query, key or value",
+    "biio": "stacked layers of attention's output, or of convolutions over one axis",
+    "iboo": "attention's query, key or value, where the second axis counts the layers; or all three",
+    "ibio": "attention's output, where the second axis counts the layers",
+    "iiiio": "a convolution over three axes",
+    "biiio": "stacked convolutions over two axes",
+    "biboo": "stacked layers of attention's query, key and value in one",
+    "ibboo": "attention's query, key and value in one, where the third axis counts the layers",
+    "biiiio": "stacked convolutions over three axes",
+    "bbiiio": "stacks of stacked convolutions over two axes",
+}
+"""Spec → what a leaf with inputs before outputs may be. Of each number of axes, the likeliest is first."""
+
+_WEIGHTS = {
+    "oi": "outputs x inputs",
+    "io": "inputs x outputs",
+    "(3o)i": "query, key and value, or the gates of a GRU",
+    "(36o)i": "query, key and value of 12 heads, ordered head by head",
+    "(4o)i": "the gates of an LSTM",
+    "boi": "stacked layers or experts, outputs x inputs",
+    "oii": "a convolution over one axis; or attention's output: (width, heads, size)",
+    "ooi": "attention's query, key or value: (heads, size, width)",
+    "oiii": "a convolution over two axes",
+    "bboi": "stacked layers of experts",
+    "booi": "stacked layers of attention's query, key or value; or one layer with all three",
+    "boii": "stacked layers of attention's output, or of convolutions over one axis",
+    "oiiii": "a convolution over three axes",
+    "boiii": "stacked convolutions over two axes",
+    "bbooi": "stacked layers of attention's query, key and value in one",
+    "boooi": "stacked layers of attention's query: (groups, heads, size, width)",
+    "boiiii": "stacked convolutions over three axes",
+    "bboiii": "stacks of stacked convolutions over two axes",
+}
+"""The same for a leaf with outputs before inputs."""

@@ -1,0 +1,268 @@
+"""The default rules: the parameter names of Flax, Equinox, Haiku, MaxText and Levanter."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from optimorph._core.types import Shape
+
+UNDECIDED = "?"
+"""The spec of a leaf whose name and shape allow several specs or none."""
+
+
+class NameRule(NamedTuple):
+    """A rule for leaves of one role.
+
+    Args:
+      role: the role that `plan` shows.
+      pattern: a regular expression for the last names of the lower-case path, in which every number is 0.
+      specs: the possible specs, one for each number of axes; empty if the leaf is not a matrix.
+      when: a condition on the shape; if it is false, the rule does not match.
+      shape_ok: a condition on the shape without batch axes; if it is false, the spec does not fit.
+      batch_axes: whether `specs` include the batch axes; otherwise these are put in front.
+      not_in: a regular expression; if the path contains a match, the rule does not match.
+    """
+
+    role: str
+    pattern: str
+    specs: tuple[str, ...] = ()
+    when: Callable[[Shape], bool] = lambda shape: True
+    shape_ok: Callable[[Shape], bool] = lambda shape: True
+    batch_axes: bool = False
+    not_in: str = "(?!)"
+
+
+def _convolution_rule(
+    pattern: str, specs: tuple[str, ...], shape_ok: Callable[[Shape], bool], not_in: str = "(?!)"
+) -> NameRule:
+    return NameRule("convolution", pattern, specs, lambda shape: len(shape) > 2, shape_ok, not_in=not_in)
+
+
+def _flipped(condition: Callable[[Shape], bool]) -> Callable[[Shape], bool]:
+    """A condition on (*window, in, out), as a condition on (out, in, *window)."""
+    return lambda shape: condition(shape[::-1])
+
+
+def _is_window(sides: Shape, longest: int) -> bool:
+    """Whether the sides are equal, apart from sides of 1, and short enough for a convolution."""
+    return max(sides, default=1) <= longest and len({*sides} - {1}) < 2
+
+
+def _convolution(shape: Shape) -> bool:
+    """(*window, in, out), where the name says that it is a convolution."""
+    return _is_window(shape[:-2], 32)
+
+
+def _maybe_convolution(shape: Shape) -> bool:
+    """(*window, in, out), where the name does not say so; three axes may also be a stack."""
+    return len(shape) != 3 and _is_window(shape[:-2], 7 if 1 in shape[:-2] else 15)
+
+
+def _heads(shape: Shape) -> bool:
+    """(model, heads, size), not a stack: heads x size is at most 4 x model."""
+    model, *heads = shape
+    return len(heads) < 2 or math.prod(heads) <= 4 * model
+
+
+def _heads_of_latents(shape: Shape) -> bool:
+    """(rank, heads, size), where heads x size may be far larger than rank."""
+    rank, heads, *size = shape
+    return not size or heads < rank
+
+
+def _heads_first(shape: Shape) -> bool:
+    """(heads, size, model), not a stack."""
+    if len(shape) < 3 or shape[0] == 1:
+        return True
+    heads, size, model = shape
+    return size <= 256 and size != model and heads * size <= 4 * model
+
+
+def _layers_second(shape: Shape) -> bool:
+    """(in, layers, ...): the second axis is far shorter than the first."""
+    return 2 * shape[1] <= shape[0]
+
+
+def _maxtext_rule(
+    role: str, pattern: str, spec: str, when: Callable[[Shape], bool] = _layers_second
+) -> NameRule:
+    """A rule for MaxText's scanned layers, which the second axis counts."""
+    return NameRule(role, pattern, (spec,), when, batch_axes=True)
+
+
+def _maybe_not_layers_first(shape: Shape) -> bool:
+    """A stack whose first axis may be too long to count layers."""
+    return len(shape) > 2 and 2 * shape[0] > shape[1]
+
+
+def _out_not_layers_first(shape: Shape) -> bool:
+    """Four axes that are not (layers, heads, size, model)."""
+    return len(shape) == 4 and shape[1] * shape[2] != shape[3]
+
+
+def _few_outputs(shape: Shape) -> bool:
+    """(in, out) or (layers, in, out), with as few outputs as a router has experts."""
+    return len(shape) in (2, 3) and 16 * shape[-1] <= max(shape[:-1])
+
+
+def _few_outputs_first(shape: Shape) -> bool:
+    """(out, in) or (layers, out, in), with as few outputs as a router has experts."""
+    return len(shape) in (2, 3) and 16 * shape[-2] <= shape[-1]
+
+
+def _fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
+    """(in, n x in); with axis=-2, (n x in, in)."""
+    return lambda shape: shape[axis] == n * shape[-3 - axis]
+
+
+def _three_before_heads(shape: Shape) -> bool:
+    """(..., 3, heads, size)."""
+    return shape[-3:-2] == (3,) != shape[-2:-1]
+
+
+_WEIGHT = "(kernel|weight|w)"
+_KERNEL = r"(kernel|w\d*)"
+_CONV = r"\w*conv\w*/"
+_IN_CONV = _CONV + "[^/]+/"
+_IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
+_IN_ATTENTION = r"\w*(attn|attention|mha|msa)\w*/(.*/)?"
+_ATTENTION = r"attn|attention|multi_?head|(^|/)(query|key|value|[qkvo])/"
+_BLOCK = (
+    _ATTENTION + r"|mlp|(^|[/_])ffn?([/_]|$)|block|layers|layer_?\d|(^|/)(layer|h)/|stage|mixer|expert|moe|"
+    "cell|rnn|lstm|gru|ssm|mamba|conv|lora"
+)
+_SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
+_SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
+_SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts)\w*/(wi\w*|wo)/kernel"
+_LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
+_GATE = r"(gate|gating)(_\d+)?"
+_EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{_WEIGHT})?"
+_QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
+_ROOT = "^((params|model)/)*"
+# the projection of an embedding is not an embedding
+_NOT_A_LAYER = r"(?!\w*(proj|projection|dense|linear|fc|mlp|ffn?|attn|attention)(_?\d+)?(/|$))"
+_EMBEDDING = (
+    r"(\w*(embed|positional|codebook|posemb)\w*|(\w+_)?emb(s|_\w+)?|wte|wpe|w_e|w_pos|pe|pos_enc\w*|"
+    r"rel_pos\w*|relative_\w+|vocab\w*|lookup\w*|word_vectors)"
+)
+_TABLE = r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
+
+RULES = (
+    NameRule("low rank", r"lora_?[ab](/kernel)?|\w*(lora|adapter)\w*/(.*/)?[ab]", ("io",)),
+    NameRule("low rank", r"lora_?[ab]/weight", ("oi",)),
+    NameRule("bias", r"(\w+_)?bias(es)?(_\w+)?|offset|beta|(\w+_)?sinks?|a_log"),
+    NameRule("bias", r"\w*(expert|moe)\w*/([^/]+/)?b(\d+|_\w+)?"),
+    NameRule("bias", r"b\d*|g", when=lambda shape: len(shape) < 2),
+    NameRule("bias", _IN_STACK + r"(b(\d+|_\w+)?|g)", when=lambda shape: len(shape) < 3),
+    NameRule("norm", r"(\w+_)?scale|gamma|\w*norms?(_weights?|\d*)|(ln|rms|ls)(_\w+|\d*)"),
+    NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
+    # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
+    NameRule(
+        "norm", r"\w*norm_(mlp|ffn?|attn|attention)/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2
+    ),
+    NameRule("vector", r"alpha\d*|time_(decay|first|mix\w*)"),
+    NameRule(
+        "head",
+        r"(\w*(unembed|logit|classifier|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_layer)(/.*)?",
+        not_in=_ATTENTION + "|/w[qkvo]$|mixer",
+    ),
+    NameRule(
+        "head",
+        rf"(\w*readout|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{_WEIGHT})?|"
+        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(out|output|output_(layer|dense)|proj_out|fc_out)(/{_WEIGHT})?",
+        not_in=_BLOCK,
+    ),
+    NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
+    NameRule("embedding", _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_embed\w*/.*|cls"),
+    NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*queries", not_in=_ATTENTION),
+    # Equinox layers that share a weight, such as an embedding and a head
+    NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
+    NameRule("router", r"\w*router\w*(/[^/]+)?|switch/(kernel|weight|w)"),
+    NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or _few_outputs(shape)),
+    NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
+    NameRule("router", r"\w*moe\w*/dense(_\d+)?/kernel", when=_few_outputs),
+    NameRule("router", _GATE + "/weight", when=_few_outputs_first, not_in=_ATTENTION + "|expert"),
+    NameRule("router", _GATE + "/(kernel|w)", when=_few_outputs, not_in=_ATTENTION + "|expert"),
+    NameRule("router", r"experts?/gate/kernel", when=lambda s: len(s) == 2 and _few_outputs(s)),
+    # (*window, 1, out): depthwise, or the first convolution of grey images
+    NameRule("one channel", _CONV + "([^/]+/)?" + _KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
+    NameRule("one channel", _CONV + "([^/]+/)?weight", when=lambda s: len(s) > 2 and s[1] == 1),
+    _convolution_rule(r"\w*conv\w*_transpose\w*/w", ("ioi", "iioi", "iiioi"), _convolution),
+    _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _convolution),
+    _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), _flipped(_convolution)),
+    _convolution_rule(_IN_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _maybe_convolution, _ATTENTION),
+    _convolution_rule(
+        _IN_CONV + "weight", ("oii", "oiii", "oiiii"), _flipped(_maybe_convolution), _ATTENTION
+    ),
+    NameRule("experts", r"moeblock_\d+/(.*/)?(wi\w*|wo)", ("bio", "bbio"), batch_axes=True),
+    _maxtext_rule("attention", _SCANNED_ATTENTION + r"(query|key|value|wq|wq_b|wkv_b)/kernel", "iboo"),
+    _maxtext_rule("attention", _SCANNED_ATTENTION + "qkv_proj/kernel", "ibboo"),
+    _maxtext_rule("attention", _SCANNED_ATTENTION + "(wq_a|wkv_a)/kernel", "ibo"),
+    _maxtext_rule("attention", _SCANNED_ATTENTION + "out/kernel", "ibio", lambda s: s[0] * s[2] == s[3]),
+    # Gemma's pairs of layers: only MaxText uses these names
+    _maxtext_rule(
+        "attention", _SCANNED + "self_attention_(local|global)/out/kernel", "ibio", _out_not_layers_first
+    ),
+    NameRule("attention", _SCANNED_ATTENTION + "out/kernel", (UNDECIDED,), _out_not_layers_first),
+    _maxtext_rule("dense", _SCANNED_DENSE, "ibo"),
+    NameRule("dense", _SCANNED_DENSE, (UNDECIDED,), _maybe_not_layers_first),
+    NameRule(
+        "dense",
+        _SCANNED + "[^/]+",
+        (UNDECIDED,),
+        _maybe_not_layers_first,
+        not_in="experts?/|attention[^/]*/out/",
+    ),
+    # Levanter: heads are axes, and outputs come first
+    NameRule("attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: _three_before_heads(s[:-1])),
+    NameRule("attention", _LEVANTER + r"\w*attn/c_proj/weight", ("oi", "oii")),
+    NameRule("attention", _LEVANTER + "q_proj/weight", ("oi", "ooi", "oooi")),
+    NameRule("attention", _LEVANTER + "[kv]_proj/weight", ("oi", "ooi")),
+    NameRule("attention", _LEVANTER + "o_proj/weight", ("oi", "oii")),
+    NameRule("experts", _LEVANTER + r"experts/(\w+/)?weight", ("io",)),
+    # GPT-NeoX and BLOOM order query, key and value head by head
+    NameRule("attention", r"query_key_value(/(kernel|w))?", (UNDECIDED,), _fused(3)),
+    NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused(3, -2)),
+    NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), _fused(3, -2)),
+    NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), _fused(3)),
+    NameRule("attention", _QKV + "/kernel", ("iboo",), _three_before_heads, batch_axes=True),
+    # (model, heads, 3, size)
+    NameRule(
+        "attention", _QKV + "/kernel", ("iobo",), lambda s: s[-2:-1] == (3,) != s[-3:-2], batch_axes=True
+    ),
+    NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
+    NameRule(
+        "attention", r"(query|key|value|[qkv]_proj|w?[qkv]|to_[qkv])/kernel", ("io", "ioo"), shape_ok=_heads
+    ),
+    NameRule("attention", "(wq_b|wkv_b)/kernel", ("io", "ioo"), shape_ok=_heads_of_latents),
+    NameRule(
+        "attention",
+        _IN_ATTENTION + "(out|o|proj|o_proj|out_proj|output|wo|c_proj)/kernel",
+        ("io", "iio"),
+        shape_ok=_heads_first,
+    ),
+    NameRule("gates", r"\w*lstm\w*/(.*/)?weight_[ih]h", ("(4o)i",)),
+    NameRule("gates", r"\w*gru\w*/(.*/)?weight_[ih]h", ("(3o)i",)),
+    NameRule("gates", "weight_hh", ("(4o)i",), _fused(4, -2)),
+    NameRule("gates", "weight_hh", ("(3o)i",), _fused(3, -2)),
+    NameRule("gates", r"\w*lstm\w*/(.*/)?(dense_[ih]/kernel|linear/w)", ("i(4o)",)),
+    NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
+    NameRule("gates", r"\w*cell\w*/dense_h/kernel", ("i(4o)",), _fused(4)),
+    NameRule("gates", r"\w*cell\w*/dense_h/kernel", ("i(3o)",), _fused(3)),
+    NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
+    NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
+    NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
+    NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
+    NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
+    NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=_flipped(_maybe_convolution)),
+    NameRule(
+        "dense",
+        "kernel",
+        ("io", "iiio", "iiiio"),
+        shape_ok=_maybe_convolution,
+        not_in=_ATTENTION + r"|kv|einsum|mlp|(^|[/_])ffn?([/_]|$)",
+    ),
+    NameRule("dense", r"b\d*|g", (UNDECIDED,)),
+    NameRule("dense", ".*", ("io",)),
+)
+"""The rules in order. The first that matches decides."""
