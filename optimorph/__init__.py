@@ -1,37 +1,35 @@
 """Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
 
-Transforms, the words: `momentum`, `ema`, `square`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
+Transforms: `momentum`, `ema`, `square`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
 `orthogonalize`, `scale_by_shape`, `add_decayed_weights`, `scale_by_learning_rate`, `dampen`, `in_float32`,
-`in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`, `multi_steps`. They chain with optax's (`optax.chain`,
-`optax.identity`).
+`in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`, `multi_steps`. They chain with optax's: `chain` is
+`optax.chain`, in which neighbours become one rule for one leaf.
 
-Optimizers, the sentences: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
+Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
 
-Routing: `plan` shows what `muon` makes of every leaf; `partition` and `labels` route by the same rules.
+Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` gives matrices to one
+transform and other leaves to another; `partition` and `labels` route by the same rules.
 
-The end of a step: `apply_updates`, which can round bfloat16 weights stochastically; `split_weights` and
-`join_weights`, which keep what bfloat16 leaves of float32 in one or two bytes.
+The end of a step: `apply_updates` can round bfloat16 weights stochastically. `split_weights` and
+`join_weights` keep in one or two bytes what bfloat16 loses of float32.
 
-State that fits: `compress_state` stores moments in 8 bits, as `state="int8"` of every optimizer does.
+8-bit state: `compress_state` stores moments in 8 bits, and so does `state="int8"` of every optimizer.
 
-Coming from optax: `from_optax_state` carries a run over in mid-training; `inject_hyperparams` is optax's, but
-rounds no number.
+Coming from optax: `from_optax_state` carries over a run in mid-training. `inject_hyperparams` is optax's,
+but rounds no number.
 
-Leaves of integers, booleans and random keys are not trained. A gradient of None, or the float0 that
-`jax.grad(allow_int=True)` gives of them, is none: the update is None, and the state stays as it is; the
-optimizers hold no state for them, and refuse any other gradient.
+Leaves of integers, booleans and random keys are not trained. Their gradient is None, or the float0 that
+`jax.grad(allow_int=True)` returns: the update is None and the state does not change.
 
-Beside them: `linalg` (the polar factor, norms), `codecs` (numbers in fewer bytes), `schedules`, `theory`,
-`curvature` (what theory asks for).
-
-To see: `probes` says what an optimizer does to every leaf; `race` trains your own model with several of them
-(`pip install 'optimorph[race]'`).
+Modules: `linalg` (polar factors, norms), `codecs` (numbers in fewer bytes), `rules` (transforms of your
+own), `schedules`, `theory`, `curvature`, and `probes` (what an optimizer does to every leaf). `race` trains
+your own model with several optimizers (`pip install 'optimorph[race]'`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from optimorph import codecs, curvature, linalg, probes, schedules, theory
+from optimorph import codecs, curvature, linalg, probes, rules, schedules, theory
 from optimorph._apply_updates import apply_updates
 from optimorph._core.rule import chain
 from optimorph._from_optax import from_optax_state
@@ -120,6 +118,7 @@ __all__ = [
     "rmsprop",
     "root",
     "route_matrices",
+    "rules",
     "scale_by_learning_rate",
     "scale_by_shape",
     "schedules",

@@ -192,19 +192,26 @@ def _state_bytes(
 ) -> dict[str, int]:
     """Path → bytes of the state's arrays that belong to the leaf. Scalars such as counts belong to no leaf.
 
-    Unresolved leaves are left out, because the optimizer would refuse them.
+    Unresolved leaves are left out, because the optimizer would refuse them. In a tree of more than a thousand
+    leaves, those whose paths differ only in numbers are measured once.
     """
-    params = {p: s for p, s, spec in zip(paths, shapes, specs, strict=True) if spec.unresolved is None}
+    leaves = [leaf for leaf in zip(paths, shapes, specs, strict=True) if leaf[2].unresolved is None]
+    many = len(leaves) > _EXACT
+    groups = group_by(
+        leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]) if many else x[0]
+    )
+    params = {group[0][0]: group[0][1] for group in groups}
     with warnings.catch_warnings(action="ignore"):  # the plan itself reports unused rules
         state = jax.eval_shape(optimizer.init, params)
     count = dict.fromkeys(params, 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        if param_keys := [key for key in keys if key in count]:
-            count[param_keys[-1]] += leaf.size * leaf.dtype.itemsize
-    return count
+        if own := [key for key in keys if key in count]:
+            count[own[-1]] += leaf.size * leaf.dtype.itemsize
+    return {path: count[group[0][0]] for group in groups for path, *_ in group}
 
 
+_EXACT = 1000
 _TITLES = ("path", "leaves", "shape", "dtype", "role", "spec", "matrices", "to", "scale", "state")
 _TOTALS = ("to", "leaves", "matrices", "parameters", "state")
 

@@ -12,10 +12,20 @@ import test_contract
 
 import optimorph as om
 from optimorph import probes
-from optimorph._core.numbers import as_float32, as_scalar, as_schedule, full_like, increment
-from optimorph._core.roles import FIRST, SECOND, Role, holds, roles_of, scalar
-from optimorph._core.rule import Rule, transform
 from optimorph._core.types import Numeric, ScalarOrSchedule
+from optimorph.rules import (
+    Role,
+    Rule,
+    as_float32,
+    as_scalar,
+    as_schedule,
+    full_like,
+    holds,
+    increment,
+    roles_of,
+    scalar,
+    transform,
+)
 
 
 class SlowState(NamedTuple):
@@ -26,8 +36,8 @@ class SlowState(NamedTuple):
     count: Any
     temperature: Any
     roles = holds(
-        slow=Role("slow average", FIRST, tree=True),
-        spread=Role("mean absolute gradient", SECOND, tree=True),
+        slow=Role("slow average", "first", tree=True),
+        spread=Role("mean absolute gradient", "second", tree=True),
         count=scalar("count of a temperature"),
         temperature=scalar("", "temperature"),
     )

@@ -1,0 +1,46 @@
+"""What a transform of your own is made of: a rule for one leaf.
+
+    class SignState(NamedTuple):
+        average: Any
+        roles = holds(average=AVERAGE)
+
+    def sign_of_average(decay):
+        def init(leaf):
+            return SignState(full_like(leaf.weight))
+
+        def update(g, state, leaf, now):
+            g, m = common(g, state.average)
+            m = decay * m + (1 - decay) * g
+            return jnp.sign(m), SignState(m)
+
+        return transform("sign_of_average", Rule(roles_of(SignState), update, init=init))
+
+`transform` adds what is the same for all: trees, missing and masked leaves, upcasts and downcasts, errors
+that name the leaf. `optimorph.chain` merges neighbours that are rules. From the roles of a state follow its
+storage in 8 bits, what probes read, and the conversion of states.
+"""
+
+from optimorph._core.numbers import as_float32, as_scalar, as_schedule, common, full_like, increment
+from optimorph._core.roles import AVERAGE, TOTAL, VELOCITY, Role, holds, roles_of, scalar
+from optimorph._core.rule import Leaf, Leaves, Rule, handed, transform
+
+__all__ = [
+    "AVERAGE",
+    "TOTAL",
+    "VELOCITY",
+    "Leaf",
+    "Leaves",
+    "Role",
+    "Rule",
+    "as_float32",
+    "as_scalar",
+    "as_schedule",
+    "common",
+    "full_like",
+    "handed",
+    "holds",
+    "increment",
+    "roles_of",
+    "scalar",
+    "transform",
+]
