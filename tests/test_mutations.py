@@ -33,8 +33,6 @@ UNSEEN = {
         "_core.rule: transform.update: if 3 never",
         "_core.rule: chain: if * never",
         "_core.rule: chain: Gt *",
-        "_transforms.clip_by_global_norm: clip_by_global_norm.update: where 0 *",
-        "_transforms.clip_by_global_norm: _scaled_norm: where *",
         "_transforms.clip_by_global_norm: *: if 0 always",
         "_transforms.combine: _combined: if 0 never",
         "_transforms.combine: _combined: for 0 *",
@@ -83,9 +81,11 @@ UNSEEN = {
         "_recipes.muon: muon: if 1 *",
         "_recipes.muon: muon: scale 1 *",
     ],
-    "no entry has such input: no gradient, no params, integers, a fault in one place, rules, a mesh, bytes": [
+    "no entry has such input: none, zeros, integers, one fault of several, rules, a mesh, many bytes": [
         "_core.rule: transform.*: if 0 always",
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: BitOr 0 left",
+        "_transforms.clip_by_global_norm: clip_by_global_norm.update: where 0 *",
+        "_transforms.clip_by_global_norm: _scaled_norm: where *",
         "_transforms.matrices: orthogonalize*: [Pb]*",
         "_transforms.matrices: orthogonalize: if [12] *",
         "_transforms.matrices: orthogonalize.update: if 0 *",
