@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import papers
 from float32 import float32_class
@@ -58,15 +59,29 @@ def linear(start, slope):
 
 
 def with_a_nan(every):
-    """Makes each `every`th gradient NaN."""
+    """Makes each `every`th gradient of the first leaf NaN."""
 
     def update(updates, count, params=None):
-        def spoil(g):
-            return jnp.where((count + 1) % every == 0, jnp.nan, g).astype(g.dtype)
-
-        return jax.tree.map(spoil, updates), count + 1
+        leaves, tree = jax.tree.flatten(updates)
+        for k, g in enumerate(leaves[:1]):
+            leaves[k] = jnp.where((count + 1) % every == 0, jnp.nan, g).astype(g.dtype)
+        return tree.unflatten(leaves), count + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
+
+
+def of_matrices(params):
+    """A mask."""
+    return jax.tree.map(lambda w: w.ndim == 2, params)
+
+
+def in_blocks(path, shape):
+    """Axes: of 4 columns each by itself, of 9 two unequal blocks."""
+    return {4: "i(4o)", 9: "i(4+5o)"}.get(shape[-1], "io")
+
+
+def _ends(columns):
+    return {4: [1, 2, 3], 9: [4]}.get(columns, [])
 
 
 def _muon_matrices(om, **kwargs):
@@ -130,6 +145,11 @@ TRANSFORMS = [
         lambda: papers.multi_steps(papers.ema(0.9), 3),
     ),
     Entry(
+        "multi_steps-schedule-with-a-nan",
+        lambda om: optax.chain(with_a_nan(3), om.multi_steps(om.ema(0.9), lambda steps: 1 + steps % 2)),
+        lambda: papers.with_a_nan(papers.multi_steps(papers.ema(0.9), lambda steps: 1 + steps % 2), 3),
+    ),
+    Entry(
         "compress_state",
         lambda om: om.compress_state(
             om.adam(0.1, eps=1e-2), {"*": float32_class(om.codecs)()}, elementwise=True
@@ -138,7 +158,11 @@ TRANSFORMS = [
     ),
     Entry("compress_state-default", lambda om: om.compress_state(om.ema(0.9)), lambda: papers.ema(0.9)),
     Entry("multi_steps-each", lambda om: om.multi_steps(om.ema(0.9), 1), lambda: papers.ema(0.9)),
-    Entry("in_float32", lambda om: om.in_float32(om.ema(0.9)), lambda: papers.ema(0.9)),
+    Entry(
+        "in_float32",
+        lambda om: om.in_float32(optax.chain(om.ema(0.9), optax.scale(0.3), optax.scale(0.3))),
+        lambda: papers.chain(papers.ema(0.9), lambda g, w: 0.09 * g),
+    ),
     Entry(
         "partition",
         lambda om: om.partition({"*": "all"}, {"all": om.ema(0.9)}),
@@ -177,6 +201,28 @@ TRANSFORMS = [
         matrices=True,
         real=True,
     ),
+    Entry(
+        "orthogonalize-cubics",
+        lambda om: om.orthogonalize(
+            om.linalg.NewtonSchulz(om.linalg.polar_express(1e-3, 6, degree=3, cushion=0.0), 6)
+        ),
+        lambda: papers.orthogonalize(papers.cubics(1e-3, 6)),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "orthogonalize-blocks",
+        lambda om: om.orthogonalize(axes=in_blocks),
+        lambda: papers.by_columns(papers.orthogonalize(), _ends),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "scale_by_shape-blocks",
+        lambda om: om.scale_by_shape(axes=in_blocks),
+        lambda: papers.by_columns(papers.scale_by_shape("rms_to_rms"), _ends),
+        matrices=True,
+    ),
     *(
         Entry(
             f"scale_by_shape-{name}",
@@ -200,6 +246,11 @@ TRANSFORMS = [
         "add_decayed_weights-cautious",
         lambda om: om.add_decayed_weights(0.1, cautious=True),
         lambda: papers.add_decayed_weights(0.1, cautious=True),
+    ),
+    Entry(
+        "add_decayed_weights-mask",
+        lambda om: om.add_decayed_weights(0.1, of_matrices),
+        lambda: lambda g, w: g + 0.1 * w * (np.ndim(w) == 2),
     ),
     Entry(
         "scale_by_learning_rate",
@@ -345,7 +396,25 @@ RECIPES = [
     ),
 ]
 
-ENTRIES = TRANSFORMS + RECIPES
+MORE = [  # recipes under other arguments, which have no other states
+    Entry(
+        "adamw-betas",
+        lambda om: om.adamw(0.1, 0.8, 0.9, 1e-2, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.8, 0.9, 1e-2, decay=0.2),
+    ),
+    Entry(
+        "nadamw-betas",
+        lambda om: om.nadamw(0.1, 0.8, 0.9, 1e-2, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.8, 0.9, 1e-2, decay=0.2, nesterov=True),
+    ),
+    Entry(
+        "muon-others-rmsprop",
+        lambda om: om.muon(0.02, axes={"*": None}, others=om.rmsprop(0.1, eps=1e-3)),
+        lambda: papers.rmsprop(0.1, 0.9, 1e-3),
+    ),
+]
+
+ENTRIES = TRANSFORMS + RECIPES + MORE
 IDS = [entry.id for entry in ENTRIES]
 
 

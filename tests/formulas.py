@@ -33,6 +33,7 @@ def worst_error(transform, entry, dtype="float32", steps=STEPS, compiled=True):
         for name, expected in rule(
             *({k: exact(x) for k, x in t.items()} for t in (gradients, weights))
         ).items():
+            assert jnp.finfo(updates[name].dtype).bits == jnp.finfo(gradients[name].dtype).bits
             error = np.max(np.abs(exact(updates[name]) - expected))
             errors[name] = max(errors[name], error if np.isfinite(error) else np.inf)
             sizes[name] = max(sizes[name], np.max(np.abs(expected)))

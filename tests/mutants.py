@@ -154,15 +154,18 @@ def _nodes(node, function, parameters):
 
 def _refuses(node):
     """Whether a node says or forbids something and computes nothing."""
-    if isinstance(node, ast.If):
-        return isinstance(node.body[-1], ast.Raise)
-    if isinstance(node, ast.FunctionDef):
-        return not any(isinstance(each, ast.Return) for each in ast.walk(node))
-    if isinstance(node, ast.Call):
-        return _name(node.func) in ("isinstance", "type")
-    if isinstance(node, ast.Compare):
-        return isinstance(node.ops[0], ast.Is | ast.IsNot)
-    return isinstance(node, ast.Expr | ast.Raise | ast.Assert)
+    match node:
+        case ast.If() | ast.For():
+            return _refuses(node.body[-1])
+        case ast.FunctionDef():
+            return not any(isinstance(each, ast.Return) and each.value for each in ast.walk(node))
+        case ast.Call():
+            return _name(node.func) in ("isinstance", "type", "holds")
+        case ast.Compare(ops=[ast.Is() | ast.IsNot(), *_]):
+            return True
+        case ast.Expr(ast.Call(function)):
+            return _name(function) != "append"
+    return isinstance(node, ast.Expr | ast.Raise | ast.Assert | ast.JoinedStr)
 
 
 def _plain_parameters(function):

@@ -126,14 +126,16 @@ def aligned(g, w):
 
 
 def multi_steps(rule, k):
-    total, t = 0.0, 0
+    total, n, steps = 0.0, 0, 0
 
     def step(g, w):
-        nonlocal total, t
-        total, t = total + g, t + 1
-        if t % k:
+        nonlocal total, n, steps
+        if not np.all(np.isfinite(g)):
             return 0 * w
-        mean, total = total / k, 0.0
+        total, n = total + g, n + 1
+        if n < (k(steps) if callable(k) else k):
+            return 0 * w
+        mean, total, n, steps = total / n, 0.0, 0, steps + 1
         return rule(mean, w)
 
     return step
@@ -226,6 +228,19 @@ EXPRESS = [
 ]
 
 
+def cubics(low, steps):
+    """The cubics a σ - b σ³ with p(l) = p(u) = 2 - max p, each on what the one before leaves of [l, 1]."""
+    rows, high = [], 1.0
+    for step in range(1, steps + 1):
+        squares = high**2 + high * low + low**2
+        b = 2 / (squares * low - low**3 + 2 * (squares / 3) ** 1.5)
+        room = 1.02 if step < steps else 1.0
+        rows.append((b * squares / room, -b / room**3, 0.0))
+        low = b * (squares * low - low**3)
+        high = 2 - low
+    return rows
+
+
 def on_singular_values(x, rows):
     """The odd quintics, applied where they act: to the singular values of x / ‖x‖F."""
     u, s, vh = np.linalg.svd(x, full_matrices=False)
@@ -246,6 +261,13 @@ SHAPES = {
     "adamw_rms": lambda fan_in, fan_out: 0.2 * np.sqrt(max(fan_in, fan_out)),
     None: lambda fan_in, fan_out: 1.0,
 }
+
+
+def by_columns(rule, ends):
+    """A rule of a matrix for each block of its columns; `ends` is of their number."""
+    return lambda g, w: np.concatenate(
+        [rule(block, None) for block in np.split(g, ends(g.shape[1]), axis=1)], axis=1
+    )
 
 
 def scale_by_shape(name):

@@ -40,9 +40,10 @@ def test_any_size(size):
     assert state.factor == 1
 
 
-def test_a_factor_below_the_least_number_still_clips():
-    updates, state = clipped(jnp.full(4, 3e38, jnp.float32))
-    rounding.close(updates, 0.5)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_factor_below_the_least_number_still_clips(sign):
+    updates, state = clipped(jnp.full(4, sign * 3e38, jnp.float32))
+    rounding.close(updates, sign * 0.5)
     assert state.norm == np.finfo(np.float32).max
 
 
