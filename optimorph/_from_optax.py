@@ -124,8 +124,8 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
     if faults:
         raise ValueError(
             f"{WHO}: the state does not fit tx.\n  {abbreviated(faults)}\n"
-            f"The state is that of {_owners(state)}. Type for tx the recipe of that name with the same "
-            "arguments, and the parameters of that state."
+            f"The state belongs to {_owners(state)}. Pass as tx that recipe with the same arguments, and the "
+            "parameters of that state."
         )
     sources = [_source(slot, held) for slot, _ in wanted]
     starts = _scalars(tx, params)
@@ -147,8 +147,8 @@ def _wanted(blank: PyTree) -> Iterator[tuple[Slot, Any]]:
     except ValueError as error:
         if "CompressedState" in str(error):
             raise ValueError(
-                f"{WHO}: tx keeps its moments in codes, into which none are carried over. Type "
-                "tx.init(params) to begin with new moments, or the recipe without state='int8'."
+                f"{WHO}: tx stores its moments in 8 bits, and moments cannot be converted to that. Type "
+                "tx.init(params) to begin with new moments, or leave out state='int8'."
             ) from error
         raise ValueError(
             f"{WHO}: tx must be a recipe of this library, in chains, partitions, skip_nonfinite or behind "

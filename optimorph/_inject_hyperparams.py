@@ -44,14 +44,14 @@ def inject_hyperparams(
     static = {static_args} if isinstance(static_args, str) else set(static_args)
     if unknown := static - set(names):
         raise ValueError(
-            f"inject_hyperparams: static_args has {sorted(unknown)}, which are no arguments of "
+            f"inject_hyperparams: static_args has {sorted(unknown)}, which are not arguments of "
             f"{getattr(inner_factory, '__name__', inner_factory)}. Type some of {sorted(names)}."
         )
     dtype = jnp.result_type(float) if hyperparam_dtype is None else jnp.dtype(hyperparam_dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
         raise ValueError(
-            f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is {dtype}, in which "
-            "0.999 is another number. Type hyperparam_dtype=jnp.float32, or leave it out."
+            f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is {dtype}, which "
+            "rounds 0.999 to 1. Type hyperparam_dtype=jnp.float32, or leave it out."
         )
     static |= {name for name, parameter in names.items() if not _may_be_number(parameter)}
     injected: Any = optax.inject_hyperparams(inner_factory, tuple(sorted(static)), dtype)

@@ -287,7 +287,7 @@ def _momenta(state: PyTree) -> dict[str, Any]:
 def _check(metrics: Sequence[str], every: int) -> None:
     known = [*OF_LEAVES, *(f"{of}_{name}" for of in Leaf._fields for name in OF_MATRICES)]
     if unknown := [name for name in metrics if name not in known]:
-        raise ValueError(f"probe: no metric is called {unknown[0]!r}. Type some of {', '.join(known)}.")
+        raise ValueError(f"probe: {unknown[0]!r} is not a metric. Type some of {', '.join(known)}.")
     if not is_integer(every, 1):
         raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=25.")
 

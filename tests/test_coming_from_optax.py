@@ -252,7 +252,7 @@ REFUSED = {
     ),
     "no moment": (
         lambda: (optax.rmsprop(0.1), om.adam(0.1)),
-        ["'matrix', first moment: tx wants it", "that of rmsprop."],
+        ["'matrix', first moment: tx wants it", "belongs to rmsprop."],
     ),
     "no place": (
         lambda: (optax.adam(0.1), om.rmsprop(0.1)),

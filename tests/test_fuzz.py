@@ -336,7 +336,7 @@ def test_a_state_of_another_recipe(name):
 def test_what_is_no_array_is_named():
     for leaf in ("float32", "text", object(), float, np.array(["a"]), np.array([None])):
         for name in RECIPES:
-            with pytest.raises(ValueError, match=r": 'x/1' is .*, no array"):
+            with pytest.raises(ValueError, match=r": 'x/1' is .*, which is not an array"):
                 EACH[name]().init({"x": [1.0, leaf]})
 
 

@@ -50,7 +50,7 @@ def test_the_plan_may_be_asked_for_one_leaf():
     assert plan["layer/kernel"].spec == "io"
     with pytest.raises(KeyError, match=r"no leaf has the path 'layer/kernle'. Similar.*: \['layer/kernel'\]"):
         plan["layer/kernle"]
-    with pytest.raises(ValueError, match=r"plan: 'f' is .*, no array"):
+    with pytest.raises(ValueError, match=r"plan: 'f' is .*, which is not an array"):
         om.plan({"f": jax.nn.relu})
 
 

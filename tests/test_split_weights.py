@@ -265,7 +265,7 @@ def test_refusals():
     for step in (om.split_weights, lambda p, key: om.apply_updates(p, p, key)):
         with pytest.raises(ValueError, match=r"_\w+: key must be one key of jax\.random, but is int32\[2\]"):
             step(params, key=jnp.zeros(2, jnp.int32))
-    with pytest.raises(ValueError, match=r"split_weights: 'b/c' is 'text', no array"):
+    with pytest.raises(ValueError, match=r"split_weights: 'b/c' is 'text', which is not an array"):
         om.split_weights({"a": 1.0, "b": {"c": "text"}})
     c = residuals["b"]["c"]
     wrong = {

@@ -99,8 +99,8 @@ def check_dtypes(who: str, **dtypes: Any) -> None:
             )
         if name == "nu_dtype" and jnp.dtype(dtype) == jnp.float16:
             raise ValueError(
-                f"{who}: {name} must not be float16, which has no squares below 6e-8 or above 65504, "
-                f"those of gradients of 0.00024 and 256. Type {name}='bfloat16'."
+                f"{who}: {name} must not be float16, which cannot hold squares below 6e-8 or above "
+                f"65504, those of gradients below 0.00024 or above 256. Type {name}='bfloat16'."
             )
 
 
@@ -174,5 +174,6 @@ def abbreviated(texts: Sequence[str], separator: str = "\n  ") -> str:
 
 
 def not_an_array(who: str, path: str, leaf: Any) -> str:
-    """Which leaf of a tree is none, and how to leave it out."""
-    return f"{who}: {path!r} is {leaf!r}, no array. Leave such leaves out: eqx.filter(model, eqx.is_array)."
+    """The error for a leaf that is not an array."""
+    fix = "Leave out such leaves: eqx.filter(model, eqx.is_array)."
+    return f"{who}: {path!r} is {leaf!r}, which is not an array. {fix}"

@@ -40,8 +40,8 @@ def difference(who: str, updates: PyTree, other: PyTree | None) -> ValueError:
         )
         return _error(who, "some gradients cannot be used.", lines, fix)
     return ValueError(
-        f"{who}: the gradients do not match the parameters: they have the same leaves in other containers, a "
-        "list for a tuple, say. Pass trees of one structure."
+        f"{who}: the gradients do not match the parameters: their leaves are the same, but their "
+        "containers differ, for example a list and a tuple. Pass trees of the same structure."
     )
 
 

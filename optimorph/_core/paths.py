@@ -60,7 +60,7 @@ def distinct_paths(who: str, tree: PyTree) -> list[str]:
     """
     paths = leaf_paths(tree)
     if twice := [path for path, times in collections.Counter(paths).items() if times > 1]:
-        raise ValueError(f"{who}: several leaves are called {twice[0]!r}. Type keys without slashes.")
+        raise ValueError(f"{who}: several leaves have the path {twice[0]!r}. Use keys without slashes.")
     return paths
 
 

@@ -53,8 +53,8 @@ def sgd(
     """
     if dampening is not None and (momentum is None or nesterov):
         raise ValueError(
-            "sgd: dampening shrinks what goes into a momentum without nesterov, and there is none. Type "
-            "momentum=0.9, for example, or leave out dampening."
+            "sgd: dampening needs a momentum and nesterov=False. Type momentum=0.9, for example, or "
+            "leave out dampening."
         )
     tx = chain(
         _l2(weight_decay, mask),
@@ -139,8 +139,8 @@ def rmsprop(
     """
     if centered and nu_dtype is not None and jnp.finfo(nu_dtype).bits < 32:
         raise ValueError(
-            "rmsprop: a centered variance is a difference, of which bfloat16 would leave nothing. Type "
-            "nu_dtype=None, or centered=False."
+            "rmsprop: centered=True needs nu_dtype='float32', because the variance is a small difference of "
+            "two moments. Type nu_dtype=None, or centered=False."
         )
     correct = debias(decay) if bias_correction else _identity
     mean_square = chain(square(), _stored(ema, decay, initial=initial_scale, dtype=nu_dtype), correct)

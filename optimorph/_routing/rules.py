@@ -40,7 +40,7 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
     values: dict[str, Any] = {}
     for path, value in _tree_values(rules):
         if values.setdefault(path, value) != value:
-            raise ValueError(f"labels: several leaves are called {path!r}. Type keys without slashes.")
+            raise ValueError(f"labels: several leaves have the path {path!r}. Use keys without slashes.")
     return lambda path, shape: values.get(path, NO_MATCH)
 
 

@@ -39,18 +39,18 @@ def codec_rule(rules: Rules | None) -> CodecRule:
             return by_default(kind, path, shape)
         if codec is not None and not isinstance(codec, Codec):
             raise ValueError(
-                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, which is not a codec. "
+                f"compress_state: the rules give {codec!r} for {named(kind, path)!r}, which is not a codec. "
                 "Type optimorph.codecs.Signed8(), for example, or None for no compression."
             )
         if kind == FIRST and isinstance(codec, Nonneg8):
             raise ValueError(
-                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose numbers have "
+                f"compress_state: the rules give {codec!r} for {named(kind, path)!r}, whose numbers have "
                 f"signs. Type {BOTH}, for example."
             )
         if kind == SECOND and isinstance(codec, Signed8 | Float8):
             raise ValueError(
-                f"compress_state: the rules say {codec!r} of {named(kind, path)!r}, whose roots are divided "
-                f"by, and it has a code for 0. Type {BOTH}, for example."
+                f"compress_state: the rules give {codec!r} for {named(kind, path)!r}, which can round to 0, "
+                f"but updates are divided by roots of these moments. Type {BOTH}, for example."
             )
         return codec
 

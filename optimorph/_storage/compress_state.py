@@ -212,8 +212,8 @@ def _of_trees(
     def update(updates, state, params=None, **extra):
         if not isinstance(state, CompressedState):
             raise ValueError(
-                f"{WHO}: the state must be one that its init made, but is a {type(state).__name__}. "
-                "Type state = tx.init(params); moments in float32 are not taken over."
+                f"{WHO}: the state must be a CompressedState, but is a {type(state).__name__}. Type "
+                "state = tx.init(params). Moments in float32 are not converted."
             )
         if not elementwise:
             return whole(updates, state, params, extra)
@@ -275,8 +275,7 @@ def _warn_unknown(name: str) -> None:
 
 def _not_elementwise(error: NotElementwiseError, path: str) -> ValueError:
     return ValueError(
-        f"{WHO}: the transformation is said to be element-wise, but there is {error} in its update of "
-        f"{path!r}, which mixes elements or depends on where they are. Type elementwise=False; or put it "
-        "outside, clipping by a norm for example: "
+        f"{WHO}: elementwise=True, but the update of {path!r} has {error}, which mixes elements or depends "
+        "on their position. Type elementwise=False, or move that transform outside, for example "
         "optax.chain(clip_by_global_norm(1.0), compress_state(...))."
     )

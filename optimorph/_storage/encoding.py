@@ -110,7 +110,7 @@ def stored_codec(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> 
         blocks = f" with {scales.shape[-1]} scales a row" if coded and scales.ndim else ""
         raise ValueError(
             f"compress_state: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. "
-            "The state is that of other rules: type those with which it was made, or tx.init(params)."
+            "The state was made with other rules: use those, or type tx.init(params)."
         )
     return codec
 

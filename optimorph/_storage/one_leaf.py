@@ -57,5 +57,8 @@ def one_leaf_rule(
         ]
         return structure.flatten_up_to(out)[leaf.index], rule.pick(own, leaf.index)
 
-    rule = Rule(template, update, advance=advance, narrow=True)
+    def first(_):
+        raise NotImplementedError("compress_state makes the first state of all leaves at once")
+
+    rule = Rule(template, update, init=first, begin=first, advance=advance, narrow=True)
     return rule

@@ -80,7 +80,7 @@ def add(*terms: optax.GradientTransformation) -> optax.GradientTransformationExt
       ValueError: no terms.
     """
     if not terms:
-        raise ValueError("add: there is nothing to add. Type add(first, second) with two transformations.")
+        raise ValueError("add: at least one transformation is needed. Type add(first, second).")
 
     def total(*values):
         return functools.reduce(operator.add, values)  # (1)

@@ -147,7 +147,8 @@ def decay_and_step(
     """
     if form not in FORMS:
         raise ValueError(
-            f"{who}: weight_decay_form must be one of {', '.join(map(repr, FORMS))}, but is {form!r}."
+            f"{who}: weight_decay_form must be one of {', '.join(map(repr, FORMS))}, but is {form!r}. "
+            "Type weight_decay_form='coupled'."
         )
     step = scale_by_learning_rate(learning_rate)
     decay = add_decayed_weights(weight_decay, mask, cautious=form == "cautious")  # (3)

@@ -165,7 +165,7 @@ class Signed8(BlockCodec):
         super().__post_init__()
         if self.mapping not in VALUES:
             raise ValueError(
-                f"Signed8: no mapping is called {self.mapping!r}. Type {' or '.join(map(repr, VALUES))}."
+                f"Signed8: mapping must be {' or '.join(map(repr, VALUES))}, but is {self.mapping!r}."
             )
 
     def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:

@@ -97,7 +97,7 @@ class NewtonSchulz:
             )
         if self.iteration not in ITERATIONS:
             raise ValueError(
-                f"NewtonSchulz: no iteration is called {self.iteration!r}. Type one of "
+                f"NewtonSchulz: iteration is {self.iteration!r}. Type one of "
                 f"{', '.join(map(repr, ITERATIONS))}."
             )
         if self.max_stack_bytes < 1:
@@ -196,7 +196,7 @@ def _table(coefficients: str | Coefficients | Table, steps: int) -> Coefficients
         return Coefficients(coefficients).take(steps)
     if coefficients not in PRESETS:
         raise ValueError(
-            f"NewtonSchulz: no coefficients are called {coefficients!r}. Type one of "
+            f"NewtonSchulz: coefficients must be a table or a name, but is {coefficients!r}. Type one of "
             f"{', '.join(map(repr, PRESETS))}, linalg.polar_express(...), or the rows: ((a, b, c), ...)."
         )
     return PRESETS[coefficients](steps)

@@ -187,7 +187,7 @@ def orthogonality_error(x: Stack | Spectrum) -> Numbers:
 def _is_exact(who: str, method: str) -> bool:
     """Whether a method is the exact one; refuse unknown methods."""
     if method not in METHODS:
-        raise ValueError(f"{who}: no method is called {method!r}. Type {' or '.join(map(repr, METHODS))}.")
+        raise ValueError(f"{who}: method is {method!r}. Type {' or '.join(map(repr, METHODS))}.")
     return method == "svd"
 
 
