@@ -6,6 +6,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -62,7 +63,12 @@ def inject_hyperparams(
         for name, value in given.arguments.items():
             if name in RANGES and type(value) is int:
                 given.arguments[name] = float(value)  # an integer would stay one in the state
-        return injected(*given.args, **given.kwargs)
+        tx = injected(*given.args, **given.kwargs)
+
+        def init(params):
+            return jax.tree.map(jnp.copy, tx.init(params))  # the caller's arrays stay out of the state
+
+        return optax.GradientTransformationExtraArgs(init, tx.update)
 
     return make
 

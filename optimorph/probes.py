@@ -8,7 +8,6 @@
 A flat dictionary of numbers is what loggers take.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,26 +39,22 @@ class Leaf(NamedTuple):
     momentum: Any
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
-@dataclasses.dataclass(frozen=True)
-class Readings:
-    """The latest numbers, float32 `(len(names),)`, NaN until they are first measured.
+class ProbeState(NamedTuple):
+    """The inner state, how many updates there have been, and the latest numbers.
 
     Args:
-      values: one number for each name.
-      names: `path/metric`.
+      inner: as the inner transformation has it.
+      count: int32.
+      values: float32 `(n,)`, one for each name; 0 until it is measured.
+      measured: bool `(n,)`; False until the first measurement, and where the gradient was missing.
+      names: `path/metric` of all values, UTF-8 bytes with a line feed between names, uint8.
     """
-
-    values: Any
-    names: tuple[str, ...]
-
-
-class ProbeState(NamedTuple):
-    """The inner state, how many updates there have been, and what was last seen."""
 
     inner: Any
     count: jax.Array
-    readings: Any
+    values: jax.Array
+    measured: jax.Array
+    names: jax.Array
 
 
 def _rms(x: jax.Array) -> jax.Array:
@@ -146,37 +141,42 @@ def probe(
             f"{path}/{name}".lstrip("/")
             for name in metrics
             for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
-            if is_trainable(leaf)
+            if hasattr(leaf, "dtype")
+            and is_trainable(leaf)
             and 0 not in np.shape(leaf)
             and (path in moments or name.split("_")[0] not in ("cosine", "momentum"))
             and (name in OF_LEAVES or form(path, np.shape(leaf)) is not None)
         )
 
-    def measure(names: tuple[str, ...], leaves: dict[str, Leaf]) -> jax.Array:
-        """All numbers; NaN for a leaf without a gradient."""
+    def measure(names: tuple[str, ...], leaves: dict[str, Leaf]) -> tuple[jax.Array, jax.Array]:
+        """All numbers, and which of them were measured: those of leaves with a gradient."""
         wanted = [(path, metric) for path, _, metric in (name.rpartition("/") for name in names)]
         there = [(path, name) for path, name in wanted if path in leaves]
         found = {(path, name): OF_LEAVES[name](leaves[path]) for path, name in there if name in OF_LEAVES}
         found |= _of_matrices([pair for pair in there if pair not in found], leaves, form, exact)
-        return jnp.stack([jnp.asarray(found.get(pair, jnp.nan), jnp.float32) for pair in wanted])
+        values = [jnp.asarray(found.get(pair, 0.0), jnp.float32) for pair in wanted]
+        return jnp.stack(values), jnp.asarray([pair in found for pair in wanted])
 
     def init(params):
         state = inner.init(params)
         names = names_of(params, state)
-        numbers = jnp.full(len(names), jnp.nan, jnp.float32)
-        return ProbeState(state, jnp.zeros([], jnp.int32), Readings(numbers, names))
+        values, measured = jnp.zeros(len(names), jnp.float32), jnp.zeros(len(names), bool)
+        return ProbeState(state, jnp.zeros([], jnp.int32), values, measured, _as_bytes(names))
 
     def update(updates, state, params=None, **extra):
         if any(name.startswith("weight") or name == "update_to_weight" for name in metrics):
             check_params("probe", params, "it is asked for numbers about weights")
         out, after = inner.update(updates, state.inner, params, **extra)
-        values, names = state.readings.values, state.readings.names
+        names = names_of(updates if params is None else params, state.inner)
+        if len(names) != state.values.shape[-1]:
+            check_params("probe", params, "without them it cannot tell which gradients are missing")
+        values, measured = state.values, state.measured
         if names:
             due = state.count % every == 0
-            values = jax.lax.cond(
-                due, lambda: measure(names, _leaves(updates, out, params, after)), lambda: values
+            values, measured = jax.lax.cond(
+                due, lambda: measure(names, _leaves(updates, out, params, after)), lambda: (values, measured)
             )
-        return out, ProbeState(after, increment(state.count), Readings(values, names))
+        return out, ProbeState(after, increment(state.count), values, measured, state.names)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -201,8 +201,8 @@ def read(state: PyTree) -> dict[str, Any]:
 def _said(node: Any) -> dict[str, Any]:
     """What one state says for itself."""
     if isinstance(node, ProbeState):
-        values = np.moveaxis(np.asarray(node.readings.values), -1, 0)
-        return dict(zip(node.readings.names, map(_plain, values), strict=True))
+        values = np.where(node.measured, node.values, np.float32(np.nan))
+        return dict(zip(_as_names(node.names), map(_plain, np.moveaxis(values, -1, 0)), strict=True))
     if hasattr(node, "hyperparams"):
         return {name: _plain(value) for name, value in node.hyperparams.items()}
     return {role.reading: _plain(getattr(node, field)) for field, role in _readings(node).items()}
@@ -215,6 +215,17 @@ def _readings(node: Any) -> dict[str, Role]:
 
 def _speaks(node: Any) -> bool:
     return isinstance(node, ProbeState) or hasattr(node, "hyperparams") or bool(_readings(node))
+
+
+def _as_bytes(names: Sequence[str]) -> jax.Array:
+    return jnp.asarray(np.frombuffer("\n".join(names).encode(), np.uint8))
+
+
+def _as_names(names: Any) -> list[str]:
+    names = np.asarray(names)
+    while names.ndim > 1:  # of vmap
+        names = names[0]
+    return names.tobytes().decode().split("\n") if names.size else []
 
 
 def _plain(x: Any) -> Any:
@@ -292,4 +303,4 @@ def _check(metrics: Sequence[str], every: int) -> None:
         raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=25.")
 
 
-__all__ = ["CHEAP", "SPECTRAL", "ProbeState", "Readings", "probe", "read"]
+__all__ = ["CHEAP", "SPECTRAL", "ProbeState", "probe", "read"]

@@ -80,7 +80,9 @@ def check_numbers(who: str, **values: Any) -> None:
                 f"{who}: {name} must be one number {text}, but has shape {shape}. "
                 f"For a sweep over {name}, jax.vmap a function of one {name}."
             )
-        if not isinstance(value, Tracer) and not inside(value):
+        if not isinstance(value, Tracer) and not inside(
+            np.asarray(value).item()
+        ):  # jnp would trace it in jit
             raise ValueError(f"{who}: {name} must be {text}, but is {value}. {fix}")
 
 

@@ -78,8 +78,8 @@ def as_schedule(value: ScalarOrSchedule) -> Schedule:
 
 
 def as_float32(value: Numeric) -> jax.Array:
-    """A number as states keep it for people to read."""
-    return jnp.asarray(value, jnp.float32)
+    """A number as states keep it for people to read: an array of its own, which may be donated."""
+    return jnp.array(value, jnp.float32, copy=True)
 
 
 def is_array(leaf: Any) -> bool:
@@ -140,10 +140,10 @@ def full_like(w: Any, value: Numeric = 0.0, dtype: DTypeLike | None = None) -> j
     return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
 
 
-def common(x: jax.Array, moment: Any) -> tuple[jax.Array, jax.Array]:
+def common(x: jax.Array, moment: Any) -> tuple[Any, Any]:
     """A gradient in float32 or wider and a stored moment, both in the wider dtype of the two."""
     if x.dtype == moment.dtype:
-        return x, moment
+        return x, jnp.asarray(moment)
     moment = upcast(moment)
     dtype = np.promote_types(x.dtype, moment.dtype)
     return x.astype(dtype), moment.astype(dtype)

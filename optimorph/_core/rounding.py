@@ -39,7 +39,7 @@ def leaf_key(key: jax.Array, path: str) -> jax.Array:
 def leaf_keys(key: jax.Array, paths: Sequence[str]) -> jax.Array:
     """Those of many leaves, in as many operations as one."""
     hashes = jnp.asarray([zlib.crc32(path.encode()) for path in paths], jnp.uint32)
-    return _mix(_words(key) + _mix(hashes[:, None]))
+    return _mix(_words(key)[None] + _mix(hashes[:, None]))
 
 
 def places(shape: Shape, steps: Sequence[int] | None = None) -> jax.Array:
@@ -118,5 +118,5 @@ def _carried(x: jax.Array, lower: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     upper = ((bits + lower) >> 16).astype(jnp.uint16)
     upper = jnp.where(jnp.isfinite(x) & (upper & 0x7FFF == 0x7F80), upper - 1, upper)
-    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-    return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), rounded)
+    upper = jnp.where(jnp.isnan(x), jnp.uint16(0x7FC0), upper)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)

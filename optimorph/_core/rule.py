@@ -268,6 +268,7 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
         raise difference(who, updates, params) from error
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
         if isinstance(g, ABSENT):
+            ws[k] = w if hasattr(w, "dtype") else None  # functions and Python numbers are not trained
             continue
         if is_missing(g):
             gs[k] = None

@@ -42,8 +42,9 @@ def partition(
         return optax.partition({**transforms}, lambda _: tree_labels)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):
-        gs, tree, _ = aligned("partition", updates, params)
+        gs, tree, ws = aligned("partition", updates, params)
         updates = tree.unflatten(gs)
+        params = None if params is None else tree.unflatten(ws)
         leaves = updates if params is None else params  # params have shapes where gradients are missing
         return split(leaves).update(updates, state, params, **extra)
 

@@ -1,0 +1,155 @@
+"""States are plain arrays of their own: donated, saved by any library, and made under any flag."""
+
+import copy
+import pickle
+
+import catalog
+import equinox as eqx
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_contract import gradients, parameters
+
+import optimorph as om
+from optimorph import probes
+
+ENTRIES = [
+    *catalog.ENTRIES,
+    catalog.Entry("probe", lambda om: probes.probe(om.adamw(0.1), every=2), None),
+    catalog.Entry("int8", lambda om: om.adamw(0.1, state="int8"), None),
+    catalog.Entry("muon-int8", lambda om: om.muon(0.1, state="int8"), None),
+    catalog.Entry("nu_dtype", lambda om: om.adamw(0.1, nu_dtype="bfloat16"), None),
+    catalog.Entry("in_bfloat16-optax", lambda om: om.in_bfloat16(optax.scale_by_adam()), None),
+]
+every = pytest.mark.parametrize("entry", ENTRIES, ids=[entry.id for entry in ENTRIES])
+FEW = "adamw", "muon", "sgd-momentum", "probe", "int8", "clip*always", "multi_steps", "skip_nonfinite"
+
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "skip_nonfinite": om.skip_nonfinite,
+    "multi_steps": lambda tx: om.multi_steps(tx, 2),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 2),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "probe": lambda tx: probes.probe(tx, every=2),
+    "masked": lambda tx: optax.masked(tx, lambda tree: jax.tree.map(lambda x: x.ndim > 0, tree)),
+    "partition": lambda tx: om.partition({"*": "all"}, {"all": tx}),
+    "compress_state": om.compress_state,
+}
+INJECTED = {
+    "adamw": (om.adamw, {"learning_rate": 0.1}),
+    "adamw of an array": (om.adamw, {"learning_rate": jnp.float32(0.1), "weight_decay": jnp.float32(0.2)}),
+    "muon": (om.muon, {"learning_rate": jnp.float32(0.1)}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """As optax's wrappers need it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def pointers(tree):
+    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and x.size]
+
+
+def check_donation(tx, params, *held):
+    """No buffer of a fresh state is shared, and three steps may donate the state; `held` stays alive."""
+    for init in (tx.init, jax.jit(tx.init)):
+        state = init(params)
+        own = pointers(state)
+        assert len(set(own)) == len(own)
+        assert not {*own} & {*pointers((params, held))}
+        step = jax.jit(lambda g, s, p: tx.update(g, s, p), donate_argnums=1)
+        for seed in range(3):
+            g = jax.tree.map(lambda p, seed=seed: (p * (0.1 + seed)).astype(p.dtype), params)
+            _, state = step(g, state, params)
+    for x in held:
+        np.asarray(x)
+
+
+@pytest.mark.examples(
+    "alone-adamw", "skip_nonfinite-adamw", "alone-muon", "multi_steps-adamw", "*-clip*always"
+)
+@every
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_fresh_states_can_be_donated(wrapper, entry):
+    if wrapper == "compress_state" and entry.id.startswith(("compress_state", "int8", "muon-int8")):
+        return
+    check_donation(WRAPPERS[wrapper](entry.build()), parameters(entry))
+
+
+@pytest.mark.examples("alone-adamw of an array", "skip_nonfinite-adamw")
+@pytest.mark.parametrize("name", INJECTED)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_callers_numbers_stay_alive(wrapper, name):
+    """In the state of `inject_hyperparams` and, as readings, in that of the optimizer itself."""
+    make, numbers = INJECTED[name]
+    params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    arrays = [x for x in numbers.values() if isinstance(x, jax.Array)]
+    for tx in (om.inject_hyperparams(make)(**numbers), make(**numbers)):
+        check_donation(WRAPPERS[wrapper](tx), params, *arrays)
+
+
+FLAGS = {
+    "x64": lambda: jax.enable_x64(True),
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "checking_leaks": jax.checking_leaks,
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+}
+
+
+@pytest.mark.examples(*(f"*-{name}" for name in FEW))
+@every
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags(flag, entry):
+    """Two updates, jitted and not, give finite numbers under every flag that finds faults in programs."""
+    if entry.id == "skip_nonfinite-each-third" and flag.startswith("debug"):
+        return  # it is given a NaN
+    if entry.id == "in_bfloat16-optax" and flag == "strict promotion":
+        return  # optax's own rule is not written for it
+    with FLAGS[flag]():
+        tx, params = entry.make(om), parameters(entry, jnp.bfloat16)
+        for update in (tx.update, jax.jit(tx.update)):
+            state = tx.init(params)
+            for seed in range(2):
+                _, state = update(gradients(params, seed), state, params)
+
+
+@pytest.mark.examples(*FEW)
+@every
+def test_saved_and_restored(entry):
+    """By Flax, Equinox, pickle and NumPy: to the bit, and in the same structure."""
+    tx, params = entry.build(), parameters(entry)
+    blank = tx.init(params)
+    update = jax.jit(tx.update)
+    _, state = update(gradients(params), blank, params)
+    leaves, structure = jax.tree.flatten(state)
+    for restored in (
+        flax.serialization.from_bytes(blank, flax.serialization.to_bytes(state)),
+        flax.serialization.from_state_dict(blank, flax.serialization.to_state_dict(state)),
+        pickle.loads(pickle.dumps(state)),
+        copy.deepcopy(state),
+        jax.tree.map(np.asarray, state),
+        structure.unflatten(leaves),
+        with_equinox(blank, state),
+    ):
+        assert jax.tree.structure(restored) == structure
+        for x, y in zip(jax.tree.leaves(restored), leaves, strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+        update(gradients(params), restored, params)
+
+
+def with_equinox(blank, state):
+    import io
+
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, state)
+    file.seek(0)
+    return eqx.tree_deserialise_leaves(file, blank)
