@@ -64,7 +64,7 @@ def with_a_nan(every):
     def update(updates, count, params=None):
         leaves, tree = jax.tree.flatten(updates)
         for k, g in enumerate(leaves[:1]):
-            leaves[k] = jnp.where((count + 1) % every == 0, jnp.nan, g).astype(g.dtype)
+            leaves[k] = jnp.where((count + 1) % every == 0, jnp.nan, g).astype(jnp.result_type(g))
         return tree.unflatten(leaves), count + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)

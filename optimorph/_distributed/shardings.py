@@ -43,6 +43,23 @@ def explicit_axes(arrays: Sequence[jax.Array]) -> tuple[str, ...]:
     return tuple(name for name, axis_type in pairs if axis_type is AxisType.Explicit)
 
 
+def with_type_of(x: jax.Array, like: Any) -> jax.Array:
+    """`x` with the sharding of another array's type, over `Explicit` mesh axes; unchanged over other axes."""
+    own, other = jax.typeof(x).sharding, getattr(like, "sharding", None)
+    other = jax.typeof(like).sharding if isinstance(like, jax.Array) else other
+    if not isinstance(other, NamedSharding) or own.spec == other.spec:
+        return x
+    return jax.sharding.reshard(x, other) if AxisType.Explicit in other.mesh.axis_types else x
+
+
+def in_mesh(x: jax.Array) -> jax.Array:
+    """`x`, replicated over the mesh in use if that has `Explicit` axes and the array's type has no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Explicit not in mesh.axis_types or not jax.typeof(x).sharding.mesh.empty:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec())
+
+
 def partition_spec(sharding: Sharding) -> PartitionSpec:
     """A sharding without its mesh."""
     return sharding if isinstance(sharding, PartitionSpec) else sharding.spec
@@ -96,6 +113,8 @@ def shardings_of(
         return None
     shardings = [match(path, x.shape) for path, x in zip(paths, arrays, strict=True)]
     shardings = [PartitionSpec() if sharding is None else sharding for sharding in shardings]
+    if not manual and all(sharding == PartitionSpec() for sharding in shardings):
+        return None  # replicated, as any array is without a mesh
     meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
     mesh = jax.sharding.get_abstract_mesh() if manual or not meshes else next(iter(meshes))
     leaves = zip(paths, arrays, shardings, strict=True)

@@ -1,6 +1,5 @@
 """What the optimizers of matrices share: the end of the chain, other leaves, storage of the state."""
 
-import warnings
 from collections.abc import Mapping
 
 import optax
@@ -12,7 +11,7 @@ from optimorph._core.types import AxesRules, DTypeLike, Mask, Rules, ScalarOrSch
 from optimorph._recipes.optimizers import adamw
 from optimorph._recipes.route_matrices import routed
 from optimorph._recipes.state_storage import with_state_storage
-from optimorph._routing.rules import lookup, unused
+from optimorph._routing.rules import lookup, warn_unused
 from optimorph._storage.codec_rules import linear
 from optimorph._storage.encoding import named
 from optimorph._transforms.matrices import scale_by_shape
@@ -75,8 +74,8 @@ def of_matrices(
     def init(params):
         paths = leaf_paths(params)
         moments = [named(kind, path) for kind in (FIRST, SECOND) for path in paths]
-        for rule in unused(rules, moments) if isinstance(rules, Mapping) and paths else ():
-            warnings.warn(f"{who}: no moment matches the rule {rule!r} of state.", stacklevel=2)
+        if isinstance(rules, Mapping):
+            warn_unused(who, "state", rules, moments, "moment")
         return tx.init(params)
 
     return tx.with_init(init)

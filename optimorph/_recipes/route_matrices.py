@@ -16,7 +16,7 @@ from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import by_whole_shape
 from optimorph._routing.leaf_spec import LeafSpec, resolve_axes
-from optimorph._routing.rules import labels, lookup_if_given, unused
+from optimorph._routing.rules import labels, lookup_if_given, warn_unused
 
 MATRIX, OTHER = "matrix", "other"
 
@@ -87,11 +87,15 @@ def routed(
     def init(params):
         leaves, tree = arrays(who, params)
         paths = Leaves(tree, leaves).paths
-        for rule in unused(axes, paths) if axes is not None and paths else ():
-            warnings.warn(f"{who}: no leaf matches the rule {rule!r} of axes.", stacklevel=2)
+        warn_unused(who, "axes", axes, paths)
         params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves)
         forms = tree.flatten_up_to(labels(form)(params))
         forms = [None if is_absent(w) else f for f, w in zip(forms, leaves, strict=True)]
+        if paths and not any(forms):
+            warnings.warn(
+                f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
+                stacklevel=2,
+            )
         with handed_down(matrix_axes=forms, shardings=match):
             return parted(tree, forms).init(params)
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import optax
 
 from optimorph._core.checks import LeafError
+from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import aligned
 from optimorph._core.types import Rules
-from optimorph._routing.rules import NO_MATCH, labels, lookup
+from optimorph._routing.rules import NO_MATCH, labels, lookup, warn_unused
 
 
 def partition(
@@ -48,4 +49,8 @@ def partition(
         leaves = updates if params is None else params  # params have shapes where gradients are missing
         return split(leaves).update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(lambda params: split(params).init(params), update)
+    def init(params):
+        warn_unused("partition", "rules", rules, leaf_paths(params))
+        return split(params).init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)

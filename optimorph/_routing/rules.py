@@ -1,9 +1,12 @@
 """Rules: a value for each leaf, by its path and shape."""
 
+import contextlib
 import dataclasses
+import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
 
@@ -16,6 +19,7 @@ from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves
 from optimorph._core.types import Mask, PyTree, Rules, Shape
 from optimorph._routing.grouping import format_groups
+from optimorph.linalg import Axes
 
 Pattern = str | re.Pattern[str]
 
@@ -148,27 +152,55 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
     Raises:
       ValueError: naming `who` and a leaf for which the mask has no value.
     """
+    fix = "Pass a tree of booleans like the parameters, or rules such as {'*norm*': False, '*': True}."
+    if isinstance(mask, str | re.Pattern):
+        raise ValueError(f"{who}: the mask is {mask!r}. {fix}")
     if _is_rules(mask):
         match = lookup(mask)
-
-        def selected(path: str, shape: Shape) -> Any:
-            value = match(path, shape)
-            return value if value is NO_MATCH else value is not None and value is not False
-
-        mask = labels(selected)
+        mask = labels(lambda path, shape: _selects(match(path, shape)))
+    elif callable(mask) and isinstance(mask(leaves.tree), bool) and len(leaves.values) > 1:
+        raise ValueError(
+            f"{who}: the mask is a function of the tree of parameters, but returned one boolean. "
+            f"Give it two arguments to select leaves by (path, shape). {fix}"
+        )
     mask = mask(leaves.tree) if callable(mask) else mask
     try:
         booleans = jax.tree.broadcast(mask, leaves.tree, is_leaf=lambda x: x is None)
-        return [bool(x) for x in jax.tree.leaves(booleans, is_leaf=lambda x: x is None)]
+        values: dict[Any, Any] = dict(enumerate(jax.tree.leaves(booleans, is_leaf=lambda x: x is None)))
+        keys: list[Any] = [*range(len(leaves.values))]
     except ValueError:
-        values = by_path(mask)
-    for path, leaf in zip(leaves.paths, leaves.values, strict=True):
-        if is_array(leaf) and path not in values:
-            raise ValueError(
-                f"{who}: the mask has no value for {path!r}. Pass a tree of booleans like the parameters, or "
-                "rules such as {'*norm*': False, '*': True}."
-            )
-    return [bool(values.get(path, False)) for path in leaves.paths]
+        values, keys = by_path(mask), leaves.paths
+    for key, path, leaf in zip(keys, leaves.paths, leaves.values, strict=True):
+        if is_array(leaf) and not isinstance(values.get(key), bool | np.bool_):
+            value = f"is {values[key]!r} for" if key in values else "has no value for"
+            raise ValueError(f"{who}: the mask {value} {path!r}. {fix}")
+    return [bool(values.get(key, False)) for key in keys]
+
+
+def _selects(value: Any) -> Any:
+    """Whether a rule of a mask selects a leaf: True, or a spec of `axes`; unchanged if it is neither."""
+    if value is None or isinstance(value, Axes):
+        return value is not None
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return bool(Axes(value))
+    return value
+
+
+def warn_unused(
+    who: str, argument: str, rules: Rules | None, paths: Sequence[str], what: str = "leaf"
+) -> None:
+    """Warn of rules that match no leaf, or no moment, and name similar paths."""
+    for rule in unused(rules, paths) if rules is not None and paths else ():
+        similar = difflib.get_close_matches(rule, paths, 3, 0.3)
+        text = f" Similar: {', '.join(map(repr, similar))}." if similar else ""
+        warnings.warn(f"{who}: no {what} matches the rule {rule!r} of {argument}.{text}", stacklevel=3)
+
+
+def warn_unused_mask(who: str, mask: Mask, paths: Sequence[str]) -> None:
+    """`warn_unused` of a mask that is rules by pattern."""
+    if has_patterns(mask) and _is_rules(mask):
+        warn_unused(who, "mask", mask, paths)
 
 
 def _is_rules(mask: Mask) -> bool:

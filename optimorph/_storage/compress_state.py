@@ -16,7 +16,7 @@ from optimorph._core.roles import Role, scalar
 from optimorph._core.rounding import leaf_key, leaf_keys
 from optimorph._core.rule import Rule, rule_of, transform
 from optimorph._core.types import PyTree, Rules
-from optimorph._routing.rules import unused
+from optimorph._routing.rules import warn_unused
 from optimorph._storage.codec_rules import SMALL, codec_rule
 from optimorph._storage.compressed import CompressedState
 from optimorph._storage.elementwise import NotElementwiseError
@@ -260,8 +260,7 @@ def _missing(updates: PyTree) -> set[str]:
 
 
 def _warn(rules: Rules | None, moments: list[str]) -> None:
-    for rule in unused(rules, moments) if rules is not None and moments else ():
-        warnings.warn(f"{WHO}: no moment matches the rule {rule!r}.", stacklevel=2)
+    warn_unused(WHO, "rules", rules, moments, "moment")
 
 
 def _warn_unknown(name: str) -> None:

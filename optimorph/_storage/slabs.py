@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from optimorph._core.rounding import places
 from optimorph._core.types import PyTree, Shape
+from optimorph._distributed.shardings import in_mesh, with_type_of
 
 SIZES = {"cpu": (1 << 12, 1 << 14)}
 OTHER_SIZES = (1 << 20, 1 << 22)
@@ -76,7 +77,8 @@ def in_slabs(
 
     def put(arrays: PyTree, slab: PyTree, start: Any) -> PyTree:
         def one(x, new):
-            return jax.lax.dynamic_update_slice_in_dim(x, cut(new), start, -2, allow_negative_indices=False)
+            new = with_type_of(cut(new), x)
+            return jax.lax.dynamic_update_slice_in_dim(x, new, start, -2, allow_negative_indices=False)
 
         return jax.tree.map(one, arrays, slab)
 
@@ -92,7 +94,7 @@ def in_slabs(
         written = put(written, begun, start)
         return written, make(take(written, k * rows, rows), take(read, k * rows, rows))
 
-    written, read = jax.tree.map(cut, (written, read))
+    written, read = jax.tree.map(lambda x: cut(in_mesh(x)), (written, read))
     first = take(written, 0, rows)
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, first, take(read, 0, rows)))
     # the last turn stores what the one before has made; what it makes itself is of no use

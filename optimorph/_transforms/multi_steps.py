@@ -12,7 +12,7 @@ from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, is_absent, upcast
 from optimorph._core.rule import aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, PyTree
-from optimorph._distributed.shardings import manual_axes
+from optimorph._distributed.shardings import manual_axes, with_type_of
 
 
 class MultiStepsState(NamedTuple):
@@ -90,11 +90,11 @@ def multi_steps(
             return map_updates("multi_steps", lambda g, u: cast_like(u, g), updates, out), after
 
         def wait():
-            shapes, _ = jax.eval_shape(step)
+            shapes, after = jax.eval_shape(step)
             nothing = map_updates(
-                "multi_steps", lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, shapes
+                "multi_steps", lambda g, u: with_type_of(jnp.zeros_like(g, dtype=u.dtype), u), updates, shapes
             )
-            return nothing, state.inner
+            return nothing, jax.tree.map(with_type_of, state.inner, after)
 
         out, after = jax.lax.cond(due, step, wait)  # (2), (3)
         kept = jax.tree.map(

@@ -12,7 +12,7 @@ from optimorph._core.numbers import as_float32, as_scalar, as_schedule, incremen
 from optimorph._core.roles import holds, roles_of, scalar
 from optimorph._core.rule import Rule, pointwise, transform
 from optimorph._core.types import Mask, ScalarOrSchedule
-from optimorph._routing.rules import masked_leaves
+from optimorph._routing.rules import masked_leaves, warn_unused_mask
 
 FORMS = ("coupled", "independent", "cautious")
 
@@ -75,6 +75,9 @@ def add_decayed_weights(
 
     def begin(leaves):
         count = jnp.zeros([], jnp.int32)
+        if mask is not None and not never:
+            masked_leaves(who, mask, leaves)
+            warn_unused_mask(who, mask, leaves.paths)
         return DecayState(count, as_float32(decay_at(count)))
 
     def advance(state, leaves):
