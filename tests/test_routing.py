@@ -589,6 +589,38 @@ def test_what_is_typed_as_the_error_says_is_enough():
     om.muon(0.1, axes={"a[0]": "bio", "b*": "bio"}).init(params)
 
 
+def test_a_tree_without_matrices_is_reported():
+    for tree in ({"embed": {"embedding": jnp.ones((8, 4))}, "scale": jnp.ones(3)}, jnp.ones(12)):
+        with pytest.warns(UserWarning, match=r"muon: no leaf is a matrix.*optimorph\.plan"):
+            om.muon(0.1).init(tree)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ("*kernel", r"the mask is '\*kernel'"),
+        ({"*bias": "no", "*": True}, r"the mask is 'no' for 'bias'"),
+        ({"kernel": 1.5, "bias": False}, r"the mask is 1\.5 for 'kernel'"),
+        (lambda path: "bias" not in path, ".*returned one boolean"),
+        ({"kernel": True}, "the mask has no value for 'bias'"),
+    ],
+    ids=["a pattern", "a word", "a number", "of a path alone", "of some leaves"],
+)
+def test_masks_that_mean_nothing_are_refused(mask, words):
+    params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    for tx in (om.adamw(0.1, weight_decay=0.1, mask=mask), om.add_decayed_weights(0.1, mask)):
+        with pytest.raises(ValueError, match=f"add_decayed_weights: {words}"):
+            tx.init(params)
+
+
+def test_rules_that_match_nothing_are_reported():
+    params = {"dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
+    with pytest.warns(UserWarning, match=r"'dense/bais' of mask\. Similar: 'dense/bias'"):
+        om.adamw(0.1, weight_decay=0.1, mask={"dense/bais": False, "*": True}).init(params)
+    with pytest.warns(UserWarning, match=r"partition: no leaf matches the rule 'norm/\*' of rules"):
+        om.partition({"norm/*": "a", "*": "b"}, {"a": om.sgd(0.1), "b": om.adam(0.1)}).init(params)
+
+
 @pytest.mark.parametrize(
     "rules", [{"bloks/*": None}, {"bloks/0/kernel": None}, {"bloks": [{"kernel": "io"}]}]
 )

@@ -268,7 +268,7 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
         raise difference(who, updates, params) from error
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
         if isinstance(g, ABSENT):
-            ws[k] = w if hasattr(w, "dtype") else None  # functions and Python numbers are not trained
+            ws[k] = w if hasattr(w, "dtype") or isinstance(w, ABSENT) else None  # not functions
             continue
         if is_missing(g):
             gs[k] = None
@@ -324,9 +324,8 @@ def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, pa
 
 
 def _fits(g: Any, m: Any) -> bool:
-    if getattr(m, "shape", None) != np.shape(g):
-        return False
-    return jnp.iscomplexobj(m) or not jnp.iscomplexobj(g)
+    same = getattr(m, "shape", None) == np.shape(g)
+    return same and (jnp.iscomplexobj(m) or not jnp.iscomplexobj(g))
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

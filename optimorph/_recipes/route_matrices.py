@@ -91,7 +91,7 @@ def routed(
         params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves)
         forms = tree.flatten_up_to(labels(form)(params))
         forms = [None if is_absent(w) else f for f, w in zip(forms, leaves, strict=True)]
-        if paths and not any(forms):
+        if axes is None and paths and not any(forms):
             warnings.warn(
                 f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
                 stacklevel=2,
