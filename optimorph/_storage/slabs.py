@@ -63,6 +63,8 @@ def in_slabs(
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     steps.insert(-2, math.prod(shape[-2:]) // pieces)
 
+    in_use = not jax.sharding.get_abstract_mesh().empty
+
     def cut(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-2], pieces, x.shape[-2] // pieces, x.shape[-1])
 
@@ -77,7 +79,7 @@ def in_slabs(
 
     def put(arrays: PyTree, slab: PyTree, start: Any) -> PyTree:
         def one(x, new):
-            new = with_type_of(cut(new), x)
+            new = with_type_of(cut(new), x) if in_use else cut(new)
             return jax.lax.dynamic_update_slice_in_dim(x, new, start, -2, allow_negative_indices=False)
 
         return jax.tree.map(one, arrays, slab)
@@ -94,7 +96,7 @@ def in_slabs(
         written = put(written, begun, start)
         return written, make(take(written, k * rows, rows), take(read, k * rows, rows))
 
-    written, read = jax.tree.map(lambda x: cut(in_mesh(x)), (written, read))
+    written, read = jax.tree.map(lambda x: cut(in_mesh(x) if in_use else x), (written, read))
     first = take(written, 0, rows)
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, first, take(read, 0, rows)))
     # the last turn stores what the one before has made; what it makes itself is of no use
