@@ -6,6 +6,7 @@ faster to compile than many; messages say which recipe it was.
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import catalog
@@ -199,6 +200,40 @@ class Net(eqx.Module):
     activation: object  # a leaf that is no array
     head: jax.Array
     name: str = eqx.field(static=True, default="net")
+
+
+class WithNumbers(eqx.Module):
+    layer: eqx.nn.Linear
+    dropout: eqx.nn.Dropout  # holds a Python float
+    activation: Callable
+
+    def __call__(self, x):
+        return self.activation(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        om.adamw(1e-3, weight_decay=0.1, mask={"*bias": False, "*": True}),
+        om.muon(0.02),
+        om.partition({"*weight": "a", "*": "b"}, {"a": om.adamw(1e-3), "b": om.sgd(0.1)}),
+        om.multi_steps(om.adamw(1e-3), 2),
+        om.skip_nonfinite(om.adamw(1e-3)),
+        om.adamw(1e-3, state="int8"),
+        optax.chain(om.clip_by_global_norm(1.0), om.adamw(1e-3)),
+    ],
+    ids=["adamw", "muon", "partition", "multi_steps", "skip_nonfinite", "int8", "clip"],
+)
+def test_equinox_models_whole(tx):
+    """`init` of the filtered model and `update` with the whole one, which holds functions and numbers."""
+    model = WithNumbers(eqx.nn.Linear(4, 4, key=jax.random.key(0)), eqx.nn.Dropout(0.1), jax.nn.relu)
+    g = eqx.filter_grad(lambda m: jnp.sum(jax.vmap(m)(jnp.ones((3, 4))) ** 2))(model)
+    arrays = eqx.filter(model, eqx.is_inexact_array)
+    state = tx.init(arrays)
+    whole, _ = eqx.filter_jit(tx.update)(g, state, model)
+    filtered, _ = eqx.filter_jit(tx.update)(g, state, arrays)
+    for u, v in zip(jax.tree.leaves(whole), jax.tree.leaves(filtered), strict=True):
+        np.testing.assert_array_equal(u, v)
 
 
 def test_equinox():

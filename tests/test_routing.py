@@ -589,6 +589,14 @@ def test_what_is_typed_as_the_error_says_is_enough():
     om.muon(0.1, axes={"a[0]": "bio", "b*": "bio"}).init(params)
 
 
+def test_shardings_that_say_replicated_need_no_mesh():
+    """What the error inside `shard_map` says to type is right outside too."""
+    tx, params = om.muon(0.1, shardings={"*": jax.sharding.PartitionSpec()}), {"kernel": jnp.ones((8, 8))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    plain, _ = om.muon(0.1).update(params, om.muon(0.1).init(params), params)
+    np.testing.assert_array_equal(updates["kernel"], plain["kernel"])
+
+
 def test_a_tree_without_matrices_is_reported():
     for tree in ({"embed": {"embedding": jnp.ones((8, 4))}, "scale": jnp.ones(3)}, jnp.ones(12)):
         with pytest.warns(UserWarning, match=r"muon: no leaf is a matrix.*optimorph\.plan"):

@@ -78,23 +78,27 @@ def multi_steps(
                 return mean
             m = upcast(mean)
             n = as_scalar(count, m)
-            return m + (upcast(g).astype(m.dtype) / n - m / n)
+            g = with_type_of(upcast(g).astype(m.dtype), m)
+            return m + (g / n - m / n)
 
         mean = jax.tree.map(add, updates, state.mean, is_leaf=is_absent)  # (1)
         sound = _on_all_devices(_all_finite(updates))
         due = sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))
 
         def step():
-            g = map_updates("multi_steps", lambda g, m: m.astype(upcast(g).dtype), updates, mean)
+            g = map_updates(
+                "multi_steps", lambda g, m: with_type_of(m.astype(upcast(g).dtype), g), updates, mean
+            )
             out, after = inner.update(g, state.inner, params, **extra)
-            return map_updates("multi_steps", lambda g, u: cast_like(u, g), updates, out), after
+            out = map_updates("multi_steps", lambda g, u: with_type_of(cast_like(u, g), g), updates, out)
+            return out, jax.tree.map(with_type_of, after, state.inner)
 
         def wait():
-            shapes, after = jax.eval_shape(step)
+            shapes, _ = jax.eval_shape(step)
             nothing = map_updates(
-                "multi_steps", lambda g, u: with_type_of(jnp.zeros_like(g, dtype=u.dtype), u), updates, shapes
+                "multi_steps", lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, shapes
             )
-            return nothing, jax.tree.map(with_type_of, state.inner, after)
+            return nothing, state.inner
 
         out, after = jax.lax.cond(due, step, wait)  # (2), (3)
         kept = jax.tree.map(

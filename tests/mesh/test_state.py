@@ -73,3 +73,41 @@ def test_several_gradients_for_one_muon(mode):
     rounding.close(there.inner, here.inner)
     assert int(there.steps) == 1
     assert all(bool(jnp.all(x == 0)) for x in jax.tree.leaves(there.mean))
+
+
+def explicit(shape, names):
+    count = int(np.prod(shape))
+    axis_types = (AxisType.Explicit,) * len(shape)
+    return jax.make_mesh(shape, names, axis_types, devices=jax.devices()[:count])
+
+
+@pytest.mark.parametrize(
+    ("state", "gradient"), [(P("x", "y"), P()), (P(), P("x")), (P(None, "y"), P("x", "y"))], ids=str
+)
+def test_microbatches_whose_shardings_differ(state, gradient):
+    """State, gradients and parameters with different shardings over Explicit axes, as after a restore."""
+    mesh = explicit((2, 4), ("x", "y"))
+    with jax.set_mesh(mesh):
+        tx = om.multi_steps(om.adam(0.1), 2)
+
+        def put(spec):
+            return {"w": jax.device_put(jnp.ones((8, 8)), jax.sharding.NamedSharding(mesh, spec))}
+
+        held, step = jax.jit(tx.init)(put(state)), jax.jit(tx.update)
+        for _ in range(2):
+            updates, held = step(put(gradient), held, put(P()))
+        np.testing.assert_allclose(np.asarray(updates["w"]), -0.1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [None, P("x"), P(None, "x")], ids=["no mesh", "rows", "columns"])
+def test_eight_bits_over_explicit_axes(spec):
+    """Also arrays whose types have no mesh, while one is in use."""
+    params = {"w": jnp.linspace(-1.0, 1.0, 64 * 1024).reshape(64, 1024)}
+    tx = om.adamw(0.1, state="int8")
+    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    mesh = explicit((8,), ("x",))
+    with jax.set_mesh(mesh):
+        if spec is not None:
+            params = jax.device_put(params, jax.sharding.NamedSharding(mesh, spec))
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    rounding.close(np.asarray(updates["w"]), np.asarray(expected["w"]), units=8, dtype="float32")
