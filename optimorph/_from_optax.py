@@ -306,7 +306,12 @@ def _advice(slot: Slot) -> str:
 
 
 def _owners(state: PyTree) -> str:
-    """The names in optax of what a state belongs to."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in OPTAX)
-    names = dict.fromkeys(OPTAX[type(node).__name__][0] for node in nodes if type(node).__name__ in OPTAX)
-    return " and ".join(names) or "sgd without momentum"
+    """What a state belongs to: the names in optax, or the types of this library's states."""
+
+    def is_state(node: Any) -> bool:
+        return type(node).__name__ in OPTAX or hasattr(node, "roles")
+
+    names = [type(node).__name__ for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]
+    theirs = dict.fromkeys(OPTAX[name][0] for name in names if name in OPTAX)
+    own = [f"an optimizer of this library with {', '.join(dict.fromkeys(names))}"] if names else []
+    return " and ".join(theirs) or next(iter(own), "sgd without momentum")
