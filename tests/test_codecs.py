@@ -614,6 +614,16 @@ def test_updates_stay_small(draw, size):
     assert found <= 2.5 or wide > 2.48  # as float32 is with the heaviest tails
 
 
+@pytest.mark.parametrize("codec", [Signed8(), Nonneg8()], ids=lambda codec: type(codec).__name__)
+def test_accelerators_round(codec):
+    """XLA for GPUs has made -1 of the last bits of a sum: the trick of CPUs is in no other program."""
+    x, key = jax.ShapeDtypeStruct((4, 256), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    encode = jax.jit(lambda x, key: codec.encode(x, key))
+    for platform in ("cpu", "cuda", "tpu"):
+        text = jax.export.export(encode, platforms=[platform])(x, key).mlir_module()
+        assert ("round_nearest_even" in text) == (platform != "cpu")
+
+
 @pytest.mark.parametrize("draw", [sparse, heaviest])
 def test_updates_would_explode(draw):
     """With a code for zero: why there is none."""

@@ -12,6 +12,9 @@ import numpy as np
 from optimorph._core.types import Shape
 
 
+_NAN = np.array(np.nan, jnp.bfloat16)  # no operation makes it, which jax_debug_nans would refuse
+
+
 def check_key(who: str, key: Any) -> None:
     """Refuse what is no single key of `jax.random`, of either form.
 
@@ -118,5 +121,5 @@ def _carried(x: jax.Array, lower: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     upper = ((bits + lower) >> 16).astype(jnp.uint16)
     upper = jnp.where(jnp.isfinite(x) & (upper & 0x7FFF == 0x7F80), upper - 1, upper)
-    upper = jnp.where(jnp.isnan(x), jnp.uint16(0x7FC0), upper)
-    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    return jnp.where(jnp.isnan(x), _NAN, rounded)
