@@ -11,7 +11,6 @@ import numpy as np
 
 from optimorph._core.types import Shape
 
-
 _NAN = np.array(np.nan, jnp.bfloat16)  # no operation makes it, which jax_debug_nans would refuse
 
 
