@@ -14,7 +14,7 @@ from optimorph._core.types import PyTree
 
 
 def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None) -> PyTree:
-    """Add the updates to the parameters; with a key, round bfloat16 parameters up or down by chance.
+    """Add the updates to the parameters; with a key, round bfloat16 parameters stochastically.
 
         w ← round(w + u)        (1)
 

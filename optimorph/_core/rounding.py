@@ -88,7 +88,7 @@ def _mix(x: jax.Array) -> jax.Array:
 
 
 def stochastic_bfloat16(x: jax.Array, key: jax.Array, place: jax.Array | None = None) -> jax.Array:
-    """float32 numbers rounded to one of their two neighbours in bfloat16, up or down by chance.
+    """float32 numbers rounded to one of their two neighbours in bfloat16, stochastically.
 
         P(up) = (x - below) / (above - below), so that E[rounded] = x        (1)
 

@@ -1,10 +1,10 @@
-"""The recipes: each optimizer is a short sentence of transforms, and the sentence is the formula.
+"""The optimizers: each one is a short chain of transforms, and the chain is the formula.
 
-First moments and velocities are stored in `mu_dtype` (`accumulator_dtype` of `sgd`, optax's name), rounded to
-the nearest; second moments in `nu_dtype`, which in bfloat16 are rounded by chance, as `in_bfloat16` does it.
-Without them moments are in float32, or in the parameter's own dtype if that is wider. In float16 nothing is
-above 65504. `state="int8"` stores the moments of large leaves in one byte each, as `compress_state` does, and
-takes its rules too.
+First moments and velocities are stored in `mu_dtype` (`accumulator_dtype` of `sgd`, optax's name), rounded to the
+nearest. Second moments are stored in `nu_dtype`; bfloat16 is rounded stochastically, as by `in_bfloat16`. The
+default is float32, or the parameter's own dtype if that is wider. float16 cannot hold numbers above 65504.
+`state="int8"` stores the moments of large leaves in one byte each, as `compress_state` does; `state` also takes
+its rules.
 """
 
 from collections.abc import Callable

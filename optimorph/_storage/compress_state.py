@@ -48,47 +48,49 @@ def compress_state(
     seed: int = 0,
     fields: Fields | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keep a transformation's moments in codes of one byte or two, and take them out for the update alone.
+    """Store the moments of a transformation as codes of one or two bytes, and decode them only for the update.
 
         u, s' = inner(g, decode(s))        (1)
         s ← encode(s')                     (2)
 
-        tx = compress_state(optimorph.adamw(1e-3), elementwise=True)      # 2.06 bytes a parameter, not 8
+        tx = compress_state(optimorph.adamw(1e-3))                  # 2.06 bytes a parameter instead of 8
+        tx = compress_state(optax.adamw(1e-3), elementwise=True)
 
-    Updates are those of s', before it is encoded. By default first moments and velocities become `Signed8`
-    and second moments `Nonneg8`, of leaves of at least two axes and 4096 numbers; embeddings, biases, norms
-    and vectors stay as they are, and so does all else that a state has. Rules say otherwise:
+    The updates are those of s' before it is encoded. By default first moments and velocities become `Signed8`
+    and second moments `Nonneg8`, for leaves of at least two axes and 4096 numbers. Embeddings, biases, norms
+    and vectors are not compressed, and neither is anything else in a state. Rules change that:
 
         rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
         rules={"first/*embed*": Signed8(), "second/*embed*": Nonneg8()}      # embeddings too
 
-    Memory: with `elementwise` large leaves go slab by slab, in place, and there is never more of a decoded
-    moment than a slab. That is right for transformations that make every number of an update of the
-    gradient, parameter and moments at the same place: of the recipes here all but `muon`, and optax's `adam`
-    and its like, but no clipping by a norm: put that outside. It is checked when the update is traced.
-    Without, all moments are decoded, and updated, and encoded again.
+    Memory: large leaves are updated slab by slab and in place, so that at most one slab of a moment is decoded
+    at a time. Chains of this library's transforms that work leaf by leaf need no argument for that. Other
+    transformations need `elementwise=True`, which is right if each number of the update depends on the
+    gradient, parameter and moments at the same position alone: for optax's `adam` and its like, but not for
+    clipping by a norm, which belongs outside. It is checked when the update is traced. Without it all moments
+    are decoded, updated and encoded at once.
 
-    The noise of codecs that round by chance is that of the seed, the step, the leaf's path and the place in
-    the leaf: a run that is resumed repeats to the bit, and one on another mesh but for how its compiler
-    rounds. Codes and scales lie as the parameters do; where blocks are not cut no device sends anything.
-    Moments of complex numbers and of float64 stay as they are. Where a gradient is missing so does the state.
-    What is not finite makes its block NaN, and so do gradients above 1.8e19, whose squares are infinite: clip
-    in front, or put `skip_nonfinite` around.
+    The noise of stochastic codecs depends on the seed, the step, the leaf's path and the position in the leaf: a
+    resumed run repeats to the bit, and one on another mesh except for its compiler's rounding. Codes and scales
+    have the parameters' shardings; encoding needs no communication where shards hold whole blocks. Moments of
+    complex numbers and float64 are not compressed. A leaf without a gradient keeps its state. A non-finite
+    number makes its block NaN, and so do gradients above 1.8e19, whose squares are infinite: clip in front, or
+    put `skip_nonfinite` around.
 
     Args:
-      inner: any transformation, of this library or of optax, whose moments begin as one number everywhere.
-      rules: which codec, or None for as it is, by the moment's kind and the leaf's path, "first/..." or
-        "second/...": an ordered mapping from pattern, as that of `labels`, or a function (path, shape). What
-        they do not say, or say `...` of, is as by default.
-      elementwise: whether the inner transformation works place by place.
-      seed: of the noise, an integer in [0, 2³²); that of a state which is restored goes on.
+      inner: any transformation, of this library or of optax, whose moments start as one number everywhere.
+      rules: the codec of each moment, or None for no compression, by "first/" or "second/" and the leaf's path:
+        an ordered mapping from pattern, as in `labels`, or a function (path, shape). Where no rule matches, or
+        the value is `...`, the default holds.
+      elementwise: whether an inner transformation without a rule for one leaf works position by position.
+      seed: of the noise, an integer in [0, 2³²); a restored state keeps its own.
       fields: which fields of further states are moments, and of which kind, such as
         `{"MyState": {"average": "first"}}`. Those of this library and of optax are known.
 
     Raises:
-      ValueError: another seed; at `init`, rules that say what is no codec, a codec without signs of first
-        moments or with a zero of second ones, and two leaves of one path; at `update`, a state of other
-        rules, and, naming the primitive, a transformation that is said to be element-wise and is not.
+      ValueError: another seed; at `init`, a rule that gives no codec, a codec without signs for first moments
+        or with a zero for second ones, and two leaves with one path; at `update`, a state of other rules, and a
+        transformation that is not element-wise, naming the primitive.
 
     References:
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.

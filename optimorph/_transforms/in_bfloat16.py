@@ -24,20 +24,19 @@ class BFloat16State(NamedTuple):
 
 
 def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    """Keep a transformation's state in bfloat16, every number of it rounded up or down by chance.
+    """Keep a transformation's state in bfloat16, rounded stochastically.
 
         u, s' = inner(g, widen(s))        (1)
         s ← round(s'),  E[round(s')] = s'        (2)
 
-    An average with β = 0.999 moves by a thousandth of the way to its goal, a bfloat16 number by 1/256 of
-    itself or not at all: rounded to the nearest, the average stands still before half of the way. Rounded by
-    chance it arrives, with a noise of about 1/256 √((1 - β) / 2) of itself for slow averages. The updates are
-    those of s', before it is rounded.
+    An average with β = 0.999 moves by a thousandth of the way to its goal in a step, and a bfloat16 number by
+    1/256 of itself or not at all. Rounded to the nearest, the average stops before half of the way. Rounded
+    stochastically it arrives, with a relative noise of about 1/256 √((1 - β) / 2) for slow averages. The updates
+    are those of s' before it is rounded.
 
-    The noise is that of the seed, the step and the leaf's path in the state, all of which are kept: a run
-    repeats to the bit, resumed or on another mesh; under `jax.vmap` all runs have the same. Arrays of real
-    numbers are stored in bfloat16, float64 too, which is float32 in between; scalars, integers and complex
-    numbers stay as they are.
+    The noise depends on the seed, the step and the leaf's path, which are all kept: a run repeats to the bit,
+    resumed or on another mesh. Under `jax.vmap` all runs have the same noise. Arrays of real numbers are stored
+    in bfloat16, float64 by way of float32. Scalars, integers and complex numbers are not changed.
 
     Args:
       inner: any transformation; of a recipe, ask for `nu_dtype="bfloat16"`.
