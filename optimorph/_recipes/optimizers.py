@@ -1,10 +1,10 @@
 """The optimizers: each one is a short chain of transforms, and the chain is the formula.
 
-First moments and velocities are stored in `mu_dtype` (`accumulator_dtype` of `sgd`, optax's name), rounded to the
-nearest. Second moments are stored in `nu_dtype`; bfloat16 is rounded stochastically, as by `in_bfloat16`. The
-default is float32, or the parameter's own dtype if that is wider. float16 cannot hold numbers above 65504.
-`state="int8"` stores the moments of large leaves in one byte each, as `compress_state` does; `state` also takes
-its rules.
+First moments and velocities are stored in `mu_dtype` (`accumulator_dtype` of `sgd`, optax's name), rounded
+to the nearest. Second moments are stored in `nu_dtype`; bfloat16 is rounded stochastically, as by
+`in_bfloat16`. The default is float32, or the parameter's own dtype if that is wider. float16 cannot hold
+numbers above 65504. `state="int8"` stores the moments of large leaves in one byte each, as `compress_state`
+does; `state` also takes its rules.
 """
 
 from collections.abc import Callable

@@ -48,7 +48,7 @@ def compress_state(
     seed: int = 0,
     fields: Fields | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Store the moments of a transformation as codes of one or two bytes, and decode them only for the update.
+    """Store the moments of a transformation in one or two bytes each, and decode them only for the update.
 
         u, s' = inner(g, decode(s))        (1)
         s ← encode(s')                     (2)
@@ -63,25 +63,25 @@ def compress_state(
         rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
         rules={"first/*embed*": Signed8(), "second/*embed*": Nonneg8()}      # embeddings too
 
-    Memory: large leaves are updated slab by slab and in place, so that at most one slab of a moment is decoded
-    at a time. Chains of this library's transforms that work leaf by leaf need no argument for that. Other
-    transformations need `elementwise=True`, which is right if each number of the update depends on the
+    Memory: large leaves are updated slab by slab and in place, so that at most one slab of a moment is
+    decoded at a time. Chains of this library's transforms that work leaf by leaf need no argument for that.
+    Other transformations need `elementwise=True`, which is right if each number of the update depends on the
     gradient, parameter and moments at the same position alone: for optax's `adam` and its like, but not for
-    clipping by a norm, which belongs outside. It is checked when the update is traced. Without it all moments
-    are decoded, updated and encoded at once.
+    clipping by a norm, which belongs outside. It is checked when the update is traced. Without it all
+    moments are decoded, updated and encoded at once.
 
-    The noise of stochastic codecs depends on the seed, the step, the leaf's path and the position in the leaf: a
-    resumed run repeats to the bit, and one on another mesh except for its compiler's rounding. Codes and scales
-    have the parameters' shardings; encoding needs no communication where shards hold whole blocks. Moments of
-    complex numbers and float64 are not compressed. A leaf without a gradient keeps its state. A non-finite
-    number makes its block NaN, and so do gradients above 1.8e19, whose squares are infinite: clip in front, or
-    put `skip_nonfinite` around.
+    The noise of stochastic codecs depends on the seed, the step, the leaf's path and the position in the
+    leaf: a resumed run repeats to the bit, and one on another mesh except for its compiler's rounding. Codes
+    and scales have the parameters' shardings; encoding needs no communication where shards hold whole
+    blocks. Moments of complex numbers and float64 are not compressed. A leaf without a gradient keeps its
+    state. A non-finite number makes its block NaN, and so do gradients above 1.8e19, whose squares are
+    infinite: clip in front, or put `skip_nonfinite` around.
 
     Args:
       inner: any transformation, of this library or of optax, whose moments start as one number everywhere.
-      rules: the codec of each moment, or None for no compression, by "first/" or "second/" and the leaf's path:
-        an ordered mapping from pattern, as in `labels`, or a function (path, shape). Where no rule matches, or
-        the value is `...`, the default holds.
+      rules: the codec of each moment, or None for no compression, by "first/" or "second/" and the leaf's
+        path: an ordered mapping from pattern, as in `labels`, or a function (path, shape). Where no rule
+        matches, or the value is `...`, the default holds.
       elementwise: whether an inner transformation without a rule for one leaf works position by position.
       seed: of the noise, an integer in [0, 2³²); a restored state keeps its own.
       fields: which fields of further states are moments, and of which kind, such as
@@ -89,8 +89,8 @@ def compress_state(
 
     Raises:
       ValueError: another seed; at `init`, a rule that gives no codec, a codec without signs for first moments
-        or with a zero for second ones, and two leaves with one path; at `update`, a state of other rules, and a
-        transformation that is not element-wise, naming the primitive.
+        or with a zero for second ones, and two leaves with one path; at `update`, a state of other rules,
+        and a transformation that is not element-wise, naming the primitive.
 
     References:
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.

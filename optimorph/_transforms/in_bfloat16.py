@@ -29,14 +29,14 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         u, s' = inner(g, widen(s))        (1)
         s ← round(s'),  E[round(s')] = s'        (2)
 
-    An average with β = 0.999 moves by a thousandth of the way to its goal in a step, and a bfloat16 number by
-    1/256 of itself or not at all. Rounded to the nearest, the average stops before half of the way. Rounded
-    stochastically it arrives, with a relative noise of about 1/256 √((1 - β) / 2) for slow averages. The updates
-    are those of s' before it is rounded.
+    An average with β = 0.999 moves by a thousandth of the way to its goal in a step, and a bfloat16 number
+    by 1/256 of itself or not at all. Rounded to the nearest, the average stops before half of the way.
+    Rounded stochastically it arrives, with a relative noise of about 1/256 √((1 - β) / 2) for slow averages.
+    The updates are those of s' before it is rounded.
 
-    The noise depends on the seed, the step and the leaf's path, which are all kept: a run repeats to the bit,
-    resumed or on another mesh. Under `jax.vmap` all runs have the same noise. Arrays of real numbers are stored
-    in bfloat16, float64 by way of float32. Scalars, integers and complex numbers are not changed.
+    The noise depends on the seed, the step and the leaf's path, which are all kept: a run repeats to the
+    bit, resumed or on another mesh. Under `jax.vmap` all runs have the same noise. Arrays of real numbers
+    are stored in bfloat16, float64 by way of float32. Scalars, integers and complex numbers are not changed.
 
     Args:
       inner: any transformation; of a recipe, ask for `nu_dtype="bfloat16"`.
