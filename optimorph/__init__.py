@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, Any
 
 from optimorph import codecs, curvature, linalg, probes, rules, schedules, theory
 from optimorph._apply_updates import apply_updates
-from optimorph._core.rule import chain
 from optimorph._from_optax import from_optax_state
 from optimorph._inject_hyperparams import inject_hyperparams
 from optimorph._plan import Plan, PlanRow, plan
@@ -45,7 +44,7 @@ from optimorph._storage.compress_state import compress_state
 from optimorph._storage.compressed import CompressedState
 from optimorph._transforms.averages import AccumulateState, EmaState, MomentumState, accumulate, ema, momentum
 from optimorph._transforms.clip_by_global_norm import ClipState, clip_by_global_norm
-from optimorph._transforms.combine import AddState, DivideState, MixState, add, divide, mix
+from optimorph._transforms.combine import AddState, DivideState, MixState, add, chain, divide, mix
 from optimorph._transforms.in_bfloat16 import BFloat16State, in_bfloat16
 from optimorph._transforms.in_float32 import in_float32
 from optimorph._transforms.matrices import orthogonalize, scale_by_shape

@@ -66,7 +66,8 @@ def inject_hyperparams(
         tx = injected(*given.args, **given.kwargs)
 
         def init(params):
-            return jax.tree.map(jnp.copy, tx.init(params))  # the caller's arrays stay out of the state
+            state: Any = tx.init(params)
+            return state._replace(hyperparams=jax.tree.map(jnp.copy, state.hyperparams))  # not the caller's
 
         return optax.GradientTransformationExtraArgs(init, tx.update)
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
-    ("_core.rule", "transform* chain* _merged Rule.*", "chain adam compress_state muon"),
+    ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
     ("_transforms.*", "*", ""),
     ("_transforms.combine", "_combined*", "divide add mix adam"),
+    ("_transforms.combine", "chain* _chain* _merged _of_rules*", "chain adam compress_state muon"),
     ("_transforms.matrices", "module _Matrices.*", "orthogonalize scale_by_shape route_matrices muon"),
     ("_transforms.step", "decay_and_step", "adamw"),
     ("_recipes.optimizers", "*", ""),
@@ -32,8 +33,8 @@ UNSEEN = {
     "the numbers are the same": [
         "_core.rule: Rule.pick: if 1 never",
         "_core.rule: transform.update: if 3 never",
-        "_core.rule: chain: if * never",
-        "_core.rule: chain: Gt *",
+        "_transforms.combine: chain: if * never",
+        "_transforms.combine: chain: Gt *",
         "_transforms.clip_by_global_norm: _*: if 0 always",
         "_transforms.combine: _combined: if 0 never",
         "_transforms.combine: _combined: for 0 *",

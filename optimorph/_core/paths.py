@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from optimorph._core.numbers import is_absent
 from optimorph._core.types import PyTree
@@ -70,8 +69,3 @@ def _word(key: Any) -> str:
     if isinstance(several, tuple):
         return "/".join(map(str, several))
     return jax.tree_util.keystr((key,), simple=True)
-
-
-def paths_and_shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    """Every leaf's path and shape, in the tree's order."""
-    return {path: np.shape(leaf) for path, leaf in by_path(tree).items()}

@@ -6,7 +6,7 @@ import optax
 
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND
-from optimorph._core.rule import Transform, chain
+from optimorph._core.rule import Transform
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Rules, ScalarOrSchedule
 from optimorph._recipes.optimizers import adamw
 from optimorph._recipes.route_matrices import routed
@@ -14,6 +14,7 @@ from optimorph._recipes.state_storage import with_state_storage
 from optimorph._routing.rules import lookup, warn_unused
 from optimorph._storage.codec_rules import linear
 from optimorph._storage.encoding import named
+from optimorph._transforms.combine import chain
 from optimorph._transforms.matrices import scale_by_shape
 from optimorph._transforms.step import decay_and_step
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.rule import chain, pointwise, transform
+from optimorph._core.rule import pointwise, transform
 from optimorph._core.types import DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._recipes.state_storage import with_state_storage
 from optimorph._transforms.averages import accumulate, ema
 from optimorph._transforms.averages import momentum as heavy_ball
-from optimorph._transforms.combine import add, divide, mix
+from optimorph._transforms.combine import add, chain, divide, mix
 from optimorph._transforms.in_bfloat16 import in_bfloat16
 from optimorph._transforms.pointwise import dampen, debias, root, square
 from optimorph._transforms.step import add_decayed_weights, decay_and_step, scale_by_learning_rate

@@ -157,13 +157,14 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
         raise ValueError(f"{who}: the mask is {mask!r}. {fix}")
     if _is_rules(mask):
         match = lookup(mask)
-        mask = labels(lambda path, shape: _selects(match(path, shape)))
-    elif callable(mask) and isinstance(mask(leaves.tree), bool) and len(leaves.values) > 1:
-        raise ValueError(
-            f"{who}: the mask is a function of the tree of parameters, but returned one boolean. "
-            f"Give it two arguments to select leaves by (path, shape). {fix}"
-        )
-    mask = mask(leaves.tree) if callable(mask) else mask
+        mask = labels(lambda path, shape: _selects(match(path, shape)))(leaves.tree)
+    elif callable(mask):
+        mask = mask(leaves.tree)
+        if isinstance(mask, bool) and len(leaves.values) > 1:
+            raise ValueError(
+                f"{who}: the mask is a function of the tree of parameters, but returned one boolean. "
+                f"Give it two arguments to select leaves by (path, shape). {fix}"
+            )
     try:
         booleans = jax.tree.broadcast(mask, leaves.tree, is_leaf=lambda x: x is None)
         values: dict[Any, Any] = dict(enumerate(jax.tree.leaves(booleans, is_leaf=lambda x: x is None)))

@@ -118,8 +118,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
         return CompressedState(rule.structure.unflatten(slots), tuple(scales), seed, count)
 
     def begin(leaves):
-        distinct_paths(WHO, leaves.tree)
-        paths = leaf_paths(leaves.tree)
+        paths = distinct_paths(WHO, leaves.tree)
         _warn(rules, [named(kind, path) for kind in kinds if kind for path in paths])
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:

@@ -1,4 +1,4 @@
-"""Several transformations of the same gradient, combined: a quotient, a sum, a weighted mean."""
+"""Several transformations combined: a chain, and of the same gradient a quotient, a sum, a weighted mean."""
 
 import functools
 import math
@@ -40,6 +40,44 @@ class MixState(NamedTuple):
     second: Any
 
 
+def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`optax.chain`, in which neighbours that work leaf by leaf become one rule for one leaf.
+
+    The state is that of `optax.chain`: a tuple with the state of each.
+
+    Args:
+      transforms: transformations in the order in which they are applied.
+    """
+    groups: list[list[Any]] = []
+    for tx in transforms:
+        if groups and rule_of(tx) and rule_of(groups[-1][-1]):
+            groups[-1].append(tx)
+        else:
+            groups.append([tx])
+    merged = [_merged(group) for group in groups]
+    if len(merged) == 1 and len(transforms) > 1:
+        return merged[0]
+    sizes = [len(group) for group in groups]
+
+    def init(params):
+        states = [tx.init(params) for tx in merged]
+        return tuple(
+            s for state, n in zip(states, sizes, strict=True) for s in (state if n > 1 else (state,))
+        )
+
+    def update(updates, state, params=None, **extra):
+        if not isinstance(state, tuple) or len(state) != len(transforms):
+            raise other_state("chain")
+        after, rest = [], list(state)
+        for tx, n in zip(merged, sizes, strict=True):
+            own, rest = tuple(rest[:n]), rest[n:]
+            updates, own = tx.update(updates, own if n > 1 else own[0], params, **extra)
+            after += own if n > 1 else (own,)
+        return updates, tuple(after)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def divide(
     signal: optax.GradientTransformation, by: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +100,7 @@ def divide(
         least = 64 * math.sqrt(jnp.finfo(d.dtype).tiny)
         return s / jnp.maximum(d, least).astype(s.dtype)  # (1)
 
-    return _combined("divide", quotient, (signal, by), DivideState)
+    return _combined("divide", quotient, (signal, by), DivideState._make)
 
 
 def add(*terms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -85,7 +123,9 @@ def add(*terms: optax.GradientTransformation) -> optax.GradientTransformationExt
     def total(*values):
         return functools.reduce(operator.add, values)  # (1)
 
-    return _combined("add", total, terms, lambda *states: AddState(states), operator.attrgetter("terms"))
+    return _combined(
+        "add", total, terms, lambda states: AddState(tuple(states)), operator.attrgetter("terms")
+    )
 
 
 def mix(
@@ -111,14 +151,14 @@ def mix(
         beta = as_scalar(decay, a)
         return beta * a + (1 - beta) * b  # (1)
 
-    return _combined("mix", mean, (first, second), MixState)
+    return _combined("mix", mean, (first, second), MixState._make)
 
 
 def _combined(
     who: str,
     f: Callable[..., jax.Array],
     transforms: Sequence[optax.GradientTransformation],
-    pack: Callable[..., Any],
+    pack: Callable[[Sequence[Any]], Any],
     unpack: Callable[[Any], Sequence[Any]] = tuple,
 ) -> optax.GradientTransformationExtraArgs:
     """`f` of the updates of all transforms; a rule for one leaf if each of them is one."""
@@ -128,7 +168,7 @@ def _combined(
     txs = [optax.with_extra_args_support(tx) for tx in transforms]
 
     def init(params):
-        return pack(*(tx.init(params) for tx in txs))
+        return pack([tx.init(params) for tx in txs])
 
     def update(updates, state, params=None, **extra):
         g = map_updates(who, upcast, updates)
@@ -140,7 +180,7 @@ def _combined(
             *(tx.update(g, s, params, **extra) for tx, s in zip(txs, states, strict=True)), strict=True
         )
         out = map_updates(who, lambda g, *each: cast_like(f(*each), g), updates, *values)
-        return out, pack(*states)
+        return out, pack(states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -148,29 +188,60 @@ def _combined(
 def _combined_rule(
     f: Callable[..., jax.Array],
     rules: Sequence[Rule],
-    pack: Callable[..., Any],
+    pack: Callable[[Sequence[Any]], Any],
     unpack: Callable[[Any], Sequence[Any]],
 ) -> Rule:
-    def advance(shared, leaves):
-        told, after = [], []
-        for rule, s in zip(rules, unpack(shared), strict=True):
-            now, s = rule.advance(s, leaves)
-            told.append(now)
-            after.append(s)
-        return told, pack(*after)
-
     def update(g, state, leaf, now):
         values, after = [], []
         for rule, s, t in zip(rules, unpack(state), now, strict=True):
             u, s = rule.update(g, s, leaf, t)
             values.append(u)
             after.append(s)
-        return f(*values), pack(*after)
+        return f(*values), pack(after)
+
+    return _of_rules(rules, update, pack, unpack)
+
+
+def _merged(group: Sequence[Any]) -> Any:
+    """Neighbours that carry rules as one transformation."""
+    if len(group) == 1:
+        return optax.with_extra_args_support(group[0])
+    return transform("chain", _chained([tx.rule for tx in group]))
+
+
+def _chained(rules: Sequence[Rule]) -> Rule:
+    """One rule after the other."""
+
+    def update(g, states, leaf, now):
+        after = []
+        for rule, s, t in zip(rules, states, now, strict=True):
+            g, s = rule.update(g, s, leaf, t)
+            after.append(s)
+        return g, tuple(after)
+
+    return _of_rules(rules, update)
+
+
+def _of_rules(
+    rules: Sequence[Rule],
+    update: Callable[..., tuple[jax.Array, Any]],
+    pack: Callable[[Sequence[Any]], Any] = tuple,
+    unpack: Callable[[Any], Sequence[Any]] = tuple,
+) -> Rule:
+    """A rule with the states of several; `pack` makes one state of theirs, and `unpack` takes it apart."""
+
+    def advance(shared, leaves):
+        told, after = [], []
+        for rule, s in zip(rules, unpack(shared), strict=True):
+            now, s = rule.advance(s, leaves)
+            told.append(now)
+            after.append(s)
+        return told, pack(after)
 
     return Rule(
-        relabeled(pack(*(rule.state for rule in rules))),
+        relabeled(pack([rule.state for rule in rules])),
         update,
-        init=lambda leaf: pack(*(rule.filled(rule.init(leaf)) for rule in rules)),
-        begin=lambda leaves: pack(*(rule.filled(rule.begin(leaves)) for rule in rules)),
+        init=lambda leaf: pack([rule.filled(rule.init(leaf)) for rule in rules]),
+        begin=lambda leaves: pack([rule.filled(rule.begin(leaves)) for rule in rules]),
         advance=advance,
     )
