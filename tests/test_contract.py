@@ -229,7 +229,7 @@ def test_inside_optax_wrappers(entry):
             chex.assert_tree_all_finite(updates)
 
 
-READINGS = ("norm", "factor", "learning_rate", "weight_decay")
+READINGS = ("norm", "factor", "last_learning_rate", "last_weight_decay")
 
 
 @every

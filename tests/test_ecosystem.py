@@ -452,8 +452,29 @@ def written(states):
     }
 
 
+RENAMED = {
+    "LearningRateState": {"learning_rate": "last_learning_rate"},
+    "DecayState": {"count": "decay_count", "weight_decay": "last_weight_decay"},
+    "DebiasState": {"count": "debias_count"},
+    "DampenState": {"count": "dampen_count"},
+}
+"""Fields whose names were others in the first layouts."""
+
+
+def renamed(kept, state):
+    """What was written with the first names of fields, under today's."""
+    names = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda node: type(node).__name__ in RENAMED
+    ):
+        for old, new in RENAMED.get(type(node).__name__, {}).items():
+            names[f"{jax.tree_util.keystr(path)}.{old}"] = f"{jax.tree_util.keystr(path)}.{new}"
+    return {path if path in names.values() else names.get(path, path): x for path, x in kept.items()}
+
+
 def read(kept, like):
     """The state that was written, into today's: every array has its place, what was not there begins anew."""
+    kept = renamed(kept, like)
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
     found = {jax.tree_util.keystr(path): x for path, x in leaves}
     assert set(kept) <= set(found)

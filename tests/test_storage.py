@@ -188,7 +188,25 @@ def test_injected_numbers_can_be_read_and_set():
         state.hyperparams["weight_decay"] = jnp.float32(0.25)
         _, after = jax.jit(tx.update)(params, state, params)
     assert float(after.hyperparams["learning_rate"]) == np.float32(0.05)
-    assert float(optax.tree.get(after.inner_state, "weight_decay")) == 0.25
+    assert float(optax.tree.get(after, "last_weight_decay")) == 0.25
+
+
+@pytest.mark.parametrize("name", catalog.recipes_with("learning_rate"))
+def test_numbers_by_name(name):
+    """What optax's tools find under a name is one number; what has no effect cannot be set."""
+    params = {"w": jnp.ones((3, 4))}
+    recipe = getattr(om, name)
+    plain, injected = recipe(0.125), om.inject_hyperparams(recipe)(learning_rate=0.125)
+    state = plain.init(params)
+    if name != "muon":  # whose two sides count their own steps, as optax's do
+        assert optax.tree.get(state, "count") == 0
+    with pytest.raises(KeyError):
+        optax.tree.set(state, learning_rate=0.0)
+    state = injected.init(params)
+    assert optax.tree.get(state, "learning_rate") == 0.125
+    still = optax.tree.set(state, learning_rate=jnp.float32(0))
+    updates, _ = injected.update(params, still, params)
+    np.testing.assert_array_equal(updates["w"], 0)
 
 
 @pytest.mark.examples("adamw*", "muon*", "sgd*")
@@ -286,10 +304,10 @@ def test_rates_are_read_from_the_state(name, arguments):
         for _ in range(4):
             _, state = jax.jit(tx.update)(params, state, params)
         part = state.inner_states["matrix"] if name == "muon" else state
-        assert float(optax.tree.get(part, "learning_rate")) == 0.125
+        assert float(optax.tree.get(part, "last_learning_rate")) == 0.125
         decay = arguments.get("weight_decay")
         if decay is not None:
-            read = float(optax.tree.get(part, "weight_decay"))
+            read = float(optax.tree.get(part, "last_weight_decay"))
             assert read == (decay(3) if callable(decay) else decay)
 
 

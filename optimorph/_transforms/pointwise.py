@@ -14,17 +14,17 @@ from optimorph._core.types import Numeric
 
 
 class DebiasState(NamedTuple):
-    """How many updates there have been."""
+    """The number of updates."""
 
-    count: jax.Array
-    roles = holds(count=scalar("count for bias correction"))
+    debias_count: jax.Array
+    roles = holds(debias_count=scalar("count for bias correction"))
 
 
 class DampenState(NamedTuple):
-    """How many updates there have been."""
+    """The number of updates."""
 
-    count: jax.Array
-    roles = holds(count=scalar("count for dampening"))
+    dampen_count: jax.Array
+    roles = holds(dampen_count=scalar("count for dampening"))
 
 
 def square() -> optax.GradientTransformationExtraArgs:
@@ -96,7 +96,7 @@ def debias(decay: Numeric, *, ahead: int = 0) -> optax.GradientTransformationExt
     check_numbers("debias", decay=decay)
 
     def advance(state, leaves):
-        count = increment(state.count)  # (1)
+        count = increment(state.debias_count)  # (1)
         t = (count + ahead).astype(float)
         return 1 - jnp.power(as_scalar(decay, t), t), DebiasState(count)
 
@@ -129,7 +129,7 @@ def dampen(dampening: Numeric) -> optax.GradientTransformationExtraArgs:
     check_numbers("dampen", dampening=dampening)
 
     def advance(state, leaves):
-        return state.count == 0, DampenState(increment(state.count))
+        return state.dampen_count == 0, DampenState(increment(state.dampen_count))
 
     def update(g, state, leaf, first):
         return jnp.where(first, g, (1 - as_scalar(dampening, g)) * g), state  # (1), (2)

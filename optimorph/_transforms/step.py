@@ -18,20 +18,22 @@ FORMS = ("coupled", "independent", "cautious")
 
 
 class DecayState(NamedTuple):
-    """How many updates there have been, and the last one's decay (before it, the first one's), to be read."""
+    """The number of updates, and the decay of the last one (before it, of the first one), which is only read."""
 
-    count: jax.Array
-    weight_decay: jax.Array
-    roles = holds(count=scalar("count of a decay schedule"), weight_decay=scalar("", "weight_decay"))
+    decay_count: jax.Array
+    last_weight_decay: jax.Array
+    roles = holds(
+        decay_count=scalar("count of a decay schedule"), last_weight_decay=scalar("", "weight_decay")
+    )
 
 
 class LearningRateState(NamedTuple):
-    """How many updates there have been, and the last one's rate (before it, the first one's), to be read."""
+    """The number of updates, and the rate of the last one (before it, of the first one), which is only read."""
 
     count: jax.Array
-    learning_rate: jax.Array
+    last_learning_rate: jax.Array
     roles = holds(
-        count=scalar("count of a learning rate schedule"), learning_rate=scalar("", "learning_rate")
+        count=scalar("count of a learning rate schedule"), last_learning_rate=scalar("", "learning_rate")
     )
 
 
@@ -54,7 +56,7 @@ def add_decayed_weights(
 
     Args:
       weight_decay: λ, at least 0, a number, an array, a tracer or a schedule. The constant 0 asks for no
-        params. What it was is in the state, in float32: `probes.read` shows it.
+        params. The last one is in the state, in float32: `probes.read` shows it.
       mask: which leaves decay, as `optax.masked` takes it, or rules, `{"*norm*": False, "*": True}`; all of
         them without one.
       cautious: add (2) instead of (1); of complex numbers, where Re(g w̄) ≥ 0.
@@ -81,9 +83,9 @@ def add_decayed_weights(
         return DecayState(count, as_float32(decay_at(count)))
 
     def advance(state, leaves):
-        decay = decay_at(state.count)
+        decay = decay_at(state.decay_count)
         chosen = None if mask is None or never else masked_leaves(who, mask, leaves)
-        return (decay, chosen), DecayState(increment(state.count), as_float32(decay))
+        return (decay, chosen), DecayState(increment(state.decay_count), as_float32(decay))
 
     def update(g, state, leaf, now):
         decay, chosen = now
@@ -107,7 +109,8 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
 
     Args:
       learning_rate: η, at least 0, a number, an array, a tracer, or a schedule, which is called with the
-        number of updates before this one. What it was is in the state, in float32: `probes.read` shows it.
+        number of updates before this one. The last one is in the state, in float32: `probes.read` shows it,
+        but setting it there has no effect. `inject_hyperparams` makes a rate that can be set.
 
     Raises:
       ValueError: η negative, when it is a concrete number.
