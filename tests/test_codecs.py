@@ -1,5 +1,6 @@
 """Numbers in fewer bytes: the nearest code or a fair choice of two, at any size; averages stay averages."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from float32 import Float32
 
 from optimorph._core.rounding import noise, places
 from optimorph.codecs import BFloat16, Encoded, Float8, Nonneg8, Signed8, Split8, Split16
+from optimorph.codecs._blocks import block_width
 
 BLOCKS = {
     "softsign": Signed8(),
@@ -79,8 +81,9 @@ def of_all_codes(codec, scales, shape):
 def largest_around(codec, x):
     """The largest |x| of every number's block, in float64."""
     found = np.empty(x.shape)
-    for start in range(0, x.shape[-1], codec.block):
-        part = np.s_[..., start : start + codec.block]
+    width = block_width(codec.block, x.shape[-1])
+    for start in range(0, x.shape[-1], width):
+        part = np.s_[..., start : start + width]
         found[part] = np.abs(x[part].astype(np.float64)).max(axis=-1, keepdims=True)
     return found
 
@@ -220,7 +223,8 @@ def test_shapes(codec, shape):
     encoded = encode(x, KEY)
     assert encoded.codes.shape == shape
     if hasattr(codec, "block"):
-        assert encoded.scales.shape == ((*shape[:-1], -(-shape[-1] // codec.block)) if shape else ())
+        width = block_width(codec.block, shape[-1]) if shape else 1
+        assert encoded.scales.shape == ((*shape[:-1], -(-shape[-1] // width)) if shape else ())
     got = decode(encoded)
     assert (got.shape, got.dtype) == (shape, jnp.float32)
     np.testing.assert_allclose(got, x, atol=0.05 * np.abs(x).max(initial=0))
@@ -267,8 +271,9 @@ def test_what_is_not_finite(codec, sick):
         assert np.array_equal(got[0, 150], np.float32(sick), equal_nan=True)
         well[0, 150] = got[0, 150]
     else:
-        first = 150 // codec.block * codec.block
-        well[0, first : first + codec.block] = np.nan
+        width = block_width(codec.block, 288)
+        first = 150 // width * width
+        well[0, first : first + width] = np.nan
     np.testing.assert_array_equal(got, well)
 
 
@@ -281,12 +286,13 @@ def test_what_is_no_number_is_not_lost(codec):
     for found in (codec.encode(x, KEY), compiled(codec)[0](x, KEY)):
         bad = np.isnan(np.asarray(codec.decode(found)))
         assert np.all(bad[9])
-        assert np.all(bad[3, : codec.block])
-        assert bad.sum() == 256 + codec.block
+        width = block_width(codec.block, 256)
+        assert np.all(bad[3, :width])
+        assert bad.sum() == 256 + width
 
 
 def test_a_negative_second_moment_is_not_hidden():
-    x = np.ones((3, 128), np.float32)
+    x = np.ones((3, 30), np.float32)
     x[1, 3] = -1e-6
     x[2] = -0.0
     got = round_trip(Nonneg8(), x)
@@ -313,16 +319,41 @@ def test_noise_is_that_of_the_key(codec):
     assert np.any(first != other) == by_chance
 
 
+@pytest.mark.parametrize("last", [300, 307])
 @pytest.mark.parametrize("codec", [Signed8(48), Float8()], ids=repr)
-def test_blocks_know_nothing_of_each_other(codec):
+def test_blocks_know_nothing_of_each_other(codec, last):
     """Each has the code and the scale that it has alone, the short one at the end too."""
-    x = drawn((2, 300))
+    x, width = drawn((2, last)), block_width(codec.block, last)
     encode, _ = compiled(codec, exactly=True)
+    encode_alone, _ = compiled(dataclasses.replace(codec, block=4 * width), exactly=True)
     encoded = encode(x)
-    for start in range(0, 300, codec.block):
-        alone = encode(x[:, start : start + codec.block])
-        np.testing.assert_array_equal(encoded.codes[:, start : start + codec.block], alone.codes)
-        np.testing.assert_array_equal(encoded.scales[:, start // codec.block], alone.scales[:, 0])
+    for start in range(0, last, width):
+        alone = encode_alone(x[:, start : start + width])
+        np.testing.assert_array_equal(encoded.codes[:, start : start + width], alone.codes)
+        np.testing.assert_array_equal(encoded.scales[:, start // width], alone.scales[:, 0])
+
+
+def test_rows_are_shared_evenly():
+    """By up to 16 devices, if these divide the row into shards of at least 32 numbers."""
+    known = {
+        14336: 128,
+        5120: 80,
+        4096: 128,
+        3072: 96,
+        1152: 72,
+        1024: 64,
+        768: 48,
+        256: 32,
+        300: 75,
+        307: 128,
+    }
+    assert {last: block_width(128, last) for last in known} == known
+    for last in range(1, 5000):
+        width = block_width(128, last)
+        assert width == min(128, last) or (32 <= width < 128 and last % width == 0)
+        for devices in (2, 4, 8, 16):
+            if last % (32 * devices) == 0:
+                assert last // devices % width == 0
 
 
 @pytest.mark.examples("softsign", "split")
@@ -627,7 +658,7 @@ def test_accelerators_round(codec):
 @pytest.mark.parametrize("draw", [sparse, heaviest])
 def test_updates_would_explode(draw):
     """With a code for zero: why there is none."""
-    assert largest_update(Signed8(), ZeroCode(), draw) > 1e3
+    assert largest_update(Signed8(512), ZeroCode(512), draw) > 1e3  # blocks of 128
 
 
 def test_noise_is_uniform_and_its_own():

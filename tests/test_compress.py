@@ -336,7 +336,7 @@ def test_rules_that_say_nothing_right():
 def test_a_state_of_other_rules(rules):
     tree = drawn(shapes={"w": (64, 64)})
     state = om.adam(0.1, state="int8").init(tree)
-    with pytest.raises(ValueError, match="'first/w' is stored in int8 with 1 scales a row, but the rules"):
+    with pytest.raises(ValueError, match="'first/w' is stored in int8 with 2 scales a row, but the rules"):
         om.adam(0.1, state=rules).update(tree, state, tree)
 
 
@@ -344,7 +344,7 @@ def test_a_state_of_other_blocks():
     tree = drawn(shapes={"w": (64, 256)})
     state = om.adam(0.1, state={"first/*": Signed8(64), "second/*": Nonneg8()}).init(tree)
     with pytest.raises(
-        ValueError, match="'first/w' is stored in int8 with 4 scales a row, but the rules say"
+        ValueError, match="'first/w' is stored in int8 with 16 scales a row, but the rules say"
     ):
         om.adam(0.1, state="int8").update(tree, state, tree)
 
@@ -889,7 +889,7 @@ def test_no_update_explodes(kind):
     _, largest = trained(
         om.compress_state(om.adam(1.0), CODES, elementwise=True), jnp.asarray(g, jnp.float32)
     )
-    assert largest <= 2.5
+    assert largest <= 4  # of twelve draws 2.2 to 3.3; a code for zero has above 1000
 
 
 def test_gradients_of_any_size():

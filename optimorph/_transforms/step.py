@@ -18,7 +18,7 @@ FORMS = ("coupled", "independent", "cautious")
 
 
 class DecayState(NamedTuple):
-    """The number of updates, and the decay of the last one (before it, of the first one), which is only read."""
+    """The number of updates; and the last decay (before it, the first one), which is only read."""
 
     decay_count: jax.Array
     last_weight_decay: jax.Array
@@ -28,7 +28,7 @@ class DecayState(NamedTuple):
 
 
 class LearningRateState(NamedTuple):
-    """The number of updates, and the rate of the last one (before it, of the first one), which is only read."""
+    """The number of updates; and the last rate (before it, the first one), which is only read."""
 
     count: jax.Array
     last_learning_rate: jax.Array

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -28,7 +29,8 @@ class BlockCodec(Codec):
         s = max |x| over the block, rounded up for bfloat16 scales              (1)
         x = s value(code)                                                       (2)
 
-    The last block of an axis may be shorter. A scalar is one block.
+    Blocks have `block_width(block, last)` numbers; the last one of an axis may be shorter. A scalar is one
+    block.
     """
 
     block: int = 128
@@ -91,17 +93,36 @@ class BlockCodec(Codec):
         """The values of codes, in [-1, 1]."""
 
     def _scales_shape(self, shape: Shape) -> Shape:
-        return (*shape[:-1], -(-shape[-1] // self.block)) if shape else ()
+        return (*shape[:-1], -(-shape[-1] // block_width(self.block, shape[-1]))) if shape else ()
 
     def _blocks(self, x: jax.Array) -> jax.Array:
         """`(*batch, last)` → `(*batch, blocks, width)`, padded with zeros."""
         *batch, last = x.shape or (1,)
-        width = max(1, min(self.block, last))
+        width = block_width(self.block, last)
         count = -(-last // width)
         x = _whole(x, width)
         if count * width != last:
             x = jnp.pad(x, (*[(0, 0)] * len(batch), (0, count * width - last)))
         return x.reshape(*batch, count, width)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def block_width(block: int, last: int) -> int:
+    """The numbers of a block, at most `block`, where the last axis has `last`.
+
+    Shards of a row should hold whole blocks on every mesh, and a state does not know its mesh. So the width
+    is the largest divisor of `last` with which 16 devices can share the blocks of a row evenly, or else 8, 4
+    or 2. It is at least a quarter of `block`; without such a divisor it is `block`.
+
+    1152 → 72, 768 → 48, 4096 → 128, for block = 128.
+    """
+
+    def shares(width: int) -> int:
+        count = last // width
+        return min(count & -count, 16)  # the largest power of 2 that divides the count
+
+    widths = [width for width in range(-(-block // 4), min(block, last) + 1) if last % width == 0]
+    return max(widths, key=lambda width: (shares(width), width), default=max(1, min(block, last)))
 
 
 def _linear(c: jax.Array) -> jax.Array:
@@ -143,8 +164,8 @@ class Signed8(BlockCodec):
     block NaN.
 
     Args:
-      block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a
-        multiple of it cost communication.
+      block: the most numbers that share a scale, at least 1. Blocks may be narrower, down to a quarter of it,
+        so that 16 devices can share a row evenly. If a row is divided further, encoding costs communication.
       mapping: "softsign", (1), or "linear", (2), which suffices for orthogonalized momentum.
       scale_dtype: float32 or bfloat16.
 
@@ -192,8 +213,8 @@ class Nonneg8(BlockCodec):
     its own block NaN.
 
     Args:
-      block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a
-        multiple of it cost communication.
+      block: the most numbers that share a scale, at least 1. Blocks may be narrower, down to a quarter of it,
+        so that 16 devices can share a row evenly. If a row is divided further, encoding costs communication.
       scale_dtype: float32 or bfloat16.
 
     Raises:

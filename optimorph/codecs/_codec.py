@@ -16,7 +16,7 @@ class Encoded(NamedTuple):
 
     Shapes:
       codes: the array's.
-      scales: `(*batch, ceil(last / block))`, one for each block of the last axis; None for codecs without.
+      scales: `(*batch, blocks)`, one for each block of the last axis; None for codecs without.
     """
 
     codes: jax.Array

@@ -28,8 +28,8 @@ class Float8(BlockCodec):
     block NaN.
 
     Args:
-      block: the numbers that share a scale, at least 1. If the last axis is sharded, shards that are not a
-        multiple of it cost communication.
+      block: the most numbers that share a scale, at least 1. Blocks may be narrower, down to a quarter of it,
+        so that 16 devices can share a row evenly. If a row is divided further, encoding costs communication.
       scale_dtype: float32 or bfloat16.
 
     Raises:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import rounding
 import trees
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
 from optimorph._storage import slabs
 from optimorph._storage.moments import moments_of
+from optimorph.codecs import Signed8
 
 SHAPES = {"up": (96, 1024), "down": (1024, 256), "stack": (4, 32, 1024), "bias": (256,)}
 EXACT = {"xla_disable_hlo_passes": "algsimp"}
@@ -75,6 +77,10 @@ def whole():
     return om.compress_state(om.sgd(0.1, 0.9))
 
 
+def coarse():
+    return om.compress_state(om.sgd(0.1, 0.9), {"first/*": Signed8(1024)})
+
+
 def stepped(build, places):
     """Two steps over a mesh: the program, the first state, the last, and the updates."""
     tx = build()
@@ -120,12 +126,44 @@ def test_nothing_is_sent(layout, build, mode):
 
 @pytest.mark.examples("auto")
 def test_blocks_that_devices_share(mode):
-    """Rows of 256 over 8 devices: codes are those of one device all the same."""
+    """Rows in one block over 8 devices: codes are those of one device all the same."""
     places = placed(((8,), lambda n, shape: P(*[None] * (len(shape) - 1), "a")), mode)
-    _, first, last, _ = stepped(light, places)
-    assert first.scales[0]["down"].shape[-1] == 2
-    for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(alone(light)[1]), strict=True):
+    _, first, last, _ = stepped(coarse, places)
+    assert first.scales[0]["down"].shape[-1] == 1
+    for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(alone(coarse)[1]), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("width", [256, 768, 1152, 3072])
+def test_rows_that_8_devices_share(width):
+    """Codes and scales are divided as the parameter is, also where init is jitted and knows no sharding."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"w": jax.device_put(np.ones((64, width), np.float32), NamedSharding(mesh, P(None, "a")))}
+    tx = om.adamw(0.1, state="int8")
+    _, state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
+    codes = [x for x in jax.tree.leaves(state) if x.dtype.itemsize == 1]
+    assert len(codes) == 2
+    for x in [*codes, *jax.tree.leaves(state.scales)]:
+        assert x.sharding.is_equivalent_to(params["w"].sharding, x.ndim)
+
+
+def test_a_model_with_sharding_metadata():
+    """Flax gives codes and scales the sharding of their parameter: it must divide both."""
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            init = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "a"))
+            self.up = nnx.Linear(64, 1152, use_bias=False, kernel_init=init, rngs=rngs)
+
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: (m.up(np.ones((8, 64), np.float32)) ** 2).mean())(model))
+
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        model = Model(nnx.Rngs(0))
+        before = np.asarray(model.up.kernel[...])
+        nnx.jit(step)(model, nnx.Optimizer(model, om.adamw(1e-3, state="int8"), wrt=nnx.Param))
+    np.testing.assert_allclose(np.abs(np.asarray(model.up.kernel[...]) - before), 1e-3, rtol=1e-2)
 
 
 @pytest.mark.examples("auto")
