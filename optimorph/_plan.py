@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from optimorph._core.numbers import is_array, kind
 from optimorph._core.paths import distinct_paths
 from optimorph._core.types import PyTree, Shape
 from optimorph._recipes.muon import muon
-from optimorph._recipes.route_matrices import Routes
+from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
 from optimorph._routing.grouping import format_groups, glob_of, group_by, without_numbers
 from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.names import by_name
@@ -70,10 +70,12 @@ class Plan:
     Args:
       rows: one for each leaf, in the tree's order.
       unused: rules that no leaf matches.
+      learning_rates: transformation → its learning rate at the first step, of an optimizer that routes.
     """
 
     rows: tuple[PlanRow, ...]
     unused: tuple[str, ...] = ()
+    learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[PlanRow]:
         """The rows, leaf by leaf."""
@@ -94,7 +96,7 @@ class Plan:
     def __str__(self) -> str:
         """The table. Leaves that differ only in the numbers of their paths share a line."""
         lines = _table(_TITLES, [_cells(rows) for rows in group_by(self.rows, _line)])
-        lines += ["", *_table(_TOTALS, _totals(self.rows))]
+        lines += ["", *_table(*_totals(self.rows, self.learning_rates))]
         lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
         unresolved = [(row.path, row.unresolved) for row in self.rows if row.unresolved is not None]
         lines += [f"\n{text}" for text in format_groups(unresolved, [row.path for row in self.rows])]
@@ -123,6 +125,7 @@ def plan(params: PyTree, optimizer: optax.GradientTransformation | None = None, 
         )
     paths, leaves = distinct_paths("plan", params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+    known = optimizer is not None or "learning_rate" in arguments
     if optimizer is None:
         muon_arguments: dict[str, Any] = {"learning_rate": 0.0} | arguments
         optimizer = muon(**muon_arguments)
@@ -149,7 +152,8 @@ def plan(params: PyTree, optimizer: optax.GradientTransformation | None = None, 
 
     rows = tuple(map(row, paths, shapes, specs))
     rules = None if routes is None else routes.rules
-    return Plan(rows, () if rules is None else tuple(unused(rules, paths)))
+    rates = _learning_rates(optimizer, routes) if known and routes is not None else {}
+    return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates)
 
 
 def _spec(routes: Routes | None, path: str, leaf: jax.ShapeDtypeStruct) -> LeafSpec:
@@ -211,6 +215,18 @@ def _state_bytes(
     return {path: count[group[0][0]] for group in groups for path, *_ in group}
 
 
+def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:
+    """The learning rates of matrices and of other leaves, as a fresh state has them."""
+    with warnings.catch_warnings(action="ignore"):  # there is no matrix
+        parts = optax.tree.get(optimizer.init({}), "inner_states")
+    found = {}
+    for name, part in zip(routes.names, (MATRIX, OTHER), strict=True):
+        rates = [rate for _, rate in optax.tree.get_all_with_path(parts[part], "last_learning_rate")]
+        if len(rates) == 1 and not isinstance(rates[0], jax.core.Tracer):
+            found[name] = float(rates[0])
+    return found
+
+
 _EXACT = 1000
 _TITLES = ("path", "leaves", "shape", "dtype", "role", "spec", "matrices", "to", "scale", "state")
 _TOTALS = ("to", "leaves", "matrices", "parameters", "state")
@@ -238,19 +254,24 @@ def _cells(rows: list[PlanRow]) -> tuple[str, ...]:
     )
 
 
-def _totals(rows: Iterable[PlanRow]) -> list[tuple[str, ...]]:
+def _totals(
+    rows: Iterable[PlanRow], rates: Mapping[str, float]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The titles and cells of the table of transformations."""
     groups = {group[0].transform: group for group in group_by(rows, lambda row: row.transform)}
     groups["all"] = list(rows)
-    return [
+    cells = [
         (
             name,
             f"{len(group):,}",
             f"{sum(n for row in group for n, _, _ in row.matrices):,}",
             f"{sum(row.size for row in group):,}",
             _bytes(sum(row.state_bytes for row in group)),
+            *([f"{rates[name]:.3g}" if name in rates else "-"] if rates else []),
         )
         for name, group in groups.items()
     ]
+    return (*_TOTALS, *(["learning_rate, step 0"] if rates else [])), cells
 
 
 def _bytes(count: int) -> str:

@@ -7,6 +7,7 @@ import catalog
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optimorph as om
@@ -166,6 +167,50 @@ def test_gradients_that_are_not_the_states(tx):
         jax.jit(tx.update)(W | {"w": jnp.ones((3, 4))}, tx.init(W))
 
 
+WRAPPERS = {
+    "compress_state": lambda: om.compress_state(optax.adam(0.1)),
+    "in_bfloat16": lambda: om.in_bfloat16(optax.adam(0.1)),
+    "multi_steps": lambda: om.multi_steps(optax.adam(0.1), 2),
+    "skip_nonfinite": lambda: om.skip_nonfinite(optax.adam(0.1)),
+    "probe": lambda: om.probes.probe(optax.adam(0.1)),
+}
+
+
+@pytest.mark.parametrize("who", WRAPPERS)
+def test_the_state_of_what_is_wrapped(who):
+    tx = WRAPPERS[who]()
+    with pytest.raises(ValueError, match=rf"{who}: the state must be a .*State, but is a tuple"):
+        tx.update(W, optax.adam(0.1).init(W), W)
+
+
+@pytest.mark.parametrize("who", ["compress_state", "in_bfloat16", "in_float32"])
+def test_gradients_for_optax_are_those_of_the_parameters(who):
+    tx = getattr(om, who)(optax.adam(0.1))
+    with pytest.raises(ValueError, match=rf"{who}: .*\n  'w': a gradient of shape \(3, 4\) for .* \(4, 3\)"):
+        tx.update(W | {"w": jnp.ones((3, 4))}, tx.init(W), W)
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+def test_float8_for_optax(elementwise):
+    params = {"w": jnp.ones((64, 128), jnp.float8_e4m3fn)}
+    tx = om.compress_state(optax.lion(0.1), elementwise=elementwise)
+    with pytest.raises(ValueError, match="compress_state: JAX does not promote gradients of float8_e4m3fn"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize(("eps_root", "finite"), [(0.0, False), (1e-8, True)])
+def test_gradients_through_a_dead_unit(eps_root, finite):
+    """As the docstring of `root` has it."""
+    params = {"w": jnp.zeros(2)}
+
+    def loss(rate):
+        tx = om.adam(rate, eps_root=eps_root)
+        updates, _ = tx.update({"w": jnp.array([1.0, 0.0]) * rate}, tx.init(params), params)
+        return jnp.sum(updates["w"] ** 2)
+
+    assert bool(jnp.isfinite(jax.grad(loss)(0.1))) == finite
+
+
 def test_updates_that_are_not_the_parameters():
     refused(lambda: om.apply_updates(W, {"w": W["w"]}), "apply_updates", "'b'", "(3,)")
     refused(
@@ -203,19 +248,41 @@ def test_dampening_one_and_weight_decay_above_one_are_allowed():
     om.adamw(1e-4, weight_decay=2.0)
 
 
+RACE = """
+def race(**changed):
+    batch = {"x": 1.0}
+    data = dict(batches=[batch], held_out=[batch], steps=1)
+    model = dict(loss=lambda p, b: (p * b["x"]) ** 2, params=1.0)
+    om.race(**({"optimizers": {"a": om.sgd(0.1)}} | model | data | changed))
+"""
+RACES = {
+    "optimizers=om.sgd(0.1)": ["optimizers must be a mapping", "optimizers={'adamw': om.adamw(1e-3)}"],
+    "optimizers={'a': 3}": ["optimizers['a'] must be an optimizer"],
+    "optimizers={'a': lambda rate: rate}, learning_rates=[0.1]": ["must return an optimizer"],
+    "optimizers={'a': om.sgd}, learning_rates=0.1": ["learning_rates=[1e-3, 3e-3]"],
+    "optimizers={'a': om.sgd}, learning_rates={'a': 0.1}": ["learning_rates=[1e-3, 3e-3]"],
+    "steps=1.5": ["steps=100"],
+    "seeds='x'": ["seeds=3"],
+    "batches=3": ["batches=[batch]"],
+    "held_out=3": ["held_out=[batch]"],
+    "loss=3": ["loss=lambda params, batch: ..."],
+}
+
+
+@pytest.mark.examples("*sgd*", "*rate: rate*", "*loss*")
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         ("om.sgd(None)", ["sgd", "learning_rate", "1e-3"]),
         ("om.muon(0.1, axes='io')", ["muon", "axes={'*': 'io'}"]),
+        *((f"race({changed})", ["race", *words]) for changed, words in RACES.items()),
     ],
 )
 def test_refused_without_the_type_checker(call, words):
     """What the type checker of these tests would refuse first, as a user's process meets it."""
-    code = f"import optimorph as om\n{call}"
+    code = f"import optimorph as om\n{RACE}\n{call}"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert process.returncode == 1
-    last = process.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError")
+    (last,) = [line for line in process.stderr.splitlines() if line.startswith("ValueError")]
     for word in words:
         assert word in last

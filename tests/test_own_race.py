@@ -235,7 +235,7 @@ def test_ctrl_c_among_the_learning_rates(sweep_bytes, tmp_path):
 
 ITERATOR = iter(BATCHES)
 BAD = {
-    "no optimizers": ({}, {}, "optimizers is empty"),
+    "no optimizers": ({}, {}, "optimizers={'adamw': om.adamw(1e-3)}"),
     "no steps": ({"sgd": om.sgd(0.1)}, {"steps": 0}, "steps=100"),
     "no seeds": ({"sgd": om.sgd(0.1)}, {"seeds": 0}, "seeds=3"),
     "equal seeds": ({"sgd": om.sgd(0.1)}, {"seeds": 2}, "params=lambda seed"),

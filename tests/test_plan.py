@@ -7,6 +7,8 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import models
+import numpy as np
+import optax
 import pytest
 
 import optimorph as om
@@ -212,3 +214,15 @@ def test_planning_needs_none_of_the_race(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "2 x 3" in done.stdout
+
+
+def test_learning_rates_of_both_sides():
+    """Those of the first step; none where the optimizer does not route, or has none of its own."""
+    params = {"dense": {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}}
+    found = om.plan(params, om.muon(optax.constant_schedule(0.02), others_learning_rate=3e-3))
+    assert found.learning_rates == {"muon": np.float32(0.02), "adamw": np.float32(3e-3)}
+    assert "0.003" in str(found)
+    assert om.plan(params, learning_rate=0.5).learning_rates == {"muon": 0.5, "adamw": 0.5}
+    assert om.plan(params, om.muon(0.5, others=optax.adam(0.1))).learning_rates == {"muon": 0.5}
+    traced = jax.jit(lambda rate: om.plan(params, om.muon(rate)).learning_rates)(0.5)
+    assert om.plan(params).learning_rates == om.plan(params, om.adamw(0.5)).learning_rates == traced == {}

@@ -45,6 +45,15 @@ def difference(who: str, updates: PyTree, other: PyTree | None) -> ValueError:
     )
 
 
+def check_state(who: str, state: Any, kind: type) -> None:
+    """Refuse the state of another transformation in the place of a wrapper's own."""
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"{who}: the state must be a {kind.__name__}, but is a {type(state).__name__}. Type "
+            "state = tx.init(params), with the whole optimizer as tx and not the one that it wraps."
+        )
+
+
 def other_state(who: str) -> ValueError:
     """The error for a state of another optimizer, or of other parameters."""
     return ValueError(

@@ -277,6 +277,12 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
     return gs, tree, ws
 
 
+def check_shapes(who: str, updates: PyTree, params: PyTree | None) -> None:
+    """Refuse gradients of other shapes, for a wrapped transformation that may take other trees as params."""
+    if jax.tree.structure(updates) == jax.tree.structure(params):
+        aligned(who, updates, params, strict=False)
+
+
 def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree) -> PyTree:
     """`f(g, *others)` on every leaf that has a gradient; None where it is missing."""
     gs, tree, _ = aligned(who, updates, None)

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from optimorph._core.checks import check_numbers
+from optimorph._core.checks import check_numbers, is_integer
 from optimorph._core.paths import leaf_paths
 from optimorph._racing.registry import LearningRates
 from optimorph._racing.task import Task
@@ -20,11 +21,14 @@ def make_task(
     loss: Callable[..., Any], params: Any, batches: Any, held_out: Iterable[Any], steps: int, **labels: Any
 ) -> Task:
     """The task that arguments of `optimorph.race` describe; labels are `title`, `measure` and `log_loss`."""
+    _want(callable(loss), "loss", loss, "a function", "loss=lambda params, batch: ...")
+    repeated = callable(batches) or isinstance(batches, Iterable)
+    _want(repeated, "batches", batches, "a list of batches or a function of a seed", "batches=[batch]")
+    _want(isinstance(held_out, Iterable), "held_out", held_out, "a list of batches", "held_out=[batch]")
+    _want(is_integer(steps, 1), "steps", steps, "an integer of at least 1", "steps=100")
     held_out_batches = list(held_out)
     if not held_out_batches:
         raise ValueError("race: held_out is empty. Type held_out=[batch], a batch that is not trained on.")
-    if steps < 1:
-        raise ValueError(f"race: steps must be at least 1, but is {steps}. Type steps=100, for example.")
     return Task(
         name="custom",
         init=lambda seed: jax.tree.map(_to_array, params(seed) if _is_function(params) else params),
@@ -40,8 +44,16 @@ def candidate_rates(
     optimizers: Mapping[str, Optimizer], learning_rates: Sequence[float] | Mapping[str, Sequence[float]]
 ) -> dict[str, list[LearningRates]]:
     """Name → the learning rates to try, for every optimizer that is a function of a learning rate."""
-    if not optimizers:
-        raise ValueError("race: optimizers is empty. Type optimizers={'adamw': om.adamw(1e-3)}, for example.")
+    named = isinstance(optimizers, Mapping) and len(optimizers) > 0
+    advice = "optimizers={'adamw': om.adamw(1e-3)}"
+    _want(named, "optimizers", optimizers, "a mapping from names to at least one optimizer", advice)
+    for name, tx in optimizers.items():
+        known = isinstance(tx, optax.GradientTransformation) or callable(tx)
+        _want(known, f"optimizers[{name!r}]", tx, "an optimizer or a function of a learning rate", advice)
+    given = [*learning_rates.values()] if isinstance(learning_rates, Mapping) else [learning_rates]
+    for rates in given:
+        listed = isinstance(rates, Sequence | np.ndarray | jax.Array) and not isinstance(rates, str)
+        _want(listed, "learning_rates", rates, "a list of numbers", "learning_rates=[1e-3, 3e-3]")
     functions = [n for n, tx in optimizers.items() if not isinstance(tx, optax.GradientTransformation)]
     if isinstance(learning_rates, Mapping):
         table, unknown = learning_rates, set(learning_rates) - set(functions)
@@ -71,8 +83,7 @@ def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
     Raises:
       ValueError: with the argument that is wrong, and what to type instead.
     """
-    if seeds < 1:
-        raise ValueError(f"race: seeds must be at least 1, but is {seeds}. Type seeds=3, for example.")
+    _want(is_integer(seeds, 1), "seeds", seeds, "an integer of at least 1", "seeds=3")
     if seeds > 1 and not _is_function(params) and not callable(batches):
         raise ValueError(
             f"race: seeds={seeds}, but neither params nor batches is a function of a seed, so that all runs "
@@ -102,6 +113,12 @@ def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
             "race: the loss is not finite before the first step. Look for a division by zero, a "
             "logarithm of zero or a NaN in held_out."
         )
+
+
+def _want(fine: bool, name: str, value: Any, wanted: str, advice: str) -> None:
+    """Refuse an argument that is not what is wanted."""
+    if not fine:
+        raise ValueError(f"race: {name} must be {wanted}, but is {value!r}. Type {advice}, for example.")
 
 
 def _structure(batch: Any) -> str:

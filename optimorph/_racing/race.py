@@ -89,7 +89,16 @@ def race(
 
 
 def _maker(optimizer: Any) -> Callable[..., optax.GradientTransformation]:
-    return lambda rates: optimizer(rates.learning_rate)
+    def make(rates: Any) -> optax.GradientTransformation:
+        tx = optimizer(rates.learning_rate)
+        if not isinstance(tx, optax.GradientTransformation):
+            raise ValueError(
+                f"race: {optimizer!r} must return an optimizer, but returns {tx!r}. Type "
+                "lambda learning_rate: om.adamw(learning_rate), for example."
+            )
+        return tx
+
+    return make
 
 
 def _entry(name: str, optimizer: Optimizer, trials: list[Trial]) -> Entry:

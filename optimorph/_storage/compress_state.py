@@ -9,12 +9,12 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_seed
-from optimorph._core.differences import other_state
-from optimorph._core.numbers import cast_like, increment, is_missing, upcast
+from optimorph._core.differences import check_state, other_state
+from optimorph._core.numbers import cast_like, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role, scalar
 from optimorph._core.rounding import leaf_key, leaf_keys
-from optimorph._core.rule import Rule, rule_of, transform
+from optimorph._core.rule import Rule, check_shapes, rule_of, transform
 from optimorph._core.types import PyTree, Rules
 from optimorph._routing.rules import warn_unused
 from optimorph._storage.codec_rules import SMALL, codec_rule
@@ -211,10 +211,13 @@ def _of_trees(
         return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        if not isinstance(state, CompressedState):
+        check_state(WHO, state, CompressedState)
+        check_shapes(WHO, updates, params)
+        trained = [jnp.result_type(g) for g in jax.tree.leaves(updates) if is_trainable(g)]
+        for dtype in [dtype for dtype in trained if dtype.itemsize == 1]:
             raise ValueError(
-                f"{WHO}: the state must be a CompressedState, but is a {type(state).__name__}. Type "
-                "state = tx.init(params). Moments in float32 are not converted."
+                f"{WHO}: JAX does not promote gradients of {dtype} to the float32 of moments. Cast gradients "
+                "and parameters to float32, or type an optimizer of this library, which does so."
             )
         if not elementwise:
             return whole(updates, state, params, extra)

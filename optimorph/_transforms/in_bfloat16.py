@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_seed
+from optimorph._core.differences import check_state
 from optimorph._core.numbers import increment
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.rounding import leaf_key, stochastic_bfloat16
-from optimorph._core.rule import Rule, rule_of, transform
+from optimorph._core.rule import Rule, check_shapes, rule_of, transform
 
 
 class BFloat16State(NamedTuple):
@@ -58,6 +59,8 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         return BFloat16State(state, jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
+        check_state("in_bfloat16", state, BFloat16State)
+        check_shapes("in_bfloat16", updates, params)
         out, after = inner.update(updates, jax.tree.map(_widen, state.inner), params, **extra)  # (1)
         key = _key(state)
         leaves, structure = jax.tree.flatten(after)

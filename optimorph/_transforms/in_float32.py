@@ -3,7 +3,7 @@
 import optax
 
 from optimorph._core.numbers import cast_like, upcast
-from optimorph._core.rule import map_updates, rule_of
+from optimorph._core.rule import check_shapes, map_updates, rule_of
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -21,6 +21,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return inner  # as every rule does
 
     def update(updates, state, params=None, **extra):
+        check_shapes("in_float32", updates, params)
         out, state = inner.update(map_updates("in_float32", upcast, updates), state, params, **extra)
         return map_updates("in_float32", lambda g, u: cast_like(u, g), updates, out), state  # (1)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_dtypes, is_integer
+from optimorph._core.differences import check_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, is_absent, upcast
 from optimorph._core.rule import aligned, arrays, map_updates
@@ -70,6 +71,7 @@ def multi_steps(
         return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, steps)
 
     def update(updates, state, params=None, **extra):
+        check_state("multi_steps", state, MultiStepsState)
         gs, tree, _ = aligned("multi_steps", updates, state.mean)
         updates, count = tree.unflatten(gs), state.count + 1
 

@@ -53,7 +53,9 @@ def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransform
 
         u = √(g + ε_root) + ε        (1)
 
-    The updates should not be negative, as second moments are not.
+    The updates should not be negative, as second moments are not. The derivative of √g is infinite at 0: a
+    gradient through the optimizer (meta-learning) is NaN where a weight never had a gradient, as of a dead
+    unit. Type eps_root=1e-8 there.
 
     Args:
       eps: ε, at least 0, outside the root, in units of the gradient.
