@@ -8,6 +8,7 @@ are local shards, and the caller must give the shardings.
 import dataclasses
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from optimorph._core.target import Target, for_target
 from optimorph._distributed.exchange import execute
+from optimorph._distributed.hints import execute_by_hints
 from optimorph._distributed.map_by_shape import map_matrices
 from optimorph._distributed.placement import Leaf, place
 from optimorph._distributed.shardings import (
@@ -72,8 +75,6 @@ class ShardedFunction:
             return self._of_shards(manual, specs, arrays, "invarying")
         if shardings is not None:
             return self._over(mesh_of(shardings), shardings, arrays)
-        if jax.device_count() == 1 and not explicit_axes(arrays):
-            return self.on_one_device(arrays)
         return [*_dispatch(self, *arrays)]
 
     def on_one_device(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -118,19 +119,42 @@ def _dispatch(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...
     """With the shardings of the arrays' types if all mesh axes are `Explicit`, else with the compiler's."""
     names = explicit_axes(arrays)
     if not names:
-        return _custom_partitioned(task, *arrays)
+        return _auto(task, *arrays)
     shardings = [jax.typeof(x).sharding for x in arrays]
     context = jax.sharding.get_abstract_mesh()
     mesh = shardings[0].mesh if context.empty else context
     if len(names) == len(mesh.axis_names):
         return tuple(task._over(mesh, shardings, arrays))
-    function: Any = functools.partial(_custom_partitioned, task)
+    function: Any = functools.partial(_auto, task)
     function = jax.sharding.auto_axes(function, axes=names, out_sharding=tuple(shardings))
     return function(*arrays)
 
 
+def _auto(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """With the shardings that the compiler chose."""
+    return tuple(for_target(_of_compiler, task, *arrays, results=len(arrays)))
+
+
+def _of_compiler(task: ShardedFunction, target: Target, *arrays: jax.Array) -> Sequence[jax.Array]:
+    """By hints where `custom_partitioning` does not work: on TPUs, and in programs that are exported."""
+    if target.devices == 1:
+        return task.on_one_device(arrays)
+    if target.platform != "tpu" and not target.exported:
+        return _custom_partitioned(task, *arrays)
+    if target.mesh is None:
+        warnings.warn(_NO_MESH, stacklevel=2)
+        return task.on_one_device(arrays)
+    return execute_by_hints(task.f, task.forms, arrays, target.mesh, equivariant=task.equivariant)
+
+
+_NO_MESH = (
+    "every device computes every matrix, because the program says nothing of its mesh. Type "
+    "orthogonalize(shardings=...) or muon(shardings=...), or jit with jax.sharding.NamedSharding."
+)
+
+
 def _custom_partitioned(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """With the shardings that the compiler chose; on one device this is `on_one_device`."""
+    """`_of_shards` with the shardings that the compiler chose."""
 
     x64 = jnp.result_type(float) == np.float64
 
@@ -172,15 +196,7 @@ def _custom_partitioned(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.
         out = _custom_partitioned(dataclasses.replace(task, forms=forms), *stacked)
         return out, (True,) * len(out)
 
-    @jax.custom_jvp
-    def differentiable(*arrays):
-        return mapped(*arrays)
-
-    @differentiable.defjvp
-    def jvp(primals, tangents):
-        return differentiable(*primals), jax.jvp(whole, primals, tangents)[1]
-
-    return differentiable(*arrays)
+    return mapped(*arrays)
 
 
 def _digest(task: ShardedFunction) -> np.ndarray:

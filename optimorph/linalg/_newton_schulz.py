@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from optimorph._core.numbers import upcast
+from optimorph._core.target import Target, for_target
 from optimorph._core.types import DTypeLike
 from optimorph.linalg._coefficients import (
     EXACT,
@@ -122,28 +123,36 @@ class NewtonSchulz:
             return g
         tall = g.shape[-2] > g.shape[-1]
         x = normalize(g.mT.conj() if tall else g)  # (1)
-        x = x.astype(self._dtype(x.dtype)).reshape(-1, *x.shape[-2:])
-        batch = max(1, self.max_stack_bytes // (x.itemsize * math.prod(x.shape[1:])))
-        x = self._iterate(x) if len(x) <= batch else jax.lax.map(self._iterate, x, batch_size=batch)
-        x = x.reshape(*g.shape[:-2], *x.shape[-2:]).astype(g.dtype)
+        (y,) = for_target(NewtonSchulz._iterations, self, x.reshape(-1, *x.shape[-2:]), results=1)
+        x = y.reshape(x.shape).astype(g.dtype)
         return x.mT.conj() if tall else x
 
     def flops(self, n: int, m: int) -> float:
-        """Multiplications and additions for one float32 matrix n x m, n ≤ m."""
-        restarts = _restarts(self, (n, m), self._dtype(jnp.dtype(jnp.float32)), blocked(n))
-        return 2.0 * operations((n, m), self.table.rows, restarts)
+        """Multiplications and additions for one float32 matrix n x m, n ≤ m, without blocks."""
+        restarts = _restarts(self, (n, m), self._dtype(jnp.dtype(jnp.float32), ""), False)
+        return 2.0 * operations((n, m), self.table.rows, restarts, False)
 
-    def _iterate(self, x: jax.Array) -> jax.Array:
-        rows, in_blocks = self.table.rows, blocked(x.shape[-2])
-        restarts = _restarts(self, x.shape[-2:], x.dtype, in_blocks)
-        if restarts is None:
-            return _standard(x, rows, self.precision, in_blocks)
-        return _by_gram(x, rows, restarts, self.precision, in_blocks)
+    def _iterations(self, target: Target, stack: jax.Array) -> list[jax.Array]:
+        """(2) or (3) of normalized matrices, in the dtype and the form that suit the target."""
+        x, in_blocks = (
+            stack.astype(self._dtype(stack.dtype, target.platform)),
+            blocked(stack.shape[-2], target),
+        )
+        batch = max(1, self.max_stack_bytes // (x.itemsize * math.prod(x.shape[1:])))
 
-    def _dtype(self, own: jnp.dtype) -> jnp.dtype:
+        def iterate(x: jax.Array) -> jax.Array:
+            rows, restarts = self.table.rows, _restarts(self, x.shape[-2:], x.dtype, in_blocks)
+            if restarts is None:
+                return _standard(x, rows, self.precision, in_blocks)
+            return _by_gram(x, rows, restarts, self.precision, in_blocks)
+
+        x = iterate(x) if len(x) <= batch else jax.lax.map(iterate, x, batch_size=batch)
+        return [x.astype(stack.dtype)]
+
+    def _dtype(self, own: jnp.dtype, platform: str) -> jnp.dtype:
         if self.dtype is not None and not jnp.issubdtype(own, jnp.complexfloating):
             return jnp.dtype(self.dtype)
-        fast = FAST_DTYPES.get(jax.default_backend())
+        fast = FAST_DTYPES.get(platform)
         return fast if fast is not None and own == jnp.float32 and _safe(self.table, fast) else own
 
 
@@ -171,13 +180,13 @@ def safe_denominator(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 1, x)
 
 
-def operations(shape: tuple[int, ...], rows: Table, restarts: Sequence[int] | None) -> int:
+def operations(shape: tuple[int, ...], rows: Table, restarts: Sequence[int] | None, in_blocks: bool) -> int:
     """Multiplications for each matrix, `(..., n, m)` with n ≤ m: (2) without restarts, (3) with them.
 
     A symmetric product in blocks counts three quarters of a whole one.
     """
     n, m = shape[-2:]
-    share = 0.75 if blocked(n) else 1.0
+    share = 0.75 if in_blocks else 1.0
     square, wide = share * n**3, share * n * n * m
     powers = [int(c != 0) for _, _, c in rows]  # an R² for each row with a fifth power
     if restarts is None:
@@ -207,12 +216,11 @@ def _restarts(
     method: NewtonSchulz, shape: tuple[int, ...], dtype: jnp.dtype, in_blocks: bool
 ) -> tuple[int, ...] | None:
     """The restarts of the Gram iteration; None for the standard one."""
-    del in_blocks  # a part of the key, since `operations` depends on it
     rows, restarts = method.table.rows, method.table.restarts()
     if method.iteration != "auto":
         return restarts if method.iteration == "gram" else None
     accurate = max(method.table.conditions(restarts)) <= MAX_CONDITION and dtype != jnp.bfloat16
-    fewer = operations(shape, rows, restarts) < operations(shape, rows, None)
+    fewer = operations(shape, rows, restarts, in_blocks) < operations(shape, rows, None, in_blocks)
     return restarts if accurate and fewer else None
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from optimorph._core.numbers import upcast_dtype
+from optimorph._core.target import Target
 
 Symmetric = tuple[jax.Array, ...]
 
@@ -20,9 +21,9 @@ MIN_BLOCKED_ROWS = {"cpu": 512}
 """Platform → rows from which (1) is faster than the whole product; never on platforms not measured."""
 
 
-def blocked(rows: int) -> bool:
-    """Whether a symmetric matrix with this many rows should be computed by (1) on the default backend."""
-    return rows >= MIN_BLOCKED_ROWS.get(jax.default_backend(), rows + 1)
+def blocked(rows: int, target: Target) -> bool:
+    """Whether a symmetric matrix with this many rows should be computed by (1)."""
+    return rows >= MIN_BLOCKED_ROWS.get(target.platform, rows + 1)
 
 
 def product(x: jax.Array, y: jax.Array, precision: str) -> jax.Array:

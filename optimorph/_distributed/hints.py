@@ -1,0 +1,45 @@
+"""A function of whole matrices over a mesh by sharding hints, where nothing says how arrays are sharded.
+
+All matrices of one shape are one stack, whose batch axis is divided over all devices. The compiler moves the
+data. One mesh axis after the other is given to the batch axis, and taken from the axis that had it.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from optimorph._distributed.map_by_shape import map_matrices
+from optimorph.linalg import Axes
+
+Function = Callable[[jax.Array], jax.Array]
+
+
+def execute_by_hints(
+    f: Function, forms: Sequence[Axes], arrays: Sequence[jax.Array], mesh: AbstractMesh, *, equivariant: bool
+) -> list[jax.Array]:
+    """f of every matrix; each device computes a share of the matrices of each shape."""
+
+    def divided(stack: jax.Array) -> jax.Array:
+        empty = -len(stack) % mesh.size
+        x = jnp.pad(stack, [(0, empty), *[(0, 0)] * (stack.ndim - 1)])
+        prefixes = [mesh.axis_names[: k + 1] for k in range(len(mesh.axis_names))]
+        for names in prefixes:
+            x = _hint(x, mesh, names)
+        batch = PartitionSpec(mesh.axis_names)
+        y = jax.shard_map(f, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)(x)
+        for names in [*prefixes[::-1], ()]:
+            y = _hint(y, mesh, names)
+        return y[: len(stack)]
+
+    return map_matrices(divided, forms, arrays, transpose=equivariant)
+
+
+def _hint(x: jax.Array, mesh: AbstractMesh, names: Sequence[str]) -> jax.Array:
+    """The batch axis over these mesh axes; the other axes as the compiler likes."""
+    free = itertools.repeat(PartitionSpec.UNCONSTRAINED, x.ndim - 1)
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, PartitionSpec(tuple(names) or None, *free))
+    )
