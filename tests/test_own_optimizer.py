@@ -148,7 +148,7 @@ def test_its_moments_are_stored_in_8_bits():
     expected, _ = toy(0.1).update(g, toy(0.1).init(PARAMS), PARAMS)
     rounding.close(u, expected, condition=2**20)  # what is stored later was exact in this step
     assert jax.tree.structure(after) == jax.tree.structure(state)
-    assert om.plan(PARAMS, tx)["kernel"].state_bytes == 64 * (128 * 2 + 4 * 2)
+    assert om.plan(PARAMS, tx)["kernel"].state_bytes == 64 * (128 * 2 + 16 * 2)
 
 
 def test_probes_see_its_moment_and_its_reading():

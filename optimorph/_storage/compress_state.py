@@ -29,9 +29,9 @@ from optimorph._storage.encoding import (
     initial,
     is_large,
     named,
-    slabwise,
     split,
     stored_codec,
+    update_large,
 )
 from optimorph._storage.moments import Fields, map_moments, moments_of, unknown, with_moments
 from optimorph._storage.one_leaf import one_leaf_rule
@@ -162,7 +162,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
 
         try:
             if is_large(g, held, codecs):
-                u, held = slabwise(step, g, leaf.weight, held, codecs, keys, programs, rule.narrow)
+                u, held = update_large(step, g, leaf.weight, held, codecs, keys, programs, rule.narrow)
             else:
                 u, new = step(g, leaf.weight, decode(held, codecs), part=False)  # (1)
                 held = encode(new, held, codecs, keys)  # (2)

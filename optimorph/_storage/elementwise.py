@@ -13,11 +13,12 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from optimorph._core.types import Shape
 
 MIXING = """
-all_* approx_top_k arg* axis_index broadcast_in_dim broadcast_to cholesky* concatenate cond conv_general_*
-cum* custom_* dot_* dynamic_* eig* fft gather ge*qr* hessenberg householder_* io_callback iota* lu p[mp]*
-pad pbroadcast* psum* pure_callback qr ragged_* random_* reduce reduce_[!p]* reduce_prod reshape reshard rev
-rng_* scaled_* scan scatter* schur select_and_* shard_map sharding_constraint slice sort split squeeze stack
-svd symmetric_* tile top_k transpose tri* unstack while
+all_* approx_top_k arg* axis_index broadcast_in_dim broadcast_to cholesky* concatenate cond
+conv_general_* cum* custom_* dot_* dynamic_* eig* fft for_target gather ge*qr* hessenberg householder_*
+io_callback iota* lu p[mp]* pad pbroadcast* psum* pure_callback qr ragged_* random_* reduce reduce_[!p]*
+reduce_prod reshape reshard rev rng_* scaled_* scan scatter* schur select_and_* shard_map
+sharding_constraint slice sort split squeeze stack svd symmetric_* tile top_k transpose tri* unstack
+while
 """
 """Patterns of primitives that mix elements, depend on where elements are, or hold a jaxpr of their own.
 
@@ -46,60 +47,79 @@ class _Value(NamedTuple):
     by: str
 
 
-def on_part(closed: ClosedJaxpr, arrays: Iterable[jax.Array], whole: Shape, part: Shape) -> list[jax.Array]:
-    """The results of a jaxpr for arrays of the shape `whole` on slices of them, of the shape `part`.
-
-    Scalars may enter the arrays, and none may leave them. What does not depend on the arrays, such as a
-    learning rate, is computed unchanged. The jaxpr holds no calls: see `inlined`.
+class Elementwise(NamedTuple):
+    """An element-wise function of arrays, as a jaxpr.
 
     Args:
-      closed: the jaxpr.
-      arrays: its arguments: slices where the argument has the shape `whole`.
-      whole: the shape that the jaxpr was traced for.
-      part: the shape of the slices.
+      closed: the jaxpr without calls, whose first arguments are constants of the program.
+      constants: their number.
+      whole: the shape that it was traced for.
+    """
+
+    closed: ClosedJaxpr
+    constants: int
+    whole: Shape
+
+    def __call__(self, constants: Iterable[Any], arrays: Iterable[Any], part: Shape) -> list[jax.Array]:
+        """The results for slices of the shape `part` where an argument has the shape `whole`.
+
+        Scalars may enter the arrays, and none may leave them. What does not depend on the arrays, such as a
+        learning rate, is computed unchanged.
+
+        Raises:
+          NotElementwiseError: the results are not all made element by element.
+        """
+        jaxpr, given = self.closed.jaxpr, [*constants, *arrays]
+        known = dict(
+            zip(jaxpr.constvars, [_Value(x, False, CONSTANT) for x in self.closed.consts], strict=True)
+        )
+        for k, (v, x) in enumerate(zip(jaxpr.invars, given, strict=True)):
+            known[v] = _Value(x, k >= self.constants and v.aval.shape == self.whole, CONSTANT)
+
+        def value(v):
+            return _Value(v.val, False, CONSTANT) if isinstance(v, Literal) else known[v]
+
+        for eqn in jaxpr.eqns:
+            made = _made(eqn, list(map(value, eqn.invars)), self.whole, part)
+            known.update(zip(eqn.outvars, made, strict=True))
+        values = list(map(value, jaxpr.outvars))
+        for found in values:
+            if not found.sliced and np.ndim(found.x):
+                raise NotElementwiseError(found.by)
+        return [found.x for found in values]
+
+
+def elementwise(closed: ClosedJaxpr, constants: int, whole: Shape) -> Elementwise:
+    """The function of a jaxpr for arrays of the shape `whole`, whose first arguments are constants.
 
     Raises:
-      NotElementwiseError: the results are not all made element by element.
+      NotElementwiseError: it is not element-wise.
     """
-    sliced = [v.aval.shape == whole for v in closed.jaxpr.invars]
-    given = [_Value(x, own, CONSTANT) for x, own in zip(arrays, sliced, strict=True)]
-    values = _run(closed.jaxpr, closed.consts, given, whole, part)
-    for value in values:
-        if not value.sliced and np.ndim(value.x):
-            raise NotElementwiseError(value.by)
-    return [value.x for value in values]
-
-
-def inlined(closed: ClosedJaxpr) -> ClosedJaxpr:
-    """The same jaxpr without calls."""
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
-
-    def run(jaxpr, consts, given):
-        known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
-        for eqn in jaxpr.eqns:
-            values = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
-            if eqn.primitive.name in CALLS:
-                inner = next(x for x in eqn.params.values() if isinstance(x, ClosedJaxpr | Jaxpr))
-                made = run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
-            else:
-                made = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-                made = made if eqn.primitive.multiple_results else [made]
-            known.update(zip(eqn.outvars, made, strict=True))
-        return [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
-
-    return jax.make_jaxpr(lambda *given: run(closed.jaxpr, closed.consts, given))(*shapes)
+    inlined = jax.make_jaxpr(lambda *given: _run(closed.jaxpr, closed.consts, given))(*shapes)
+    found = Elementwise(inlined, constants, whole)
+    part = (*whole[:-2], 1, *whole[-1:])
+    parts = [
+        jax.ShapeDtypeStruct(part if k >= constants and x.shape == whole else x.shape, x.dtype)
+        for k, x in enumerate(shapes)
+    ]
+    jax.eval_shape(lambda *given: found(given[:constants], given[constants:], part), *parts)
+    return found
 
 
-def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: list[_Value], whole: Shape, part: Shape) -> list[_Value]:
-    known = dict(zip(jaxpr.constvars, [_Value(x, False, CONSTANT) for x in consts], strict=True))
-    known.update(zip(jaxpr.invars, given, strict=True))
-
-    def value(v):
-        return _Value(v.val, False, CONSTANT) if isinstance(v, Literal) else known[v]
-
+def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: Iterable[Any]) -> list[Any]:
+    """The results of a jaxpr, without calls."""
+    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
     for eqn in jaxpr.eqns:
-        known.update(zip(eqn.outvars, _made(eqn, list(map(value, eqn.invars)), whole, part), strict=True))
-    return list(map(value, jaxpr.outvars))
+        values = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
+        if eqn.primitive.name in CALLS:
+            inner = next(x for x in eqn.params.values() if isinstance(x, ClosedJaxpr | Jaxpr))
+            made = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
+        else:
+            made = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+            made = made if eqn.primitive.multiple_results else [made]
+        known.update(zip(eqn.outvars, made, strict=True))
+    return [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
 
 
 def _made(eqn: Any, values: list[_Value], whole: Shape, part: Shape) -> list[_Value]:

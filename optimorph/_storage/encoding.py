@@ -1,5 +1,6 @@
 """The moments of one leaf as codes and scales, updated whole or slab by slab."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,14 +12,18 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optimorph._core.target import Target, for_target
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.shardings import devices, spec_of
-from optimorph._storage.elementwise import inlined, on_part
+from optimorph._storage.elementwise import Elementwise, elementwise
 from optimorph._storage.slabs import in_slabs, slab_shape
 from optimorph.codecs import Codec, Encoded, Signed8
 
 CodecRule = Callable[[str, str, Shape], Codec | None]
 """(kind, path, shape) → the codec of a moment, or None for no codec."""
+
+LARGE = 1 << 13
+"""The fewest numbers of a leaf that is updated slab by slab for some target."""
 
 Step = Callable[[jax.Array, Any, Sequence[Any]], tuple[jax.Array, Sequence[Any]]]
 """(gradient, weight, moments) → update, moments; of a leaf or of a slab of it."""
@@ -123,11 +128,12 @@ def _is_of(codec: Codec, codes: jax.Array, scales: jax.Array) -> bool:
 
 
 def is_large(g: jax.Array, moments: Sequence[Any], codecs: Sequence[Codec | None]) -> bool:
-    """Whether a leaf is updated slab by slab."""
+    """Whether a leaf may be updated slab by slab, which depends on what the program is compiled for."""
     return (
         any(codec is not None for codec in codecs)
         and all(np.shape(x) == g.shape for x in jax.tree.leaves([_codes(m) for m in moments]))
-        and slab_shape(g.shape) is not None
+        and g.ndim > 1
+        and g.size >= LARGE
     )
 
 
@@ -156,66 +162,108 @@ def encode(
     ]
 
 
-def slabwise(
+@dataclasses.dataclass(frozen=True, eq=False)
+class LargeLeaf:
+    """The update of a large leaf, slab by slab or at once.
+
+    Args:
+      closed: the jaxpr of the update with decoded moments, whose first arguments are constants.
+      constants: their number.
+      shape: that of the leaf.
+      codecs: of the moments; None where there is none.
+      in_place: whether the update takes the gradient's buffer.
+      results: the structure of an update and its moments.
+      operands: the structure of what is written and what is read.
+    """
+
+    closed: ClosedJaxpr
+    constants: int
+    shape: Shape
+    codecs: Sequence[Codec | None]
+    in_place: bool
+    results: Any
+    operands: Any
+
+    @functools.cached_property
+    def step(self) -> Elementwise:
+        """The update with decoded moments, of any part of the leaf."""
+        return elementwise(self.closed, self.constants, self.shape)
+
+    def run(self, target: Target, *operands: jax.Array) -> list[jax.Array]:
+        """What is written, after the update, for a target."""
+        return _shared(self, target)(*operands)
+
+    def update(self, target: Target, written: PyTree, read: PyTree) -> PyTree:
+        """The update and the new moments."""
+        g, weight, keys, constants = read
+
+        def make(written, read):
+            u, held = written
+            own, weight = read
+            arrays = jax.tree.leaves((u if self.in_place else own, weight, decode(held, self.codecs)))
+            return self.results.unflatten(self.step(constants, arrays, u.shape))
+
+        def store(place, made, before):
+            (update, new), (_, old) = made, before
+            return update, encode(new, old, self.codecs, keys, place)
+
+        if slab_shape(self.shape, target) is None:
+            return store(None, make(written, (g, weight)), written)
+        return in_slabs(make, store, self.shape, target, written, (g, weight))
+
+
+@functools.lru_cache(maxsize=1 << 8)
+def _shared(leaf: LargeLeaf, target: Target) -> Callable[..., list[jax.Array]]:
+    """One program for leaves alike."""
+
+    def update_leaf(*operands):
+        return jax.tree.leaves(leaf.update(target, *leaf.operands.unflatten(operands)))
+
+    return jax.jit(update_leaf)
+
+
+def update_large(
     step: Step,
     g: jax.Array,
     weight: Any,
     moments: Sequence[Any],
     codecs: Sequence[Codec | None],
     keys: Sequence[Any],
-    programs: dict[Any, Callable[..., Any]],
-    by_jaxpr: bool,
+    programs: dict[Any, LargeLeaf],
+    check: bool,
 ) -> tuple[jax.Array, Sequence[Any]]:
     """The update and the new moments of one large leaf; leaves with the same jaxpr share a program.
 
     Args:
-      step: of a slab, with decoded moments.
+      step: of the leaf, with decoded moments.
       g: the gradient, whose buffer the update takes if it has the same dtype.
       weight: the parameter, or None.
       moments: `Encoded`, arrays or None.
       codecs: of the moments; None where there is none.
       keys: of the noise of each moment.
       programs: of the leaves before.
-      by_jaxpr: whether to run the jaxpr of `step` on slabs, because `step` itself may depend on shapes.
+      check: whether `step` may be a function that is not element-wise.
+
+    Raises:
+      NotElementwiseError: it is not element-wise.
     """
     decoded_shapes = jax.eval_shape(lambda: decode(moments, codecs))
     arguments, inside = jax.tree.flatten((g, weight, decoded_shapes))
     closed, made = jax.make_jaxpr(lambda *x: step(*inside.unflatten(x)), return_shape=True)(*arguments)
-    shapes = str(jax.tree.map(jnp.shape, moments))
-    same = str(closed.jaxpr), tuple(map(id, closed.consts)), shapes, tuple(codecs)
+    consts = list(closed.consts)
+    alone = jax.make_jaxpr(lambda consts, *x: jax.core.eval_jaxpr(closed.jaxpr, consts, *x))(
+        consts, *arguments
+    )
+    in_place = made[0].dtype == g.dtype
+    written = g if in_place else jnp.zeros_like(g, dtype=made[0].dtype), list(moments)
+    read = None if in_place else g, weight, list(keys), consts
+    leaves, operands = jax.tree.flatten((written, read))
+    same = str(alone.jaxpr), str(jax.tree.map(jnp.shape, leaves)), operands, tuple(codecs)
     if same not in programs:
-        if by_jaxpr:
-            step = _on_slabs(closed, jax.tree.structure(made), g.shape)
-        programs[same] = jax.jit(_program(step, codecs, made[0].dtype))
-    return programs[same](keys, g, weight, list(moments))
-
-
-def _on_slabs(closed: ClosedJaxpr, structure: Any, shape: Shape) -> Step:
-    """A step of whole leaves as one of slabs: its jaxpr, run on slices of its arguments."""
-    closed = inlined(closed)
-
-    def step(g, weight, moments):
-        return structure.unflatten(on_part(closed, jax.tree.leaves((g, weight, moments)), shape, g.shape))
-
-    return step
-
-
-def _program(step: Step, codecs: Sequence[Codec | None], dtype: Any) -> Callable[..., Any]:
-    """(keys, gradient, weight, moments) → update and moments, slab by slab."""
-
-    def update_leaf(keys, g, weight, moments):
-        in_place = dtype == g.dtype
-
-        def make(written, read):
-            u, held = written
-            own, weight = read
-            return step(u if in_place else own, weight, decode(held, codecs))
-
-        def store(place, made, before):
-            (update, new), (_, old) = made, before
-            return update, encode(new, old, codecs, keys, place)
-
-        update, read = (g, None) if in_place else (jnp.zeros_like(g, dtype=dtype), g)
-        return in_slabs(make, store, g.shape, (update, moments), (read, weight))
-
-    return update_leaf
+        results = jax.tree.structure(made)
+        programs[same] = LargeLeaf(alone, len(consts), g.shape, tuple(codecs), in_place, results, operands)
+        if check:
+            programs[same].step  # noqa: B018
+    results = len(jax.tree.leaves(written))
+    out = for_target(LargeLeaf.run, programs[same], *leaves, results=results)
+    return jax.tree.structure(written).unflatten(out)

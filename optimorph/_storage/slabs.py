@@ -8,23 +8,24 @@ import jax
 import jax.numpy as jnp
 
 from optimorph._core.rounding import places
+from optimorph._core.target import Target
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.shardings import in_mesh, with_type_of
 
 SIZES = {"cpu": (1 << 12, 1 << 14)}
-OTHER_SIZES = (1 << 20, 1 << 22)
-"""The fewest and the most numbers of a slab: of a core's cache, or enough for all of an accelerator."""
+OTHER_SIZES = (1 << 26, 1 << 26)
+"""The fewest and the most numbers of a slab: of a core's cache, or so many that launches do not matter."""
 
 PARTS = 96
 """How many slabs an array has, if they are neither too small nor too large."""
 
 
-def slab_shape(shape: Shape) -> Shape | None:
+def slab_shape(shape: Shape, target: Target) -> Shape | None:
     """That of the slabs of an array, the last of which may be shorter; None for an array that is one slab."""
     if len(shape) < 2 or 0 in shape:
         return None
-    fewest, most = SIZES.get(jax.default_backend(), OTHER_SIZES)
-    pieces = _pieces(shape)
+    fewest, most = SIZES.get(target.platform, OTHER_SIZES)
+    pieces = _pieces(shape, target)
     rows, size = shape[-2] // pieces, math.prod(shape)
     wanted = max(1, min(max(size // PARTS, fewest), most) * rows // size)
     even = max(k for k in range(1, wanted + 1) if rows % k == 0)
@@ -36,6 +37,7 @@ def in_slabs(
     make: Callable[[PyTree, PyTree], PyTree],
     store: Callable[[jax.Array, PyTree, PyTree], PyTree],
     shape: Shape,
+    target: Target,
     written: PyTree,
     read: PyTree,
 ) -> PyTree:
@@ -51,13 +53,14 @@ def in_slabs(
       make: of a slab of what is written, as it was, and of what is read.
       store: of a place, the number of every element in the whole, uint32, what was made, and the first slab
         as it was, for what is the same in all of them; returns what the slab becomes.
-      shape: one that has a `slab_shape`.
+      shape: one that has a `slab_shape` for the target.
+      target: what the program is compiled for.
       written: arrays, updated in place if they are donated.
       read: other arrays.
     """
-    slab = slab_shape(shape)
+    slab = slab_shape(shape, target)
     assert slab is not None
-    pieces = _pieces(shape)
+    pieces = _pieces(shape, target)
     rows = slab[-2] // pieces
     count, rest = divmod(shape[-2] // pieces, rows)
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -109,5 +112,5 @@ def in_slabs(
     return jax.tree.map(joined, written)
 
 
-def _pieces(shape: Shape) -> int:
-    return math.gcd(shape[-2], jax.device_count())
+def _pieces(shape: Shape, target: Target) -> int:
+    return math.gcd(shape[-2], target.devices)

@@ -114,14 +114,6 @@ def test_exported_with_shardings_that_are_said():
         rounding.close(exported.call(arrays), want, units=1, condition=om.linalg.NewtonSchulz().table.slope)
 
 
-def test_exported_without():
-    """The compiler cannot be asked later: jax itself refuses."""
-    place = NamedSharding(mesh(), P("data", None))
-    tx, arrays = om.orthogonalize(None, PLAIN), jax.device_put(jnp.ones((8, 24)), place)
-    with pytest.raises(NotImplementedError, match="host_callbacks"):
-        jax.export.export(jax.jit(lambda w: tx.update({"w": w}, NONE)[0]["w"]))(arrays)
-
-
 CACHED = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax
