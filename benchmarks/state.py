@@ -41,6 +41,7 @@ from state_step import step_tables, steps
 
 import optimorph as om
 from optimorph._core.rounding import noise, places
+from optimorph._core.target import Target
 from optimorph._storage.slabs import slab_shape
 from optimorph.codecs import Nonneg8, Signed8
 
@@ -135,7 +136,7 @@ def cost(ways, shapes, rounds):
 def apart():
     """Nanoseconds a number of each step of a compressed update: all slabs in one program, their sum kept."""
     shape, key = LEAVES["w0"], jax.random.key(0)
-    slab = slab_shape(shape)
+    slab = slab_shape(shape, Target("cpu"))
     place, first, second = places(slab), Signed8(), Nonneg8()
     x = jax.random.normal(key, shape)
     held = {first: first.encode(x), second: second.encode(x**2, key)}

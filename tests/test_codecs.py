@@ -11,8 +11,9 @@ import rounding
 from float32 import Float32
 
 from optimorph._core.rounding import noise, places
-from optimorph.codecs import BFloat16, Encoded, Float8, Nonneg8, Signed8, Split8, Split16
+from optimorph.codecs import BFloat16, Encoded, Float8, Nonneg8, Signed8, Split8, Split16, _blocks
 from optimorph.codecs._blocks import block_width
+from optimorph.codecs._forms import Rows
 
 BLOCKS = {
     "softsign": Signed8(),
@@ -331,6 +332,26 @@ def test_blocks_know_nothing_of_each_other(codec, last):
         alone = encode_alone(x[:, start : start + width])
         np.testing.assert_array_equal(encoded.codes[:, start : start + width], alone.codes)
         np.testing.assert_array_equal(encoded.scales[:, start // width], alone.scales[:, 0])
+
+
+@pytest.mark.parametrize("last", [300, 307, 20])
+@each(BLOCKS)
+def test_rows_without_an_axis_for_blocks(codec, last, monkeypatch):
+    """The form of TPUs: the same codes, scales and numbers, NaN in its own block, subnormal numbers too."""
+    x = inputs(codec, (4, last))
+    x[1, 7], x[2], x[3, 2] = np.nan, x[2] * 1e-36, 1e-39
+    expected = jax.jit(codec.encode, compiler_options=rounding.EXACT)(x, KEY)
+    numbers = compiled(codec)[1](expected)
+
+    def in_rows(f, width, x, *arrays):
+        return f(Rows(width, x.shape[-1]), x, *arrays)
+
+    monkeypatch.setattr(_blocks, "in_form", in_rows)
+    found = jax.jit(lambda x, key: codec.encode(x, key), compiler_options=rounding.EXACT)(x, KEY)
+    well = ~np.isnan(np.asarray(numbers))  # codes of NaN are arbitrary
+    np.testing.assert_array_equal(np.asarray(found.codes)[well], np.asarray(expected.codes)[well])
+    np.testing.assert_array_equal(found.scales, expected.scales)
+    np.testing.assert_array_equal(jax.jit(lambda x: codec.decode(x))(found), numbers)
 
 
 def test_rows_are_shared_evenly():

@@ -141,6 +141,10 @@ def _codes(moment: Any) -> Any:
     return moment.codes if isinstance(moment, Encoded) else moment
 
 
+def _in_float32(moment: Encoded) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(moment.codes.shape, jnp.float32)
+
+
 def decode(moments: Sequence[Any], codecs: Sequence[Codec | None]) -> list[Any]:
     """The moments of a leaf without codecs."""
     return [
@@ -247,8 +251,8 @@ def update_large(
     Raises:
       NotElementwiseError: it is not element-wise.
     """
-    decoded_shapes = jax.eval_shape(lambda: decode(moments, codecs))
-    arguments, inside = jax.tree.flatten((g, weight, decoded_shapes))
+    decoded = [m if codec is None else _in_float32(m) for m, codec in zip(moments, codecs, strict=True)]
+    arguments, inside = jax.tree.flatten((g, weight, list(map(_codes, decoded))))
     closed, made = jax.make_jaxpr(lambda *x: step(*inside.unflatten(x)), return_shape=True)(*arguments)
     consts = list(closed.consts)
     alone = jax.make_jaxpr(lambda consts, *x: jax.core.eval_jaxpr(closed.jaxpr, consts, *x))(

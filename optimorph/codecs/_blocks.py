@@ -3,17 +3,16 @@
 import abc
 import dataclasses
 import functools
-import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from optimorph._core.checks import dtype_name, is_integer
 from optimorph._core.rounding import noise, outer_bfloat16
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
+from optimorph.codecs._forms import Form, in_form
 
 TINY = 4.7019774e-38
 """Blocks with a smaller maximum become zeros: four times the smallest normal number; 4 / s is finite."""
@@ -60,22 +59,29 @@ class BlockCodec(Codec):
         )
 
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
-        blocks = self._blocks(x)
-        scales = self._scales(blocks)
-        s = scales.astype(jnp.float32)[..., None]
-        quarters = blocks * jnp.where(s >= TINY, 4 / s, 0)  # 1 / s may be subnormal
-        codes = self._codes(quarters, key, self._blocks(place))
-        return Encoded(_joined(codes.astype(self.code_dtype), x), scales.reshape(self._scales_shape(x.shape)))
+        def encoded(form: Form, x: jax.Array, place: jax.Array) -> Encoded:
+            split = form.split(x)
+            scales = self._scales(form.largest(self._bits(split)))
+            s = scales.astype(jnp.float32)
+            quarters = split * form.spread(jnp.where(s >= TINY, 4 / s, 0))  # 1 / s may be subnormal
+            codes = self._codes(quarters, key, form.split(place)).astype(self.code_dtype)
+            return Encoded(form.joined(codes, x), scales.reshape(self._scales_shape(x.shape)))
+
+        return in_form(encoded, self._width(x.shape), x, place)
 
     def _decode(self, encoded: Encoded) -> jax.Array:
         assert encoded.scales is not None
-        codes, scales = self._blocks(encoded.codes), encoded.scales.astype(jnp.float32)
-        x = self._values(codes) * scales.reshape(*codes.shape[:-1], 1)  # (2)
-        return _joined(x, encoded.codes)
 
-    def _scales(self, blocks: jax.Array) -> jax.Array:
-        """(1); 0 below `TINY`, NaN for blocks with a non-finite number."""
-        s = jax.lax.bitcast_convert_type(_largest(self._bits(blocks)), jnp.float32)
+        def decoded(form: Form, codes: jax.Array, scales: jax.Array) -> jax.Array:
+            split = form.split(codes)
+            s = scales.astype(jnp.float32).reshape(scales.shape or (1,))
+            return form.joined(self._values(split) * form.spread(s), codes)  # (2)
+
+        return in_form(decoded, self._width(encoded.codes.shape), encoded.codes, encoded.scales)
+
+    def _scales(self, largest: jax.Array) -> jax.Array:
+        """(1) of the bits of the largest |x|; 0 below `TINY`, NaN for blocks with a non-finite number."""
+        s = jax.lax.bitcast_convert_type(largest, jnp.float32)
         s = jnp.where(s < jnp.inf, s, jnp.nan)
         s = jnp.where(s < TINY, 0, s)
         return outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
@@ -93,17 +99,10 @@ class BlockCodec(Codec):
         """The values of codes, in [-1, 1]."""
 
     def _scales_shape(self, shape: Shape) -> Shape:
-        return (*shape[:-1], -(-shape[-1] // block_width(self.block, shape[-1]))) if shape else ()
+        return (*shape[:-1], -(-shape[-1] // self._width(shape))) if shape else ()
 
-    def _blocks(self, x: jax.Array) -> jax.Array:
-        """`(*batch, last)` → `(*batch, blocks, width)`, padded with zeros."""
-        *batch, last = x.shape or (1,)
-        width = block_width(self.block, last)
-        count = -(-last // width)
-        x = _whole(x, width)
-        if count * width != last:
-            x = jnp.pad(x, (*[(0, 0)] * len(batch), (0, count * width - last)))
-        return x.reshape(*batch, count, width)
+    def _width(self, shape: Shape) -> int:
+        return block_width(self.block, shape[-1] if shape else 1)
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -253,31 +252,3 @@ def nearest(x: jax.Array) -> jax.Array:
 
 def _last_bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x + WHOLE, jnp.int32)
-
-
-def _largest(x: jax.Array) -> jax.Array:
-    """max over the last axis, first elementwise between its halves, which compilers vectorize."""
-    while (width := x.shape[-1]) > 16:
-        half = (width + 1) // 2
-        x = jnp.maximum(x[..., :half], x[..., width - half :])
-    return jnp.max(x, axis=-1)
-
-
-def _whole(x: jax.Array, width: int) -> jax.Array:
-    """`x`, resharded to replicate its last axis if its type says that shard boundaries cut blocks."""
-    sharding = jax.typeof(x).sharding
-    names = sharding.spec[-1] if x.ndim and len(sharding.spec) == x.ndim else None
-    if names is None:
-        return x
-    parts = math.prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
-    if x.shape[-1] % (parts * width) == 0:
-        return x
-    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*sharding.spec[:-1], None)))
-
-
-def _joined(blocks: jax.Array, like: jax.Array) -> jax.Array:
-    """`(*batch, blocks, width)` in the shape of another array, with the sharding of its type."""
-    *batch, count, width = blocks.shape
-    x = blocks.reshape(*batch, count * width)[..., : like.shape[-1] if like.ndim else 1].reshape(like.shape)
-    sharding = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding.spec == sharding.spec else jax.sharding.reshard(x, sharding)

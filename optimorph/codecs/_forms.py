@@ -1,0 +1,115 @@
+"""How a row falls into blocks: with an axis for the blocks, or, on TPUs, without.
+
+TPUs keep a row in registers of 128 numbers: another axis inside a row is a copy of the whole array. There a
+maximum over blocks is a window that moves by its own width, and a number for each block is spread over the
+row by a product with the indicators of the blocks, which is exact.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+
+class Blocks(NamedTuple):
+    """`(*batch, blocks, width)`, padded with zeros."""
+
+    width: int
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """An array in this form."""
+        *batch, last = x.shape or (1,)
+        count = -(-last // self.width)
+        x = _whole(x, self.width)
+        if count * self.width != last:
+            x = jnp.pad(x, (*[(0, 0)] * len(batch), (0, count * self.width - last)))
+        return x.reshape(*batch, count, self.width)
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """`(*batch, blocks)`, the largest integer of every block: first of halves, which vectorizes."""
+        while (width := x.shape[-1]) > 16:
+            half = (width + 1) // 2
+            x = jnp.maximum(x[..., :half], x[..., width - half :])
+        return jnp.max(x, axis=-1)
+
+    def spread(self, s: jax.Array) -> jax.Array:
+        """Numbers `(*batch, blocks)`, at least 0 or NaN, to be multiplied with an array in this form."""
+        return s[..., None]
+
+    def joined(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """The array of which `x` is the form, with the shape and the sharding of another one."""
+        *batch, count, width = x.shape
+        x = x.reshape(*batch, count * width)[..., : like.shape[-1] if like.ndim else 1].reshape(like.shape)
+        sharding = jax.typeof(like).sharding
+        return x if jax.typeof(x).sharding.spec == sharding.spec else jax.sharding.reshard(x, sharding)
+
+
+class Rows(NamedTuple):
+    """`(*batch, last)`."""
+
+    width: int
+    last: int
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """The array itself."""
+        return x
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """As of `Blocks`."""
+        window = (*[1] * (x.ndim - 1), self.width)
+        padding = (*[(0, 0)] * (x.ndim - 1), (0, -self.last % self.width))
+        return jax.lax.reduce_window(
+            x, jnp.array(np.iinfo(x.dtype).min, x.dtype), jax.lax.max, window, window, padding
+        )
+
+    def spread(self, s: jax.Array) -> jax.Array:
+        """As of `Blocks`. NaN is -1 in the product, where it would reach the whole row."""
+        blocks = np.arange(self.last) // self.width == np.arange(s.shape[-1])[:, None]
+        s = jnp.where(s >= 0, s, -1)
+        spread = jnp.matmul(s, jnp.asarray(blocks, s.dtype), precision="highest")
+        return jnp.where(spread < 0, jnp.nan, spread)
+
+    def joined(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """The array itself."""
+        return x
+
+
+Form = Blocks | Rows
+"""Arrays in a form in which blocks can be reduced."""
+
+
+def in_form(f: Callable[..., Any], width: int, x: jax.Array, *arrays: Any) -> Any:
+    """`f(form, x, *arrays)`, with the form that suits the platform.
+
+    Args:
+      f: a function of a form and arrays.
+      width: the numbers of a block.
+      x: an array whose rows are divided into blocks.
+      arrays: further arrays.
+    """
+
+    def blocks(*arrays):
+        return f(Blocks(width), *arrays)
+
+    def rows(*arrays):
+        return f(Rows(width, x.shape[-1]), *arrays)
+
+    if not x.ndim or not x.shape[-1] or any(jax.typeof(x).sharding.spec):
+        return blocks(x, *arrays)
+    return jax.lax.platform_dependent(x, *arrays, tpu=rows, default=blocks)
+
+
+def _whole(x: jax.Array, width: int) -> jax.Array:
+    """`x`, resharded to replicate its last axis if its type says that shard boundaries cut blocks."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[-1] if x.ndim and len(sharding.spec) == x.ndim else None
+    if names is None:
+        return x
+    parts = math.prod(sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names))
+    if x.shape[-1] % (parts * width) == 0:
+        return x
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*sharding.spec[:-1], None)))
