@@ -95,23 +95,42 @@ def _in_rounds(
 
 
 def _all_to_all(exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
-    """One all_to_all of packets `(owners, ...)`."""
+    """An all_to_all of packets `(owners, ...)`."""
     if not exchange.all_to_all_axes:
         return [*packets]
-    flat = _joined([x.reshape(len(x), -1) for x in packets])
-    flat = _in_comm_dtype(
-        exchange, lambda x: jax.lax.all_to_all(x, exchange.all_to_all_axes, 0, 0, tiled=True), flat
-    )
-    return _separated(flat, [x.shape[1:] for x in packets])
+
+    def send(x):
+        return jax.lax.all_to_all(x, exchange.all_to_all_axes, 0, 0, tiled=True)
+
+    return _sent(exchange, send, packets)
 
 
 def _all_gather(exchange: Exchange, names: Names, packets: Sequence[jax.Array], to: str) -> list[jax.Array]:
-    """One all_gather of packets over some mesh axes, to `(devices, ...)`."""
+    """An all_gather of packets over some mesh axes, to `(devices, ...)`."""
     if not names:
         return [x[None] for x in packets]
-    flat = _joined([x.reshape(1, -1) for x in packets])
-    flat = _in_comm_dtype(exchange, lambda x: jax.lax.all_gather(x[0], names, to=to), flat)
-    return _separated(flat, [x.shape for x in packets])
+
+    def send(x):
+        return jax.lax.all_gather(x[0], names, to=to)
+
+    return _sent(exchange, send, [x[None] for x in packets])
+
+
+def _sent(
+    exchange: Exchange, send: Callable[[jax.Array], jax.Array], packets: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Packets `(devices, ...)` sent as one; on TPUs one by one, where a row of many matrices is a copy."""
+
+    def together(*packets):
+        flat = _joined([x.reshape(len(x), -1) for x in packets])
+        return _separated(_in_comm_dtype(exchange, send, flat), [x.shape[1:] for x in packets])
+
+    def each(*packets):
+        return [_in_comm_dtype(exchange, send, x) for x in packets]
+
+    if len(packets) == 1:
+        return each(*packets)
+    return jax.lax.platform_dependent(*packets, tpu=each, default=together)
 
 
 def _in_comm_dtype(exchange: Exchange, send: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
