@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AbstractMesh, Mesh
 
 from optimorph._core.checks import not_an_array
 from optimorph._core.numbers import is_array, kind
 from optimorph._core.paths import distinct_paths
 from optimorph._core.types import PyTree, Shape
+from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
 from optimorph._routing.grouping import format_groups, glob_of, group_by, without_numbers
@@ -71,11 +73,13 @@ class Plan:
       rows: one for each leaf, in the tree's order.
       unused: rules that no leaf matches.
       learning_rates: transformation → its learning rate at the first step, of an optimizer that routes.
+      over_mesh: how matrices are divided over a mesh, if one was given.
     """
 
     rows: tuple[PlanRow, ...]
     unused: tuple[str, ...] = ()
     learning_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    over_mesh: MeshPlan | None = None
 
     def __iter__(self) -> Iterator[PlanRow]:
         """The rows, leaf by leaf."""
@@ -97,13 +101,20 @@ class Plan:
         """The table. Leaves that differ only in the numbers of their paths share a line."""
         lines = _table(_TITLES, [_cells(rows) for rows in group_by(self.rows, _line)])
         lines += ["", *_table(*_totals(self.rows, self.learning_rates))]
+        lines += [] if self.over_mesh is None else ["", str(self.over_mesh)]
         lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
         unresolved = [(row.path, row.unresolved) for row in self.rows if row.unresolved is not None]
         lines += [f"\n{text}" for text in format_groups(unresolved, [row.path for row in self.rows])]
         return "\n".join(lines)
 
 
-def plan(params: PyTree, optimizer: optax.GradientTransformation | None = None, **arguments: Any) -> Plan:
+def plan(
+    params: PyTree,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    mesh: Mesh | AbstractMesh | None = None,
+    **arguments: Any,
+) -> Plan:
     """What an optimizer does with every parameter.
 
         print(optimorph.plan(jax.eval_shape(init, key)))                    # of muon
@@ -112,6 +123,8 @@ def plan(params: PyTree, optimizer: optax.GradientTransformation | None = None, 
     Args:
       params: a tree of arrays or of `jax.ShapeDtypeStruct`; nothing is computed.
       optimizer: any transformation; by default `muon` with `arguments`.
+      mesh: for an optimizer of matrices, also what each device of this mesh computes and sends. Leaves have
+        the optimizer's `shardings`, or else their own; those without one are replicated.
       arguments: of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`.
 
     Raises:
@@ -153,7 +166,11 @@ def plan(params: PyTree, optimizer: optax.GradientTransformation | None = None, 
     rows = tuple(map(row, paths, shapes, specs))
     rules = None if routes is None else routes.rules
     rates = _learning_rates(optimizer, routes) if known and routes is not None else {}
-    return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates)
+    over_mesh = None
+    if mesh is not None and routes is not None:
+        forms = [spec.axes for spec in specs]
+        over_mesh = plan_mesh(mesh, routes.match, paths, jax.tree.leaves(params), forms)
+    return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates, over_mesh)
 
 
 def _spec(routes: Routes | None, path: str, leaf: jax.ShapeDtypeStruct) -> LeafSpec:

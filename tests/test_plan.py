@@ -10,6 +10,7 @@ import models
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import optimorph as om
 from optimorph.__main__ import main
@@ -226,3 +227,29 @@ def test_learning_rates_of_both_sides():
     assert om.plan(params, om.muon(0.5, others=optax.adam(0.1))).learning_rates == {"muon": 0.5}
     traced = jax.jit(lambda rate: om.plan(params, om.muon(rate)).learning_rates)(0.5)
     assert om.plan(params).learning_rates == om.plan(params, om.adamw(0.5)).learning_rates == traced == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "platform", "mode", "way"),
+    [
+        (None, "tpu", "Auto", "hints"),
+        (None, "cpu", "Auto", "custom_partitioning"),
+        (None, "tpu", "Explicit", "exchange"),
+        ({"*": PartitionSpec("data")}, "tpu", "Auto", "exchange"),
+    ],
+)
+def test_over_a_mesh(given, platform, mode, way):
+    """The way, and what a device computes and sends: one of 4 matrices is two even shares of 8 devices."""
+    device = AbstractDevice("any", None, platform)
+    mesh = AbstractMesh(
+        (4, 2), ("data", "model"), axis_types=(getattr(AxisType, mode),) * 2, abstract_device=device
+    )
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    params = {f"w{k}": jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=place) for k in range(4)}
+    found = om.plan(params, om.muon(0.1, axes={"*": "io"}, shardings=given), mesh=mesh).over_mesh
+    assert (found.way, found.platform) == (way, platform)
+    assert found.flops == om.linalg.NewtonSchulz().flops(16, 32)
+    assert found.flops / found.least_flops == 2
+    assert found.sent == 2 * 3 * 4 * 32 * 4  # to three others and back, 4 rows of 32 float32 numbers
+    assert "data 4 x model 2" in str(found)
+    assert om.plan(params, om.adamw(0.1), mesh=mesh).over_mesh is None

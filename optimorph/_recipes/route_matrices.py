@@ -14,7 +14,7 @@ from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
-from optimorph._distributed.shardings import by_whole_shape
+from optimorph._distributed.shardings import Match, by_whole_shape
 from optimorph._routing.leaf_spec import LeafSpec, resolve_axes
 from optimorph._routing.rules import labels, lookup_if_given, warn_unused
 
@@ -30,12 +30,14 @@ class Routes:
       rules: the user's rules of axes.
       names: of the transformations of matrices and of other leaves.
       scale: the name of the scale of a matrix's update by its shape.
+      match: the user's rules of shardings, or None.
     """
 
     resolve: Callable[[str, Shape], LeafSpec]
     rules: AxesRules | None
     names: tuple[str, str]
     scale: str | None = None
+    match: Match | None = None
 
 
 def route_matrices(
@@ -122,5 +124,5 @@ def routed(
         ), after
 
     tx = Transform(init, update)
-    tx.routes = Routes(resolve, axes, names, scale)
+    tx.routes = Routes(resolve, axes, names, scale, match)
     return tx
