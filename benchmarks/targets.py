@@ -60,7 +60,7 @@ GPU = (
 
 def available(target):
     """Whether the compiler for a target is installed."""
-    return importlib.util.find_spec("jax_plugins.xla_cuda12" if target == "H100" else "libtpu") is not None
+    return importlib.util.find_spec("jax_cuda12_plugin" if target == "H100" else "libtpu") is not None
 
 
 def mesh_of(target, axes, mode=AxisType.Auto):
@@ -108,6 +108,14 @@ def counted(program):
         "mcycles": {kind: count / 1e6 for kind, count in cycles.items()},
         "kernels": sum(_launches(text)) if not cycles else 0,
     }
+
+
+def product_dtypes(text):
+    """The dtypes of what is multiplied in products of matrices, as HLO names them."""
+    types = dict(re.findall(r"^\s+(?:ROOT )?(%[\w.\-]+) = ([a-z]+\d+)\[", text, re.MULTILINE))
+    products = re.findall(r" (?:convolution|dot)\((%[\w.\-]+), (%[\w.\-]+)\)", text)
+    products += re.findall(r" custom-call\((%[\w.\-]+), (%[\w.\-]+)\), custom_call_target=\"__cublas", text)
+    return {types[operand] for pair in products for operand in pair if operand in types}
 
 
 def _launches(text):

@@ -3,6 +3,7 @@
 import fnmatch
 import os
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -14,8 +15,9 @@ if "backend_optimization_level" not in _flags:  # nearly all the time is compila
     if version("jaxlib") < "0.11":  # later ones have no other emitters, and need the parts
         _flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = _flags
-if "host_platform_device_count" not in _flags:
-    collect_ignore = ["mesh"]  # which test_mesh.py runs
+collect_ignore = [] if "host_platform_device_count" in _flags else ["mesh"]  # which test_mesh.py runs
+if not any(find_spec(compiler) for compiler in ("libtpu", "jax_cuda12_plugin")):
+    collect_ignore.append("accelerators")  # which .ci/accelerators runs
 _hook = install_import_hook("optimorph", "beartype.beartype")
 _hook.__enter__()
 
