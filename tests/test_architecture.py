@@ -120,6 +120,14 @@ def test_no_cycles():
         visit(module)
 
 
+@pytest.mark.parametrize(("path", "name"), list(zip(MODULES, NAMES, strict=True)), ids=NAMES)
+def test_the_host_decides_nothing(path, name):
+    """A program is that of what it is compiled for; only displays ask what is here."""
+    if floor(f"optimorph.{name}") < FLOORS["_racing"]:
+        text = path.read_text()
+        assert not [word for word in ("default_backend", "device_count", "jax.devices") if word in text]
+
+
 def test_modules_are_small():
     sizes = {name: len(path.read_text().splitlines()) for path, name in zip(MODULES, NAMES, strict=True)}
     assert {name: size for name, size in sizes.items() if size > 400} == {}

@@ -1,8 +1,9 @@
 """A function of whole matrices, applied to arrays that may be sharded over a mesh.
 
 The shardings come from, in this order: the caller; the arrays' types, for `Explicit` mesh axes; the compiler,
-for `Auto` mesh axes, when it partitions the program (`custom_partitioning`). Inside `jax.shard_map` arrays
-are local shards, and the caller must give the shardings.
+for `Auto` mesh axes, when it partitions the program (`custom_partitioning`). On TPUs and in exported programs
+there is no `custom_partitioning`: sharding hints divide the work. Inside `jax.shard_map` arrays are local
+shards, and the caller must give the shardings.
 """
 
 import dataclasses

@@ -45,7 +45,9 @@ def orthogonalize(
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
 
     Over a mesh each device computes a share of the matrices, and the updates have the gradients' shardings.
-    These are found out on any mesh, which need not be named.
+    These are found on any mesh, which need not be named: from the types of arrays over `Explicit` mesh axes;
+    from the compiler over `Auto` axes; on TPUs, and in exported programs, sharding hints divide the work
+    instead, with more collectives than with `shardings`. `optimorph.plan(mesh=)` says which way is taken.
 
     Args:
       orthogonalizer: a function of stacks `(batch, inputs, outputs)`: `linalg.NewtonSchulz()`, the default,
