@@ -51,7 +51,7 @@ def rule_of_all(entry, names):
 
 def shapes(entry, dtype):
     if entry.matrices:
-        return {"wide": (4, 9), "tall": (9, 4), "square": (5, 5)}
+        return {"w_wide": (4, 9), "w_tall": (9, 4), "w_square": (5, 5)}
     leaves = {"matrix": (3, 4), "vector": (5,), "scalar": ()}
     return leaves if entry.real or dtype in ("bfloat16", "float16") else leaves | {"complex": COMPLEX}
 

@@ -73,7 +73,11 @@ def test_a_bare_spec_is_refused():
 
 
 def test_all_undecided_leaves_are_listed_at_init():
-    params = {"a": jnp.ones((2, 3, 4)), "b": {"weight": jnp.ones((2, 3, 4))}, "c": jnp.ones((2, 3))}
+    params = {
+        "a": jnp.ones((2, 3, 4)),
+        "b": {"weight": jnp.ones((2, 3, 4))},
+        "c": {"kernel": jnp.ones((2, 3))},
+    }
     with pytest.raises(ValueError, match="no rule says") as error:
         om.muon(0.1).init(params)
     message = str(error.value)
@@ -149,7 +153,47 @@ NAMES = {
     ("depthwise/weight", (8, 1, 3, 3)): None,
     ("conv/weight", (8, 4, 3)): "oii",
     ("kernel", (1, 8)): None,
-    ("anything", (4, 8)): "io",
+    ("anything", (4, 8)): UNDECIDED,
+    ("item_factors", (50000, 32)): UNDECIDED,
+    ("hash_bucket_1/weights", (10000, 16)): UNDECIDED,
+    ("sparse_features/user_id", (100000, 32)): UNDECIDED,
+    ("0", (4, 8)): "io",  # no name at all
+    ("", (4, 8)): "io",
+    ("layers/3/attn/kv_a", (7168, 512)): "io",
+    ("layers/3/mlp/ws_up", (7168, 2048)): "io",
+    ("emb_l/0/weight", (1000, 16)): None,
+    ("embeddings/user_id/weight", (1000, 16)): None,
+    ("tables/country/weight", (200, 16)): None,
+    ("quantizer/codevectors", (1, 640, 128)): None,
+    ("x_embedder/proj/kernel", (2, 2, 4, 1152)): None,
+    (
+        "transformer/h/0/attn/c_proj/kernel",
+        (768, 768),
+    ): UNDECIDED,  # outputs come first in Hugging Face's Flax
+    ("transformer/h/0/mlp/c_fc/kernel", (3072, 768)): UNDECIDED,
+    ("transformer/h/0/mlp/c_fc/kernel", (768, 3072)): "io",
+    ("cls/seq_relationship/kernel", (768, 2)): None,
+    ("action_out_proj/kernel", (1024, 32)): None,
+    ("conv_out/kernel", (3, 3, 320, 4)): None,
+    ("out_conv/kernel", (1, 1, 64, 3)): None,
+    ("final_conv/weight", (3, 64, 1, 1)): None,
+    ("to_rgb/kernel", (1, 1, 64, 3)): None,
+    ("dec/imgout/kernel", (5, 5, 128, 3)): None,
+    ("down_blocks_0/resnets_0/conv_out/kernel", (3, 3, 320, 320)): "iiio",
+    ("down_blocks_0/attentions_0/proj_in/kernel", (1, 1, 320, 320)): "iiio",
+    ("ff/net_0/proj/kernel", (320, 2560)): "i(2o)",
+    ("ff/net_0/proj/kernel", (320, 1280)): "io",
+    ("blocks_0/adaLN_modulation/Dense_0/kernel", (1152, 6912)): UNDECIDED,
+    ("params/decoder/layers/layer_0/mlp/shared_expert/wo/kernel", (512, 12, 2048)): "ibo",
+    ("params/decoder/layers/layer_0/mlp/routed_experts/gate/kernel", (2048, 12, 512)): UNDECIDED,
+    ("params/decoder/layers_0/mhc_attention/res_beta", (4, 4)): None,
+    ("RWKVBlock_0/time_faaaa", (12, 64)): None,
+    ("Dense_0/kernel", (768, 65536)): None,
+    ("Dense_0/kernel", (100, 6272)): "io",
+    ("Dense_2/kernel", (256, 6)): None,
+    ("actor_params/Dense_0/kernel", (512, 6)): None,
+    ("fc2/weight", (10, 256)): None,
+    ("Dense_1/kernel", (256, 64)): "io",
     ("anything", (2, 4, 8)): UNDECIDED,
     ("decoder/layers/attention/out/kernel", (3, 4, 4, 16)): "biio",
     ("encoder/layers/Conv_0/kernel", (7, 5, 64)): UNDECIDED,
@@ -418,7 +462,7 @@ def test_names_say_something_of_any_shape_and_by_any_number(path):
 
 
 def test_names_may_have_several_lines():
-    assert by_name("a name\nof two lines", (4, 3)) == ("dense", "io")
+    assert by_name("a name\nof two lines/kernel", (4, 3)) == ("dense", "io")
 
 
 @dataclasses.dataclass

@@ -58,7 +58,7 @@ def _told() -> ClosedJaxpr:
     """JAX tells the lowering of a program its devices and mesh if `custom_partitioning` is in its jaxpr."""
     identity = custom_partitioning(lambda x: x)
     identity.def_partition(partition=None, sharding_rule="i -> i")
-    return jax.make_jaxpr(identity)(jax.numpy.zeros(1))
+    return jax.make_jaxpr(identity)(jax.numpy.zeros(1, "int32"))
 
 
 target_p = Primitive("for_target")

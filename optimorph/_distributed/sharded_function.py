@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -76,6 +77,9 @@ class ShardedFunction:
             return self._of_shards(manual, specs, arrays, "invarying")
         if shardings is not None:
             return self._over(mesh_of(shardings), shardings, arrays)
+        eager = all(not isinstance(x, Tracer) and len(x.devices()) == 1 for x in arrays)
+        if eager and not explicit_axes(arrays):
+            return self.on_one_device(arrays)
         return [*_dispatch(self, *arrays)]
 
     def on_one_device(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:

@@ -110,6 +110,18 @@ def _few_outputs_first(shape: Shape) -> bool:
     return len(shape) in (2, 3) and 16 * shape[-2] <= shape[-1]
 
 
+def _is_wide(shape: Shape) -> bool:
+    """Two axes, neither of which is short."""
+    return len(shape) == 2 and min(shape) >= 64
+
+
+def _is_output(shape: Shape) -> bool:
+    """(in, out), with a vocabulary of outputs, or a few for many inputs."""
+    return len(shape) == 2 and (
+        shape[1] >= max(1 << 14, 16 * shape[0]) or (shape[1] <= 10 and shape[0] >= 64)
+    )
+
+
 def _fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
     """(in, n x in); with axis=-2, (n x in, in)."""
     return lambda shape: shape[axis] == n * shape[-3 - axis]
@@ -133,12 +145,13 @@ _BLOCK = (
 )
 _SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
 _SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
-_SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts)\w*/(wi\w*|wo)/kernel"
+_SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
 _LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
 _GATE = r"(gate|gating)(_\d+)?"
 _EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{_WEIGHT})?"
 _QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 _ROOT = "^((params|model)/)*"
+_GENERIC = _ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
 # the projection of an embedding is not an embedding
 _NOT_A_LAYER = r"(?!\w*(proj|projection|dense|linear|fc|mlp|ffn?|attn|attention)(_?\d+)?(/|$))"
 _EMBEDDING = (
@@ -147,10 +160,22 @@ _EMBEDDING = (
 )
 _TABLE = r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
 
+_IN_LAYER = r"\w*(attn|attention|mlp|ffn?|ffw|feed_?forward)\w*/"
+_LAST_CONV = (
+    r"(\w+_)?(conv_?out|out(put)?_?conv|(final|last)_?conv|conv_?(final|last|output)|to_?(rgb|img|image)|"
+    r"(img|image)_?out)\w*"
+)
+_BLOCK_OF_CONVOLUTIONS = r"(^|/)\w*(block|resnet|layer|stage|attention)s?(_?\d+)?/"
+_MATRIX_NAME = (
+    r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|w[iqkvogud](_?\d+)?|w_\w+|wqkv|"
+    r"[qkvo]|query|key|value|(to_)?(in|out|up|down|gate|[qkv])(_?\d+)?|(up|down|gate|in|out)_\w+|c_(attn|proj|fc)|mlp\w*"
+)
+"""Names that mean a matrix."""
+
 RULES = (
     NameRule("low rank", r"lora_?[ab](/kernel)?|\w*(lora|adapter)\w*/(.*/)?[ab]", ("io",)),
     NameRule("low rank", r"lora_?[ab]/weight", ("oi",)),
-    NameRule("bias", r"(\w+_)?bias(es)?(_\w+)?|offset|beta|(\w+_)?sinks?|a_log"),
+    NameRule("bias", r"(\w+_)?bias(es)?(_\w+)?|offset|(\w+_)?beta|(\w+_)?sinks?|a_log"),
     NameRule("bias", r"\w*(expert|moe)\w*/([^/]+/)?b(\d+|_\w+)?"),
     NameRule("bias", r"b\d*|g", when=lambda shape: len(shape) < 2),
     NameRule("bias", _IN_STACK + r"(b(\d+|_\w+)?|g)", when=lambda shape: len(shape) < 3),
@@ -160,10 +185,11 @@ RULES = (
     NameRule(
         "norm", r"\w*norm_(mlp|ffn?|attn|attention)/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2
     ),
-    NameRule("vector", r"alpha\d*|time_(decay|first|mix\w*)"),
+    NameRule("vector", r"alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule(
         "head",
-        r"(\w*(unembed|logit|classifier|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_layer)(/.*)?",
+        r"(\w*(unembed|logit|classifier|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_layer|"
+        r"\w*seq_relationship)(/.*)?",
         not_in=_ATTENTION + "|/w[qkvo]$|mixer",
     ),
     NameRule(
@@ -173,8 +199,16 @@ RULES = (
         not_in=_BLOCK,
     ),
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
+    NameRule("head", _GENERIC + "(kernel|w)", when=_is_output, not_in=_BLOCK),
+    NameRule("head", _GENERIC + "weight", when=lambda s: _is_output(s[::-1]), not_in=_BLOCK),
+    NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{_WEIGHT}"),
+    NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{_WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
     NameRule("embedding", _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_embed\w*/.*|cls"),
-    NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*queries", not_in=_ATTENTION),
+    NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*(queries|codevectors)", not_in=_ATTENTION),
+    NameRule(
+        "embedding", rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)", not_in=_ATTENTION + "|proj|mlp|dense"
+    ),
+    NameRule("embedding", r"x_embedder/.*"),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
     NameRule("router", r"\w*router\w*(/[^/]+)?|switch/(kernel|weight|w)"),
@@ -204,6 +238,7 @@ RULES = (
         "attention", _SCANNED + "self_attention_(local|global)/out/kernel", "ibio", _out_not_layers_first
     ),
     NameRule("attention", _SCANNED_ATTENTION + "out/kernel", (UNDECIDED,), _out_not_layers_first),
+    NameRule("router", _SCANNED + r"\w*experts?/gate/kernel", (UNDECIDED,), lambda s: len(s) == 3),
     _maxtext_rule("dense", _SCANNED_DENSE, "ibo"),
     NameRule("dense", _SCANNED_DENSE, (UNDECIDED,), _maybe_not_layers_first),
     NameRule(
@@ -220,6 +255,15 @@ RULES = (
     NameRule("attention", _LEVANTER + "[kv]_proj/weight", ("oi", "ooi")),
     NameRule("attention", _LEVANTER + "o_proj/weight", ("oi", "oii")),
     NameRule("experts", _LEVANTER + r"experts/(\w+/)?weight", ("io",)),
+    # GPT-2 of Hugging Face's Flax: outputs come first
+    NameRule(
+        "attention", "h/0/(attn|crossattention)/(c_proj|q_attn)/kernel", (UNDECIDED,), lambda s: len(s) == 2
+    ),
+    NameRule("dense", "h/0/mlp/c_fc/kernel", (UNDECIDED,), lambda s: len(s) == 2 and s[0] > s[1]),
+    NameRule("dense", "h/0/mlp/c_proj/kernel", (UNDECIDED,), lambda s: len(s) == 2 and s[0] < s[1]),
+    # GEGLU: a gate and its input side by side
+    NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
+    NameRule("dense", rf"\w*(adaln|modulation)\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED,)),
     # GPT-NeoX and BLOOM order query, key and value head by head
     NameRule("attention", r"query_key_value(/(kernel|w))?", (UNDECIDED,), _fused(3)),
     NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused(3, -2)),
@@ -252,6 +296,7 @@ RULES = (
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
     NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
+    NameRule("convolution", "proj_(in|out)/kernel", ("iiio",), lambda s: s[:-2] == (1, 1)),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
     NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
     NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=_flipped(_maybe_convolution)),
@@ -263,6 +308,9 @@ RULES = (
         not_in=_ATTENTION + r"|kv|einsum|mlp|(^|[/_])ffn?([/_]|$)",
     ),
     NameRule("dense", r"b\d*|g", (UNDECIDED,)),
-    NameRule("dense", ".*", ("io",)),
+    NameRule("dense", _MATRIX_NAME, ("io",)),
+    NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
+    NameRule("dense", _IN_LAYER + "[^/]+", ("io",), _is_wide),
+    NameRule("unknown", ".*", (UNDECIDED,)),
 )
 """The rules in order. The first that matches decides."""
