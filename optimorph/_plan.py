@@ -25,6 +25,7 @@ from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
 from optimorph._routing.grouping import format_groups, glob_of, group_by, without_numbers
 from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.names import by_name
+from optimorph._routing.output_layer import output_layer
 from optimorph._routing.rules import unused
 from optimorph._transforms.matrices import SCALES
 from optimorph.linalg import Axes
@@ -144,6 +145,8 @@ def plan(
         optimizer = muon(**muon_arguments)
     routes = getattr(optimizer, "routes", None)
     specs = [_spec(routes, path, leaf) for path, leaf in zip(paths, shapes, strict=True)]
+    if routes is not None and (k := output_layer(paths, [leaf.shape for leaf in shapes], specs)) is not None:
+        specs[k] = LeafSpec(None, "head, inferred")
     state_bytes = _state_bytes(optimizer, paths, shapes, specs)
     scale = None if routes is None or routes.scale is None else SCALES[routes.scale]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import nullcontext
 
 import chex
 import equinox as eqx
@@ -14,7 +15,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import optimorph as om
-from optimorph._core.paths import leaf_paths
+from optimorph._core.paths import by_path, leaf_paths
 from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name
 
@@ -490,7 +491,7 @@ TREES = {
     "tuples": ((KERNEL, BIAS),),
     "nnx state": nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param),
     "nnx pure dict": nnx.to_pure_dict(nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)),
-    "equinox": eqx.filter(eqx.nn.MLP(4, 3, 4, 1, key=jax.random.key(0)), eqx.is_array),
+    "equinox": eqx.filter(eqx.nn.MLP(4, 4, 4, 1, key=jax.random.key(0)), eqx.is_array),
 }
 
 
@@ -553,7 +554,7 @@ def test_the_state_is_made_inside_nnx_jit():
 
 def test_equinox_training():
     model = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
-    tx = om.muon(0.02)
+    tx = om.muon(0.02, axes={"layers/2/weight": None})
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
 
     @eqx.filter_jit
@@ -564,6 +565,48 @@ def test_equinox_training():
 
     stepped, _ = step(model, state)
     assert bool(jnp.any(stepped.layers[0].weight != model.layers[0].weight))
+
+
+def layers(**sizes):
+    """Dense layers with biases: name → (in, out)."""
+    return {name: {"kernel": jnp.ones(size), "bias": jnp.ones(size[1])} for name, size in sizes.items()}
+
+
+OUTPUTS = {
+    "the last of three": (layers(Dense_0=(28, 64), Dense_1=(64, 64), Dense_2=(64, 11)), "Dense_2"),
+    "in a model": ({"net": layers(fc1=(28, 64), fc2=(64, 11))}, "net/fc2"),
+    "with convolutions": (
+        layers(Dense_0=(512, 64), Dense_1=(64, 11)) | {"Conv_0": layers(a=(8, 512))},
+        "Dense_1",
+    ),
+    "two of them": (layers(Dense_0=(28, 64), Dense_1=(64, 11), Dense_2=(64, 12)), None),
+    "an autoencoder": (layers(Dense_0=(28, 64), Dense_1=(64, 16), Dense_2=(16, 64), Dense_3=(64, 28)), None),
+    "a head": (layers(Dense_0=(28, 64), Dense_1=(64, 11), head=(64, 13)), None),
+    "one layer": (layers(Dense_0=(28, 64)), None),
+    "a norm behind it": (
+        layers(Dense_0=(28, 64), Dense_1=(64, 11)) | {"norm": {"scale": jnp.ones(11)}},
+        None,
+    ),
+    "in a block": ({"layers": [{"mlp": layers(fc1=(28, 64), fc2=(64, 11))}]}, None),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_output_layer_by_widths(name):
+    """It is not orthogonalized, and a warning says what to type; the plan and updates say the same."""
+    params, path = OUTPUTS[name]
+    tx = om.muon(0.1, others=optax.set_to_zero())
+    with pytest.warns(UserWarning, match="output layer") if path else nullcontext():
+        state = tx.init(params)
+    updates, _ = jax.jit(tx.update)(params, state, params)
+    still = {key for key, x in by_path(updates).items() if x.ndim == 2 and not jnp.any(x)}
+    assert still - {"head/kernel"} == ({f"{path}/kernel"} if path else set())
+    assert {row.path for row in om.plan(params) if row.role == "head, inferred"} == still - {"head/kernel"}
+    if path:
+        confirmed = om.muon(0.1, axes={f"{path}/kernel": None}).init(params)  # without a warning
+        assert jax.tree.structure(confirmed.inner_states["matrix"]) == jax.tree.structure(
+            state.inner_states["matrix"]
+        )
 
 
 def test_partition_sends_leaves_where_the_rules_say():

@@ -16,6 +16,7 @@ from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, by_whole_shape
 from optimorph._routing.leaf_spec import LeafSpec, resolve_axes
+from optimorph._routing.output_layer import output_layer
 from optimorph._routing.rules import labels, lookup_if_given, warn_unused
 
 MATRIX, OTHER = "matrix", "other"
@@ -80,11 +81,20 @@ def routed(
     resolve, match = resolve_axes(who, axes), lookup_if_given(shardings)
     resolved = functools.cache(lambda path, shape: resolve(path, shape).resolved_axes(who))
     form = by_whole_shape(who, match, resolved)
+    spec = by_whole_shape(who, match, resolve)
+    whole = by_whole_shape(who, match, lambda path, shape: shape)
     transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 
     def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:
         parts = tree.unflatten([OTHER if f is None else MATRIX for f in forms])
         return optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
+
+    def output_of(paths: Sequence[str], leaves: Sequence[Any]) -> int | None:
+        there = [k for k, x in enumerate(leaves) if is_trainable(x)]
+        shapes = [np.shape(leaves[k]) for k in there]
+        known = [paths[k] for k in there]
+        found = output_layer(known, list(map(whole, known, shapes)), list(map(spec, known, shapes)))
+        return None if found is None else there[found]
 
     def init(params):
         leaves, tree = arrays(who, params)
@@ -93,6 +103,9 @@ def routed(
         params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves)
         forms = tree.flatten_up_to(labels(form)(params))
         forms = [None if is_absent(w) else f for f, w in zip(forms, leaves, strict=True)]
+        if (k := output_of(paths, leaves)) is not None:
+            warnings.warn(_inferred(who, paths[k], np.shape(leaves[k]), forms[k]), stacklevel=2)
+            forms[k] = None
         if axes is None and paths and not any(forms):
             warnings.warn(
                 f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
@@ -108,6 +121,8 @@ def routed(
             form(path, np.shape(x)) if is_trainable(x) else None
             for path, x in zip(leaves.paths, leaves.values, strict=True)
         ]
+        if (k := output_of(leaves.paths, leaves.values)) is not None:
+            forms[k] = None
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
         own = None if params is None else leaves.tree
         try:
@@ -126,3 +141,11 @@ def routed(
     tx = Transform(init, update)
     tx.routes = Routes(resolve, axes, names, scale, match)
     return tx
+
+
+def _inferred(who: str, path: str, shape: Shape, form: Any) -> str:
+    return (
+        f"{who}: {path!r} {shape} is taken for the output layer, because no other leaf takes in its outputs, "
+        f"and is updated by the other optimizer. Type axes={{{path!r}: None}} to confirm this, or "
+        f"axes={{{path!r}: {form.spec!r}}} for a hidden layer."
+    )
