@@ -1,14 +1,15 @@
 """Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
 
 Transforms: `momentum`, `ema`, `square`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
-`orthogonalize`, `scale_by_shape`, `add_decayed_weights`, `scale_by_learning_rate`, `dampen`, `in_float32`,
-`in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`, `multi_steps`. They chain with optax's: `chain` is
-`optax.chain`, in which neighbours become one rule for one leaf.
+`orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`, `scale_by_learning_rate`,
+`dampen`, `in_float32`, `in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`, `multi_steps`. They chain
+with optax's: `chain` is `optax.chain`, in which neighbours become one rule for one leaf.
 
 Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
 
 Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` gives matrices to one
-transform and other leaves to another; `partition` and `labels` route by the same rules.
+transform and other leaves to another; `partition` and `labels` route by the same rules, and `roles`,
+`not_roles` and `role_of` by what the default rules take leaves for.
 
 The end of a step: `apply_updates` can round bfloat16 weights stochastically. `split_weights` and
 `join_weights` keep in one or two bytes what bfloat16 loses of float32.
@@ -37,6 +38,7 @@ from optimorph._plan import Plan, PlanRow, plan
 from optimorph._recipes.muon import muon
 from optimorph._recipes.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph._recipes.route_matrices import route_matrices
+from optimorph._routing.default_roles import not_roles, role_of, roles
 from optimorph._routing.partition import partition
 from optimorph._routing.rules import labels
 from optimorph._split_weights import join_weights, split_weights
@@ -50,6 +52,7 @@ from optimorph._transforms.in_float32 import in_float32
 from optimorph._transforms.matrices import orthogonalize, scale_by_shape
 from optimorph._transforms.multi_steps import MultiStepsState, multi_steps
 from optimorph._transforms.pointwise import DampenState, DebiasState, dampen, debias, root, square
+from optimorph._transforms.scale_by_rules import scale_by_rules
 from optimorph._transforms.skip_nonfinite import SkipState, skip_nonfinite
 from optimorph._transforms.step import (
     DecayState,
@@ -110,15 +113,19 @@ __all__ = [
     "muon",
     "nadam",
     "nadamw",
+    "not_roles",
     "orthogonalize",
     "partition",
     "plan",
     "probes",
     "rmsprop",
+    "role_of",
+    "roles",
     "root",
     "route_matrices",
     "rules",
     "scale_by_learning_rate",
+    "scale_by_rules",
     "scale_by_shape",
     "schedules",
     "sgd",

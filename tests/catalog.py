@@ -72,12 +72,17 @@ def with_a_nan(every):
 
 def of_matrices(params):
     """A mask."""
-    return jax.tree.map(lambda w: w.ndim == 2, params)
+    return jax.tree.map(lambda w: jnp.ndim(w) == 2, params)
 
 
 def in_blocks(path, shape):
     """Axes: of 4 columns each by itself, of 9 two unequal blocks."""
     return {4: "i(4o)", 9: "i(4+5o)"}.get(shape[-1], "io")
+
+
+def by_last_axis(path, shape):
+    """A factor."""
+    return 0.5 if shape[-1:] == (4,) else 1.5
 
 
 def _ends(columns):
@@ -113,6 +118,11 @@ TRANSFORMS = [
         lambda: papers.with_a_nan(papers.skip_nonfinite(papers.ema(0.9)), 3),
     ),
     Entry("square", lambda om: om.square(), papers.square),
+    Entry(
+        "scale_by_rules",
+        lambda om: om.scale_by_rules(by_last_axis),
+        lambda: lambda g, w: by_last_axis(None, g.shape) * g,
+    ),
     Entry("accumulate", lambda om: om.accumulate(), papers.accumulate),
     Entry("accumulate-initial", lambda om: om.accumulate(0.1), lambda: papers.accumulate(0.1)),
     Entry("debias", lambda om: om.debias(0.9), lambda: papers.debias(0.9)),

@@ -567,6 +567,49 @@ def test_equinox_training():
     assert bool(jnp.any(stepped.layers[0].weight != model.layers[0].weight))
 
 
+def test_factors_by_rules():
+    """The first rule that matches, one number for each layer of a stack, and 1 for all other leaves."""
+    g = {"layers": {"kernel": jnp.ones((3, 2, 4))}, "embed": {"table": jnp.ones((8, 4))}, "bias": jnp.ones(3)}
+    tx = om.scale_by_rules({"layers/*": [0.25, 0.5, 1.0], "*embed*": 0.125})
+    updates, _ = jax.jit(tx.update)(g, tx.init(g))
+    np.testing.assert_array_equal(updates["layers"]["kernel"][:, 0, 0], [0.25, 0.5, 1.0])
+    np.testing.assert_array_equal(updates["embed"]["table"], 0.125)
+    np.testing.assert_array_equal(updates["bias"], 1)
+    with pytest.raises(
+        ValueError, match=r"scale_by_rules: 'bias' has shape \(3,\), but its factor has .*\(2,\)"
+    ):
+        om.scale_by_rules({"bias": [1.0, 2.0]}).update(g, optax.EmptyState())
+    with pytest.warns(UserWarning, match="scale_by_rules: no leaf matches the rule 'embde/"):
+        om.scale_by_rules({"embde/*": 1.0, "*": 1.0}).init(g)
+    tx, large = om.chain(om.ema(0.9), om.scale_by_rules({"w": [1.0] * 128})), {"w": jnp.ones((128, 128))}
+    tx = om.compress_state(tx)
+    state = tx.init(large)
+    with pytest.raises(ValueError, match="compress_state: put scale_by_rules outside"):
+        tx.update(large, state)
+
+
+def test_roles_are_masks_partitions_and_factors():
+    g = {
+        "head": {"kernel": jnp.ones((4, 8))},
+        "norm": {"scale": jnp.ones(4)},
+        "up": {"kernel": jnp.ones((4, 4))},
+    }
+    decayed = om.add_decayed_weights(1.0, mask=om.not_roles("norm", "head"))
+    zero = jax.tree.map(jnp.zeros_like, g)
+    updates, _ = decayed.update(zero, decayed.init(g), g)
+    assert {path for path, x in by_path(updates).items() if jnp.any(x)} == {"up/kernel"}
+    tx = om.partition(om.role_of, {"dense": om.sgd(1.0), "norm": om.sgd(2.0), "head": om.sgd(3.0)})
+    updates, _ = tx.update(g, tx.init(g), g)
+    assert {path: float(x.min()) for path, x in by_path(updates).items()} == {
+        "head/kernel": -3.0,
+        "norm/scale": -2.0,
+        "up/kernel": -1.0,
+    }
+    assert om.roles("norm", "bias")("norm/scale", (4,))
+    with pytest.raises(ValueError, match=r"not_roles: 'norms' is not a role\. Type 'norm', or another of"):
+        om.not_roles("norms")
+
+
 def layers(**sizes):
     """Dense layers with biases: name → (in, out)."""
     return {name: {"kernel": jnp.ones(size), "bias": jnp.ones(size[1])} for name, size in sizes.items()}

@@ -1,0 +1,65 @@
+"""A factor for each leaf, by rules."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.numbers import is_absent
+from optimorph._core.rule import Rule, transform
+from optimorph._core.types import Rules
+from optimorph._routing.rules import NO_MATCH, lookup, warn_unused
+
+
+def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
+    """Multiply the updates of each leaf by a factor of its own: learning rates by leaf, role or layer.
+
+        u = f g        (1)
+
+        chain(adamw(1e-3), scale_by_rules({"embed/*": 0.1, "blocks/0/*": 0.5}))
+        chain(muon(0.02), scale_by_rules({"layers/*": 0.9 ** np.arange(12)[::-1]}))      # layer-wise decay
+
+    Args:
+      rules: the factor of each leaf, as `labels` takes rules: a number, or one for each index of the leaf's
+        first axis, such as the layers of a scan. Where no rule matches, or the value is `...`, it is 1.
+
+    Raises:
+      ValueError: at `update`, a factor that is no number or has another length than the leaf's first axis;
+        inside `compress_state`, several factors for one leaf.
+
+    References:
+      Howard & Ruder 2018, arXiv:1801.06146, section 3.2 (a rate for each layer).
+    """
+    who = "scale_by_rules"
+    if isinstance(rules, Mapping):
+        rules = {key: np.asarray(x) if isinstance(x, list | tuple) else x for key, x in rules.items()}
+    match = lookup(rules)
+
+    def begin(leaves):
+        warn_unused(who, "rules", rules, leaves.paths)
+        return optax.EmptyState()
+
+    def advance(state, leaves):
+        pairs = zip(leaves.paths, leaves.values, strict=True)
+        return [None if is_absent(x) else match(path, np.shape(x)) for path, x in pairs], state
+
+    def update(g, state, leaf, factors):
+        factor: Any = factors[leaf.index]
+        if factor is NO_MATCH or factor is None:
+            return g, state
+        factor = jnp.asarray(factor).astype(g.dtype)
+        if factor.ndim == 0:
+            return factor * g, state  # (1)
+        shape = np.shape(leaf.leaves.values[leaf.index])
+        if factor.ndim > 1 or shape[:1] != factor.shape:
+            raise ValueError(
+                f"{who}: {leaf.path!r} has shape {shape}, but its factor has shape {factor.shape}. Type a "
+                "number, or one for each index of the first axis."
+            )
+        if leaf.part:
+            raise ValueError(f"compress_state: put {who} outside, because {leaf.path!r} has several factors.")
+        return factor.reshape(-1, *[1] * (g.ndim - 1)) * g, state  # (1)
+
+    return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
