@@ -194,7 +194,7 @@ def draw(found, path):
     left.invert_yaxis()
     handles, labels = left.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    left.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, loc="lower right")
+    left.legend(unique.values(), unique.keys(), fontsize=8, frameon=False, loc="upper right")
     chip = found.get("chip", {}).get("v5p", {})
     names = [name for name in chip if "stacked" not in name]
     products = [chip[name]["mcycles"].get("products", 0) for name in names]

@@ -84,6 +84,32 @@ def test_the_accelerator_table_is_the_recorded_one():
     assert recorded["device"] in README
 
 
+def test_the_tables_of_what_is_compiled_are_the_recorded_ones():
+    recorded = json.loads((RESULTS / "accelerators.json").read_text())
+
+    def work(row):
+        return f"{sum(row['mcycles'].values()):.2f}" if row["mcycles"] else str(row["kernels"])
+
+    def cells(rows, cell):
+        return " / ".join(cell(rows[way]) if way in rows else "-" for way in ("found", "given", "optax"))
+
+    for mesh in ("v5p 2x2x2", "v5p 4x4x4", "H100 x 8"):
+        for layout, rows in recorded["mesh"][mesh].items():
+            columns = (
+                cells(rows, lambda row: str(sum(row["collectives"].values()))),
+                cells(rows, lambda row: f"{row['gflop']:.0f}"),
+                cells(rows, lambda row: f"{row['temporary'] / 1e6:.0f}"),
+                cells(rows, work),
+            )
+            assert f"| {mesh} | {layout} | {' | '.join(columns)} |" in README
+    for name in recorded["chip"]["v5p"]:
+        sides = (recorded["chip"][chip][name] for chip in ("v5p", "H100"))
+        columns = (
+            f"{work(row)}, {row['temporary'] / 1e6:.0f}, {row['compile_seconds']:.1f}" for row in sides
+        )
+        assert f"| {name} | {' | '.join(columns)} |" in README
+
+
 def test_the_polar_table_is_the_recorded_one():
     recorded = json.loads((RESULTS / "polar.json").read_text())
     for name, row in recorded["rows"].items():
