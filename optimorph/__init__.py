@@ -1,11 +1,13 @@
 """Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
 
-Transforms: `momentum`, `ema`, `square`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
+Transforms: `momentum`, `ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
 `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`, `scale_by_learning_rate`,
-`dampen`, `in_float32`, `in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`, `multi_steps`. They chain
-with optax's: `chain` is `optax.chain`, in which neighbours become one rule for one leaf.
+`hyperball`, `dampen`, `in_float32`, `in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`,
+`multi_steps`. They chain with optax's: `chain` is `optax.chain`, in which neighbours become one rule for
+one leaf.
 
-Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `muon`.
+Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `laprop`, `lion`,
+`muon`, `muonh`.
 
 Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` gives matrices to one
 transform and other leaves to another; `partition` and `labels` route by the same rules, and `roles`,
@@ -35,7 +37,11 @@ from optimorph._apply_updates import apply_updates
 from optimorph._from_optax import from_optax_state
 from optimorph._inject_hyperparams import inject_hyperparams
 from optimorph._plan import Plan, PlanRow, plan
+from optimorph._recipes.adamh import adamh
+from optimorph._recipes.laprop import laprop
+from optimorph._recipes.lion import lion
 from optimorph._recipes.muon import muon
+from optimorph._recipes.muonh import muonh
 from optimorph._recipes.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph._recipes.route_matrices import route_matrices
 from optimorph._routing.default_roles import not_roles, role_of, roles
@@ -47,11 +53,12 @@ from optimorph._storage.compressed import CompressedState
 from optimorph._transforms.averages import AccumulateState, EmaState, MomentumState, accumulate, ema, momentum
 from optimorph._transforms.clip_by_global_norm import ClipState, clip_by_global_norm
 from optimorph._transforms.combine import AddState, DivideState, MixState, add, chain, divide, mix
+from optimorph._transforms.hyperball import hyperball
 from optimorph._transforms.in_bfloat16 import BFloat16State, in_bfloat16
 from optimorph._transforms.in_float32 import in_float32
 from optimorph._transforms.matrices import orthogonalize, scale_by_shape
 from optimorph._transforms.multi_steps import MultiStepsState, multi_steps
-from optimorph._transforms.pointwise import DampenState, DebiasState, dampen, debias, root, square
+from optimorph._transforms.pointwise import DampenState, DebiasState, dampen, debias, root, sign, square
 from optimorph._transforms.scale_by_rules import scale_by_rules
 from optimorph._transforms.skip_nonfinite import SkipState, skip_nonfinite
 from optimorph._transforms.step import (
@@ -87,6 +94,7 @@ __all__ = [
     "accumulate",
     "adagrad",
     "adam",
+    "adamh",
     "adamw",
     "add",
     "add_decayed_weights",
@@ -101,16 +109,20 @@ __all__ = [
     "divide",
     "ema",
     "from_optax_state",
+    "hyperball",
     "in_bfloat16",
     "in_float32",
     "inject_hyperparams",
     "join_weights",
     "labels",
+    "laprop",
     "linalg",
+    "lion",
     "mix",
     "momentum",
     "multi_steps",
     "muon",
+    "muonh",
     "nadam",
     "nadamw",
     "not_roles",
@@ -129,6 +141,7 @@ __all__ = [
     "scale_by_shape",
     "schedules",
     "sgd",
+    "sign",
     "skip_nonfinite",
     "split_weights",
     "square",

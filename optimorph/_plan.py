@@ -23,9 +23,8 @@ from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
 from optimorph._routing.grouping import format_groups, glob_of, group_by, without_numbers
-from optimorph._routing.leaf_spec import LeafSpec
+from optimorph._routing.leaf_spec import LeafSpec, output_layer
 from optimorph._routing.names import by_name
-from optimorph._routing.output_layer import output_layer
 from optimorph._routing.rules import unused
 from optimorph._transforms.matrices import SCALES
 from optimorph.linalg import Axes

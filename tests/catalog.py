@@ -118,6 +118,16 @@ TRANSFORMS = [
         lambda: papers.with_a_nan(papers.skip_nonfinite(papers.ema(0.9)), 3),
     ),
     Entry("square", lambda om: om.square(), papers.square),
+    Entry("sign", lambda om: om.sign(), papers.sign),
+    Entry("ema-lookahead", lambda om: om.ema(0.8, lookahead=0.5), lambda: papers.ema(0.8, lookahead=0.5)),
+    Entry("hyperball", lambda om: om.hyperball(0.1, {"*": None}), lambda: papers.hyperball(0.1)),
+    Entry("hyperball-matrices", lambda om: om.hyperball(0.1), lambda: papers.hyperball(0.1), matrices=True),
+    Entry(
+        "hyperball-blocks",
+        lambda om: om.hyperball(0.1, in_blocks),
+        lambda: papers.by_columns(papers.hyperball(0.1), _ends),
+        matrices=True,
+    ),
     Entry(
         "scale_by_rules",
         lambda om: om.scale_by_rules(by_last_axis),
@@ -353,6 +363,28 @@ RECIPES = [
         "nadamw",
         lambda om: om.nadamw(0.1, eps=1e-2, eps_root=1e-2, weight_decay=0.2),
         lambda: papers.adam(0.1, 0.9, 0.999, 1e-2, 1e-2, decay=0.2, nesterov=True),
+    ),
+    Entry(
+        "lion",
+        lambda om: om.lion(0.01, weight_decay=0.2),
+        lambda: papers.lion(0.01, 0.9, 0.99, 0.2),
+    ),
+    Entry(
+        "laprop",
+        lambda om: om.laprop(0.1, eps=1e-2, weight_decay=0.2),
+        lambda: papers.laprop(0.1, 0.9, 0.999, 1e-2, 0.2),
+    ),
+    Entry(
+        "adamh",
+        lambda om: om.adamh(0.1, eps=1e-2, axes={"*": None}),
+        lambda: papers.adamh(0.1, eps=1e-2),
+    ),
+    Entry(
+        "muonh",
+        lambda om: om.muonh(0.02, axes={"*": "io"}),
+        lambda: papers.muonh(0.02),
+        matrices=True,
+        real=True,
     ),
     Entry(
         "muon",

@@ -41,13 +41,14 @@ def dampen(tau):
     return step
 
 
-def ema(beta, nesterov=False, initial=0.0):
+def ema(beta, nesterov=False, initial=0.0, lookahead=None):
     m = initial
 
     def step(g, w):
         nonlocal m
+        ahead = None if lookahead is None else lookahead * m + (1 - lookahead) * g
         m = beta * m + (1 - beta) * g
-        return beta * m + (1 - beta) * g if nesterov else m
+        return ahead if lookahead is not None else beta * m + (1 - beta) * g if nesterov else m
 
     return step
 
@@ -218,6 +219,108 @@ def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False, form=
     return step
 
 
+def sign():
+    return lambda g, w: np.sign(g)
+
+
+def lion(lr, b1, b2, decay=0.0):
+    m = 0.0
+
+    def step(g, w):
+        nonlocal m
+        u = np.sign((1 - b1) * g + b1 * m)
+        m = b2 * m + (1 - b2) * g
+        return descent(lr, decay, "coupled")(u, w)
+
+    return step
+
+
+def laprop(lr, b1, b2, eps, decay=0.0):
+    n, v, t = 0.0, 0.0, 0
+
+    def step(g, w):
+        nonlocal n, v, t
+        t += 1
+        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        n = b1 * n + (1 - b1) * g / (np.sqrt(v / (1 - b2**t)) + eps)
+        return descent(lr, decay, "coupled")(n / (1 - b1**t), w)
+
+    return step
+
+
+def hyperball(lr):
+    """The update that ends on the sphere; of a weight of zeros the plain step."""
+
+    def step(u, w):
+        radius, length = np.linalg.norm(w), np.linalg.norm(u)
+        if radius == 0 or length == 0:
+            return -lr * u
+        x = w - lr * radius * u / length
+        return radius * x / np.linalg.norm(x) - w
+
+    return step
+
+
+def adamh(lr, b1=0.9, b2=0.95, eps=1e-8):
+    return chain(adam(-1.0, b1, b2, eps), hyperball(lr))
+
+
+def muonh(lr, beta=0.95, nesterov=True, rows=None):
+    return chain(muon(-1.0, beta, nesterov, rows=rows or EXPRESS, scale=None), hyperball(lr))
+
+
+def levanter_hyperball(direction, lr):
+    """A direction of ascent as levanter's MuonH and AdamH take it."""
+
+    def step(g, w):
+        u, radius = direction(g, w), np.sqrt(np.sum(w**2))
+        x = w - lr * radius * u / max(np.sqrt(np.sum(u**2)), 1e-10)
+        return x * radius / max(np.sqrt(np.sum(x**2)), 1e-10)
+
+    return step
+
+
+def levanter_muonh(lr, momentum=0.95, rows=None):
+    """The velocity is a sum; weights are (out, in)."""
+    m = 0.0
+
+    def direction(g, w):
+        nonlocal m
+        m = momentum * m + g
+        return on_singular_values(momentum * m + g, rows or EXPRESS)
+
+    return levanter_hyperball(direction, lr)
+
+
+def published_laprop(lr, b1=0.9, b2=0.999, eps=1e-15):
+    """The average holds lr g / √v and is corrected by the average of lr."""
+    m, v, rates, weights = 0.0, 0.0, 0.0, 0.0
+
+    def step(g, w):
+        nonlocal m, v, rates, weights
+        v = b2 * v + (1 - b2) * g**2
+        weights = b2 * weights + (1 - b2)
+        m = b1 * m + (1 - b1) * lr * g / (np.sqrt(v / weights) + eps)
+        rates = b1 * rates + (1 - b1) * lr
+        return w - m / (rates / lr)
+
+    return step
+
+
+def published_lion(lr, b1=0.9, b2=0.99, weight_decay=0.0):
+    """The decay comes first."""
+    m = 0.0
+
+    def step(g, w):
+        nonlocal m
+        w = w * (1 - lr * weight_decay)
+        w = w - lr * np.sign(m * b1 + g * (1 - b1))
+        m = m * b2 + g * (1 - b2)
+        return w
+
+    return step
+
+
 JORDAN = [(3.4445, -4.7750, 2.0315)] * 5
 EXPRESS = [
     (8.28721201814563 / 1.02, -23.595886519098837 / 1.02**3, 17.300387312530933 / 1.02**5),
@@ -265,9 +368,12 @@ SHAPES = {
 
 def by_columns(rule, ends):
     """A rule of a matrix for each block of its columns; `ends` is of their number."""
-    return lambda g, w: np.concatenate(
-        [rule(block, None) for block in np.split(g, ends(g.shape[1]), axis=1)], axis=1
-    )
+
+    def step(g, w):
+        blocks = zip(*(np.split(x, ends(g.shape[1]), axis=1) for x in (g, w)), strict=True)
+        return np.concatenate([rule(*pair) for pair in blocks], axis=1)
+
+    return step
 
 
 def scale_by_shape(name):

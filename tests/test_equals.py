@@ -238,6 +238,26 @@ PROOFS = {
             optax.inject_hyperparams(om.adamw, hyperparam_dtype=float)(keyed_schedule, b1=0.8),
         )
     ),
+    "optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)": lambda: same_as_optax(
+        om.lion(0.01, 0.8, 0.95, weight_decay=0.1), optax.lion(0.01, 0.8, 0.95, weight_decay=0.1)
+    ),
+    "lion_pytorch.Lion(lr=learning_rate, betas=(b1, b2), weight_decay=weight_decay)": lambda: (
+        same_as_published(om.lion(0.01, weight_decay=0.1), papers.published_lion(0.01, weight_decay=0.1))
+    ),
+    "laprop.LaProp(lr=learning_rate, betas=(b1, b2), eps=eps), for a constant learning rate": lambda: (
+        same_as_published(om.laprop(0.01), papers.published_laprop(0.01))
+    ),
+    "levanter.optim.AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps)": lambda: (
+        same_as_published(
+            om.adamh(0.02, axes={"w": "io"}),
+            papers.levanter_hyperball(papers.adam(-1.0, 0.9, 0.95, 1e-8), 0.02),
+        )
+    ),
+    "levanter.optim.MuonHConfig(learning_rate=learning_rate, momentum=momentum, nesterov=nesterov), with the "
+    "polar factor computed alike": lambda: [
+        same_as_published(om.muonh(0.02, axes={"w": spec}), papers.levanter_muonh(0.02), transpose=transpose)
+        for transpose, spec in ((True, "io"), (False, "oi"))
+    ],
     "optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)": lambda: (
         same_as_optax(om.nadamw(0.01, weight_decay=0.1), optax.nadamw(0.01, weight_decay=0.1))
     ),

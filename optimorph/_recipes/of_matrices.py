@@ -35,6 +35,7 @@ def of_matrices(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
     shardings: Rules | None = None,
+    last: optax.GradientTransformation | None = None,
 ) -> Transform:
     """average → words → scale by shape → decay → learning rate, for matrices; AdamW for other leaves.
 
@@ -43,6 +44,7 @@ def of_matrices(
       average: the transform whose state `state` compresses.
       words: the transforms after it.
       learning_rate: and all further arguments: those of `muon`.
+      last: in place of the scale by shape, the weight decay and the learning rate of matrices.
     """
     if others is not None and (others_learning_rate is not None or nu_dtype is not None):
         name = "nu_dtype" if others_learning_rate is None else "others_learning_rate"
@@ -53,11 +55,11 @@ def of_matrices(
     rules = state
     if isinstance(rules, Mapping):
         state = lookup(rules)  # some rules are for matrices, some for other leaves
+    step = decay_and_step(who, learning_rate, weight_decay, mask, weight_decay_form)
     matrices = chain(
         with_state_storage(who, average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
         *words,
-        scale_by_shape(scale),
-        *decay_and_step(who, learning_rate, weight_decay, mask, weight_decay_form),
+        *([scale_by_shape(scale), *step] if last is None else [last]),
     )
     names = (who, "adamw" if others is None else "others")
     if others is None:

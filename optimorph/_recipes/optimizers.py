@@ -7,19 +7,17 @@ numbers above 65504. `state="int8"` stores the moments of large leaves in one by
 does; `state` also takes its rules.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 import optax
 
 from optimorph._core.rule import pointwise, transform
 from optimorph._core.types import DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
+from optimorph._recipes.moments import identity, second_moment, stored
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._recipes.state_storage import with_state_storage
 from optimorph._transforms.averages import accumulate, ema
 from optimorph._transforms.averages import momentum as heavy_ball
 from optimorph._transforms.combine import add, chain, divide, mix
-from optimorph._transforms.in_bfloat16 import in_bfloat16
 from optimorph._transforms.pointwise import dampen, debias, root, square
 from optimorph._transforms.step import add_decayed_weights, decay_and_step, scale_by_learning_rate
 
@@ -58,8 +56,8 @@ def sgd(
         )
     tx = chain(
         _l2(weight_decay, mask),
-        _identity if dampening is None else dampen(dampening),
-        _identity if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=accumulator_dtype),
+        identity if dampening is None else dampen(dampening),
+        identity if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=accumulator_dtype),
         scale_by_learning_rate(learning_rate),
     )
     return with_state_storage("sgd", tx, state, accumulator_dtype=accumulator_dtype)
@@ -91,10 +89,10 @@ def adagrad(
     tx = chain(
         _l2(weight_decay, mask),
         divide(
-            _identity,
+            identity,
             by=chain(
                 square(),
-                _stored(accumulate, initial_accumulator_value, dtype=nu_dtype),
+                stored(accumulate, initial_accumulator_value, dtype=nu_dtype),
                 _root(eps, eps_in_sqrt),
             ),
         ),
@@ -142,16 +140,16 @@ def rmsprop(
             "rmsprop: centered=True needs nu_dtype='float32', because the variance is a small difference of "
             "two moments. Type nu_dtype=None, or centered=False."
         )
-    correct = debias(decay) if bias_correction else _identity
-    mean_square = chain(square(), _stored(ema, decay, initial=initial_scale, dtype=nu_dtype), correct)
-    square_mean = chain(_stored(ema, decay, dtype=nu_dtype), correct, square())
+    correct = debias(decay) if bias_correction else identity
+    mean_square = chain(square(), stored(ema, decay, initial=initial_scale, dtype=nu_dtype), correct)
+    square_mean = chain(stored(ema, decay, dtype=nu_dtype), correct, square())
     variance = chain(add(mean_square, chain(square_mean, _negative)), _not_negative())
     spread = variance if centered else mean_square
     tx = chain(
         _l2(weight_decay, mask),
-        divide(_identity, by=chain(spread, _root(eps, eps_in_sqrt))),
+        divide(identity, by=chain(spread, _root(eps, eps_in_sqrt))),
         scale_by_learning_rate(learning_rate),
-        _identity if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=mu_dtype),
+        identity if momentum is None else heavy_ball(momentum, nesterov=nesterov, dtype=mu_dtype),
     )
     return with_state_storage("rmsprop", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
@@ -185,7 +183,7 @@ def adam(
         _l2(weight_decay, mask),
         divide(
             chain(ema(b1, dtype=mu_dtype), debias(b1)),
-            by=_second_moment(b2, eps, eps_root, nu_dtype),
+            by=second_moment(b2, eps, eps_root, nu_dtype),
         ),
         scale_by_learning_rate(learning_rate),
     )
@@ -221,7 +219,7 @@ def nadam(
         _l2(weight_decay, mask),
         divide(
             _dozat(b1, mu_dtype),
-            by=_second_moment(b2, eps, eps_root, nu_dtype),
+            by=second_moment(b2, eps, eps_root, nu_dtype),
         ),
         scale_by_learning_rate(learning_rate),
     )
@@ -263,7 +261,7 @@ def adamw(
     tx = chain(
         divide(
             chain(ema(b1, dtype=mu_dtype), debias(b1)),
-            by=_second_moment(b2, eps, eps_root, nu_dtype),
+            by=second_moment(b2, eps, eps_root, nu_dtype),
         ),
         *decay_and_step("adamw", learning_rate, weight_decay, mask, weight_decay_form),
     )
@@ -296,34 +294,14 @@ def nadamw(
     tx = chain(
         divide(
             _dozat(b1, mu_dtype),
-            by=_second_moment(b2, eps, eps_root, nu_dtype),
+            by=second_moment(b2, eps, eps_root, nu_dtype),
         ),
         *decay_and_step("nadamw", learning_rate, weight_decay, mask, weight_decay_form),
     )
     return with_state_storage("nadamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
 
-_identity = transform("identity", pointwise(lambda g: g))
 _negative = transform("negative", pointwise(lambda g: -g))
-
-
-def _second_moment(
-    b2: Numeric, eps: Numeric, eps_root: Numeric, dtype: DTypeLike | None
-) -> optax.GradientTransformation:
-    """The root mean square of past gradients."""
-    return chain(square(), _stored(ema, b2, dtype=dtype), debias(b2), root(eps, eps_root))
-
-
-def _stored(
-    moment: Callable[..., optax.GradientTransformation],
-    *args: Numeric,
-    dtype: DTypeLike | None,
-    **initial: Numeric,
-) -> optax.GradientTransformation:
-    """A second moment in this dtype; bfloat16 is rounded stochastically, or small changes would be lost."""
-    if dtype is not None and jnp.dtype(dtype) == jnp.bfloat16:
-        return in_bfloat16(moment(*args, **initial))
-    return moment(*args, dtype=dtype, **initial)
 
 
 def _root(eps: Numeric, eps_in_sqrt: bool) -> optax.GradientTransformation:
@@ -336,7 +314,7 @@ def _not_negative() -> optax.GradientTransformation:
 
 
 def _l2(weight_decay: ScalarOrSchedule | None, mask: Mask | None) -> optax.GradientTransformation:
-    return _identity if weight_decay is None else add_decayed_weights(weight_decay, mask)
+    return identity if weight_decay is None else add_decayed_weights(weight_decay, mask)
 
 
 def _dozat(b1: Numeric, mu_dtype: DTypeLike | None) -> optax.GradientTransformation:

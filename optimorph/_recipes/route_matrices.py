@@ -15,8 +15,7 @@ from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, by_whole_shape
-from optimorph._routing.leaf_spec import LeafSpec, resolve_axes
-from optimorph._routing.output_layer import output_layer
+from optimorph._routing.leaf_spec import LeafSpec, output_layer, resolve_axes
 from optimorph._routing.rules import labels, lookup_if_given, warn_unused
 
 MATRIX, OTHER = "matrix", "other"

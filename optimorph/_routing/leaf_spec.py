@@ -1,17 +1,28 @@
-"""How a leaf reads as matrices: by the user's rules first, then by the default rules."""
+"""How leaves read as matrices: by the user's rules first, then by the default rules, then by their widths."""
 
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from optimorph._core.checks import LeafError
-from optimorph._core.types import AxesRules, Shape
+from optimorph._core.numbers import is_absent
+from optimorph._core.rule import Leaves, handed
+from optimorph._core.types import AxesRules, Rules, Shape
+from optimorph._distributed.shardings import by_whole_shape
 from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name
-from optimorph._routing.rules import NO_MATCH, lookup, matching_pattern
+from optimorph._routing.rules import NO_MATCH, labels, lookup, lookup_if_given, matching_pattern
 from optimorph.linalg import Axes
 
 _axes = functools.cache(Axes)
+
+_ANY_LAYER = re.compile(r"(^|/)(dense|linear|lin|fc|layers?)[_/]?\d*/(kernel|weight|w)$", re.IGNORECASE)
+"""A name that does not say what a layer is for."""
+
+_IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/.+/|attn|attention", re.IGNORECASE)
 
 
 class LeafSpec(NamedTuple):
@@ -75,6 +86,72 @@ def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes 
     """(path, shape) → the leaf's spec, None if it is not a matrix; a `LeafError` if it is unresolved."""
     resolve = resolve_axes(who, rules)
     return lambda path, shape: resolve(path, shape).resolved_axes(who)
+
+
+def output_layer(paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]) -> int | None:
+    """The index of the only layer without a telling name whose outputs no other leaf takes in.
+
+    Its inputs must be the outputs of another layer. Where a leaf is called a head, or where several layers
+    may be the output, or none, as in an autoencoder, the answer is None.
+
+    Args:
+      paths: of all leaves.
+      shapes: of all leaves.
+      specs: how the default rules and the user's read them.
+    """
+    if any(spec.role == "head" for spec in specs):
+        return None
+    leaves = [
+        (path.rpartition("/")[0], *_sides(shape, spec))
+        for path, shape, spec in zip(paths, shapes, specs, strict=True)
+    ]
+    unnamed = [
+        k
+        for k, (path, spec) in enumerate(zip(paths, specs, strict=True))
+        if spec.role == "dense"
+        and spec.axes is not None
+        and len(shapes[k]) == 2
+        and _ANY_LAYER.search(path)
+        and not _IN_BLOCK.search(path)
+    ]
+
+    def taken(k: int) -> bool:
+        module, _, outputs = leaves[k]
+        return any(other != module and outputs <= inputs for other, inputs, _ in leaves)
+
+    sinks = [k for k in unnamed if not taken(k)]
+    if len(sinks) != 1:
+        return None
+    module, inputs, _ = leaves[sinks[0]]
+    return sinks[0] if any(m != module and inputs <= outputs for m, _, outputs in leaves) else None
+
+
+def _sides(shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
+    """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix."""
+    if spec.axes is None:
+        return {*shape}, ({*shape} if len(shape) > 1 else set())
+    stacks = spec.axes.stacks(shape)
+    return {stack[-2] for stack in stacks}, {stack[-1] for stack in stacks}
+
+
+class AxesOfLeaves:
+    """How a transform finds the axes of leaves: from `route_matrices` around it, or from its own rules."""
+
+    def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
+        self.given, self.match = axes is not None, lookup_if_given(shardings)
+        self.form = by_whole_shape(who, self.match, leaf_axes(who, axes))
+
+    def check(self, params: Any) -> None:
+        """Refuse leaves that the transform's own rules do not decide, if it has any."""
+        if self.given:
+            labels(self.form)(params)
+
+    def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
+        """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""
+        if not self.given and handed("matrix_axes") is not None:
+            return handed("matrix_axes"), handed("shardings")
+        pairs = zip(leaves.paths, leaves.values, strict=True)
+        return [None if is_absent(x) else self.form(path, np.shape(x)) for path, x in pairs], self.match
 
 
 def _by_rule(spec: Any, role: str, path: str, shape: Shape) -> LeafSpec:

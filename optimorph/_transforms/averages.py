@@ -34,25 +34,33 @@ class AccumulateState(NamedTuple):
 
 
 def ema(
-    decay: Numeric, *, nesterov: bool = False, initial: Numeric = 0.0, dtype: DTypeLike | None = None
+    decay: Numeric,
+    *,
+    nesterov: bool = False,
+    lookahead: Numeric | None = None,
+    initial: Numeric = 0.0,
+    dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace every update by its exponential moving average.
 
         m ← (1 - β) g + β m        (1)
         u = m                      (2)
         u = (1 - β) g + β m        (3)  nesterov: one step ahead
+        u = (1 - α) g + α m        (4)  lookahead, with m before (1): Lion's
 
     An average that starts at zero is too small by the factor 1 - β^t: `debias` divides that out.
 
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
       nesterov: return (3) instead of (2).
+      lookahead: α in [0, 1): return (4) instead of (2).
       initial: m before the first step, at least 0.
       dtype: of the stored average; float32 or the parameter's own dtype, whichever is wider. float16
         has no numbers above 65504.
 
     Raises:
-      ValueError: β outside [0, 1) or `initial` negative, when they are concrete numbers.
+      ValueError: β or α outside [0, 1) or `initial` negative, when they are concrete numbers; `nesterov`
+        together with `lookahead`.
 
     Equals:
       optax.ema(decay, debias=False)
@@ -61,18 +69,22 @@ def ema(
       Nesterov momentum into Adam", section 3.
     """
     check_numbers("ema", decay=decay, initial=initial)
+    check_numbers("ema", decay=0.0 if lookahead is None else lookahead)
     check_dtypes("ema", dtype=dtype)
+    if nesterov and lookahead is not None:
+        raise ValueError("ema: nesterov and lookahead are two forms of one thing. Type one of them.")
 
-    def lerp(g, m):
+    def lerp(g, m, decay=decay):
         b = as_scalar(decay, m)
         return (1 - b) * g + b * m
 
     def update(g, state, leaf, now):
-        x, m = common(g, state.average)
-        m = lerp(x, m)  # (1)
-        return as_kind_of(lerp(x, m) if nesterov else m, g), EmaState(
-            m if dtype is None else _stored(m, dtype)
-        )  # (3), (2)
+        x, before = common(g, state.average)
+        m = lerp(x, before)  # (1)
+        u = (
+            lerp(x, m) if nesterov else m if lookahead is None else lerp(x, before, lookahead)
+        )  # (3), (2), (4)
+        return as_kind_of(u, g), EmaState(m if dtype is None else _stored(m, dtype))
 
     def init(leaf):
         return EmaState(full_like(leaf.weight, initial, dtype))

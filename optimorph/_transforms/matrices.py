@@ -1,28 +1,19 @@
 """What is done to whole matrices: polar factors, and a scale by their shapes."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.numbers import is_absent
-from optimorph._core.rule import Leaves, Rule, aligned, arrays, handed, transform
+from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.sharded_function import ShardedFunction
-from optimorph._distributed.shardings import (
-    by_whole_shape,
-    local_shard,
-    local_shard_spec,
-    manual_axes,
-    shardings_of,
-)
-from optimorph._routing.leaf_spec import leaf_axes
-from optimorph._routing.rules import labels, lookup_if_given
-from optimorph.linalg import Axes, Exact, NewtonSchulz
+from optimorph._distributed.shardings import local_shard, local_shard_spec, manual_axes, shardings_of
+from optimorph._routing.leaf_spec import AxesOfLeaves
+from optimorph.linalg import Exact, NewtonSchulz
 
 SCALES: dict[str, Callable[[int, int], float]] = {
     "rms_to_rms": lambda inputs, outputs: math.sqrt(outputs / inputs),  # (1)
@@ -78,7 +69,7 @@ def orthogonalize(
             f"{who}: comm_dtype must be one of {[*map(str, _COMM_DTYPES)]}, but is {comm}. Type "
             "comm_dtype='bfloat16': a narrower exponent would lose small gradients."
         )
-    own = _Matrices(who, axes, shardings)
+    own = AxesOfLeaves(who, axes, shardings)
 
     def init(params):
         arrays(who, params)
@@ -130,7 +121,7 @@ def scale_by_shape(
         raise ValueError(
             f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, or None, but is {scale!r}."
         )
-    own = _Matrices(who, axes, shardings)
+    own = AxesOfLeaves(who, axes, shardings)
 
     def begin(leaves):
         own.check(leaves.tree)
@@ -153,26 +144,6 @@ def scale_by_shape(
         return local_shard(factor.astype(g.real.dtype), spec) * g, state
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
-
-
-class _Matrices:
-    """How a word finds the axes of leaves: from `route_matrices` around it, or from its own rules."""
-
-    def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
-        self.given, self.match = axes is not None, lookup_if_given(shardings)
-        self.form = by_whole_shape(who, self.match, leaf_axes(who, axes))
-
-    def check(self, params: Any) -> None:
-        """Refuse leaves that the word's own rules do not decide, if it has any."""
-        if self.given:
-            labels(self.form)(params)
-
-    def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
-        """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""
-        if not self.given and handed("matrix_axes") is not None:
-            return handed("matrix_axes"), handed("shardings")
-        pairs = zip(leaves.paths, leaves.values, strict=True)
-        return [None if is_absent(x) else self.form(path, np.shape(x)) for path, x in pairs], self.match
 
 
 def _by_identity(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

@@ -48,6 +48,17 @@ def square() -> optax.GradientTransformationExtraArgs:
     return transform("square", pointwise(squared))
 
 
+def sign() -> optax.GradientTransformationExtraArgs:
+    """Replace every update by its sign: -1, 0 or 1, and g / |g| of a complex number.
+
+        u = sign(g)        (1)
+
+    References:
+      Riedmiller & Braun 1993, "RPROP"; Bernstein et al. 2018, "signSGD", arXiv:1802.04434.
+    """
+    return transform("sign", pointwise(jnp.sign))  # (1)
+
+
 def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransformationExtraArgs:
     """Replace every update by its square root.
 

@@ -1,0 +1,41 @@
+"""AdamH: Adam whose leaves keep their norms."""
+
+from optimorph._core.types import AxesRules, DTypeLike, Numeric, Rules, ScalarOrSchedule
+from optimorph._recipes.moments import second_moment
+from optimorph._recipes.recipe import Recipe, recipe
+from optimorph._recipes.state_storage import with_state_storage
+from optimorph._transforms.averages import ema
+from optimorph._transforms.combine import chain, divide
+from optimorph._transforms.hyperball import hyperball
+from optimorph._transforms.pointwise import debias
+
+
+@recipe
+def adamh(
+    learning_rate: ScalarOrSchedule,
+    b1: Numeric = 0.9,
+    b2: Numeric = 0.95,
+    eps: Numeric = 1e-8,
+    eps_root: Numeric = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    axes: AxesRules | None = None,
+    nu_dtype: DTypeLike | None = None,
+    state: str | Rules | None = None,
+) -> Recipe:
+    """AdamH: Adam's direction as a step that keeps the norm of every matrix, and of every other leaf.
+
+    The learning rate is an angle, and there is no weight decay. `axes`: how leaves read as matrices, as that
+    of `muon`.
+
+    Equals:
+      levanter.optim.AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps)
+    References:
+      Wen et al. 2026, "Hyperball optimization", arXiv:2606.16899.
+    """
+    quotient = divide(
+        chain(ema(b1, dtype=mu_dtype), debias(b1)),
+        by=second_moment(b2, eps, eps_root, nu_dtype),
+    )
+    tx = with_state_storage("adamh", quotient, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    return chain(tx, hyperball(learning_rate, axes))

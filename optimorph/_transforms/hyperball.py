@@ -1,0 +1,125 @@
+"""The step on a sphere: weights keep their norm."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import check_numbers, check_params
+from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, upcast
+from optimorph._core.roles import roles_of
+from optimorph._core.rule import Rule, transform
+from optimorph._core.types import AxesRules, Rules, ScalarOrSchedule
+from optimorph._distributed.shardings import local_shard_spec, manual_axes
+from optimorph._routing.leaf_spec import AxesOfLeaves
+from optimorph._transforms.step import LearningRateState
+from optimorph.linalg import Axes
+
+
+def hyperball(
+    learning_rate: ScalarOrSchedule, axes: AxesRules | None = None, shardings: Rules | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Turn a direction of ascent into a step that keeps the norm of every matrix; the last of a chain.
+
+        x = w - η ‖w‖ u / ‖u‖          (1)
+        w ← ‖w‖ x / ‖x‖                (2)
+
+    It takes the place of the learning rate and of weight decay. The scale of u is irrelevant, and η is the
+    angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf that is no matrix
+    has one norm. With ‖x‖² = ‖w‖² - 2 s ⟨w, u⟩ + s² ‖u‖² one pass over w and u is enough, and over a mesh one
+    all_reduce of three numbers a matrix.
+
+    A matrix of zeros has no norm to keep: it takes the step -η u, and keeps the norm that it then has. A
+    matrix whose u is zero stays. Squares must be float32 numbers: |w| and |u| between 1e-18 and 1e18. The
+    norm of bfloat16 weights is kept on average, with `apply_updates(key=)`.
+
+    Args:
+      learning_rate: η, at least 0, a number, an array, a tracer or a schedule. The last one is in the state.
+      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
+      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+
+    Raises:
+      ValueError: η negative, when it is a concrete number; at `update`, params missing; inside
+        `compress_state`, which belongs around the transforms before it.
+
+    References:
+      Wen et al. 2026, "Hyperball optimization", arXiv:2606.16899 (MuonH, AdamH).
+    """
+    who = "hyperball"
+    check_numbers(who, learning_rate=learning_rate)
+    rate_at = as_schedule(learning_rate)
+    own = AxesOfLeaves(who, axes, shardings)
+
+    def begin(leaves):
+        own.check(leaves.tree)
+        count = jnp.zeros([], jnp.int32)
+        return LearningRateState(count, as_float32(rate_at(count)))
+
+    def advance(state, leaves):
+        rate = rate_at(state.count)
+        after = LearningRateState(increment(state.count), as_float32(rate))
+        return (rate, *own.axes_and_shardings(leaves)), after
+
+    def update(u, state, leaf, now):
+        rate, forms, match = now
+        if leaf.weight is None:
+            check_params(who, None, "the norm that it keeps is theirs")
+        if leaf.part:
+            raise ValueError(f"compress_state: put {who} outside, because norms are those of whole matrices.")
+        form, w = forms[leaf.index], upcast(leaf.weight).astype(u.dtype)
+        eta = as_scalar(rate, u)
+        if form is not None and len(form.stacks(np.shape(w))) > 1:  # blocks of several sizes
+            pairs = zip(form.matrices(w), form.matrices(u), strict=True)
+            return form.array([_step(w, u, eta, (-2, -1), ()) for w, u in pairs], np.shape(w)), state
+        view, sides = _view(form, np.shape(w))
+        names = _shards(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]), form)
+        return _step(w.reshape(view), u.reshape(view), eta, sides, names).reshape(np.shape(u)), state
+
+    return transform(who, Rule(roles_of(LearningRateState), update, begin=begin, advance=advance))
+
+
+def _step(w: jax.Array, u: jax.Array, eta: Any, sides: tuple[int, ...], names: Any) -> jax.Array:
+    """The update of matrices, whose norms are over these axes of the arrays and of the mesh."""
+    products = jnp.stack(
+        [jnp.sum((x * y.conj()).real, sides, keepdims=True) for x, y in ((w, w), (w, u), (u, u))]
+    )
+    ww, wu, uu = jax.lax.psum(products, names) if names else products
+    s = eta.real * jnp.sqrt(ww / jnp.where(uu > 0, uu, 1))
+    more = 2 * s * wu - s * s * uu  # ‖w‖² - ‖x‖²
+    xx = ww - more
+    ratio = jnp.sqrt(ww / jnp.where(xx > 0, xx, 1))  # ‖w‖ / ‖x‖
+    less = more / jnp.where(xx > 0, xx, 1) / (ratio + 1)  # ratio - 1, without cancellation
+    kept = less.astype(w.dtype) * w - (ratio * s).astype(u.dtype) * u
+    return jnp.where(ww > 0, kept, -eta * u)  # (1), (2)
+
+
+def _view(form: Axes | None, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A shape with equal blocks as axes of their own, and the axes over which a matrix has its norm."""
+    if form is None:
+        return shape, tuple(range(len(shape)))
+    view, sides = [], []
+    for size, axis in zip(shape, form.parts, strict=True):
+        blocks = len(axis.blocks)
+        if blocks > 1:
+            view.append(blocks)
+        if axis.letter != "b":
+            sides.append(len(view))
+        view.append(size // blocks)
+    return tuple(view), tuple(sides)
+
+
+def _shards(who: str, match: Any, path: str, shape: tuple[int, ...], form: Axes | None) -> tuple[str, ...]:
+    """Inside `jax.shard_map`, the mesh axes that divide the matrices of a leaf."""
+    if match is None or not manual_axes():
+        return ()
+    spec, _ = local_shard_spec(who, match)(path, shape)
+    letters = ["o"] * len(spec) if form is None else [axis.letter for axis in form.parts]
+    if form is not None and any(
+        names and len(axis.blocks) > 1 for names, axis in zip(spec, form.parts, strict=True)
+    ):
+        raise ValueError(
+            f"{who}: inside jax.shard_map the blocks of {path!r} are divided. Type axes without blocks."
+        )
+    return tuple(name for names, letter in zip(spec, letters, strict=True) if letter != "b" for name in names)
