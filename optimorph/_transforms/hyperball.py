@@ -69,45 +69,41 @@ def hyperball(
         if leaf.part:
             raise ValueError(f"compress_state: put {who} outside, because norms are those of whole matrices.")
         form, w = forms[leaf.index], upcast(leaf.weight).astype(u.dtype)
-        eta = as_scalar(rate, u)
-        if form is not None and len(form.stacks(np.shape(w))) > 1:  # blocks of several sizes
-            pairs = zip(form.matrices(w), form.matrices(u), strict=True)
-            return form.array([_step(w, u, eta, (-2, -1), ()) for w, u in pairs], np.shape(w)), state
-        view, sides = _view(form, np.shape(w))
         names = _shards(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]), form)
-        return _step(w.reshape(view), u.reshape(view), eta, sides, names).reshape(np.shape(u)), state
+        ww, wu, uu = (_total((x * y.conj()).real, form) for x, y in ((w, w), (w, u), (u, u)))
+        if names:
+            ww, wu, uu = jax.lax.psum((ww, wu, uu), names)
+        return _step(w, u, as_scalar(rate, u), ww, wu, uu), state
 
     return transform(who, Rule(roles_of(LearningRateState), update, begin=begin, advance=advance))
 
 
-def _step(w: jax.Array, u: jax.Array, eta: Any, sides: tuple[int, ...], names: Any) -> jax.Array:
-    """The update of matrices, whose norms are over these axes of the arrays and of the mesh."""
-    products = jnp.stack(
-        [jnp.sum((x * y.conj()).real, sides, keepdims=True) for x, y in ((w, w), (w, u), (u, u))]
-    )
-    ww, wu, uu = jax.lax.psum(products, names) if names else products
+def _step(w: jax.Array, u: jax.Array, eta: Any, ww: jax.Array, wu: jax.Array, uu: jax.Array) -> jax.Array:
+    """The update, from ‖w‖², ⟨w, u⟩ and ‖u‖²."""
     s = eta.real * jnp.sqrt(ww / jnp.where(uu > 0, uu, 1))
     more = 2 * s * wu - s * s * uu  # ‖w‖² - ‖x‖²
-    xx = ww - more
-    ratio = jnp.sqrt(ww / jnp.where(xx > 0, xx, 1))  # ‖w‖ / ‖x‖
-    less = more / jnp.where(xx > 0, xx, 1) / (ratio + 1)  # ratio - 1, without cancellation
+    xx = jnp.where(ww > more, ww - more, 1)
+    ratio = jnp.sqrt(ww / xx)  # ‖w‖ / ‖x‖
+    less = more / xx / (ratio + 1)  # ratio - 1, without cancellation
     kept = less.astype(w.dtype) * w - (ratio * s).astype(u.dtype) * u
     return jnp.where(ww > 0, kept, -eta * u)  # (1), (2)
 
 
-def _view(form: Axes | None, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A shape with equal blocks as axes of their own, and the axes over which a matrix has its norm."""
+def _total(x: jax.Array, form: Axes | None) -> jax.Array:
+    """The sum over the matrix of each number, in a shape that broadcasts against the array."""
     if form is None:
-        return shape, tuple(range(len(shape)))
-    view, sides = [], []
-    for size, axis in zip(shape, form.parts, strict=True):
-        blocks = len(axis.blocks)
-        if blocks > 1:
-            view.append(blocks)
-        if axis.letter != "b":
-            sides.append(len(view))
-        view.append(size // blocks)
-    return tuple(view), tuple(sides)
+        return jnp.sum(x, keepdims=True)
+    sides = [(k, axis) for k, axis in enumerate(form.parts) if axis.letter != "b"]
+    x = jnp.sum(x, tuple(k for k, axis in sides if len(axis.blocks) == 1), keepdims=True)
+    for k, axis in sides:
+        if len(axis.blocks) > 1:  # of what is left, a number for each index of the axis
+            ends = np.cumsum(axis.blocks)[:-1] * (x.shape[k] // sum(axis.blocks))
+            parts = [
+                jnp.broadcast_to(jnp.sum(part, k, keepdims=True), part.shape)
+                for part in jnp.split(x, ends, axis=k)
+            ]
+            x = jnp.concatenate(parts, axis=k)
+    return x
 
 
 def _shards(who: str, match: Any, path: str, shape: tuple[int, ...], form: Axes | None) -> tuple[str, ...]:

@@ -1,0 +1,57 @@
+"""Norms over a mesh are those of whole matrices, by one small all_reduce."""
+
+import hlo
+import jax
+import numpy as np
+import pytest
+import rounding
+import trees
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optimorph as om
+
+
+def stepped(tx, place):
+    params, gradients = (place(trees.drawn(seed, np.float64)) for seed in (0, 1))
+    return jax.jit(tx.update)(gradients, tx.init(params), params)[0]
+
+
+@pytest.mark.examples("auto-fsdp x tensor", "explicit-mixed")
+@pytest.mark.parametrize("layout", trees.LAYOUTS)
+@rounding.in_float64
+def test_in_every_layout(layout, mode):
+    tx, places = om.hyperball(0.1, trees.AXES), trees.shardings(layout, 8, mode)
+    got, want = (stepped(tx, place) for place in (lambda tree: trees.put(tree, places), trees.on_one))
+    rounding.close(got, want, units=64)
+    for name, x in got.items():
+        assert x.sharding.is_equivalent_to(places[name], x.ndim)
+
+
+@rounding.in_float64
+def test_inside_shard_map():
+    """Where local shards have their own sums, which are added over the mesh axes of a matrix alone."""
+    shapes = {"up": (8, 24), "layers": (8, 4, 16), "bias": (16,)}
+    specs = {"up": P("data", "model"), "layers": P("data", None, "model"), "bias": P("data")}
+    tx = om.hyperball(0.1, {"layers": "bio", "bias": None, "*": "io"}, specs)
+    mesh = trees.mesh_of(8, 2, jax.sharding.AxisType.Auto)
+    params, gradients = (trees.drawn(seed, np.float64, shapes) for seed in (0, 1))
+
+    def run(g, p):
+        return tx.update(g, tx.init(p), p)[0]
+
+    got = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(specs, specs), out_specs=specs))(gradients, params)
+    rounding.close(got, run(trees.on_one(gradients), trees.on_one(params)), units=64)
+
+
+def test_collectives():
+    """All reduces are of three numbers a matrix, and the compiler may join them."""
+    mesh = trees.mesh_of(8, 2, jax.sharding.AxisType.Auto)
+    place = NamedSharding(mesh, P("data", "model"))
+    leaf = jax.ShapeDtypeStruct((64, 128), np.float32, sharding=place)
+    params = {f"w{k}": leaf for k in range(4)}
+    tx = om.hyperball(0.1, {"*": "io"})
+    program = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0]).lower(params, params).compile()
+    found = hlo.counted(program)
+    assert set(found.collectives) == {"all-reduce"}
+    assert found.sent <= 2 * 4 * 3 * 4 * 4

@@ -1,0 +1,101 @@
+"""Weights keep their norms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import rounding
+
+import optimorph as om
+from optimorph.linalg import Exact
+
+WEIGHTS = {"w": np.array([[0.5, -1.0, 1.5], [-0.5, 0.25, 1.0]])}
+GRADIENTS = [
+    {"w": np.array(g)}
+    for g in (
+        [[0.1, -0.2, 0.3], [0.4, 0.5, -0.6]],
+        [[-0.3, 0.2, 0.1], [0.2, -0.1, 0.4]],
+        [[0.2, 0.1, -0.4], [-0.5, 0.3, 0.1]],
+    )
+]
+AFTER = {
+    "muonh": [[0.4816265091, -1.0148330416, 1.4891678229], [-0.5331893340, 0.1959023414, 1.0051668545]],
+    "adamh": [[0.4983795707, -1.0048965593, 1.4699746874], [-0.5491230628, 0.1775453793, 1.0297653262]],
+    "lion": [[0.4998850011, -1.0000700013, 1.4998550034], [-0.5000849972, 0.2498925011, 0.9998699993]],
+    "laprop": [[0.4990372882, -0.9992989219, 1.4983447591], [-0.5018392365, 0.2481413867, 1.0010112923]],
+}
+"""The weights after three steps of the published programs."""
+
+TX = {
+    "muonh": lambda: om.muonh(0.02, axes={"*": "oi"}, orthogonalizer=Exact()),
+    "adamh": lambda: om.adamh(0.02, axes={"*": "oi"}),
+    "lion": lambda: om.lion(1e-4, weight_decay=0.1),
+    "laprop": lambda: om.laprop(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", TX)
+@rounding.in_float64
+def test_three_steps_of_the_published_program(name):
+    tx, params = TX[name](), jax.tree.map(jnp.asarray, WEIGHTS)
+    state = tx.init(params)
+    for g in GRADIENTS:
+        updates, state = tx.update(jax.tree.map(jnp.asarray, g), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], AFTER[name], atol=6e-11)
+
+
+@pytest.mark.parametrize(("axes", "sides"), [("bio", (1, 2)), ("iob", (0, 1)), ("iio", (0, 1, 2))])
+@rounding.in_float64
+def test_norms_are_those_of_matrices(axes, sides):
+    """Of each in a stack; after 20 steps they are what they were."""
+    rng = np.random.default_rng(0)
+    w, tx = {"w": jnp.asarray(rng.standard_normal((4, 5, 6)))}, om.hyperball(0.1, {"*": axes})
+    state, update, start = tx.init(w), jax.jit(tx.update), w
+    for _ in range(20):
+        updates, state = update({"w": jnp.asarray(rng.standard_normal((4, 5, 6)))}, state, w)
+        w = optax.apply_updates(w, updates)
+    before, after = (jnp.sqrt(jnp.sum(x["w"] ** 2, sides)) for x in (start, w))
+    rounding.close(after, before, units=64)
+
+
+def test_zero_weights_and_zero_directions():
+    tx = om.hyperball(0.25, {"*": "io"})
+    w, g = jnp.zeros((2, 3)), jnp.ones((2, 3))
+    updates, _ = tx.update({"w": g}, tx.init({"w": w}), {"w": w})
+    np.testing.assert_array_equal(updates["w"], -0.25)  # the plain step
+    updates, _ = tx.update({"w": w}, tx.init({"w": g}), {"w": g})
+    np.testing.assert_array_equal(updates["w"], 0)
+
+
+def test_the_scale_of_the_direction_is_irrelevant():
+    rng = np.random.default_rng(0)
+    w, g = ({"w": jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)} for _ in range(2))
+    tx = om.hyperball(0.1, {"*": "io"})
+    one, many = (tx.update({"w": c * g["w"]}, tx.init(w), w)[0]["w"] for c in (1.0, 2.0**20))
+    rounding.close(many, one)
+
+
+def test_what_is_refused():
+    w = {"w": jnp.ones((128, 128))}
+    tx = om.hyperball(0.1, {"*": "io"})
+    with pytest.raises(ValueError, match="hyperball: update was called without params"):
+        tx.update(w, tx.init(w))
+    inside = om.compress_state(om.chain(om.ema(0.9), tx))
+    state = inside.init(w)
+    with pytest.raises(ValueError, match="compress_state: put hyperball outside"):
+        inside.update(w, state, w)
+    with pytest.raises(ValueError, match="ema: nesterov and lookahead"):
+        om.ema(0.9, nesterov=True, lookahead=0.5)
+
+
+def test_recipes_store_moments_in_8_bits():
+    """Beside the step on the sphere, which needs whole matrices."""
+    w = {"w": jnp.ones((128, 128))}
+    for tx in (om.adamh(0.1, axes={"*": "io"}, state="int8"), om.muonh(0.1, axes={"*": "io"}, state="int8")):
+        state = tx.init(w)
+        updates, state = jax.jit(tx.update)(w, state, w)
+        assert any(x.dtype.itemsize == 1 for x in jax.tree.leaves(state))
+        after = optax.apply_updates(w, updates)["w"]
+        rounding.close(jnp.linalg.norm(after), jnp.linalg.norm(w["w"]), units=64)
