@@ -42,6 +42,7 @@ OPTAX: dict[str, tuple[str, dict[str, str]]] = {
         {"count": STEPS, "mu": MEAN, "nu": SECOND},
     ),
     "ScaleByRssState": ("adagrad", {"sum_of_squares": TOTAL}),
+    "ScaleByLionState": ("lion", {"count": UNUSED, "mu": AVERAGE}),
     "MuonState": ("contrib.muon", {"count": UNUSED, "mu": AVERAGE, "ns_coeffs": UNUSED}),
     "ScaleByScheduleState": ("a schedule of learning rates", {"count": RATE}),
     "WeightDecaySchedule": ("a schedule of weight decay", {"count": DECAY}),
@@ -83,9 +84,9 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
 
         opt_state = from_optax_state(opt_state, optimorph.adamw(schedule), params)
 
-    It knows optax's `adam`, `adamw`, `nadam`, `nadamw`, `sgd`, `rmsprop`, `adagrad` and `contrib.muon`, also
-    in chains with transforms that hold nothing (clipping, say) and inside `optax.masked` and
-    `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
+    It knows optax's `adam`, `adamw`, `nadam`, `nadamw`, `sgd`, `rmsprop`, `adagrad`, `lion` and
+    `contrib.muon`, also in chains with transforms that hold nothing (clipping, say) and inside `optax.masked`
+    and `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
 
     A state of this library is taken as well: that of an earlier version, one whose moments were stored in
     another dtype, or another `weight_decay_form`. (A checkpoint of 0.1.0, where constant rates had no state,

@@ -68,6 +68,7 @@ ALIKE = {
     "adamw-decay-schedule": {"weight_decay": schedule},
     "adamw-decay-schedule-mask": {"weight_decay": schedule, "mask": MASK},
     "nadamw": {"weight_decay": 0.1},
+    "lion": {"weight_decay": 0.1},
 }
 
 
