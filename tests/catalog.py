@@ -120,7 +120,9 @@ TRANSFORMS = [
     Entry("square", lambda om: om.square(), papers.square),
     Entry("sign", lambda om: om.sign(), papers.sign),
     Entry("ema-lookahead", lambda om: om.ema(0.8, lookahead=0.5), lambda: papers.ema(0.8, lookahead=0.5)),
-    Entry("hyperball", lambda om: om.hyperball(0.1, {"*": None}), lambda: papers.hyperball(0.1)),
+    Entry(
+        "hyperball", lambda om: om.hyperball(0.1, {"*": None}), lambda: papers.hyperball(0.1), matrices=True
+    ),
     Entry("hyperball-matrices", lambda om: om.hyperball(0.1), lambda: papers.hyperball(0.1), matrices=True),
     Entry(
         "hyperball-blocks",
@@ -378,6 +380,7 @@ RECIPES = [
         "adamh",
         lambda om: om.adamh(0.1, eps=1e-2, axes={"*": None}),
         lambda: papers.adamh(0.1, eps=1e-2),
+        matrices=True,
     ),
     Entry(
         "muonh",

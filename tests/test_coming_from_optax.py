@@ -231,8 +231,8 @@ def test_second_moments_in_bfloat16():
 
 REFUSED = {
     "another optimizer": (
-        lambda: (optax.lion(0.1), om.adam(0.1)),
-        ["ScaleByLionState", "adam, adamw, nadam, nadamw, sgd, rmsprop"],
+        lambda: (optax.adabelief(0.1), om.adam(0.1)),
+        ["ScaleByBeliefState", "adam, adamw, nadam, nadamw, sgd, rmsprop"],
     ),
     "a wrapper": (
         lambda: (optax.MultiSteps(optax.adam(0.1), 2), om.adam(0.1)),

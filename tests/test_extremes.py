@@ -39,7 +39,11 @@ DEFAULTS = {
 EVERY = {entry.id: (entry.build, entry.paper) for entry in catalog.RECIPES} | {
     f"{name}-defaults": both for name, both in DEFAULTS.items()
 }
-SQUARING = [name for name in EVERY if not name.startswith("sgd") and ("muon" not in name or "others" in name)]
+SQUARING = [
+    name
+    for name in EVERY
+    if not name.startswith(("sgd", "lion")) and ("muon" not in name or "others" in name)
+]
 
 
 ROUNDED = ("rmsprop-centered-corrected", "muon-cautious")
@@ -133,7 +137,9 @@ def test_infinite_squares(name, dtype):
     clipped = optax.chain(om.clip_by_global_norm(1.0), tx)
     updates, _ = clipped.update(large, clipped.init(params), params)
     expected = rule()(np.full(3, 1 / np.sqrt(3)), np.full(3, 0.5))
-    np.testing.assert_allclose(formulas.exact(updates["w"]), expected, rtol=2.0**-7)  # of bfloat16, twice
+    np.testing.assert_allclose(  # of bfloat16, twice; a step along the weight itself is none on a sphere
+        formulas.exact(updates["w"]), expected, rtol=2.0**-7, atol=2.0**-20
+    )
 
 
 def program(entry, dtype):

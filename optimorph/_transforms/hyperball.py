@@ -1,5 +1,6 @@
 """The step on a sphere: weights keep their norm."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,11 +29,11 @@ def hyperball(
 
     It takes the place of the learning rate and of weight decay. The scale of u is irrelevant, and η is the
     angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf that is no matrix
-    has one norm. With ‖x‖² = ‖w‖² - 2 s ⟨w, u⟩ + s² ‖u‖² one pass over w and u is enough, and over a mesh one
-    all_reduce of three numbers a matrix.
+    has one norm. ‖x‖² = ‖w‖² - 2 s ⟨w, u⟩ + s² ‖u‖² needs three sums, and over a mesh all_reduces of four
+    numbers a matrix.
 
     A matrix of zeros has no norm to keep: it takes the step -η u, and keeps the norm that it then has. A
-    matrix whose u is zero stays. Squares must be float32 numbers: |w| and |u| between 1e-18 and 1e18. The
+    matrix whose u is zero stays. The squares of weights must be float32 numbers, as from 1e-18 to 1e18. The
     norm of bfloat16 weights is kept on average, with `apply_updates(key=)`.
 
     Args:
@@ -70,36 +71,40 @@ def hyperball(
             raise ValueError(f"compress_state: put {who} outside, because norms are those of whole matrices.")
         form, w = forms[leaf.index], upcast(leaf.weight).astype(u.dtype)
         names = _shards(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]), form)
-        ww, wu, uu = (_total((x * y.conj()).real, form) for x, y in ((w, w), (w, u), (u, u)))
-        if names:
-            ww, wu, uu = jax.lax.psum((ww, wu, uu), names)
-        return _step(w, u, as_scalar(rate, u), ww, wu, uu), state
+        largest = _over(jnp.max, jnp.abs(u), form)
+        largest = jax.lax.pmax(largest, names) if names else largest
+        v = u / jnp.where(largest > 0, largest, 1).astype(u.dtype)  # whose square is a number
+        ww, wv, vv = (_over(jnp.sum, (x * y.conj()).real, form) for x, y in ((w, w), (w, v), (v, v)))
+        ww, wv, vv = jax.lax.psum((ww, wv, vv), names) if names else (ww, wv, vv)
+        eta = as_scalar(rate, u)
+        return jnp.where(ww > 0, _on_sphere(w, v, eta, ww, wv, vv), -eta * u), state
 
     return transform(who, Rule(roles_of(LearningRateState), update, begin=begin, advance=advance))
 
 
-def _step(w: jax.Array, u: jax.Array, eta: Any, ww: jax.Array, wu: jax.Array, uu: jax.Array) -> jax.Array:
+def _on_sphere(
+    w: jax.Array, u: jax.Array, eta: Any, ww: jax.Array, wu: jax.Array, uu: jax.Array
+) -> jax.Array:
     """The update, from ‖w‖², ⟨w, u⟩ and ‖u‖²."""
     s = eta.real * jnp.sqrt(ww / jnp.where(uu > 0, uu, 1))
     more = 2 * s * wu - s * s * uu  # ‖w‖² - ‖x‖²
     xx = jnp.where(ww > more, ww - more, 1)
     ratio = jnp.sqrt(ww / xx)  # ‖w‖ / ‖x‖
     less = more / xx / (ratio + 1)  # ratio - 1, without cancellation
-    kept = less.astype(w.dtype) * w - (ratio * s).astype(u.dtype) * u
-    return jnp.where(ww > 0, kept, -eta * u)  # (1), (2)
+    return less.astype(w.dtype) * w - (ratio * s).astype(u.dtype) * u  # (1), (2)
 
 
-def _total(x: jax.Array, form: Axes | None) -> jax.Array:
-    """The sum over the matrix of each number, in a shape that broadcasts against the array."""
+def _over(reduce: Callable[..., jax.Array], x: jax.Array, form: Axes | None) -> jax.Array:
+    """A reduction over the matrix of each number, in a shape that broadcasts against the array."""
     if form is None:
-        return jnp.sum(x, keepdims=True)
+        return reduce(x, keepdims=True, initial=0)
     sides = [(k, axis) for k, axis in enumerate(form.parts) if axis.letter != "b"]
-    x = jnp.sum(x, tuple(k for k, axis in sides if len(axis.blocks) == 1), keepdims=True)
+    x = reduce(x, tuple(k for k, axis in sides if len(axis.blocks) == 1), keepdims=True, initial=0)
     for k, axis in sides:
         if len(axis.blocks) > 1:  # of what is left, a number for each index of the axis
             ends = np.cumsum(axis.blocks)[:-1] * (x.shape[k] // sum(axis.blocks))
             parts = [
-                jnp.broadcast_to(jnp.sum(part, k, keepdims=True), part.shape)
+                jnp.broadcast_to(reduce(part, k, keepdims=True, initial=0), part.shape)
                 for part in jnp.split(x, ends, axis=k)
             ]
             x = jnp.concatenate(parts, axis=k)

@@ -54,4 +54,4 @@ def test_collectives():
     program = jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0]).lower(params, params).compile()
     found = hlo.counted(program)
     assert set(found.collectives) == {"all-reduce"}
-    assert found.sent <= 2 * 4 * 3 * 4 * 4
+    assert found.sent <= 2 * 4 * 4 * 4 * 4
