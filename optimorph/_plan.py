@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from optimorph._core.checks import not_an_array
@@ -241,7 +242,7 @@ def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> 
     found = {}
     for name, part in zip(routes.names, (MATRIX, OTHER), strict=True):
         rates = [rate for _, rate in optax.tree.get_all_with_path(parts[part], "last_learning_rate")]
-        if len(rates) == 1 and not isinstance(rates[0], jax.core.Tracer):
+        if len(rates) == 1 and not isinstance(rates[0], Tracer):
             found[name] = float(rates[0])
     return found
 

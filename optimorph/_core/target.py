@@ -49,7 +49,7 @@ def for_target(f: Program, about: Hashable, *operands: jax.Array, results: int) 
       operands: arrays.
       results: the number of results, which have the shapes and dtypes of the first operands.
     """
-    params = {"x64": bool(jax.config.jax_enable_x64), "told": _told()}
+    params = {"x64": jax.numpy.result_type(float) == "float64", "told": _told()}
     return target_p.bind(*operands, f=f, about=about, results=results, **params)
 
 

@@ -113,7 +113,7 @@ def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: Iterable[Any]) -> list[Any]
     for eqn in jaxpr.eqns:
         values = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
         if eqn.primitive.name in CALLS:
-            inner = next(x for x in eqn.params.values() if isinstance(x, ClosedJaxpr | Jaxpr))
+            inner: Any = next(x for x in eqn.params.values() if isinstance(x, ClosedJaxpr | Jaxpr))
             made = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
         else:
             made = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -255,9 +255,7 @@ def update_large(
     arguments, inside = jax.tree.flatten((g, weight, list(map(_codes, decoded))))
     closed, made = jax.make_jaxpr(lambda *x: step(*inside.unflatten(x)), return_shape=True)(*arguments)
     consts = list(closed.consts)
-    alone = jax.make_jaxpr(lambda consts, *x: jax.core.eval_jaxpr(closed.jaxpr, consts, *x))(
-        consts, *arguments
-    )
+    alone = jax.make_jaxpr(lambda consts, *x: eval_jaxpr(closed.jaxpr, consts, *x))(consts, *arguments)
     in_place = made[0].dtype == g.dtype
     written = g if in_place else jnp.zeros_like(g, dtype=made[0].dtype), list(moments)
     read = None if in_place else g, weight, list(keys), consts
