@@ -374,7 +374,7 @@ RECIPES = [
     Entry(
         "laprop",
         lambda om: om.laprop(0.1, eps=1e-2, weight_decay=0.2),
-        lambda: papers.laprop(0.1, 0.9, 0.999, 1e-2, 0.2),
+        lambda: papers.laprop(0.1, 0.9, 0.999, 1e-2, decay=0.2),
     ),
     Entry(
         "adamh",
@@ -455,6 +455,44 @@ MORE = [  # recipes under other arguments, which have no other states
     Entry(
         "muon-others-rmsprop",
         lambda om: om.muon(0.02, axes={"*": None}, others=om.rmsprop(0.1, eps=1e-3)),
+        lambda: papers.rmsprop(0.1, 0.9, 1e-3),
+    ),
+    Entry(
+        "laprop-betas",
+        lambda om: om.laprop(0.1, 0.8, 0.9, 1e-2, 1e-2, weight_decay=0.2, weight_decay_form="independent"),
+        lambda: papers.laprop(0.1, 0.8, 0.9, 1e-2, 1e-2, 0.2, "independent"),
+    ),
+    Entry(
+        "lion-betas",
+        lambda om: om.lion(0.01, 0.8, 0.95, weight_decay=0.2, weight_decay_form="independent"),
+        lambda: papers.lion(0.01, 0.8, 0.95, 0.2, "independent"),
+    ),
+    Entry(
+        "adamh-betas",
+        lambda om: om.adamh(0.1, 0.8, 0.9, 1e-2, 1e-2, axes={"*": None}),
+        lambda: papers.adamh(0.1, 0.8, 0.9, 1e-2, 1e-2),
+        matrices=True,
+    ),
+    Entry(
+        "muonh-out-in",
+        lambda om: om.muonh(0.02, 0.8, nesterov=False, axes={"*": "oi"}),
+        lambda: papers.muonh(0.02, 0.8, False),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "muonh-others",
+        lambda om: om.muonh(0.1, axes={"*": None}, weight_decay=0.2),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-8, decay=0.2),
+    ),
+    Entry(
+        "muonh-others-rate",
+        lambda om: om.muonh(0.02, axes={"*": None}, others_learning_rate=0.1),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-8),
+    ),
+    Entry(
+        "muonh-others-rmsprop",
+        lambda om: om.muonh(0.02, axes={"*": None}, others=om.rmsprop(0.1, eps=1e-3)),
         lambda: papers.rmsprop(0.1, 0.9, 1e-3),
     ),
 ]

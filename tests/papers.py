@@ -223,27 +223,27 @@ def sign():
     return lambda g, w: np.sign(g)
 
 
-def lion(lr, b1, b2, decay=0.0):
+def lion(lr, b1, b2, decay=0.0, form="coupled"):
     m = 0.0
 
     def step(g, w):
         nonlocal m
         u = np.sign((1 - b1) * g + b1 * m)
         m = b2 * m + (1 - b2) * g
-        return descent(lr, decay, "coupled")(u, w)
+        return descent(lr, decay, form)(u, w)
 
     return step
 
 
-def laprop(lr, b1, b2, eps, decay=0.0):
+def laprop(lr, b1, b2, eps, eps_root=0.0, decay=0.0, form="coupled"):
     n, v, t = 0.0, 0.0, 0
 
     def step(g, w):
         nonlocal n, v, t
         t += 1
         v = b2 * v + (1 - b2) * np.abs(g) ** 2
-        n = b1 * n + (1 - b1) * g / (np.sqrt(v / (1 - b2**t)) + eps)
-        return descent(lr, decay, "coupled")(n / (1 - b1**t), w)
+        n = b1 * n + (1 - b1) * g / (np.sqrt(v / (1 - b2**t) + eps_root) + eps)
+        return descent(lr, decay, form)(n / (1 - b1**t), w)
 
     return step
 
@@ -261,8 +261,8 @@ def hyperball(lr):
     return step
 
 
-def adamh(lr, b1=0.9, b2=0.95, eps=1e-8):
-    return chain(adam(-1.0, b1, b2, eps), hyperball(lr))
+def adamh(lr, b1=0.9, b2=0.95, eps=1e-8, eps_root=0.0):
+    return chain(adam(-1.0, b1, b2, eps, eps_root), hyperball(lr))
 
 
 def muonh(lr, beta=0.95, nesterov=True, rows=None):
