@@ -398,7 +398,8 @@ def changed(name, **arguments):
 CHANGES = {
     **{
         f"{name}-weight_decay": (name, {"weight_decay": 0.1}, {"weight_decay": 0.5})
-        for name in sorted({entry.name for entry in catalog.RECIPES})
+        for name in catalog.recipes_with("weight_decay")
+        if name != "muonh"  # whose matrices have none
     },
     "muon-coefficients": ("muon", {}, {"orthogonalizer": NewtonSchulz("jordan")}),
     "muon-steps": ("muon", {}, {"orthogonalizer": NewtonSchulz(steps=8)}),

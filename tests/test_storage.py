@@ -83,9 +83,12 @@ def second_moments(state):
     return [value["w"] for path, value in found if "by" in str(path)]
 
 
-@pytest.mark.parametrize("name", catalog.recipes_with("nu_dtype"))
+@pytest.mark.parametrize("name", [n for n in catalog.recipes_with("nu_dtype") if n != "adamh"])
 def test_second_moments_in_bfloat16(name):
-    """`nu_dtype` of every recipe: two bytes, an update within 1 % of float32's, state and dtype kept."""
+    """`nu_dtype` of every recipe: two bytes, an update within 1 % of float32's, state and dtype kept.
+
+    An update along the weights themselves, as here, is none on the sphere of `adamh`.
+    """
     params = {"w": jnp.linspace(0.5, 1.0, 200)}
     full, half = (getattr(om, name)(0.1, **kwargs) for kwargs in ({}, {"nu_dtype": jnp.bfloat16}))
     states = [tx.init(params) for tx in (full, half)]
@@ -198,7 +201,7 @@ def test_numbers_by_name(name):
     recipe = getattr(om, name)
     plain, injected = recipe(0.125), om.inject_hyperparams(recipe)(learning_rate=0.125)
     state = plain.init(params)
-    if name != "muon":  # whose two sides count their own steps, as optax's do
+    if not name.startswith("muon"):  # whose two sides count their own steps, as optax's do
         assert optax.tree.get(state, "count") == 0
     with pytest.raises(KeyError):
         optax.tree.set(state, learning_rate=0.0)

@@ -71,7 +71,7 @@ def hyperball(
             raise ValueError(f"compress_state: put {who} outside, because norms are those of whole matrices.")
         form, w = forms[leaf.index], upcast(leaf.weight).astype(u.dtype)
         names = _shards(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]), form)
-        largest = _over(jnp.max, jnp.abs(u), form)
+        largest = jax.lax.stop_gradient(_over(jnp.max, jnp.abs(u), form))  # the scale of u is irrelevant
         largest = jax.lax.pmax(largest, names) if names else largest
         v = u / jnp.where(largest > 0, largest, 1).astype(u.dtype)  # whose square is a number
         ww, wv, vv = (_over(jnp.sum, (x * y.conj()).real, form) for x, y in ((w, w), (w, v), (v, v)))
