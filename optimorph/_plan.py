@@ -137,16 +137,20 @@ def plan(
             f"plan: {', '.join(arguments)}: these arguments are for muon, but an optimizer was given. Pass "
             "them to the function that makes the optimizer."
         )
+    if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(f"plan: mesh must be a jax.sharding.Mesh or AbstractMesh, but is {mesh!r}.")
     paths, leaves = distinct_paths("plan", params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-    known = optimizer is not None or "learning_rate" in arguments
+    rated = optimizer is not None or "learning_rate" in arguments
     if optimizer is None:
         muon_arguments: dict[str, Any] = {"learning_rate": 0.0} | arguments
         optimizer = muon(**muon_arguments)
     routes = getattr(optimizer, "routes", None)
     specs = [_spec(routes, path, leaf) for path, leaf in zip(paths, shapes, strict=True)]
-    if routes is not None and (k := output_layer(paths, [leaf.shape for leaf in shapes], specs)) is not None:
-        specs[k] = LeafSpec(None, "head, inferred")
+    trained = [k for k, leaf in enumerate(shapes) if routes is not None and kind(leaf) != "integer"]
+    own_paths, own_shapes = [paths[k] for k in trained], [shapes[k].shape for k in trained]
+    if (k := output_layer(own_paths, own_shapes, [specs[k] for k in trained])) is not None:
+        specs[trained[k]] = LeafSpec(None, "head, inferred")
     state_bytes = _state_bytes(optimizer, paths, shapes, specs)
     scale = None if routes is None or routes.scale is None else SCALES[routes.scale]
 
@@ -168,7 +172,7 @@ def plan(
 
     rows = tuple(map(row, paths, shapes, specs))
     rules = None if routes is None else routes.rules
-    rates = _learning_rates(optimizer, routes) if known and routes is not None else {}
+    rates = _learning_rates(optimizer, routes) if rated and routes is not None else {}
     over_mesh = None
     if mesh is not None and routes is not None:
         forms = [spec.axes for spec in specs]

@@ -77,6 +77,26 @@ def test_the_scale_of_the_direction_is_irrelevant():
     rounding.close(many, one)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1.0, 1e18, 1e30])
+def test_weights_of_any_size(size):
+    rng = np.random.default_rng(0)
+    w, g = ({"w": jnp.asarray(rng.standard_normal((64, 64)), jnp.float32)} for _ in range(2))
+    tx = om.hyperball(0.1, {"*": "io"})
+    plain = tx.update(g, tx.init(w), w)[0]["w"]
+    scaled = {"w": w["w"] * jnp.float32(size)}
+    rounding.close(tx.update(g, tx.init(w), scaled)[0]["w"] / jnp.float32(size), plain, units=64)
+
+
+def test_derivatives_with_a_leaf_of_zeros():
+    tx, g = om.hyperball(0.1, {"*": None}), {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+
+    def loss(w):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(tx.update(g, tx.init(w), w)[0]))
+
+    slopes = jax.grad(loss)({"w": jnp.eye(4, 3), "b": jnp.zeros(3)})
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(slopes))
+
+
 def test_what_is_refused():
     w = {"w": jnp.ones((128, 128))}
     tx = om.hyperball(0.1, {"*": "io"})

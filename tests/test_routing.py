@@ -575,10 +575,13 @@ def test_factors_by_rules():
     np.testing.assert_array_equal(updates["layers"]["kernel"][:, 0, 0], [0.25, 0.5, 1.0])
     np.testing.assert_array_equal(updates["embed"]["table"], 0.125)
     np.testing.assert_array_equal(updates["bias"], 1)
-    with pytest.raises(
-        ValueError, match=r"scale_by_rules: 'bias' has shape \(3,\), but its factor has .*\(2,\)"
-    ):
-        om.scale_by_rules({"bias": [1.0, 2.0]}).update(g, optax.EmptyState())
+    with pytest.raises(ValueError, match=r"'bias' has shape \(3,\), but its factor has shape \(2,\)"):
+        om.scale_by_rules({"bias": [1.0, 2.0]}).init(g)
+    for factor in (1j, True, "x"):
+        with pytest.raises(ValueError, match="scale_by_rules: the factor of 'bias' must be a real number"):
+            om.scale_by_rules({"bias": factor}).init(g)
+    with pytest.raises(ValueError, match=r"scale_by_rules: rules must"):
+        om.scale_by_rules(3.0)
     with pytest.warns(UserWarning, match="scale_by_rules: no leaf matches the rule 'embde/"):
         om.scale_by_rules({"embde/*": 1.0, "*": 1.0}).init(g)
     tx, large = om.chain(om.ema(0.9), om.scale_by_rules({"w": [1.0] * 128})), {"w": jnp.ones((128, 128))}
@@ -630,6 +633,8 @@ OUTPUTS = {
         layers(Dense_0=(28, 64), Dense_1=(64, 11)) | {"norm": {"scale": jnp.ones(11)}},
         None,
     ),
+    "a gate and an input side by side": (layers(Dense_0=(32, 128), Dense_1=(64, 32)), None),
+    "a fused query": (layers(Dense_0=(16, 48), Dense_1=(16, 16), Dense_2=(16, 16)), None),
     "in a block": ({"layers": [{"mlp": layers(fc1=(28, 64), fc2=(64, 11))}]}, None),
 }
 
@@ -650,6 +655,23 @@ def test_the_output_layer_by_widths(name):
         assert jax.tree.structure(confirmed.inner_states["matrix"]) == jax.tree.structure(
             state.inner_states["matrix"]
         )
+
+
+def test_missing_gradients_and_the_output_layer():
+    """Without parameters it cannot be told from widths; with them `init` and `update` agree."""
+    params = layers(Dense_0=(4, 16), Dense_1=(16, 20), Dense_2=(20, 3))
+    tx = om.muon(0.1)
+    with pytest.warns(UserWarning, match="output layer"):
+        state = tx.init(params)
+    gradients = params | {"Dense_2": {"kernel": None, "bias": None}}
+    updates, _ = tx.update(gradients, state, params)
+    assert updates["Dense_2"]["kernel"] is None
+    with pytest.raises(
+        ValueError, match=r"muon: gradients are missing.*Type tx\.update\(gradients, state, params\)"
+    ):
+        tx.update(gradients, state)
+    with_ids = params | {"ids": jnp.zeros(4, jnp.int32)}
+    assert om.plan(with_ids, tx)["Dense_2/kernel"].transform == "adamw"
 
 
 def test_partition_sends_leaves_where_the_rules_say():

@@ -20,13 +20,14 @@ def adamh(
     mu_dtype: DTypeLike | None = None,
     *,
     axes: AxesRules | None = None,
+    shardings: Rules | None = None,
     nu_dtype: DTypeLike | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
     """AdamH: Adam's direction as a step that keeps the norm of every matrix, and of every other leaf.
 
-    The learning rate is an angle, and there is no weight decay. `axes`: how leaves read as matrices, as that
-    of `muon`.
+    The learning rate is an angle, and there is no weight decay. `axes` and `shardings` are those of
+    `hyperball`. A number by itself keeps its absolute value: give scalars to another optimizer (`partition`).
 
     Equals:
       levanter.optim.AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps)
@@ -38,4 +39,4 @@ def adamh(
         by=second_moment(b2, eps, eps_root, nu_dtype),
     )
     tx = with_state_storage("adamh", quotient, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
-    return chain(tx, hyperball(learning_rate, axes))
+    return chain(tx, hyperball(learning_rate, axes, shardings))

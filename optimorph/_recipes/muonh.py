@@ -34,7 +34,8 @@ def muonh(
 
         ema(nesterov) → orthogonalize → hyperball(η)
 
-    The learning rate is an angle, and no weight decay is needed. It is near √(η λ) of a Muon with decay λ.
+    The learning rate is an angle, and no weight decay is needed. Where a Muon has the learning rate η and the
+    decay λ, a learning rate near √(η λ) does as much here.
 
     Args:
       orthogonalizer, axes, others, others_learning_rate, mu_dtype, nu_dtype, state, shardings, comm_dtype: as

@@ -15,7 +15,7 @@ from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, by_whole_shape
-from optimorph._routing.leaf_spec import LeafSpec, output_layer, resolve_axes
+from optimorph._routing.leaf_spec import LeafSpec, has_no_name, output_layer, resolve_axes
 from optimorph._routing.rules import labels, lookup_if_given, warn_unused
 
 MATRIX, OTHER = "matrix", "other"
@@ -88,6 +88,10 @@ def routed(
         parts = tree.unflatten([OTHER if f is None else MATRIX for f in forms])
         return optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
 
+    def by_widths(path: str) -> bool:
+        """Whether a leaf may be taken for the output layer: its name does not tell, nor does a rule."""
+        return axes is None and has_no_name(path)
+
     def output_of(paths: Sequence[str], leaves: Sequence[Any]) -> int | None:
         there = [k for k, x in enumerate(leaves) if is_trainable(x)]
         shapes = [np.shape(leaves[k]) for k in there]
@@ -120,6 +124,11 @@ def routed(
             form(path, np.shape(x)) if is_trainable(x) else None
             for path, x in zip(leaves.paths, leaves.values, strict=True)
         ]
+        if params is None and any(map(is_absent, gs)) and any(map(by_widths, leaves.paths)):
+            raise ValueError(
+                f"{who}: gradients are missing, and without params the output layer cannot be told from its "
+                "width. Type tx.update(gradients, state, params), or axes={'path of the output layer': None}."
+            )
         if (k := output_of(leaves.paths, leaves.values)) is not None:
             forms[k] = None
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]

@@ -88,11 +88,17 @@ def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes 
     return lambda path, shape: resolve(path, shape).resolved_axes(who)
 
 
+def has_no_name(path: str) -> bool:
+    """Whether a leaf belongs to a layer whose name does not say what it is for."""
+    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(path)
+
+
 def output_layer(paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]) -> int | None:
     """The index of the only layer without a telling name whose outputs no other leaf takes in.
 
-    Its inputs must be the outputs of another layer. Where a leaf is called a head, or where several layers
-    may be the output, or none, as in an autoencoder, the answer is None.
+    Its inputs must be the outputs of another layer, and no other such layer may have a higher number. Where a
+    leaf is called a head, or where several layers may be the output, or none, as in an autoencoder, the
+    answer is None.
 
     Args:
       paths: of all leaves.
@@ -108,11 +114,7 @@ def output_layer(paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[
     unnamed = [
         k
         for k, (path, spec) in enumerate(zip(paths, specs, strict=True))
-        if spec.role == "dense"
-        and spec.axes is not None
-        and len(shapes[k]) == 2
-        and _ANY_LAYER.search(path)
-        and not _IN_BLOCK.search(path)
+        if spec.role == "dense" and spec.axes is not None and len(shapes[k]) == 2 and has_no_name(path)
     ]
 
     def taken(k: int) -> bool:
@@ -120,10 +122,16 @@ def output_layer(paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[
         return any(other != module and outputs <= inputs for other, inputs, _ in leaves)
 
     sinks = [k for k in unnamed if not taken(k)]
-    if len(sinks) != 1:
+    if len(sinks) != 1 or any(_number(paths[k]) > _number(paths[sinks[0]]) for k in unnamed):
         return None
     module, inputs, _ = leaves[sinks[0]]
     return sinks[0] if any(m != module and inputs <= outputs for m, _, outputs in leaves) else None
+
+
+def _number(path: str) -> int:
+    """The number of a layer; 0 for one without."""
+    numbers = re.findall(r"\d+", path)
+    return int(numbers[-1]) if numbers else 0
 
 
 def _sides(shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:

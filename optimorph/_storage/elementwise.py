@@ -51,7 +51,7 @@ class Elementwise(NamedTuple):
     """An element-wise function of arrays, as a jaxpr.
 
     Args:
-      closed: the jaxpr without calls, whose first arguments are constants of the program.
+      closed: the jaxpr, whose first arguments are constants of the program.
       constants: their number.
       whole: the shape that it was traced for.
     """
@@ -70,56 +70,46 @@ class Elementwise(NamedTuple):
           NotElementwiseError: the results are not all made element by element.
         """
         jaxpr, given = self.closed.jaxpr, [*constants, *arrays]
-        known = dict(
-            zip(jaxpr.constvars, [_Value(x, False, CONSTANT) for x in self.closed.consts], strict=True)
-        )
-        for k, (v, x) in enumerate(zip(jaxpr.invars, given, strict=True)):
-            known[v] = _Value(x, k >= self.constants and v.aval.shape == self.whole, CONSTANT)
-
-        def value(v):
-            return _Value(v.val, False, CONSTANT) if isinstance(v, Literal) else known[v]
-
-        for eqn in jaxpr.eqns:
-            made = _made(eqn, list(map(value, eqn.invars)), self.whole, part)
-            known.update(zip(eqn.outvars, made, strict=True))
-        values = list(map(value, jaxpr.outvars))
-        for found in values:
+        values = [
+            _Value(x, k >= self.constants and v.aval.shape == self.whole, CONSTANT)
+            for k, (v, x) in enumerate(zip(jaxpr.invars, given, strict=True))
+        ]
+        results = _run(jaxpr, self.closed.consts, values, self.whole, part)
+        for found in results:
             if not found.sliced and np.ndim(found.x):
                 raise NotElementwiseError(found.by)
-        return [found.x for found in values]
+        return [found.x for found in results]
 
 
-def elementwise(closed: ClosedJaxpr, constants: int, whole: Shape) -> Elementwise:
-    """The function of a jaxpr for arrays of the shape `whole`, whose first arguments are constants.
-
-    Raises:
-      NotElementwiseError: it is not element-wise.
-    """
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
-    inlined = jax.make_jaxpr(lambda *given: _run(closed.jaxpr, closed.consts, given))(*shapes)
-    found = Elementwise(inlined, constants, whole)
-    part = (*whole[:-2], 1, *whole[-1:])
-    parts = [
-        jax.ShapeDtypeStruct(part if k >= constants and x.shape == whole else x.shape, x.dtype)
-        for k, x in enumerate(shapes)
+def check_elementwise(f: Elementwise) -> None:
+    """Raise a `NotElementwiseError` if the function is not element-wise."""
+    part = (*f.whole[:-2], 1, *f.whole[-1:])
+    shapes = [
+        jax.ShapeDtypeStruct(
+            part if k >= f.constants and v.aval.shape == f.whole else v.aval.shape, v.aval.dtype
+        )
+        for k, v in enumerate(f.closed.jaxpr.invars)
     ]
-    jax.eval_shape(lambda *given: found(given[:constants], given[constants:], part), *parts)
-    return found
+    jax.eval_shape(lambda *given: f(given[: f.constants], given[f.constants :], part), *shapes)
 
 
-def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: Iterable[Any]) -> list[Any]:
-    """The results of a jaxpr, without calls."""
-    known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
+def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: list[_Value], whole: Shape, part: Shape) -> list[_Value]:
+    """The values of the results of a jaxpr, and of those that it calls."""
+    known = dict(zip(jaxpr.constvars, [_Value(x, False, CONSTANT) for x in consts], strict=True))
+    known.update(zip(jaxpr.invars, given, strict=True))
+
+    def value(v):
+        return _Value(v.val, False, CONSTANT) if isinstance(v, Literal) else known[v]
+
     for eqn in jaxpr.eqns:
-        values = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
+        values = list(map(value, eqn.invars))
         if eqn.primitive.name in CALLS:
             inner: Any = next(x for x in eqn.params.values() if isinstance(x, ClosedJaxpr | Jaxpr))
-            made = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
+            made = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values, whole, part)
         else:
-            made = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-            made = made if eqn.primitive.multiple_results else [made]
+            made = _made(eqn, values, whole, part)
         known.update(zip(eqn.outvars, made, strict=True))
-    return [v.val if isinstance(v, Literal) else known[v] for v in jaxpr.outvars]
+    return list(map(value, jaxpr.outvars))
 
 
 def _made(eqn: Any, values: list[_Value], whole: Shape, part: Shape) -> list[_Value]:

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_jaxpr
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph._core.target import Target, for_target
 from optimorph._core.types import PyTree, Shape
-from optimorph._distributed.shardings import devices, spec_of
-from optimorph._storage.elementwise import Elementwise, elementwise
+from optimorph._distributed.shardings import devices, manual_axes, spec_of
+from optimorph._storage.elementwise import Elementwise, check_elementwise
 from optimorph._storage.slabs import in_slabs, slab_shape
 from optimorph.codecs import Codec, Encoded, Signed8
 
@@ -142,7 +141,8 @@ def _codes(moment: Any) -> Any:
 
 
 def _in_float32(moment: Encoded) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(moment.codes.shape, jnp.float32)
+    """The type of a decoded moment, which varies over a mesh as its codes do."""
+    return jax.eval_shape(lambda codes: codes.astype(jnp.float32), moment.codes)
 
 
 def decode(moments: Sequence[Any], codecs: Sequence[Codec | None]) -> list[Any]:
@@ -171,27 +171,27 @@ class LargeLeaf:
     """The update of a large leaf, slab by slab or at once.
 
     Args:
-      closed: the jaxpr of the update with decoded moments, whose first arguments are constants.
-      constants: their number.
-      shape: that of the leaf.
+      name: the same for updates that are the same.
+      step: the update with decoded moments, of any part of the leaf.
       codecs: of the moments; None where there is none.
       in_place: whether the update takes the gradient's buffer.
       results: the structure of an update and its moments.
       operands: the structure of what is written and what is read.
     """
 
-    closed: ClosedJaxpr
-    constants: int
-    shape: Shape
+    name: Any
+    step: Elementwise
     codecs: Sequence[Codec | None]
     in_place: bool
     results: Any
     operands: Any
 
-    @functools.cached_property
-    def step(self) -> Elementwise:
-        """The update with decoded moments, of any part of the leaf."""
-        return elementwise(self.closed, self.constants, self.shape)
+    def __hash__(self) -> int:
+        """Equal programs are compiled once, also by updates that are not inside `jax.jit`."""
+        return hash(self.name)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, LargeLeaf) and self.name == other.name
 
     def run(self, target: Target, *operands: jax.Array) -> list[jax.Array]:
         """What is written, after the update, for a target."""
@@ -211,9 +211,9 @@ class LargeLeaf:
             (update, new), (_, old) = made, before
             return update, encode(new, old, self.codecs, keys, place)
 
-        if slab_shape(self.shape, target) is None:
+        if slab_shape(self.step.whole, target) is None:
             return store(None, make(written, (g, weight)), written)
-        return in_slabs(make, store, self.shape, target, written, (g, weight))
+        return in_slabs(make, store, self.step.whole, target, written, (g, weight))
 
 
 @functools.lru_cache(maxsize=1 << 8)
@@ -262,10 +262,10 @@ def update_large(
     leaves, operands = jax.tree.flatten((written, read))
     same = str(alone.jaxpr), str(jax.tree.map(jnp.shape, leaves)), operands, tuple(codecs)
     if same not in programs:
-        results = jax.tree.structure(made)
-        programs[same] = LargeLeaf(alone, len(consts), g.shape, tuple(codecs), in_place, results, operands)
-        if check:
-            programs[same].step  # noqa: B018
+        results, step_of = jax.tree.structure(made), Elementwise(alone, len(consts), g.shape)
+        programs[same] = LargeLeaf(same, step_of, tuple(codecs), in_place, results, operands)
+        if check and not manual_axes():
+            check_elementwise(step_of)
     results = len(jax.tree.leaves(written))
     out = for_target(LargeLeaf.run, programs[same], *leaves, results=results)
     return jax.tree.structure(written).unflatten(out)

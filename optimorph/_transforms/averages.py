@@ -69,7 +69,8 @@ def ema(
       Nesterov momentum into Adam", section 3.
     """
     check_numbers("ema", decay=decay, initial=initial)
-    check_numbers("ema", decay=0.0 if lookahead is None else lookahead)
+    if isinstance(lookahead, int | float) and not 0 <= lookahead < 1:
+        raise ValueError(f"ema: lookahead must be in [0, 1), but is {lookahead!r}. Type lookahead=0.9.")
     check_dtypes("ema", dtype=dtype)
     if nesterov and lookahead is not None:
         raise ValueError("ema: nesterov and lookahead are two forms of one thing. Type one of them.")

@@ -27,14 +27,15 @@ def hyperball(
         x = w - η ‖w‖ u / ‖u‖          (1)
         w ← ‖w‖ x / ‖x‖                (2)
 
-    It takes the place of the learning rate and of weight decay. The scale of u is irrelevant, and η is the
-    angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf that is no matrix
-    has one norm. ‖x‖² = ‖w‖² - 2 s ⟨w, u⟩ + s² ‖u‖² needs three sums, and over a mesh all_reduces of four
-    numbers a matrix.
+    It takes the place of the learning rate and of weight decay. The scale of u is irrelevant, and a small η
+    is the angle of a step that is orthogonal to w. ‖·‖ is the Frobenius norm of each matrix, in float32 or
+    wider; a leaf that is no matrix has one norm. ‖x‖² = ‖w‖² - 2 s ⟨w, u⟩ + s² ‖u‖² needs three sums, and
+    over a mesh all_reduces of five numbers a matrix.
 
     A matrix of zeros has no norm to keep: it takes the step -η u, and keeps the norm that it then has. A
-    matrix whose u is zero stays. The squares of weights must be float32 numbers, as from 1e-18 to 1e18. The
-    norm of bfloat16 weights is kept on average, with `apply_updates(key=)`.
+    matrix whose u is zero stays. A number by itself keeps its absolute value, so that it does not train. η
+    should be far below 1: where ‖x‖ is nearly 0, rounding decides the norm. The norm of bfloat16 weights is
+    kept on average, with `apply_updates(key=)`.
 
     Args:
       learning_rate: η, at least 0, a number, an array, a tracer or a schedule. The last one is in the state.
@@ -71,13 +72,14 @@ def hyperball(
             raise ValueError(f"compress_state: put {who} outside, because norms are those of whole matrices.")
         form, w = forms[leaf.index], upcast(leaf.weight).astype(u.dtype)
         names = _shards(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]), form)
-        largest = jax.lax.stop_gradient(_over(jnp.max, jnp.abs(u), form))  # the scale of u is irrelevant
-        largest = jax.lax.pmax(largest, names) if names else largest
-        v = u / jnp.where(largest > 0, largest, 1).astype(u.dtype)  # whose square is a number
-        ww, wv, vv = (_over(jnp.sum, (x * y.conj()).real, form) for x, y in ((w, w), (w, v), (v, v)))
-        ww, wv, vv = jax.lax.psum((ww, wv, vv), names) if names else (ww, wv, vv)
-        eta = as_scalar(rate, u)
-        return jnp.where(ww > 0, _on_sphere(w, v, eta, ww, wv, vv), -eta * u), state
+        sizes = [jax.lax.stop_gradient(_over(jnp.max, jnp.abs(x), form)) for x in (w, u)]
+        sizes = jax.lax.pmax(sizes, names) if names else sizes
+        scales = [jnp.where(size > 0, size, 1).astype(u.dtype) for size in sizes]
+        x, y = w / scales[0], u / scales[1]  # whose squares are numbers
+        sums = [_over(jnp.sum, (a * b.conj()).real, form) for a, b in ((x, x), (x, y), (y, y))]
+        sums = jax.lax.psum(sums, names) if names else sums
+        eta, size = as_scalar(rate, u), sizes[0]
+        return jnp.where(size > 0, size.astype(u.dtype) * _on_sphere(x, y, eta, *sums), -eta * u), state
 
     return transform(who, Rule(roles_of(LearningRateState), update, begin=begin, advance=advance))
 
@@ -86,6 +88,7 @@ def _on_sphere(
     w: jax.Array, u: jax.Array, eta: Any, ww: jax.Array, wu: jax.Array, uu: jax.Array
 ) -> jax.Array:
     """The update, from ‖w‖², ⟨w, u⟩ and ‖u‖²."""
+    ww = jnp.where(ww > 0, ww, 1)
     s = eta.real * jnp.sqrt(ww / jnp.where(uu > 0, uu, 1))
     more = 2 * s * wu - s * s * uu  # ‖w‖² - ‖x‖²
     xx = jnp.where(ww > more, ww - more, 1)
@@ -113,8 +116,13 @@ def _over(reduce: Callable[..., jax.Array], x: jax.Array, form: Axes | None) -> 
 
 def _shards(who: str, match: Any, path: str, shape: tuple[int, ...], form: Axes | None) -> tuple[str, ...]:
     """Inside `jax.shard_map`, the mesh axes that divide the matrices of a leaf."""
-    if match is None or not manual_axes():
+    if not manual_axes():
         return ()
+    if match is None:
+        raise ValueError(
+            f"{who}: inside jax.shard_map {path!r} has shape {shape}, which may be a local shard. Type "
+            "shardings=, with the in_specs of the parameters, such as {'*': P('data')}; P() is replicated."
+        )
     spec, _ = local_shard_spec(who, match)(path, shape)
     letters = ["o"] * len(spec) if form is None else [axis.letter for axis in form.parts]
     if form is not None and any(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,8 +38,15 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         rules = {key: np.asarray(x) if isinstance(x, list | tuple) else x for key, x in rules.items()}
     match = lookup(rules)
 
+    if rules is None or isinstance(rules, int | float):
+        raise ValueError(
+            f"{who}: rules must be a mapping or a function, but is {rules!r}. Type {{'*': 0.5}}."
+        )
+
     def begin(leaves):
         warn_unused(who, "rules", rules, leaves.paths)
+        for path, x in zip(leaves.paths, leaves.values, strict=True):
+            _check(who, path, np.shape(x), NO_MATCH if is_absent(x) else match(path, np.shape(x)))
         return optax.EmptyState()
 
     def advance(state, leaves):
@@ -49,17 +57,26 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         factor: Any = factors[leaf.index]
         if factor is NO_MATCH or factor is None:
             return g, state
+        _check(who, leaf.path, np.shape(leaf.leaves.values[leaf.index]), factor)
         factor = jnp.asarray(factor).astype(g.dtype)
         if factor.ndim == 0:
             return factor * g, state  # (1)
-        shape = np.shape(leaf.leaves.values[leaf.index])
-        if factor.ndim > 1 or shape[:1] != factor.shape:
-            raise ValueError(
-                f"{who}: {leaf.path!r} has shape {shape}, but its factor has shape {factor.shape}. Type a "
-                "number, or one for each index of the first axis."
-            )
         if leaf.part:
             raise ValueError(f"compress_state: put {who} outside, because {leaf.path!r} has several factors.")
         return factor.reshape(-1, *[1] * (g.ndim - 1)) * g, state  # (1)
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
+
+
+def _check(who: str, path: str, shape: tuple[int, ...], factor: Any) -> None:
+    """Refuse what is no factor of a leaf of this shape."""
+    if factor is NO_MATCH or factor is None:
+        return
+    known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array)
+    if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
+        raise ValueError(f"{who}: the factor of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
+    if np.ndim(factor) > 1 or np.shape(factor) not in ((), shape[:1]):
+        raise ValueError(
+            f"{who}: {path!r} has shape {shape}, but its factor has shape {np.shape(factor)}. Type a number, "
+            "or one for each index of the first axis."
+        )

@@ -178,3 +178,23 @@ def test_init_under_jit(mode):
         lie_alike(found, state)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    """Each device's own shards, in 8 bits, with and without types that track what varies."""
+    mesh = trees.mesh_of(8, 1, jax.sharding.AxisType.Auto)
+    params, tx = (
+        {"w": np.linspace(-1, 1, 512 * 256, dtype=np.float32).reshape(512, 256)},
+        om.adamw(0.1, state="int8"),
+    )
+    state = tx.init(params)
+    specs = jax.tree.map(lambda x: P("data") if x.ndim else P(), state)
+    step = jax.shard_map(
+        lambda p, s: tx.update(p, s, p)[0],
+        mesh=mesh,
+        in_specs=(P("data"), specs),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    rounding.close(jax.jit(step)(params, state)["w"], jax.jit(tx.update)(params, state, params)[0]["w"])
