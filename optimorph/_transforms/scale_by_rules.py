@@ -27,21 +27,20 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         first axis, such as the layers of a scan. Where no rule matches, or the value is `...`, it is 1.
 
     Raises:
-      ValueError: at `update`, a factor that is no number or has another length than the leaf's first axis;
-        inside `compress_state`, several factors for one leaf.
+      ValueError: a number in place of rules; at `init` and `update`, a factor that is no real number, or has
+        another length than the leaf's first axis; inside `compress_state`, several factors for one leaf.
 
     References:
       Howard & Ruder 2018, arXiv:1801.06146, section 3.2 (a rate for each layer).
     """
     who = "scale_by_rules"
-    if isinstance(rules, Mapping):
-        rules = {key: np.asarray(x) if isinstance(x, list | tuple) else x for key, x in rules.items()}
-    match = lookup(rules)
-
     if rules is None or isinstance(rules, int | float):
         raise ValueError(
             f"{who}: rules must be a mapping or a function, but is {rules!r}. Type {{'*': 0.5}}."
         )
+    if isinstance(rules, Mapping):
+        rules = {key: np.asarray(x) if isinstance(x, list | tuple) else x for key, x in rules.items()}
+    match = lookup(rules)
 
     def begin(leaves):
         warn_unused(who, "rules", rules, leaves.paths)

@@ -134,10 +134,8 @@ class NewtonSchulz:
 
     def _iterations(self, target: Target, stack: jax.Array) -> list[jax.Array]:
         """(2) or (3) of normalized matrices, in the dtype and the form that suit the target."""
-        x, in_blocks = (
-            stack.astype(self._dtype(stack.dtype, target.platform)),
-            blocked(stack.shape[-2], target),
-        )
+        x = stack.astype(self._dtype(stack.dtype, target.platform))
+        in_blocks = blocked(x.shape[-2], target)
         batch = max(1, self.max_stack_bytes // (x.itemsize * math.prod(x.shape[1:])))
 
         def iterate(x: jax.Array) -> jax.Array:
