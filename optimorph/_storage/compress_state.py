@@ -137,10 +137,10 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
         after = state(rule.slots(inner), [None] * len(moments), shared.seed, increment(shared.count))
-        return (now, _key(shared), {}), after
+        return (now, _key(shared)), after
 
     def update(g, s, leaf, now):
-        told, key, programs = now
+        told, key = now
         held = rule.slots(s.inner)
         codecs: list[Codec | None] = [None] * len(kinds)
         for j, scales in zip(moments, s.scales, strict=True):
@@ -162,7 +162,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
 
         try:
             if is_large(g, held, codecs):
-                u, held = update_large(step, g, leaf.weight, held, codecs, keys, programs, rule.narrow)
+                u, held = update_large(step, g, leaf.weight, held, codecs, keys, rule.narrow)
             else:
                 u, new = step(g, leaf.weight, decode(held, codecs), part=False)  # (1)
                 held = encode(new, held, codecs, keys)  # (2)

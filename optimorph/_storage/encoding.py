@@ -226,6 +226,12 @@ def _shared(leaf: LargeLeaf, target: Target) -> Callable[..., list[jax.Array]]:
     return jax.jit(update_leaf)
 
 
+@functools.lru_cache(maxsize=1 << 8)
+def _check(leaf: LargeLeaf) -> None:
+    """Refuse a step that is not element-wise, once for leaves alike."""
+    check_elementwise(leaf.step)
+
+
 def update_large(
     step: Step,
     g: jax.Array,
@@ -233,7 +239,6 @@ def update_large(
     moments: Sequence[Any],
     codecs: Sequence[Codec | None],
     keys: Sequence[Any],
-    programs: dict[Any, LargeLeaf],
     check: bool,
 ) -> tuple[jax.Array, Sequence[Any]]:
     """The update and the new moments of one large leaf; leaves with the same jaxpr share a program.
@@ -245,7 +250,6 @@ def update_large(
       moments: `Encoded`, arrays or None.
       codecs: of the moments; None where there is none.
       keys: of the noise of each moment.
-      programs: of the leaves before.
       check: whether `step` may be a function that is not element-wise.
 
     Raises:
@@ -261,11 +265,9 @@ def update_large(
     read = None if in_place else g, weight, list(keys), consts
     leaves, operands = jax.tree.flatten((written, read))
     same = str(alone.jaxpr), str(jax.tree.map(jnp.shape, leaves)), operands, tuple(codecs)
-    if same not in programs:
-        results, step_of = jax.tree.structure(made), Elementwise(alone, len(consts), g.shape)
-        programs[same] = LargeLeaf(same, step_of, tuple(codecs), in_place, results, operands)
-        if check and not manual_axes():
-            check_elementwise(step_of)
-    results = len(jax.tree.leaves(written))
-    out = for_target(LargeLeaf.run, programs[same], *leaves, results=results)
+    whole = Elementwise(alone, len(consts), g.shape)
+    leaf = LargeLeaf(same, whole, tuple(codecs), in_place, jax.tree.structure(made), operands)
+    if check and not manual_axes():
+        _check(leaf)
+    out = for_target(LargeLeaf.run, leaf, *leaves, results=len(jax.tree.leaves(written)))
     return jax.tree.structure(written).unflatten(out)
