@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optimorph.linalg._newton_schulz import Stack, normalize
+from optimorph.linalg._newton_schulz import Stack, normalize, sharded_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +30,4 @@ class Exact:
         u, s, vh = jnp.linalg.svd(normalize(g), full_matrices=False)
         nonzero = s > max(g.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
         factor = jnp.matmul(jnp.where(nonzero[..., None, :], u, 0), vh, precision="highest")  # (1)
-        return jax.lax.convert_element_type(factor, g.dtype)
+        return sharded_like(jax.lax.convert_element_type(factor, g.dtype), g)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
 from optimorph._core.numbers import upcast
@@ -125,7 +126,7 @@ class NewtonSchulz:
         x = normalize(g.mT.conj() if tall else g)  # (1)
         (y,) = for_target(NewtonSchulz._iterations, self, x.reshape(-1, *x.shape[-2:]), results=1)
         x = y.reshape(x.shape).astype(g.dtype)
-        return x.mT.conj() if tall else x
+        return sharded_like(x.mT.conj() if tall else x, g)
 
     def flops(self, n: int, m: int) -> float:
         """Multiplications and additions for one float32 matrix n x m, n ≤ m, without blocks."""
@@ -166,11 +167,27 @@ def rescale(g: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Derivatives treat c as a constant. That is right for every f(g) = cᵏ f(g / c), homogeneous of degree k.
     """
-    x = upcast(g)
+    x = _undivided(upcast(g))
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
     number = largest.dtype.type
     middle = jnp.where(largest > 1, number(2.0**-64), number(2.0**64))  # so that all reciprocals are normal
     return x * middle.astype(x.dtype) / safe_denominator(largest * middle).astype(x.dtype), largest
+
+
+def _undivided(g: jax.Array) -> jax.Array:
+    """g, with no matrix divided over devices where the type says how g is sharded (Explicit axes).
+
+    Only the first batch axis stays divided: more of them cannot become one axis.
+    """
+    sharding = jax.typeof(g).sharding
+    spec = PartitionSpec(*sharding.spec[: min(g.ndim - 2, 1)], *[None] * (g.ndim - min(g.ndim - 2, 1)))
+    return g if sharding.spec == spec else jax.sharding.reshard(g, sharding.update(spec=spec))
+
+
+def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x, sharded as the type of `like` says."""
+    own, other = jax.typeof(x).sharding, jax.typeof(like).sharding
+    return x if own.spec == other.spec else jax.sharding.reshard(x, other)
 
 
 def safe_denominator(x: jax.Array) -> jax.Array:
