@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import papers
+import pytest
 from float32 import float32_class
 
 import optimorph
@@ -499,6 +500,13 @@ MORE = [  # recipes under other arguments, which have no other states
 
 ENTRIES = TRANSFORMS + RECIPES + MORE
 IDS = [entry.id for entry in ENTRIES]
+
+
+def each(entries=ENTRIES):
+    """A test of every entry, quick for the first of each name: the others differ in arguments only."""
+    first = {entry.name: entry for entry in reversed(entries)}
+    marks = {entry.id: () if first[entry.name] is entry else pytest.mark.slow for entry in entries}
+    return pytest.mark.parametrize("entry", [pytest.param(e, id=e.id, marks=marks[e.id]) for e in entries])
 
 
 def _transposed(rule):

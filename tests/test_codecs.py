@@ -334,6 +334,7 @@ def test_blocks_know_nothing_of_each_other(codec, last):
         np.testing.assert_array_equal(encoded.scales[:, start // width], alone.scales[:, 0])
 
 
+@pytest.mark.examples("*softsign*-307", "*nonneg*-307")
 @pytest.mark.parametrize("last", [300, 307, 20])
 @each(BLOCKS)
 def test_rows_without_an_axis_for_blocks(codec, last, monkeypatch):

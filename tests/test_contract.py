@@ -20,8 +20,7 @@ from optimorph.linalg import NewtonSchulz
 CONDITION = NewtonSchulz().table.slope
 """Of the worst, Muon; also 1 - 0.999 has one of a thousand."""
 
-every = pytest.mark.parametrize("entry", catalog.ENTRIES, ids=catalog.IDS)
-recipes = pytest.mark.parametrize("entry", catalog.RECIPES, ids=[e.id for e in catalog.RECIPES])
+every, recipes = catalog.each(), catalog.each(catalog.RECIPES)
 
 
 def parameters(entry, dtype=jnp.float32):

@@ -104,7 +104,7 @@ FLAGS = {
 }
 
 
-@pytest.mark.examples(*(f"*-{name}" for name in FEW))
+@pytest.mark.examples("*-adamw", *(f"{flag}-{name}" for name in FEW for flag in ("x64", "debug_nans")))
 @every
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flags(flag, entry):
