@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._core.target import Target, for_target
@@ -36,7 +37,7 @@ from optimorph._distributed.shardings import (
     spec_of,
     whole_shape,
 )
-from optimorph.linalg import Axes
+from optimorph.linalg import Axes, NewtonSchulz
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +143,32 @@ def _auto(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 def _of_compiler(task: ShardedFunction, target: Target, *arrays: jax.Array) -> Sequence[jax.Array]:
     """By hints where `custom_partitioning` does not work: on TPUs, and in programs that are exported."""
+    if target.platform == "tpu":
+        return _narrowed(task, target, arrays)
+    if target.devices > 1 and not target.exported:
+        return _custom_partitioned(task, *arrays)
+    return _divided_by_hints(task, target, arrays)
+
+
+def _narrowed(task: ShardedFunction, target: Target, arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
+    """On TPUs, in the dtype of their iteration, bfloat16, so that half the bytes are moved and sent."""
+    polar = task.f if isinstance(task.f, NewtonSchulz) else None
+    form = _row_major if target.devices == 1 and not target.exported else lambda x: x
+    narrow = [form(x if polar is None else x.astype(polar.dtype_on(x.dtype, "tpu"))) for x in arrays]
+    results = _divided_by_hints(task, target, narrow)
+    return [form(y).astype(x.dtype) for y, x in zip(results, arrays, strict=True)]
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """x in this order in memory: else one transpose of x has the compiler copy what x is made of."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _divided_by_hints(
+    task: ShardedFunction, target: Target, arrays: Sequence[jax.Array]
+) -> Sequence[jax.Array]:
     if target.devices == 1:
         return task.on_one_device(arrays)
-    if target.platform != "tpu" and not target.exported:
-        return _custom_partitioned(task, *arrays)
     if target.mesh is None:
         warnings.warn(_NO_MESH, stacklevel=2)
         return task.on_one_device(arrays)

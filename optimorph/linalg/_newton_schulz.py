@@ -130,12 +130,12 @@ class NewtonSchulz:
 
     def flops(self, n: int, m: int) -> float:
         """Multiplications and additions for one float32 matrix n x m, n ≤ m, without blocks."""
-        restarts = _restarts(self, (n, m), self._dtype(jnp.dtype(jnp.float32), ""), False)
+        restarts = _restarts(self, (n, m), self.dtype_on(jnp.dtype(jnp.float32), ""), False)
         return 2.0 * operations((n, m), self.table.rows, restarts, False)
 
     def _iterations(self, target: Target, stack: jax.Array) -> list[jax.Array]:
         """(2) or (3) of normalized matrices, in the dtype and the form that suit the target."""
-        x = stack.astype(self._dtype(stack.dtype, target.platform))
+        x = stack.astype(self.dtype_on(stack.dtype, target.platform))
         in_blocks = blocked(x.shape[-2], target)
         batch = max(1, self.max_stack_bytes // (x.itemsize * math.prod(x.shape[1:])))
 
@@ -148,7 +148,8 @@ class NewtonSchulz:
         x = iterate(x) if len(x) <= batch else jax.lax.map(iterate, x, batch_size=batch)
         return [x.astype(stack.dtype)]
 
-    def _dtype(self, own: jnp.dtype, platform: str) -> jnp.dtype:
+    def dtype_on(self, own: jnp.dtype, platform: str) -> jnp.dtype:
+        """The dtype of the iteration for matrices of a dtype, on "cpu", "gpu" or "tpu"."""
         if self.dtype is not None and not jnp.issubdtype(own, jnp.complexfloating):
             return jnp.dtype(self.dtype)
         fast = FAST_DTYPES.get(platform)

@@ -1,5 +1,7 @@
 """Sharding hints: they divide the work on TPUs, without `custom_partitioning`, and in exported programs."""
 
+import re
+
 import hlo
 import jax
 import jax.numpy as jnp
@@ -83,9 +85,23 @@ def test_the_mesh_may_stand_in_in_shardings_alone():
     assert "manual_axes" in text
 
 
+def alone(f):
+    return f
+
+
+@pytest.mark.parametrize("way", [alone, jax.vmap])
+def test_one_device_exports_for_a_tpu(way):
+    """What is moved is in bfloat16, and no constraint on layouts, which cannot be saved."""
+    tx = om.muon(0.1, axes={"*": "io"})
+    update = jax.jit(way(lambda g: tx.update(g, tx.init(g), g)[0]))
+    shapes = [jax.ShapeDtypeStruct((24, 8) if way is alone else (3, 24, 8), jnp.float32)] * 2
+    text = jax.export.export(update, platforms=["tpu"])(shapes).mlir_module()
+    assert re.search(r"concatenate.*xbf16>", text)
+
+
 def test_a_mesh_that_is_not_known():
     task = ShardedFunction(POLAR, (Axes("io"),))
     x = jnp.ones((8, 24))
     with pytest.warns(UserWarning, match=r"every device computes every matrix.*shardings="):
-        (got,) = _of_compiler(task, Target("tpu", 8), x)
+        (got,) = _of_compiler(task, Target("cpu", 8, exported=True), x)
     rounding.close(got, POLAR(x), condition=POLAR.table.slope)
