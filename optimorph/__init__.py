@@ -1,13 +1,13 @@
 """Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
 
-Transforms: `momentum`, `ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`, `add`, `mix`,
-`orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`, `scale_by_learning_rate`,
-`hyperball`, `dampen`, `in_float32`, `in_bfloat16`, `clip_by_global_norm`, `skip_nonfinite`,
-`multi_steps`. They chain with optax's: `chain` is `optax.chain`, in which neighbours become one rule for
-one leaf.
+Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`,
+`add`, `mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`,
+`scale_by_learning_rate`, `hyperball`, `dampen`, `extrapolate`, `in_float32`, `in_bfloat16`,
+`clip_by_global_norm`, `clip_norm`, `clip_rms`, `skip_nonfinite`, `multi_steps`. They chain with optax's:
+`chain` is `optax.chain`, in which neighbours become one rule for one leaf.
 
-Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `laprop`, `lion`,
-`muon`, `muonh`.
+Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `ademamix`, `laprop`,
+`lion`, `mars_adamw`, `muon`, `muonh`.
 
 Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` gives matrices to one
 transform and other leaves to another; `partition` and `labels` route by the same rules, and `roles`,
@@ -38,8 +38,10 @@ from optimorph._from_optax import from_optax_state
 from optimorph._inject_hyperparams import inject_hyperparams
 from optimorph._plan import Plan, PlanRow, plan
 from optimorph._recipes.adamh import adamh
+from optimorph._recipes.ademamix import ademamix
 from optimorph._recipes.laprop import laprop
 from optimorph._recipes.lion import lion
+from optimorph._recipes.mars_adamw import mars_adamw
 from optimorph._recipes.muon import muon
 from optimorph._recipes.muonh import muonh
 from optimorph._recipes.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
@@ -50,9 +52,20 @@ from optimorph._routing.rules import labels
 from optimorph._split_weights import join_weights, split_weights
 from optimorph._storage.compress_state import compress_state
 from optimorph._storage.compressed import CompressedState
-from optimorph._transforms.averages import AccumulateState, EmaState, MomentumState, accumulate, ema, momentum
+from optimorph._transforms.averages import (
+    AccumulateState,
+    EmaState,
+    MomentumState,
+    SlowEmaState,
+    accumulate,
+    ema,
+    momentum,
+    slow_ema,
+)
 from optimorph._transforms.clip_by_global_norm import ClipState, clip_by_global_norm
+from optimorph._transforms.clip_leaf import clip_norm, clip_rms
 from optimorph._transforms.combine import AddState, DivideState, MixState, add, chain, divide, mix
+from optimorph._transforms.extrapolate import ExtrapolateState, extrapolate
 from optimorph._transforms.hyperball import hyperball
 from optimorph._transforms.in_bfloat16 import BFloat16State, in_bfloat16
 from optimorph._transforms.in_float32 import in_float32
@@ -84,6 +97,7 @@ __all__ = [
     "DecayState",
     "DivideState",
     "EmaState",
+    "ExtrapolateState",
     "LearningRateState",
     "MixState",
     "MomentumState",
@@ -91,6 +105,7 @@ __all__ = [
     "Plan",
     "PlanRow",
     "SkipState",
+    "SlowEmaState",
     "accumulate",
     "adagrad",
     "adam",
@@ -98,9 +113,12 @@ __all__ = [
     "adamw",
     "add",
     "add_decayed_weights",
+    "ademamix",
     "apply_updates",
     "chain",
     "clip_by_global_norm",
+    "clip_norm",
+    "clip_rms",
     "codecs",
     "compress_state",
     "curvature",
@@ -108,6 +126,7 @@ __all__ = [
     "debias",
     "divide",
     "ema",
+    "extrapolate",
     "from_optax_state",
     "hyperball",
     "in_bfloat16",
@@ -118,6 +137,7 @@ __all__ = [
     "laprop",
     "linalg",
     "lion",
+    "mars_adamw",
     "mix",
     "momentum",
     "multi_steps",
@@ -143,6 +163,7 @@ __all__ = [
     "sgd",
     "sign",
     "skip_nonfinite",
+    "slow_ema",
     "split_weights",
     "square",
     "theory",

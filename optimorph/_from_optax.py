@@ -28,7 +28,8 @@ STEPS, RATE, DECAY = (
     "count of a decay schedule",
 )
 DAMPED, UNUSED = "count for dampening", ""
-COUNTS = (STEPS, RATE, DECAY, DAMPED)
+SLOW, SLOW_STEPS = "slow average", "count of a slow average"
+COUNTS = (STEPS, RATE, DECAY, DAMPED, SLOW_STEPS)
 NEW = "new"
 
 OPTAX: dict[str, tuple[str, dict[str, str]]] = {
@@ -42,6 +43,10 @@ OPTAX: dict[str, tuple[str, dict[str, str]]] = {
         {"count": STEPS, "mu": MEAN, "nu": SECOND},
     ),
     "ScaleByRssState": ("adagrad", {"sum_of_squares": TOTAL}),
+    "ScaleByAdemamixState": (
+        "contrib.ademamix",
+        {"count": STEPS, "count_m2": SLOW_STEPS, "m1": FIRST, "m2": SLOW, "nu": SECOND},
+    ),
     "ScaleByLionState": ("lion", {"count": UNUSED, "mu": AVERAGE}),
     "MuonState": ("contrib.muon", {"count": UNUSED, "mu": AVERAGE, "ns_coeffs": UNUSED}),
     "ScaleByScheduleState": ("a schedule of learning rates", {"count": RATE}),
@@ -84,9 +89,9 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
 
         opt_state = from_optax_state(opt_state, optimorph.adamw(schedule), params)
 
-    It knows optax's `adam`, `adamw`, `nadam`, `nadamw`, `sgd`, `rmsprop`, `adagrad`, `lion` and
-    `contrib.muon`, also in chains with transforms that hold nothing (clipping, say) and inside `optax.masked`
-    and `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
+    It knows optax's `adam`, `adamw`, `nadam`, `nadamw`, `sgd`, `rmsprop`, `adagrad`, `lion`,
+    `contrib.ademamix` and `contrib.muon`, also in chains with transforms that hold nothing (clipping, say)
+    and inside `optax.masked` and `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
 
     A state of this library is taken as well: that of an earlier version, one whose moments were stored in
     another dtype, or another `weight_decay_form`. (A checkpoint of 0.1.0, where constant rates had no state,
@@ -270,7 +275,7 @@ def _unknown(node: Any) -> str:
     fix = "Type tx.init(params) to begin with a new state"
     if inner:
         fix = f"If the optimizer inside is one of these, give its state: state.{inner[0]}"
-    known = "adam, adamw, nadam, nadamw, sgd, rmsprop, adagrad and contrib.muon"
+    known = "adam, adamw, nadam, nadamw, sgd, rmsprop, adagrad, lion, contrib.ademamix and contrib.muon"
     return (
         f"{WHO}: {name} is no state that can be carried over; those of optax's {known} are, to the recipes "
         f"of this library. {fix}."

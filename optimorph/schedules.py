@@ -1,8 +1,11 @@
-"""Step sizes as functions of the step count, beside those that optax has."""
+"""Step sizes, factors and decays as functions of the step count, beside those that optax has."""
+
+import math
 
 import jax.numpy as jnp
 
-from optimorph._core.checks import checked
+from optimorph._core.checks import checked, is_integer
+from optimorph._core.numbers import as_scalar
 from optimorph._core.types import Numeric, Schedule
 
 
@@ -34,4 +37,71 @@ def robbins_monro(initial_value: Numeric, exponent: Numeric = 1.0, offset: Numer
     return schedule
 
 
-__all__ = ["robbins_monro"]
+@checked
+def linear_warmup(final_value: Numeric, steps: int) -> Schedule:
+    """A number that grows linearly from 0, of which the first step has a share.
+
+        a(t) = min(1, (t + 1) / T) a        (1)
+
+    Args:
+      final_value: a.
+      steps: T, an integer of at least 1: step T is the first with the whole of it.
+
+    Raises:
+      ValueError: `steps` below 1, or no integer.
+
+    References:
+      Pagliardini et al. 2024, "The AdEMAMix optimizer", arXiv:2409.03137, section 3 (of α).
+    """
+    _check_steps("linear_warmup", steps)
+
+    def schedule(count):
+        t = jnp.asarray(count).astype(float)
+        return jnp.minimum(1, (t + 1) / steps) * as_scalar(final_value, t)  # (1)
+
+    return schedule
+
+
+@checked
+def decay_warmup(b1: Numeric, b3: Numeric, steps: int) -> Schedule:
+    """The decay of an average from β₁ to β₃, with a half-life that grows linearly.
+
+        f(β) = ln ½ / ln(β + 10⁻⁸) - 1                 (1)
+        s = (t + 1) / T                                (2)
+        β(t) = f⁻¹((1 - s) f(β₁) + s f(β₃))            (3)  s < 1
+        β(t) = β₃                                      (4)  otherwise
+
+    Args:
+      b1: β₁ in [0, 1).
+      b3: β₃ in [0, 1).
+      steps: T, an integer of at least 1.
+
+    Raises:
+      ValueError: an argument outside its range, when it is a concrete number.
+
+    References:
+      Pagliardini et al. 2024, "The AdEMAMix optimizer", arXiv:2409.03137, appendix A.1, and its published
+      program, which has the 10⁻⁸: a β of 0 has a half-life too.
+    """
+    _check_steps("decay_warmup", steps)
+
+    def schedule(count):
+        t = jnp.asarray(count).astype(float)
+
+        def half_life(beta):  # (1), but for the -1, which (3) takes back
+            log = math.log if isinstance(beta, int | float) else jnp.log
+            return math.log(0.5) / log(as_scalar(beta, t) + 1e-8)
+
+        share = (t + 1) / steps  # (2)
+        between = 0.5 ** (1 / ((1 - share) * half_life(b1) + share * half_life(b3)))  # (3)
+        return jnp.where(share < 1, between, as_scalar(b3, t))  # (4)
+
+    return schedule
+
+
+def _check_steps(who: str, steps: int) -> None:
+    if not is_integer(steps, 1):
+        raise ValueError(f"{who}: steps must be an integer of at least 1, but is {steps!r}. Type steps=1000.")
+
+
+__all__ = ["decay_warmup", "linear_warmup", "robbins_monro"]

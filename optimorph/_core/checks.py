@@ -22,19 +22,23 @@ _NOT_NEGATIVE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "0.0")
 _RATE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "1e-3")
 
 RANGES = {
+    "alpha": _NOT_NEGATIVE,
     "b1": _DECAY,
     "b2": _DECAY,
+    "b3": _DECAY,
     "dampening": ("in [0, 1]", lambda x: 0 <= x <= 1, "0.0"),
     "decay": _DECAY,
     "eps": _NOT_NEGATIVE,
     "eps_root": _NOT_NEGATIVE,
     "exponent": ("in (1/2, 1]", lambda x: 0.5 < x <= 1, "1.0"),
+    "gamma": _NOT_NEGATIVE,
     "initial": _NOT_NEGATIVE,
     "initial_accumulator_value": _NOT_NEGATIVE,
     "initial_scale": _NOT_NEGATIVE,
     "initial_value": _POSITIVE,
     "learning_rate": _RATE,
     "max_norm": ("above 0", lambda x: x > 0, "1.0"),
+    "max_rms": ("above 0", lambda x: x > 0, "1.0"),
     "momentum": _DECAY,
     "offset": _POSITIVE,
     "others_learning_rate": _RATE,
@@ -44,7 +48,7 @@ RANGES = {
 }
 """Every hyperparameter's range, by its name: the same name means the same thing everywhere."""
 
-SCHEDULED = ("learning_rate", "others_learning_rate", "weight_decay")
+SCHEDULED = ("alpha", "b3", "learning_rate", "others_learning_rate", "weight_decay")
 """Hyperparameters that may be functions of the step count."""
 
 

@@ -2,6 +2,8 @@
 
 A state of arrays has an attribute `roles`, a `Role` for each field. A state of states may have an attribute
 `averages`, which says for a field what the averages inside it are: second moments, or "" for no moments.
+Second moments in a state with an attribute `may_be_variance` are none: their difference would be noise if
+they were stored in fewer bytes.
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ from typing import Any
 
 import jax
 
-FIRST, SECOND = "first", "second"
+FIRST, SECOND, SLOW = "first", "second", "slow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Role:
 
     Args:
       name: as messages say it.
-      moment: "first" or "second" if the field holds a tree of moments shaped like the parameters; "" if not.
+      moment: "first", "second" or "slow" (a first moment of so many steps that one of them is lost in fewer
+        bytes) if the field holds a tree of moments shaped like the parameters; "" if not.
       tree: whether the field holds a tree with arrays for each parameter; if not, it holds scalars.
       shaped: whether these arrays have the shapes of the parameters.
       reading: the name under which `probes.read` shows the scalar; "" if it does not.
@@ -58,9 +61,10 @@ def roles_of(state: Any) -> Any:
     if {*roles} != {*state._fields}:
         raise ValueError(f"{state.__name__}: its fields are {state._fields}, but its roles {tuple(roles)}.")
     for field, role in roles.items():
-        if role.moment not in ("", FIRST, SECOND):
+        if role.moment not in ("", FIRST, SECOND, SLOW):
             raise ValueError(
-                f"{state.__name__}.{field}: moment is {role.moment!r}. Type {FIRST!r} or {SECOND!r}."
+                f"{state.__name__}.{field}: moment is {role.moment!r}. Type {FIRST!r}, {SECOND!r} or "
+                f"{SLOW!r}."
             )
     return state(**roles)
 
@@ -71,8 +75,16 @@ def relabeled(state: Any) -> Any:
     for field, moment in getattr(state, "averages", {}).items():
 
         def other(role, moment=moment):
+            if may_be_variance(role):
+                return jax.tree.map(lambda term: dataclasses.replace(term, moment=""), role)
             average = role == AVERAGE or (role.moment and not moment)
             return dataclasses.replace(role, moment=moment) if average else role
 
-        changed[field] = jax.tree.map(other, getattr(state, field))
+        sums = may_be_variance if moment == SECOND else None
+        changed[field] = jax.tree.map(other, getattr(state, field), is_leaf=sums)
     return state._replace(**changed) if changed else state
+
+
+def may_be_variance(node: Any) -> bool:
+    """Whether a state of second moments is of several terms."""
+    return hasattr(node, "may_be_variance")

@@ -153,6 +153,22 @@ def local_shard_spec(who: str, match: Match | None) -> Callable[[str, Shape], tu
     return shard_spec
 
 
+def shards_of(who: str, match: Match | None, path: str, shape: Shape) -> tuple[Spec, Shape]:
+    """Inside `jax.shard_map` the mesh axes that divide each axis of a leaf; and the leaf's global shape.
+
+    Raises:
+      ValueError: naming `who` and the leaf, inside `jax.shard_map` without shardings.
+    """
+    if not manual_axes():
+        return (), shape
+    if match is None:
+        raise ValueError(
+            f"{who}: inside jax.shard_map {path!r} has shape {shape}, which may be a local shard. Type "
+            "shardings=, with the in_specs of the parameters, such as {'*': P('data')}; P() is replicated."
+        )
+    return local_shard_spec(who, match)(path, shape)
+
+
 def _fault(path: str, shape: Shape, sharding: Any, mesh: Any, manual: dict[str, int]) -> str | None:
     """Why a sharding does not fit a leaf; None if it does."""
     if sharding is ...:

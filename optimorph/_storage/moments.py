@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.roles import AVERAGE, FIRST, SECOND
+from optimorph._core.roles import AVERAGE, FIRST, SECOND, may_be_variance
 from optimorph._core.types import PyTree
 
 Fields = Mapping[str, Mapping[str, str]]
@@ -37,7 +37,7 @@ def map_moments(f: Callable[[str, PyTree], PyTree], state: PyTree, fields: Field
     """The state with `f(kind, moment)` in place of every moment, each a tree like the parameters.
 
     Args:
-      f: of "first" or "second", or another kind that `fields` has, and the tree.
+      f: of "first", "second" or "slow", or another kind that `fields` has, and the tree.
       state: of this library or of optax.
       fields: which fields of further states are moments.
     """
@@ -60,7 +60,11 @@ def map_moments(f: Callable[[str, PyTree], PyTree], state: PyTree, fields: Field
             own = kinds(node, average)
             return node._replace(**{k: f(kind, getattr(node, k)) for k, kind in own.items()}) if own else node
 
-        return jax.tree.map(visit, tree, is_leaf=lambda n: hasattr(n, "averages") or bool(kinds(n, average)))
+        def stop(node: Any) -> bool:
+            skipped = average == SECOND and may_be_variance(node)
+            return skipped or hasattr(node, "averages") or bool(kinds(node, average))
+
+        return jax.tree.map(visit, tree, is_leaf=stop)
 
     return walk(state, FIRST)
 

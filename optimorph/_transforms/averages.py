@@ -1,15 +1,24 @@
-"""What a transform remembers of past gradients: a sum, a decaying sum, an average."""
+"""What a transform remembers of past gradients: a sum, a decaying sum, an average, a slow average."""
 
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_dtypes, check_numbers
-from optimorph._core.numbers import as_kind_of, as_scalar, common, full_like, stored_dtype
-from optimorph._core.roles import AVERAGE, TOTAL, VELOCITY, holds, roles_of
+from optimorph._core.numbers import (
+    as_kind_of,
+    as_scalar,
+    as_schedule,
+    common,
+    full_like,
+    increment,
+    stored_dtype,
+)
+from optimorph._core.roles import AVERAGE, SLOW, TOTAL, VELOCITY, Role, holds, roles_of, scalar
 from optimorph._core.rule import Rule, transform
-from optimorph._core.types import DTypeLike, Numeric, PyTree
+from optimorph._core.types import DTypeLike, Numeric, PyTree, ScalarOrSchedule
 
 
 class EmaState(NamedTuple):
@@ -17,6 +26,16 @@ class EmaState(NamedTuple):
 
     average: PyTree
     roles = holds(average=AVERAGE)
+
+
+class SlowEmaState(NamedTuple):
+    """The slow average, shaped and sharded like the parameters, and the number of updates."""
+
+    slow_average: PyTree
+    slow_count: jax.Array
+    roles = holds(
+        slow_average=Role("slow average", SLOW, tree=True), slow_count=scalar("count of a slow average")
+    )
 
 
 class MomentumState(NamedTuple):
@@ -75,15 +94,11 @@ def ema(
     if nesterov and lookahead is not None:
         raise ValueError("ema: nesterov and lookahead are two forms of one thing. Type one of them.")
 
-    def lerp(g, m, decay=decay):
-        b = as_scalar(decay, m)
-        return (1 - b) * g + b * m
-
     def update(g, state, leaf, now):
         x, before = common(g, state.average)
-        m = lerp(x, before)  # (1)
+        m = _lerp(x, before, decay)  # (1)
         u = (
-            lerp(x, m) if nesterov else m if lookahead is None else lerp(x, before, lookahead)
+            _lerp(x, m, decay) if nesterov else m if lookahead is None else _lerp(x, before, lookahead)
         )  # (3), (2), (4)
         return as_kind_of(u, g), EmaState(m if dtype is None else _stored(m, dtype))
 
@@ -91,6 +106,49 @@ def ema(
         return EmaState(full_like(leaf.weight, initial, dtype))
 
     return transform("ema", Rule(roles_of(EmaState), update, init))
+
+
+def slow_ema(decay: ScalarOrSchedule, alpha: ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:
+    """Replace every update by a multiple of a slow moving average; both may warm up.
+
+        m ← (1 - β(t)) g + β(t) m        (1)
+        u = α(t) m                       (2)
+
+    t is the number of updates before this one. The average is in float32 or wider, and `compress_state` does
+    not compress it by default: where β = 0.9999, a step changes it by less than bfloat16 or 8 bits can tell.
+    Noise of stochastic rounding would add up over 1 / (1 - β) steps.
+
+    Args:
+      decay: β in [0, 1), a number, an array, a tracer or a schedule, such as `schedules.decay_warmup`.
+      alpha: α at least 0, the same, such as `schedules.linear_warmup`.
+
+    Raises:
+      ValueError: β or α outside its range, when it is a concrete number.
+
+    References:
+      Pagliardini et al. 2024, "The AdEMAMix optimizer: better, faster, older", arXiv:2409.03137, section 3.
+    """
+    given = {"decay": decay, "alpha": alpha}
+    check_numbers("slow_ema", **{name: value for name, value in given.items() if not callable(value)})
+    decay_at, alpha_at = as_schedule(decay), as_schedule(alpha)
+
+    def begin(leaves):
+        return SlowEmaState(None, jnp.zeros([], jnp.int32))
+
+    def advance(state, leaves):
+        t = state.slow_count
+        return (decay_at(t), alpha_at(t)), SlowEmaState(None, increment(t))
+
+    def update(g, state, leaf, now):
+        beta, factor = now
+        x, m = common(g, state.slow_average)
+        m = _lerp(x, m, beta)  # (1)
+        return as_kind_of(as_scalar(factor, m) * m, g), SlowEmaState(m, None)  # (2)
+
+    def init(leaf):
+        return SlowEmaState(full_like(leaf.weight), None)
+
+    return transform("slow_ema", Rule(roles_of(SlowEmaState), update, init, begin, advance))
 
 
 def momentum(
@@ -176,6 +234,11 @@ def accumulate(
             init=lambda leaf: AccumulateState(full_like(leaf.weight, initial, dtype)),
         ),
     )
+
+
+def _lerp(g: jax.Array, m: jax.Array, decay: Numeric) -> jax.Array:
+    b = as_scalar(decay, m)
+    return (1 - b) * g + b * m
 
 
 def _stored(x: jax.Array, dtype: Any) -> jax.Array:

@@ -30,7 +30,7 @@ class AddState(NamedTuple):
     """The states of all terms, in their order."""
 
     terms: tuple[Any, ...]
-    averages = holds(terms="")
+    may_be_variance = True
 
 
 class MixState(NamedTuple):
@@ -109,7 +109,8 @@ def add(*terms: optax.GradientTransformation) -> optax.GradientTransformationExt
         u = term₁(g) + term₂(g) + ...        (1)
 
     A variance is `add(chain(square(), ema(b)), chain(ema(b), square(), scale(-1)))`. The terms are computed
-    in float32 or wider and only their sum is rounded to the gradient's dtype.
+    in float32 or wider and only their sum is rounded to the gradient's dtype. `compress_state` does not
+    compress the terms of a sum in a denominator, which may be such a difference.
 
     Args:
       terms: at least one transformation.

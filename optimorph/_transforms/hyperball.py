@@ -13,7 +13,7 @@ from optimorph._core.numbers import as_float32, as_scalar, as_schedule, incremen
 from optimorph._core.roles import roles_of
 from optimorph._core.rule import Rule, transform
 from optimorph._core.types import AxesRules, Rules, ScalarOrSchedule
-from optimorph._distributed.shardings import local_shard_spec, manual_axes
+from optimorph._distributed.shardings import shards_of
 from optimorph._routing.leaf_spec import AxesOfLeaves
 from optimorph._transforms.step import LearningRateState
 from optimorph.linalg import Axes
@@ -116,14 +116,9 @@ def _over(reduce: Callable[..., jax.Array], x: jax.Array, form: Axes | None) -> 
 
 def _shards(who: str, match: Any, path: str, shape: tuple[int, ...], form: Axes | None) -> tuple[str, ...]:
     """Inside `jax.shard_map`, the mesh axes that divide the matrices of a leaf."""
-    if not manual_axes():
+    spec, _ = shards_of(who, match, path, shape)
+    if not spec:
         return ()
-    if match is None:
-        raise ValueError(
-            f"{who}: inside jax.shard_map {path!r} has shape {shape}, which may be a local shard. Type "
-            "shardings=, with the in_specs of the parameters, such as {'*': P('data')}; P() is replicated."
-        )
-    spec, _ = local_shard_spec(who, match)(path, shape)
     letters = ["o"] * len(spec) if form is None else [axis.letter for axis in form.parts]
     if form is not None and any(
         names and len(axis.blocks) > 1 for names, axis in zip(spec, form.parts, strict=True)

@@ -1,0 +1,90 @@
+"""Long updates made shorter, each leaf by itself."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import check_numbers
+from optimorph._core.numbers import as_scalar
+from optimorph._core.rule import Rule, transform
+from optimorph._core.types import Numeric, Rules
+from optimorph._distributed.shardings import shards_of
+from optimorph._routing.rules import lookup_if_given
+
+
+def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
+    """Shorten the update of each leaf to a norm of at most `max_norm`.
+
+        u = g min(1, max_norm / ‖g‖)        (1)
+
+    ‖·‖ is that of a whole leaf, in float32 or wider, of numbers of any size. Over a mesh it takes two
+    all-reduces of one number for each leaf that is divided. A leaf with a NaN or an infinity passes as it is.
+
+    Args:
+      max_norm: above 0, a number, an array or a tracer.
+      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+
+    Raises:
+      ValueError: `max_norm` not above 0, when it is a concrete number; inside `compress_state`, which belongs
+        around the transforms beside it.
+
+    References:
+      Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, algorithm 1 (of all leaves).
+    """
+    check_numbers("clip_norm", max_norm=max_norm)
+    return _clipped("clip_norm", max_norm, shardings, lambda count: 1)
+
+
+def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
+    """Shorten the update of each leaf to a root mean square of at most `max_rms`.
+
+        u = g min(1, max_rms / rms(g))        (1)
+
+    After the quotient of AdamW this is StableAdamW, which the second moment's lag does not upset:
+
+        chain(divide(chain(ema(b1), debias(b1)), by=...), clip_rms(), add_decayed_weights(λ), ...)
+
+    rms(·) is that of a whole leaf: see `clip_norm`.
+
+    Args:
+      max_rms: above 0, a number, an array or a tracer.
+      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+
+    Raises:
+      ValueError: as `clip_norm`.
+
+    Equals:
+      optax.clip_by_block_rms(max_rms)
+    References:
+      Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235, algorithm 4; Wortsman et al. 2023, "Stable and
+      low-precision training for large-scale vision-language models", arXiv:2304.13013, algorithm 2.
+    """
+    check_numbers("clip_rms", max_rms=max_rms)
+    return _clipped("clip_rms", max_rms, shardings, math.sqrt)
+
+
+def _clipped(who: str, bound: Numeric, shardings: Rules | None, root_of_count: Any) -> Any:
+    """(1), where the size of an array is its norm over a function of how many numbers it has."""
+    match = lookup_if_given(shardings)
+
+    def update(g, state, leaf, now):
+        if leaf.part:
+            raise ValueError(f"compress_state: put {who} outside, because norms are those of whole leaves.")
+        names, whole = shards_of(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
+        names = tuple(name for axis in names for name in axis)
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(g), initial=0))
+        largest = jax.lax.pmax(largest, names) if names else largest
+        scale = jnp.where(largest > 0, largest, 1)
+        x = g / scale.astype(g.dtype)  # whose squares are numbers
+        total = jnp.sum((x * x.conj()).real)
+        total = jax.lax.psum(total, names) if names else total
+        size = jnp.sqrt(jnp.where(total > 0, total, 1)) / root_of_count(max(math.prod(whole), 1))
+        limit = as_scalar(bound, size)
+        long = (size > limit / scale) & jnp.isfinite(largest)
+        return jnp.where(long, (limit / size).astype(g.dtype) * x, g), state  # (1)
+
+    return transform(who, Rule(optax.EmptyState(), update))
