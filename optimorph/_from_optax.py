@@ -91,7 +91,8 @@ def from_optax_state(state: PyTree, tx: optax.GradientTransformation, params: Py
 
     It knows optax's `adam`, `adamw`, `nadam`, `nadamw`, `sgd`, `rmsprop`, `adagrad`, `lion`,
     `contrib.ademamix` and `contrib.muon`, also in chains with transforms that hold nothing (clipping, say)
-    and inside `optax.masked` and `optax.partition`. Moments are found by their leaves' paths, counts by what they count.
+    and inside `optax.masked` and `optax.partition`. Moments are found by their leaves' paths, counts by what
+    they count.
 
     A state of this library is taken as well: that of an earlier version, one whose moments were stored in
     another dtype, or another `weight_decay_form`. (A checkpoint of 0.1.0, where constant rates had no state,

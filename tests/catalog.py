@@ -121,6 +121,15 @@ TRANSFORMS = [
     Entry("square", lambda om: om.square(), papers.square),
     Entry("sign", lambda om: om.sign(), papers.sign),
     Entry("ema-lookahead", lambda om: om.ema(0.8, lookahead=0.5), lambda: papers.ema(0.8, lookahead=0.5)),
+    Entry("slow_ema", lambda om: om.slow_ema(0.9, 2.0), lambda: papers.slow_ema(0.9, 2.0)),
+    Entry(
+        "slow_ema-schedules",
+        lambda om: om.slow_ema(linear(0.5, 0.02), linear(0.1, 0.2)),
+        lambda: papers.slow_ema(linear(0.5, 0.02), linear(0.1, 0.2)),
+    ),
+    Entry("extrapolate", lambda om: om.extrapolate(0.3, 0.8), lambda: papers.extrapolate(0.3, 0.8)),
+    Entry("clip_norm", lambda om: om.clip_norm(2.0), lambda: papers.clip_norm(2.0)),
+    Entry("clip_rms", lambda om: om.clip_rms(0.8), lambda: papers.clip_rms(0.8)),
     Entry(
         "hyperball", lambda om: om.hyperball(0.1, {"*": None}), lambda: papers.hyperball(0.1), matrices=True
     ),
@@ -378,6 +387,16 @@ RECIPES = [
         lambda: papers.laprop(0.1, 0.9, 0.999, 1e-2, decay=0.2),
     ),
     Entry(
+        "ademamix",
+        lambda om: om.ademamix(0.1, b3=0.99, alpha=2.0, eps=1e-2, weight_decay=0.2),
+        lambda: papers.ademamix(0.1, 0.9, 0.999, 0.99, 2.0, 1e-2, decay=0.2),
+    ),
+    Entry(
+        "mars_adamw",
+        lambda om: om.mars_adamw(0.1, eps=1e-2, weight_decay=0.2),
+        lambda: papers.mars_adamw(0.1, eps=1e-2, decay=0.2),
+    ),
+    Entry(
         "adamh",
         lambda om: om.adamh(0.1, eps=1e-2, axes={"*": None}),
         lambda: papers.adamh(0.1, eps=1e-2),
@@ -462,6 +481,38 @@ MORE = [  # recipes under other arguments, which have no other states
         "laprop-betas",
         lambda om: om.laprop(0.1, 0.8, 0.9, 1e-2, 1e-2, weight_decay=0.2, weight_decay_form="independent"),
         lambda: papers.laprop(0.1, 0.8, 0.9, 1e-2, 1e-2, 0.2, "independent"),
+    ),
+    Entry(
+        "ademamix-schedules",
+        lambda om: om.ademamix(
+            0.1,
+            0.8,
+            0.9,
+            linear(0.8, 0.005),
+            linear(0.5, 0.5),
+            1e-2,
+            1e-2,
+            weight_decay=0.2,
+            weight_decay_form="independent",
+        ),
+        lambda: papers.ademamix(
+            0.1, 0.8, 0.9, linear(0.8, 0.005), linear(0.5, 0.5), 1e-2, 1e-2, 0.2, "independent"
+        ),
+    ),
+    Entry(
+        "mars_adamw-numbers",
+        lambda om: om.mars_adamw(
+            0.1,
+            0.8,
+            0.9,
+            1e-2,
+            1e-2,
+            weight_decay=0.2,
+            gamma=0.2,
+            max_norm=3.0,
+            weight_decay_form="independent",
+        ),
+        lambda: papers.mars_adamw(0.1, 0.8, 0.9, 1e-2, 1e-2, 0.2, 0.2, 3.0, "independent"),
     ),
     Entry(
         "lion-betas",

@@ -53,6 +53,38 @@ def ema(beta, nesterov=False, initial=0.0, lookahead=None):
     return step
 
 
+def slow_ema(beta, alpha=1.0):
+    m, t = 0.0, 0
+
+    def step(g, w):
+        nonlocal m, t
+        b, a = (x(t) if callable(x) else x for x in (beta, alpha))
+        t += 1
+        m = b * m + (1 - b) * g
+        return a * m
+
+    return step
+
+
+def extrapolate(gamma, beta):
+    before = 0.0
+
+    def step(g, w):
+        nonlocal before
+        u, before = g + gamma * beta / (1 - beta) * (g - before), g
+        return u
+
+    return step
+
+
+def clip_norm(bound):
+    return lambda g, w: g * min(1, bound / (np.sqrt(np.sum(np.abs(g) ** 2)) or 1))
+
+
+def clip_rms(bound):
+    return lambda g, w: g * min(1, bound / (np.sqrt(np.mean(np.abs(g) ** 2)) or 1))
+
+
 def square():
     return lambda g, w: np.abs(g) ** 2
 
@@ -219,6 +251,36 @@ def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False, form=
     return step
 
 
+def ademamix(lr, b1, b2, b3, alpha, eps, eps_root=0.0, decay=0.0, form="coupled"):
+    m1, m2, v, t = 0.0, 0.0, 0.0, 0
+
+    def step(g, w):
+        nonlocal m1, m2, v, t
+        b, a = (x(t) if callable(x) else x for x in (b3, alpha))
+        t += 1
+        m1 = b1 * m1 + (1 - b1) * g
+        m2 = b * m2 + (1 - b) * g
+        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        root = np.sqrt(v / (1 - b2**t) + eps_root) + eps
+        return descent(lr, decay, form)((m1 / (1 - b1**t) + a * m2) / root, w)
+
+    return step
+
+
+def mars_adamw(
+    lr, b1=0.95, b2=0.99, eps=1e-8, eps_root=0.0, decay=0.0, gamma=0.025, bound=1.0, form="coupled"
+):
+    before, adamw = 0.0, adam(lr, b1, b2, eps, eps_root, decay=decay, form=form)
+
+    def step(g, w):
+        nonlocal before
+        c, before = g + gamma * b1 / (1 - b1) * (g - before), g
+        norm = np.sqrt(np.sum(np.abs(c) ** 2))
+        return adamw(c * bound / norm if norm > bound else c, w)
+
+    return step
+
+
 def sign():
     return lambda g, w: np.sign(g)
 
@@ -303,6 +365,59 @@ def published_laprop(lr, b1=0.9, b2=0.999, eps=1e-15):
         m = b1 * m + (1 - b1) * lr * g / (np.sqrt(v / weights) + eps)
         rates = b1 * rates + (1 - b1) * lr
         return w - m / (rates / lr)
+
+    return step
+
+
+def published_ademamix(
+    lr,
+    betas=(0.9, 0.999, 0.9999),
+    alpha=2.0,
+    beta3_warmup=None,
+    alpha_warmup=None,
+    weight_decay=0.0,
+    eps=1e-8,
+):
+    """Steps count from 1, and β₃ starts from β₁ in half-lives."""
+    b1, b2, last = betas
+    fast, slow, square, t = 0.0, 0.0, 0.0, 0
+
+    def f(beta):
+        return np.log(0.5) / np.log(beta + 1e-8) - 1
+
+    def step(g, w):
+        nonlocal fast, slow, square, t
+        t += 1
+        a, b3 = alpha, last
+        if t < alpha_warmup:
+            a = t / alpha_warmup * alpha
+        if t < beta3_warmup:
+            share = t / beta3_warmup
+            b3 = 0.5 ** (1 / ((1 - share) * f(b1) + share * f(last) + 1))
+        fast = b1 * fast + (1 - b1) * g
+        slow = b3 * slow + (1 - b3) * g
+        square = b2 * square + (1 - b2) * g**2
+        root = np.sqrt(square) / np.sqrt(1 - b2**t) + eps
+        return w - lr * ((fast / (1 - b1**t) + a * slow) / root + weight_decay * w)
+
+    return step
+
+
+def published_mars(lr=3e-3, betas=(0.95, 0.99), eps=1e-8, weight_decay=0.0, gamma=0.025):
+    """Of a matrix."""
+    b1, b2 = betas
+    last, m, v, t = 0.0, 0.0, 0.0, 0
+
+    def step(g, w):
+        nonlocal last, m, v, t
+        t += 1
+        c, last = (g - last) * (gamma * (b1 / (1 - b1))) + g, g
+        norm = np.linalg.norm(c)
+        c = c / norm if norm > 1 else c
+        m = b1 * m + (1 - b1) * c
+        v = b2 * v + (1 - b2) * c**2
+        root = (np.sqrt(v) / np.sqrt(1 - b2**t) + eps) * (1 - b1**t)
+        return w - lr * (weight_decay * w + m / root)
 
     return step
 

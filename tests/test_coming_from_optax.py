@@ -69,6 +69,8 @@ ALIKE = {
     "adamw-decay-schedule-mask": {"weight_decay": schedule, "mask": MASK},
     "nadamw": {"weight_decay": 0.1},
     "lion": {"weight_decay": 0.1},
+    "ademamix": {"weight_decay": 0.1, "b3": 0.99},
+    "ademamix-schedules": {"b3": lambda t: 0.9 + 0.001 * t, "alpha": lambda t: 0.1 * t},
 }
 
 
@@ -77,7 +79,8 @@ ALIKE = {
 @pytest.mark.parametrize("name", ALIKE)
 def test_the_run_goes_on(name, rate):
     recipe, arguments = name.split("-")[0], ALIKE[name]
-    same(getattr(optax, recipe)(rate, **arguments), getattr(om, recipe)(rate, **arguments))
+    package = optax if hasattr(optax, recipe) else optax.contrib
+    same(getattr(package, recipe)(rate, **arguments), getattr(om, recipe)(rate, **arguments))
 
 
 def muons(nesterov, rate, **arguments):

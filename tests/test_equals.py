@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import papers
 import pytest
 import rounding
@@ -175,7 +176,40 @@ def applied_as_by_optax():
         assert ours["none"] is None
 
 
+def optax_ademamix():
+    same_as_optax(om.ademamix(0.01), optax.contrib.ademamix(0.01))
+    arguments = (0.8, 0.9, lambda t: 0.9 + t * 1e-4, lambda t: 0.1 * t, 1e-3, 1e-3)
+    same_as_optax(
+        om.ademamix(0.01, *arguments, weight_decay=0.1),
+        optax.contrib.ademamix(0.01, *arguments, weight_decay=0.1),
+    )
+
+
+def published_ademamix():
+    warm = {
+        "b3": om.schedules.decay_warmup(0.9, 0.9999, 20),
+        "alpha": om.schedules.linear_warmup(8.0, 30),
+    }
+    same_as_published(
+        om.ademamix(0.01, **warm, weight_decay=0.1),
+        papers.published_ademamix(0.01, alpha=8.0, beta3_warmup=20, alpha_warmup=30, weight_decay=0.1),
+    )
+    same_as_published(om.ademamix(0.01, alpha=2.0), papers.published_ademamix(0.01))
+
+
 PROOFS = {
+    "optax.contrib.ademamix(learning_rate, b1, b2, b3, alpha, eps, eps_root, weight_decay=weight_decay, "
+    "mask=mask)": optax_ademamix,
+    "apple/ml-ademamix's AdEMAMix(lr=learning_rate, betas=(b1, b2, b3), alpha=alpha, beta3_warmup=S, "
+    "alpha_warmup=T, eps=eps, weight_decay=weight_decay), with decay_warmup(b1, b3, S) for b3 and "
+    "linear_warmup(alpha, T) for alpha": published_ademamix,
+    "AGI-Arena/MARS's MARS(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, "
+    "gamma=gamma), of matrices": lambda: same_as_published(
+        om.mars_adamw(0.01, weight_decay=0.1), papers.published_mars(0.01, weight_decay=0.1)
+    ),
+    "optax.clip_by_block_rms(max_rms)": lambda: [
+        same_as_optax(om.clip_rms(rms), optax.clip_by_block_rms(rms)) for rms in (1.0, 0.5)
+    ],
     "optax.trace(decay, nesterov)": lambda: [
         same_as_optax(om.momentum(0.9, nesterov=look), optax.trace(0.9, look)) for look in (False, True)
     ],

@@ -42,7 +42,7 @@ EVERY = {entry.id: (entry.build, entry.paper) for entry in catalog.RECIPES} | {
 SQUARING = [
     name
     for name in EVERY
-    if not name.startswith(("sgd", "lion")) and ("muon" not in name or "others" in name)
+    if not name.startswith(("sgd", "lion", "mars")) and ("muon" not in name or "others" in name)
 ]
 
 

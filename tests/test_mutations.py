@@ -16,6 +16,7 @@ import pytest
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
     ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
     ("_transforms.*", "*", ""),
+    ("_transforms.clip_leaf", "_clipped*", "clip_norm clip_rms"),
     ("_transforms.combine", "_combined*", "divide add mix adam"),
     ("_transforms.combine", "chain* _chain* _merged _of_rules*", "chain adam compress_state muon"),
     ("_transforms.matrices", "module", "orthogonalize scale_by_shape route_matrices muon"),
@@ -25,7 +26,9 @@ PARTS = [  # modules, functions, and the entries that run them, or else those of
     ("_recipes.optimizers", "_* module", "sgd adagrad rmsprop adam nadam"),
     ("_recipes.moments", "*", "adagrad rmsprop adam"),
     ("_recipes.adamh", "*", ""),
+    ("_recipes.ademamix", "*", ""),
     ("_recipes.laprop", "*", ""),
+    ("_recipes.mars_adamw", "*", ""),
     ("_recipes.lion", "*", ""),
     ("_recipes.muon", "muon", ""),
     ("_recipes.muonh", "muonh", ""),

@@ -108,8 +108,11 @@ def test_bfloat16_between_devices(layout, mode):
     assert 1e-4 < worst < 2e-2
 
 
+ELEMENTWISE = ("sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw", "ademamix")
+
+
 @pytest.mark.examples("auto-adamw")
-@pytest.mark.parametrize("name", ["sgd", "adagrad", "rmsprop", "adam", "nadam", "adamw", "nadamw"])
+@pytest.mark.parametrize("name", [*ELEMENTWISE])
 def test_elementwise_recipes(name, mode):
     tx, places = getattr(om, name)(0.1), trees.shardings("mixed", 8, mode)
     with jax.enable_x64(True):
