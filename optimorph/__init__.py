@@ -3,8 +3,8 @@
 Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`,
 `add`, `mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`,
 `scale_by_learning_rate`, `hyperball`, `dampen`, `extrapolate`, `in_float32`, `in_bfloat16`,
-`clip_by_global_norm`, `clip_norm`, `clip_rms`, `skip_nonfinite`, `multi_steps`. They chain with optax's:
-`chain` is `optax.chain`, in which neighbours become one rule for one leaf.
+`clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`, `skip_nonfinite`, `multi_steps`. They
+chain with optax's: `chain` is `optax.chain`, in which neighbours become one rule for one leaf.
 
 Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `ademamix`, `laprop`,
 `lion`, `mars_adamw`, `muon`, `muonh`.
@@ -13,8 +13,9 @@ Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` g
 transform and other leaves to another; `partition` and `labels` route by the same rules, and `roles`,
 `not_roles` and `role_of` by what the default rules take leaves for.
 
-The end of a step: `apply_updates` can round bfloat16 weights stochastically. `split_weights` and
-`join_weights` keep in one or two bytes what bfloat16 loses of float32.
+The end of a step: `qk_clip` keeps attention logits below a threshold. `apply_updates` can round bfloat16
+weights stochastically. `split_weights` and `join_weights` keep in one or two bytes what bfloat16 loses of
+float32.
 
 8-bit state: `compress_state` stores moments in 8 bits, and so does `state="int8"` of every optimizer.
 
@@ -72,6 +73,7 @@ from optimorph._transforms.in_float32 import in_float32
 from optimorph._transforms.matrices import orthogonalize, scale_by_shape
 from optimorph._transforms.multi_steps import MultiStepsState, multi_steps
 from optimorph._transforms.pointwise import DampenState, DebiasState, dampen, debias, root, sign, square
+from optimorph._transforms.qk_clip import QKClipState, clip_attention_logits, qk_clip
 from optimorph._transforms.scale_by_rules import scale_by_rules
 from optimorph._transforms.skip_nonfinite import SkipState, skip_nonfinite
 from optimorph._transforms.step import (
@@ -104,6 +106,7 @@ __all__ = [
     "MultiStepsState",
     "Plan",
     "PlanRow",
+    "QKClipState",
     "SkipState",
     "SlowEmaState",
     "accumulate",
@@ -116,6 +119,7 @@ __all__ = [
     "ademamix",
     "apply_updates",
     "chain",
+    "clip_attention_logits",
     "clip_by_global_norm",
     "clip_norm",
     "clip_rms",
@@ -150,6 +154,7 @@ __all__ = [
     "partition",
     "plan",
     "probes",
+    "qk_clip",
     "rmsprop",
     "role_of",
     "roles",

@@ -140,6 +140,7 @@ TRANSFORMS = [
         lambda: papers.by_columns(papers.hyperball(0.1), _ends),
         matrices=True,
     ),
+    Entry("clip_attention_logits", lambda om: om.clip_attention_logits(), lambda: lambda u, w: u),
     Entry(
         "scale_by_rules",
         lambda om: om.scale_by_rules(by_last_axis),

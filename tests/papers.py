@@ -373,8 +373,8 @@ def published_ademamix(
     lr,
     betas=(0.9, 0.999, 0.9999),
     alpha=2.0,
-    beta3_warmup=None,
-    alpha_warmup=None,
+    beta3_warmup=0,
+    alpha_warmup=0,
     weight_decay=0.0,
     eps=1e-8,
 ):

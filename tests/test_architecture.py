@@ -145,7 +145,7 @@ TRANSFORMS = [
     for n in om.__all__
     if inspect.isfunction(getattr(om, n))
     and n not in ("apply_updates", "from_optax_state", "inject_hyperparams", "labels", "plan")
-    and n not in ("join_weights", "split_weights", "role_of", "roles", "not_roles")
+    and n not in ("join_weights", "split_weights", "role_of", "roles", "not_roles", "qk_clip")
 ]
 
 

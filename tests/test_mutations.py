@@ -16,7 +16,8 @@ import pytest
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
     ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
     ("_transforms.*", "*", ""),
-    ("_transforms.clip_leaf", "_clipped*", "clip_norm clip_rms"),
+    ("_transforms.averages", "_lerp", "ema slow_ema"),
+    ("_transforms.clip_leaf", "_clipped*", "clip_norm clip_rms mars_adamw"),
     ("_transforms.combine", "_combined*", "divide add mix adam"),
     ("_transforms.combine", "chain* _chain* _merged _of_rules*", "chain adam compress_state muon"),
     ("_transforms.matrices", "module", "orthogonalize scale_by_shape route_matrices muon"),
@@ -142,6 +143,8 @@ UNSEEN = {
         "_transforms.matrices: scale_by_shape.update: if 1 always",
         "_routing.leaf_spec: AxesOfLeaves.axes_and_shardings: if 1 never",
         "_transforms.multi_steps: _on_all_devices: *",
+        "_transforms.multi_steps: _observed*",
+        "_transforms.qk_clip: *",
         "_transforms.skip_nonfinite: skip_nonfinite.update: for *",
         "_transforms.skip_nonfinite: skip_nonfinite.update.or_zero: if * never",
         "_transforms.skip_nonfinite: _sound: if * always",

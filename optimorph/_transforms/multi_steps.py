@@ -100,7 +100,7 @@ def multi_steps(
             nothing = map_updates(
                 "multi_steps", lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, shapes
             )
-            return nothing, state.inner
+            return nothing, _observed(state.inner, sound, extra)
 
         out, after = jax.lax.cond(due, step, wait)  # (2), (3)
         kept = jax.tree.map(
@@ -113,6 +113,18 @@ def multi_steps(
         return out, MultiStepsState(after, kept, n, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _observed(state: Any, sound: jax.Array, extra: dict[str, Any]) -> Any:
+    """The inner state, in which states that want to know of gradients between steps do."""
+
+    def observes(node: Any) -> bool:
+        return hasattr(node, "observe")
+
+    def seen(node: Any) -> Any:
+        return node.observe(sound, **extra) if observes(node) else node
+
+    return jax.tree.map(seen, state, is_leaf=observes)
 
 
 def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:

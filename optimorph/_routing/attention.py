@@ -1,0 +1,269 @@
+"""Which leaves make the queries and keys of attention, and where in them the heads are."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimorph._core.numbers import is_trainable
+from optimorph._core.types import AxesRules, Shape
+from optimorph._routing.leaf_spec import leaf_axes
+from optimorph.linalg._axes import Axes, Axis
+
+_ROLES = {
+    "query": "query|query_proj|q|q_proj|wq|w_q|to_q",
+    "key": "key|key_proj|k|k_proj|wk|w_k|to_k",
+    "fused": "qkv|wqkv|w_qkv|qkv_proj|to_qkv|c_attn",
+    "latent_query": "wq_b|q_b_proj",
+    "latent_key": "wkv_b|kv_b_proj",
+}
+_LEAF = re.compile(
+    r"(?:(?P<module>.*)/)?(?:"
+    + "|".join(f"(?P<{role}>{names})" for role, names in _ROLES.items())
+    + r")(?:/(?:kernel|weight|w|(?P<bias>bias|b)))?",
+)
+
+Power = Callable[[jax.Array], jax.Array]
+_WHOLE: Sequence[Power] = (jnp.sqrt,)
+_PARTS: Mapping[str, Sequence[Power]] = {"query": (jnp.sqrt, lambda x: x), "key": (jnp.sqrt, jnp.ones_like)}
+"""By what power of γ each part of a head is multiplied: the part without positions and the rotated one of a
+query, the part without positions and the value of a key."""
+
+
+class Part(NamedTuple):
+    """A leaf that makes queries or keys, or the part of one that does.
+
+    Args:
+      path: of the leaf.
+      shape: of the part.
+      axes: its axes; those of a bias are the outputs.
+      latent: whether each head has two parts.
+    """
+
+    path: str
+    shape: Shape
+    axes: tuple[Axis, ...]
+    latent: bool = False
+
+    @property
+    def spec(self) -> str:
+        """The axes as written."""
+        return "".join(map(str, self.axes))
+
+    def positions(self, lead: int) -> tuple[list[int], list[int], int]:
+        """The axes of the layers, those of the heads, and the one of a head's numbers."""
+        batch, outputs = ([k for k, axis in enumerate(self.axes) if axis.letter == x] for x in "bo")
+        return batch[:lead], sorted(batch[lead:] + outputs[:-1]), outputs[-1]
+
+    def heads(self, lead: int) -> int | None:
+        """How many heads it has; None if its axes do not tell."""
+        _, own, last = self.positions(lead)
+        blocks = len(self.axes[last].blocks)
+        if own:
+            return math.prod(self.shape[k] for k in own)
+        return None if self.latent or blocks == 1 else blocks
+
+    def without(self, axis: int, size: int | None = None, blocks: int = 1) -> "Part":
+        """Without an axis, or with `size` of it in `blocks` blocks."""
+        axes, shape = list(self.axes), list(self.shape)
+        axes[axis : axis + 1] = [] if size is None else [Axis(axes[axis].letter, (1,) * blocks)]
+        shape[axis : axis + 1] = [] if size is None else [size]
+        return self._replace(axes=tuple(axes), shape=tuple(shape))
+
+    def check(self, gamma: jax.Array) -> None:
+        """Refuse γ of other layers or heads."""
+        layers, own, last = self.positions(gamma.ndim - 1)
+        heads = gamma.shape[-1]
+        fits = tuple(self.shape[k] for k in layers) == gamma.shape[:-1]
+        if (
+            not fits
+            or self.heads(gamma.ndim - 1) not in (None, heads)
+            or (not own and self.shape[last] % heads)
+        ):
+            raise ValueError(
+                f"{self.path!r} has shape {self.shape} with the axes {self.spec!r}, which do not fit logits "
+                f"of shape {gamma.shape}, (*layers, heads)."
+            )
+
+    def spread(self, gamma: jax.Array, role: str) -> jax.Array:
+        """γ `(*layers, heads)` to the power of each number, in a shape that broadcasts against the part."""
+        layers, own, last = self.positions(gamma.ndim - 1)
+        heads, size, blocks = gamma.shape[-1], self.shape[last], self.axes[last].blocks
+        self.check(gamma)
+        powers, blocks = (_PARTS[role], blocks) if self.latent else (_WHOLE, (1,))
+        width = size // heads if not own else size if self.latent else 1
+        pieces = [
+            jnp.broadcast_to(power(gamma)[..., None], (*gamma.shape, width * n // sum(blocks)))
+            for power, n in zip(powers, blocks, strict=True)
+        ]
+        factor, places = jnp.concatenate(pieces, axis=-1), [*layers, *own, last]
+        sizes = [self.shape[k] for k in places[:-1]] + [-1]
+        factor = factor.reshape(sizes).transpose(np.argsort(places))
+        return jnp.expand_dims(factor, [k for k in range(len(self.shape)) if k not in places])
+
+
+class Attention(NamedTuple):
+    """The leaves of one module that make queries and keys.
+
+    Args:
+      module: its path.
+      leaves: index of the leaf → its role, "query", "key" or "fused", and the leaf.
+    """
+
+    module: str
+    leaves: Mapping[int, tuple[str, Part]]
+
+    def parts(self) -> tuple[Part, Part]:
+        """A part that makes queries and one that makes keys."""
+        found = dict(sorted(self.leaves.values(), key=lambda leaf: len(leaf[1].axes)))  # not biases
+        if "fused" in found:
+            query, key, _ = _thirds(found["fused"])[1]
+            return query, key
+        return found["query"], found["key"]
+
+    def logits_shape(self) -> Shape:
+        """`(*layers, heads)`.
+
+        Raises:
+          ValueError: the axes do not tell how many heads there are.
+        """
+        query, _ = self.parts()
+        letters = [axis.letter for axis in query.axes]
+        lead = letters.count("b")
+        if letters.count("o") == 1 and query.heads(lead) is None:
+            lead -= 1  # of the batch axes the last is the heads
+        heads = query.heads(lead) if lead >= 0 else None
+        if heads is None:
+            raise ValueError(
+                f"{query.path!r} has shape {query.shape}, and its axes {query.spec!r} do not tell how many "
+                f"heads there are. Type axes={{{query.path!r}: 'i(12o)'}} for 12 heads, or axes with the "
+                "heads by themselves, such as 'ioo'."
+            )
+        return (*(query.shape[k] for k in query.positions(lead)[0]), heads)
+
+    def factors(self, gamma: jax.Array) -> dict[int, jax.Array]:
+        """Index of a leaf → what multiplies it, if γ `(*layers, heads)` is to multiply the logits."""
+        self.parts()[0].check(gamma)
+        gammas = {"query": gamma, "key": self._of_keys(gamma)}
+        return {
+            k: _fused(part, gammas) if role == "fused" else part.spread(gammas[role], role)
+            for k, (role, part) in self.leaves.items()
+        }
+
+    def _of_keys(self, gamma: jax.Array) -> jax.Array:
+        """The least γ of the queries that share a key."""
+        query, key = self.parts()
+        lead, heads = gamma.ndim - 1, gamma.shape[-1]
+        count = key.heads(lead)
+        if count is None:
+            size = query.shape[query.positions(lead)[2]] // (1 if query.positions(lead)[1] else heads)
+            count = heads if key.latent else key.shape[key.positions(lead)[2]] // max(size, 1)
+        if not count or heads % count:
+            raise ValueError(f"{key.path!r} has {count} heads, which {heads} heads of queries cannot share.")
+        return jnp.min(gamma.reshape(*gamma.shape[:-1], count, heads // count), axis=-1)
+
+
+def attentions(
+    who: str, axes: AxesRules | None, paths: Sequence[str], leaves: Sequence[Any]
+) -> list[Attention]:
+    """The modules with leaves that make queries and keys, by the names of these."""
+    form, modules = leaf_axes(who, axes), {}
+    for k, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        if (found := _LEAF.fullmatch(path)) and is_trainable(leaf):
+            role = next(role for role in _ROLES if found[role])
+            modules.setdefault(found["module"] or "", {})[k] = (role, bool(found["bias"]))
+    whole = {
+        module: own
+        for module, own in modules.items()
+        if {"query", "key"} <= {role.removeprefix("latent_") for role, _ in own.values()}
+        or any(role == "fused" for role, _ in own.values())
+    }
+    return [_attention(who, module, own, paths, leaves, form) for module, own in whole.items()]
+
+
+def _attention(
+    who: str,
+    module: str,
+    own: Mapping[int, tuple[str, bool]],
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    form: Callable[[str, Shape], Axes | None],
+) -> Attention:
+    """A module of these leaves, each with its role and whether it is a bias."""
+    kernels, found = {}, {}
+    for k, (role, bias) in sorted(own.items(), key=lambda leaf: leaf[1][1]):  # biases come last
+        path, shape = paths[k], np.shape(leaves[k])
+        part = _bias(kernels.get(role), path, shape) if bias else _part(who, role, path, shape, form)
+        kernels.setdefault(role, part)
+        if part is not None:
+            found[k] = (role.removeprefix("latent_"), part)
+    attention = Attention(module, found)
+    query, key = attention.parts()
+    if query.latent != key.latent:
+        one = query if key.latent else key
+        raise ValueError(
+            f"{who}: of {query.path!r} and {key.path!r} only one has two parts in each head. Type their "
+            f"sizes as blocks, such as axes={{{one.path!r}: 'io(128+64 o)'}}."
+        )
+    return attention
+
+
+def _part(who: str, role: str, path: str, shape: Shape, form: Callable[[str, Shape], Axes | None]) -> Part:
+    axes = form(path, shape)
+    if axes is None:
+        raise ValueError(f"{who}: {path!r} {shape} is said to be no matrix. Type axes={{{path!r}: 'ioo'}}.")
+    part = Part(path, shape, axes.parts)
+    *_, own, last = part.positions(0)
+    two = len(part.axes[last].blocks) == 2
+    if role.startswith("latent") and not two:
+        parts, spec = ("key and value", "128+128") if "key" in role else ("unrotated and rotated", "128+64")
+        raise ValueError(
+            f"{who}: each head of {path!r} {shape} has two parts, {parts}. Type their sizes as blocks, such "
+            f"as axes={{{path!r}: 'io({spec} o)'}}."
+        )
+    return part._replace(latent=role.startswith("latent") or (role != "fused" and two and bool(own)))
+
+
+def _bias(kernel: Part | None, path: str, shape: Shape) -> Part | None:
+    """Of the outputs of a kernel; None without one."""
+    if kernel is None:
+        return None
+    kept = [axis for axis in kernel.axes if axis.letter != "i"]
+    return kernel._replace(path=path, shape=shape, axes=tuple(kept)) if len(kept) == len(shape) else None
+
+
+def _thirds(part: Part) -> tuple[int, list[Part], bool]:
+    """The axis along which query, key and value lie, these, and whether the axis counts them alone."""
+    for k, axis in enumerate(part.axes):
+        n = len(axis.blocks)
+        if axis.letter == "o" and n % 3 == 0:
+            sizes = [
+                part.shape[k] * sum(axis.blocks[j * n // 3 : (j + 1) * n // 3]) // sum(axis.blocks)
+                for j in range(3)
+            ]
+            return k, [part.without(k, size, n // 3) for size in sizes], False
+    for k in reversed(range(len(part.axes))):
+        if part.axes[k].letter == "b" and part.shape[k] == 3:
+            return k, [part.without(k)] * 3, True
+    raise ValueError(
+        f"{part.path!r} has shape {part.shape}, and its axes {part.spec!r} do not tell query, key and value "
+        f"from each other. Type axes={{{part.path!r}: 'i(3o)'}} if they lie side by side."
+    )
+
+
+def _fused(part: Part, gammas: Mapping[str, jax.Array]) -> jax.Array:
+    """The factors of query, key and value side by side."""
+    axis, (query, key, value), counted = _thirds(part)
+    factors = [query.spread(gammas["query"], "query"), key.spread(gammas["key"], "key")]
+    factors.append(jnp.ones_like(factors[0], shape=[1] * len(value.shape)))
+    sizes = [1] * 3 if counted else [third.shape[axis] for third in (query, key, value)]
+    factors = [jnp.expand_dims(x, axis) for x in factors] if counted else factors
+    rest = list(np.broadcast_shapes(*((*x.shape[:axis], 1, *x.shape[axis + 1 :]) for x in factors)))
+    whole = [[*rest[:axis], size, *rest[axis + 1 :]] for size in sizes]
+    return jnp.concatenate(
+        [jnp.broadcast_to(x, shape) for x, shape in zip(factors, whole, strict=True)], axis
+    )

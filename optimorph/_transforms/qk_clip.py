@@ -1,0 +1,182 @@
+"""QK-clip: attention logits kept below a threshold, by the weights that make them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import check_numbers, check_params
+from optimorph._core.differences import check_state
+from optimorph._core.numbers import as_scalar, cast_like, is_absent, upcast
+from optimorph._core.paths import leaf_paths
+from optimorph._core.rule import Leaves, aligned, arrays
+from optimorph._core.types import AxesRules, Numeric, PyTree
+from optimorph._routing.attention import Attention, attentions
+
+
+class QKClipState(NamedTuple):
+    """The largest logits `(*layers, heads)` since the last step, by the path of the module."""
+
+    maxima: Mapping[str, jax.Array]
+
+    def observe(self, sound: Any = True, attention_logits: PyTree | None = None, **_: Any) -> "QKClipState":
+        """With the logits of a gradient for which no step is taken; `sound` if that gradient counts."""
+        maxima = dict(self.maxima)
+        for module, logits in _by_module("clip_attention_logits", [*maxima], attention_logits).items():
+            before = maxima[module]
+            if np.shape(logits) != before.shape:
+                raise ValueError(
+                    f"clip_attention_logits: the logits of {module!r} have shape {np.shape(logits)}, but "
+                    f"{before.shape} was expected, (*layers, heads). Type axes= that tell the heads, such as "
+                    "'ioo' or 'i(12o)'."
+                )
+            logits = upcast(logits).astype(before.dtype)
+            counts = sound & ~jnp.isnan(logits)
+            maxima[module] = jnp.where(counts, jnp.maximum(before, logits), before)
+        return QKClipState(maxima)
+
+
+def qk_clip(
+    params: PyTree, max_logits: PyTree, axes: AxesRules | None = None, threshold: Numeric = 100.0
+) -> PyTree:
+    """Multiply the weights of queries and keys so that no attention logit exceeds a threshold.
+
+        γ = min(1, τ / S)                          (1)  of each head, 1 where S is not above 0 or not finite
+        W_q ← √γ W_q,  W_k ← √γ W_k                (2)
+        q^C, k^C: √γ,  q^R: γ,  k^R and v: 1       (3)  latent attention (MLA)
+
+        params = qk_clip(optax.apply_updates(params, updates), {"blocks/0/attn": maxima})
+
+    Where several heads of queries share a key (GQA), the key takes the least γ of its group. Biases are
+    multiplied as their kernels. Queries, keys and all three in one are found by their names: `query`,
+    `q_proj`, `wq`, ...; `qkv`, `c_attn`, ...; of latent attention `wq_b` and `wkv_b` or `q_b_proj` and
+    `kv_b_proj`. Other leaves stay as they are. Attention that normalizes queries and keys needs no clipping,
+    and is not affected by it.
+
+    It is a function of each weight alone: master weights and copies in fewer bits are multiplied alike.
+
+    Args:
+      params: the parameters.
+      max_logits: S `(*layers, heads)` of a module: the largest logit q·k/√d before the softmax, over the
+        batch, all positions and all devices. A mapping from the module's path, or a tree with the modules'
+        own nesting, as Flax sows it. Modules that are not in it stay as they are.
+      axes: how leaves read as matrices, as that of `muon`. The heads are the first of several outputs `ioo`,
+        or a batch axis `ibo`, or else equal blocks of the outputs, as many as S has. The two parts of a
+        head of latent attention are blocks: `io(128+64 o)` of a query, `io(128+128 o)` of key and value.
+      threshold: τ above 0, in units of logits.
+
+    Returns:
+      The parameters, with their dtypes; where γ = 1, the same numbers.
+
+    Raises:
+      ValueError: logits of a module without queries and keys, or of a shape that does not fit.
+
+    References:
+      Kimi Team 2025, "Kimi K2: open agentic intelligence", arXiv:2507.20534, algorithm 1.
+    """
+    who = "qk_clip"
+    check_numbers(who, threshold=threshold)
+    leaves, tree = arrays(who, params)
+    found = attentions(who, axes, Leaves(tree, leaves).paths, leaves)
+    logits = _by_module(who, [each.module for each in found], max_logits)
+    for k, factor in _factors(who, found, logits, threshold).items():
+        w = upcast(leaves[k])
+        leaves[k] = cast_like(factor.astype(w.dtype) * w, leaves[k])  # (2), (3)
+    return tree.unflatten(leaves)
+
+
+def clip_attention_logits(
+    threshold: Numeric = 100.0, axes: AxesRules | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """`qk_clip` as the last transform of an optimizer, which is given the logits with the gradients.
+
+        u ← f(w + u) - w        (1)  with f = qk_clip
+
+        tx = chain(muon(0.02), clip_attention_logits(100.0))
+        updates, state = tx.update(gradients, state, params, attention_logits={"blocks/0/attn": maxima})
+
+    Without `attention_logits` the updates stay as they are. Inside `multi_steps` the largest logits of all
+    gradients of a step count. The state holds them, so that `axes` must tell the heads: `ioo`, `ibo`, or
+    `i(12o)` for 12 heads in one axis. A leaf without a gradient stays as it is.
+
+    Args:
+      threshold: τ above 0, in units of logits.
+      axes: as that of `qk_clip`.
+
+    Raises:
+      ValueError: at `init`, axes that do not tell how many heads there are; at `update`, params missing,
+        logits of a module without queries and keys, or of a shape that does not fit.
+
+    References:
+      Kimi Team 2025, "Kimi K2: open agentic intelligence", arXiv:2507.20534, algorithm 1.
+    """
+    who = "clip_attention_logits"
+    check_numbers(who, threshold=threshold)
+
+    def init(params):
+        leaves, tree = arrays(who, params)
+        maxima = {}
+        for each in attentions(who, axes, Leaves(tree, leaves).paths, leaves):
+            dtype = upcast(jnp.zeros([], jnp.result_type(leaves[min(each.leaves)]))).real.dtype
+            maxima[each.module] = jnp.full(each.logits_shape(), -jnp.inf, dtype)
+        return QKClipState(maxima)
+
+    def update(updates, state, params=None, *, attention_logits=None, **extra):
+        check_params(who, params, "it multiplies some of them")
+        check_state(who, state, QKClipState)
+        us, tree, ws = aligned(who, updates, params, strict=False)
+        found = attentions(who, axes, Leaves(tree, ws).paths, ws)
+        largest = state.observe(True, attention_logits)
+        for k, factor in _factors(who, found, largest.maxima, threshold).items():
+            if is_absent(us[k]):
+                continue
+            u = upcast(us[k])
+            f = factor.astype(u.dtype)
+            us[k] = cast_like((f - 1) * upcast(ws[k]).astype(u.dtype) + f * u, us[k])  # (1)
+        nothing = {module: jnp.full_like(x, -jnp.inf) for module, x in state.maxima.items()}
+        return tree.unflatten(us), QKClipState(nothing)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _by_module(who: str, modules: Sequence[str], logits: PyTree | None) -> dict[str, Any]:
+    """The logits of each module, whose path is the beginning of theirs."""
+    if logits is None:
+        return {}
+    out = {}
+    for path, x in zip(leaf_paths(logits), jax.tree.leaves(logits), strict=True):
+        within = [module for module in modules if f"{path}/".startswith(f"{module}/" if module else "")]
+        if not within:
+            raise ValueError(
+                f"{who}: there are logits of {path!r}, but no query and key in it. The modules with both are "
+                f"{', '.join(map(repr, modules)) or 'none'}."
+            )
+        module = max(within, key=len)
+        if module in out:
+            raise ValueError(f"{who}: there are logits of {module!r} twice. Give the largest of each head.")
+        out[module] = x
+    return out
+
+
+def _factors(
+    who: str, found: Sequence[Attention], logits: Mapping[str, Any], threshold: Numeric
+) -> dict[int, jax.Array]:
+    """Index of a leaf → what it is multiplied by."""
+    out = {}
+    for each in found:
+        if each.module not in logits:
+            continue
+        s = upcast(logits[each.module])
+        if s.ndim == 0:
+            raise ValueError(f"{who}: the logits of {each.module!r} are one number. Give one for each head.")
+        tau = as_scalar(threshold, s)
+        above = (s > tau) & jnp.isfinite(s)
+        gamma = jnp.where(above, tau / jnp.where(above, s, 1), 1)  # (1)
+        try:
+            out |= each.factors(gamma)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
+    return out
