@@ -2,7 +2,7 @@
 
 Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`,
 `add`, `mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`,
-`scale_by_learning_rate`, `hyperball`, `dampen`, `extrapolate`, `in_float32`, `in_bfloat16`,
+`scale_by_learning_rate`, `hyperball`, `cautious`, `dampen`, `extrapolate`, `in_float32`, `in_bfloat16`,
 `clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`, `skip_nonfinite`, `multi_steps`. They
 chain with optax's: `chain` is `optax.chain`, in which neighbours become one rule for one leaf.
 
@@ -63,6 +63,7 @@ from optimorph._transforms.averages import (
     momentum,
     slow_ema,
 )
+from optimorph._transforms.cautious import cautious
 from optimorph._transforms.clip_by_global_norm import ClipState, clip_by_global_norm
 from optimorph._transforms.clip_leaf import clip_norm, clip_rms
 from optimorph._transforms.combine import AddState, DivideState, MixState, add, chain, divide, mix
@@ -118,6 +119,7 @@ __all__ = [
     "add_decayed_weights",
     "ademamix",
     "apply_updates",
+    "cautious",
     "chain",
     "clip_attention_logits",
     "clip_by_global_norm",

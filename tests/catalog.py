@@ -140,6 +140,7 @@ TRANSFORMS = [
         lambda: papers.by_columns(papers.hyperball(0.1), _ends),
         matrices=True,
     ),
+    Entry("cautious", lambda om: om.cautious(om.ema(0.9)), lambda: papers.cautious(papers.ema(0.9))),
     Entry("clip_attention_logits", lambda om: om.clip_attention_logits(), lambda: lambda u, w: u),
     Entry(
         "scale_by_rules",

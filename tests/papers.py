@@ -85,6 +85,15 @@ def clip_rms(bound):
     return lambda g, w: g * min(1, bound / (np.sqrt(np.mean(np.abs(g) ** 2)) or 1))
 
 
+def cautious(rule):
+    def step(g, w):
+        u = rule(g, w)
+        agree = np.real(u * np.conj(g)) > 0
+        return u * agree / max(np.mean(agree), 1e-3)
+
+    return step
+
+
 def square():
     return lambda g, w: np.abs(g) ** 2
 

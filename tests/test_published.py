@@ -19,6 +19,7 @@ GRADIENTS = [
 AFTER = {
     "ademamix": [[0.4993254128, -0.9990036644, 1.4977619759], [-0.5017870548, 0.2477480178, 1.0008682009]],
     "mars_adamw": [[0.4980323457, -0.9976668017, 1.4942333622], [-0.5045657428, 0.2448486605, 1.0015099068]],
+    "cautious": [[0.4995560490, -0.9991595506, 1.4973555214], [-0.5022586135, 0.2479169194, 1.0006998299]],
     "cautious decay": [
         [0.4993706608, -0.9992062189, 1.4979035445],
         [-0.5019430841, 0.2477360032, 1.0011684463],
@@ -53,7 +54,16 @@ def prodigy(b1=0.9, b2=0.999):
     return om.skip_nonfinite(optax.contrib.prodigy(uncorrected, (b1, b2), estim_lr0=0.01, weight_decay=0.01))
 
 
-def cautious():
+def cautious(b1=0.9, b2=0.95):
+    """The published program adds ε before it corrects the bias."""
+    quotient = om.divide(
+        om.chain(om.ema(b1), om.debias(b1)), by=om.chain(om.square(), om.ema(b2), om.root(1e-8))
+    )
+    corrected = om.chain(quotient, optax.scale_by_schedule(lambda t: jnp.sqrt(1 - b2 ** (t + 1.0))))
+    return om.chain(om.cautious(corrected), om.add_decayed_weights(0.1), om.scale_by_learning_rate(1e-3))
+
+
+def cautious_decay():
     return om.adamw(1e-3, 0.9, 0.95, weight_decay=0.1, weight_decay_form="cautious")
 
 
@@ -66,7 +76,8 @@ def ademamix():
 TX = {
     "ademamix": ademamix,
     "mars_adamw": lambda: om.mars_adamw(3e-3, weight_decay=0.1),
-    "cautious decay": cautious,
+    "cautious": cautious,
+    "cautious decay": cautious_decay,
     "schedule_free": schedule_free,
     "prodigy": prodigy,
 }

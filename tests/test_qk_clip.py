@@ -57,6 +57,11 @@ LAYOUTS = {
         {"*": "bio"},
         lambda p: [dense(p[name].swapaxes(0, 1)) for name in ("wq", "wk")],
     ),
+    "heads last": (
+        {"wq": (MODEL, SIZE, HEADS), "wk": (MODEL, SIZE, HEADS)},
+        {"*": "iob"},
+        lambda p: [dense(p[name].swapaxes(1, 2)) for name in ("wq", "wk")],
+    ),
     "heads in one axis": (
         {"q_proj/kernel": D2, "k_proj/kernel": D2, "q_proj/bias": D2[1:]},
         {"*kernel": "i(4o)"},
@@ -220,10 +225,12 @@ def test_latent_attention(flat):
 def test_logits_that_are_no_reason_to_clip():
     """Not above 0, and not finite: nothing is clipped, and nothing becomes NaN."""
     params, axes, _ = attention("Flax")
-    s = jnp.array([-5.0, 0.0, jnp.nan, jnp.inf])
-    after = om.qk_clip(params, {"block/attn": s}, axes)
+    with jax.debug_infs(True):
+        after = om.qk_clip(params, {"block/attn": jnp.array([-5.0, 0.0, 1.0, 2.0])}, axes)
+    unknown = om.qk_clip(params, {"block/attn": jnp.array([-5.0, 0.0, jnp.nan, jnp.inf])}, axes)
     for name, w in params.items():
         np.testing.assert_array_equal(after[name], w)
+        np.testing.assert_array_equal(unknown[name], w)
 
 
 def test_master_weights_and_their_copies():

@@ -43,8 +43,8 @@ def multi_steps(
     as if it had never come: the step waits for another in its place. (With k = 1 it reaches `inner`: put
     `skip_nonfinite` around, whatever k is, and what is left out is counted as well.) Inside `jax.shard_map` a
     gradient is left out on all devices if it is so on one: they step together. A leaf may be None in all k
-    gradients, or in none. A state inside with a method `observe(sound, **extra)` is handed the extra arguments of
-    the gradients between steps: `clip_attention_logits` keeps the largest logits.
+    gradients, or in none. A state inside with a method `observe(sound, **extra)` is handed the extra
+    arguments of the gradients between steps: `clip_attention_logits` keeps the largest logits.
 
     Args:
       inner: any transformation.

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import optimorph as om
 
 CLIPS = {"clip_norm": om.clip_norm(2.0), "clip_rms": om.clip_rms(0.5), "mars_adamw": om.mars_adamw(0.1)}
+CLIPS |= {"cautious": om.cautious(om.ema(0.5))}
 
 
 def stepped(tx, place, **extra):
@@ -31,7 +32,7 @@ def test_clipped_in_every_layout(layout, name, mode):
         assert x.sharding.is_equivalent_to(places[leaf], x.ndim)
 
 
-@pytest.mark.parametrize("name", ["clip_norm", "clip_rms"])
+@pytest.mark.parametrize("name", ["clip_norm", "clip_rms", "cautious"])
 @rounding.in_float64
 def test_clipped_inside_shard_map(name):
     """Of whole leaves, whatever a device has of them."""
@@ -41,7 +42,7 @@ def test_clipped_inside_shard_map(name):
     g = trees.drawn(0, np.float64, shapes)
 
     def run(shardings):
-        tx = getattr(om, name)(0.3, shardings)
+        tx = getattr(om, name)(om.sign() if name == "cautious" else 0.3, shardings)
         return lambda g: tx.update(g, tx.init(g))[0]
 
     got = jax.jit(jax.shard_map(run(specs), mesh=mesh, in_specs=(specs,), out_specs=specs))(g)

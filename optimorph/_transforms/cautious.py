@@ -1,0 +1,61 @@
+"""Updates where they agree with the gradient, and nothing elsewhere."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.numbers import cast_like, is_absent, upcast
+from optimorph._core.rule import Leaves, aligned, map_updates
+from optimorph._core.types import Rules
+from optimorph._distributed.shardings import shards_of
+from optimorph._routing.rules import lookup_if_given
+
+LEAST = 1e-3
+
+
+def cautious(
+    inner: optax.GradientTransformation, shardings: Rules | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Keep the updates of a transformation where they have the sign of the gradient.
+
+        φ = [u g > 0]                     (1)
+        u ← φ u / max(mean(φ), 10⁻³)      (2)
+
+    Around the quotient of AdamW, before weight decay and the learning rate, this is cautious AdamW. It keeps
+    about the size of a leaf's update. The mean is that of a whole leaf: over a mesh it takes an all-reduce of
+    one number for each leaf that is divided.
+
+    Args:
+      inner: any transformation to a direction of ascent; the state is its own.
+      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+
+    References:
+      Liang et al. 2024, "Cautious optimizers: improving training with one line of code", arXiv:2411.16085.
+    """
+    inner, match = optax.with_extra_args_support(inner), lookup_if_given(shardings)
+
+    def update(updates, state, params=None, **extra):
+        wide = map_updates("cautious", upcast, updates)
+        out, after = inner.update(wide, state, params, **extra)
+        gs, tree, _ = aligned("cautious", updates, None)
+        us, leaves = tree.flatten_up_to(out), Leaves(tree, gs)
+        for k, g in enumerate(gs):
+            if not is_absent(g):
+                shards = shards_of("cautious", match, leaves.paths[k], np.shape(g))
+                us[k] = cast_like(_kept(upcast(us[k]), upcast(g), *shards), g)
+        return tree.unflatten(us), after
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _kept(u: jax.Array, g: jax.Array, spec: tuple, whole: tuple[int, ...]) -> jax.Array:
+    """(2); `spec` are the mesh axes that divide a leaf of the shape `whole`."""
+    agree = ((jnp.sign(u) * jnp.sign(g).conj()).real > 0).astype(u.real.dtype)  # (1), without underflow
+    names = tuple(name for axis in spec for name in axis)
+    count = jnp.sum(agree)
+    count = jax.lax.psum(count, names) if names else count
+    share = count / max(math.prod(whole), 1)
+    return (agree / jnp.maximum(share, LEAST)).astype(u.dtype) * u  # (2)
