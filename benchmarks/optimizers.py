@@ -67,6 +67,11 @@ MODELS = {
     "adamw: GPT-2 small, 2 layers": ("adamw", GPT2),
     "adamw: 400 leaves of 32 x 32": ("adamw", SMALL),
     "adamw: 1,000 leaves of 32": ("adamw", {f"b{k}": (32,) for k in range(1000)}),
+    "ademamix: GPT-2 small, 2 layers": ("ademamix", GPT2),
+    "ademamix: 400 leaves of 32 x 32": ("ademamix", SMALL),
+    "mars_adamw / optax.adamw: GPT-2 small, 2 layers": ("mars_adamw", GPT2),
+    "mars_adamw / optax.adamw: 400 leaves of 32 x 32": ("mars_adamw", SMALL),
+    "adamw, logits clipped / optax.adamw: GPT-2 small, 2 layers": ("qk_clip", GPT2),
     "muon: GPT-2 small, 2 layers": ("muon", GPT2),
     "muon: 4 leaves of 768 x 3072": ("muon", {f"w{k}": (768, 3072) for k in range(4)}),
     "muon: 4 leaves of 512 x 4096": ("muon", {f"w{k}": (512, 4096) for k in range(4)}),
@@ -90,8 +95,22 @@ def matrices(params):
     )
 
 
+def clipped():
+    """AdamW with the logits of twelve heads in every layer, the same at every step."""
+    tx = om.chain(om.adamw(1e-3), om.clip_attention_logits(axes={"*": "i(12o)"}))
+
+    def update(updates, state, params):
+        logits = {layer: jnp.linspace(50.0, 150.0, 12) for layer in params}
+        return tx.update(updates, state, params, attention_logits=logits)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 PAIRS = {
     "adamw": (lambda: om.adamw(1e-3), lambda: optax.adamw(1e-3)),
+    "ademamix": (lambda: om.ademamix(1e-3), lambda: optax.contrib.ademamix(1e-3)),
+    "mars_adamw": (lambda: om.mars_adamw(1e-3), lambda: optax.adamw(1e-3)),
+    "qk_clip": (clipped, lambda: optax.adamw(1e-3)),
     "muon": (
         lambda: om.muon(0.02, orthogonalizer=om.linalg.NewtonSchulz("jordan"), scale="keller"),
         lambda: optax.contrib.muon(0.02, muon_weight_dimension_numbers=matrices),
@@ -148,8 +167,8 @@ def copy_bandwidth(size=2**25):
 
 
 def torch_ms(kind, shapes):
-    """Milliseconds of PyTorch's own optimizer on the same leaves, None where it is not installed."""
-    if importlib.util.find_spec("torch") is None:
+    """Milliseconds of PyTorch's own optimizer on the same leaves, None where there is none."""
+    if kind not in ("adamw", "muon") or importlib.util.find_spec("torch") is None:
         return None
     import torch
 

@@ -107,6 +107,7 @@ UNSEEN = {
     ],
     "no entry has such input: none, zeros, integers, one fault of several, rules, a mesh, many bytes": [
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: BitOr 0 left",
+        "_transforms.cautious: cautious.update: if 0 always",
         "_transforms.cautious: _kept: for [01] late",
         "_transforms.cautious: _kept: if 0 *",
         "_transforms.cautious: _kept: max 0 only 0",

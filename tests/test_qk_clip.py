@@ -273,13 +273,17 @@ def test_layers_without_attention_and_without_logits():
     assert changed == ["b/query", "b/key"]
     state = om.clip_attention_logits(axes={"*": "ioo"}).init(params)
     assert jax.tree.map(jnp.shape, dict(state.maxima)) == {"a": (2,), "b": (2,)}
+    params |= {f"b/cross/{name}": params[f"b/{name}"] for name in ("query", "key")}
+    after = om.qk_clip(params, {"b/cross": jnp.array([200.0, 400.0])}, {"*": "ioo"})
+    changed = [name for name in params if np.any(after[name] != params[name])]
+    assert changed == ["b/cross/query", "b/cross/key"]
 
 
 @pytest.mark.parametrize("fault", [None, 1])
 def test_a_running_maximum_over_the_gradients_of_a_step(fault):
     """Of those that count: a gradient with a NaN is as if it had never come."""
     params, axes, _ = attention("Flax")
-    own = [2.0, 9.0, 3.0, 1.0], [8.0, 1.0, 2.0, 1.0], [1.0, 2.0, 30.0, 1.0]
+    own = [2.0, 9.0, 3.0, 1.0], [8.0, 1.0, 2.0, 1.0], [1.0, np.nan, 30.0, 1.0]
     tx = om.multi_steps(om.chain(om.sgd(0.0), om.clip_attention_logits(TAU, axes)), 3 if fault is None else 2)
     state, w = tx.init(params), params
     update = jax.jit(lambda g, state, w, s: tx.update(g, state, w, attention_logits={"block/attn": s}))
@@ -290,7 +294,7 @@ def test_a_running_maximum_over_the_gradients_of_a_step(fault):
             assert not any(map(np.any, jax.tree.leaves(updates)))
         w = optax.apply_updates(w, updates)
     seen = [s for k, s in enumerate(own) if k != fault]
-    want = om.qk_clip(params, {"block/attn": jnp.max(jnp.array(seen), 0)}, axes, TAU)
+    want = om.qk_clip(params, {"block/attn": jnp.nanmax(jnp.array(seen), 0)}, axes, TAU)
     rounding.close(w, want, units=8)
     for _ in range(3 if fault is None else 2):  # what was seen counts once
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, w)
