@@ -273,6 +273,12 @@ def test_layers_without_attention_and_without_logits():
     assert changed == ["b/query", "b/key"]
     state = om.clip_attention_logits(axes={"*": "ioo"}).init(params)
     assert jax.tree.map(jnp.shape, dict(state.maxima)) == {"a": (2,), "b": (2,)}
+    state = om.clip_attention_logits(axes={"a/*": None, "*": "ioo"}).init(params)
+    assert [*state.maxima] == ["b"]
+    with pytest.raises(
+        ValueError, match="qk_clip: there are logits of 'b', but by its axes a query or key is no"
+    ):
+        om.qk_clip(params, {"b": jnp.ones(2)}, {"b/query": None, "*": "ioo"})
     params |= {f"b/cross/{name}": params[f"b/{name}"] for name in ("query", "key")}
     after = om.qk_clip(params, {"b/cross": jnp.array([200.0, 400.0])}, {"*": "ioo"})
     changed = [name for name in params if np.any(after[name] != params[name])]
@@ -321,7 +327,7 @@ REFUSED = {
         "'block/mlp', but no query and key in it.*'block/attn'",
     ),
     "too few heads": ({"block/attn": jnp.ones(3)}, "'block/attn/query/kernel' has shape.*do not fit logits"),
-    "one number": ({"block/attn": jnp.ones(())}, "are one number"),
+    "one number": ({"block/attn": jnp.ones(())}, "they are one number"),
     "twice": ({"block/attn": {"a": jnp.ones(4), "b": jnp.ones(4)}}, "'block/attn' twice"),
 }
 

@@ -27,6 +27,9 @@ _LEAF = re.compile(
     + r")(?:/(?:kernel|weight|w|(?P<bias>bias|b)))?",
 )
 
+Members = Mapping[int, tuple[str, bool]]
+"""Index of a leaf → its role, a name of `_ROLES`, and whether it is a bias."""
+
 Power = Callable[[jax.Array], jax.Array]
 _WHOLE: Sequence[Power] = (jnp.sqrt,)
 _PARTS: Mapping[str, Sequence[Power]] = {"query": (jnp.sqrt, lambda x: x), "key": (jnp.sqrt, jnp.ones_like)}
@@ -110,11 +113,9 @@ class Attention(NamedTuple):
     """The leaves of one module that make queries and keys.
 
     Args:
-      module: its path.
       leaves: index of the leaf → its role, "query", "key" or "fused", and the leaf.
     """
 
-    module: str
     leaves: Mapping[int, tuple[str, Part]]
 
     def parts(self) -> tuple[Part, Part]:
@@ -167,41 +168,39 @@ class Attention(NamedTuple):
         return jnp.min(gamma.reshape(*gamma.shape[:-1], count, heads // count), axis=-1)
 
 
-def attentions(
-    who: str, axes: AxesRules | None, paths: Sequence[str], leaves: Sequence[Any]
-) -> list[Attention]:
+def attention_modules(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, Members]:
     """The modules with leaves that make queries and keys, by the names of these."""
-    form, modules = leaf_axes(who, axes), {}
+    modules: dict[str, dict[int, tuple[str, bool]]] = {}
     for k, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         if (found := _LEAF.fullmatch(path)) and is_trainable(leaf):
             role = next(role for role in _ROLES if found[role])
             modules.setdefault(found["module"] or "", {})[k] = (role, bool(found["bias"]))
-    whole = {
-        module: own
-        for module, own in modules.items()
-        if {"query", "key"} <= {role.removeprefix("latent_") for role, _ in own.values()}
-        or any(role == "fused" for role, _ in own.values())
-    }
-    return [_attention(who, module, own, paths, leaves, form) for module, own in whole.items()]
+
+    def complete(members: Members) -> bool:
+        roles = {role.removeprefix("latent_") for role, bias in members.values() if not bias}
+        return "fused" in roles or {"query", "key"} <= roles
+
+    return {module: members for module, members in modules.items() if complete(members)}
 
 
-def _attention(
-    who: str,
-    module: str,
-    own: Mapping[int, tuple[str, bool]],
-    paths: Sequence[str],
-    leaves: Sequence[Any],
-    form: Callable[[str, Shape], Axes | None],
-) -> Attention:
-    """A module of these leaves, each with its role and whether it is a bias."""
-    kernels, found = {}, {}
-    for k, (role, bias) in sorted(own.items(), key=lambda leaf: leaf[1][1]):  # biases come last
+def attention_of(
+    who: str, axes: AxesRules | None, members: Members, paths: Sequence[str], leaves: Sequence[Any]
+) -> Attention | None:
+    """One of these modules; None if it has a leaf that is no matrix.
+
+    Raises:
+      ValueError: naming `who` and a leaf whose axes do not tell the two parts of latent attention.
+    """
+    form, kernels, found = leaf_axes(who, axes), {}, {}
+    for k, (role, bias) in sorted(members.items(), key=lambda leaf: leaf[1][1]):  # biases come last
         path, shape = paths[k], np.shape(leaves[k])
-        part = _bias(kernels.get(role), path, shape) if bias else _part(who, role, path, shape, form)
+        if not bias and (spec := form(path, shape)) is None:
+            return None
+        part = _bias(kernels.get(role), path, shape) if bias else _part(who, role, path, shape, spec)
         kernels.setdefault(role, part)
         if part is not None:
             found[k] = (role.removeprefix("latent_"), part)
-    attention = Attention(module, found)
+    attention = Attention(found)
     query, key = attention.parts()
     if query.latent != key.latent:
         one = query if key.latent else key
@@ -212,10 +211,7 @@ def _attention(
     return attention
 
 
-def _part(who: str, role: str, path: str, shape: Shape, form: Callable[[str, Shape], Axes | None]) -> Part:
-    axes = form(path, shape)
-    if axes is None:
-        raise ValueError(f"{who}: {path!r} {shape} is said to be no matrix. Type axes={{{path!r}: 'ioo'}}.")
+def _part(who: str, role: str, path: str, shape: Shape, axes: Axes) -> Part:
     part = Part(path, shape, axes.parts)
     *_, own, last = part.positions(0)
     two = len(part.axes[last].blocks) == 2

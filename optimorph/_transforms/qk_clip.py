@@ -10,11 +10,11 @@ import optax
 
 from optimorph._core.checks import check_numbers, check_params
 from optimorph._core.differences import check_state
-from optimorph._core.numbers import as_scalar, cast_like, is_absent, upcast
+from optimorph._core.numbers import as_scalar, cast_like, is_absent, upcast, upcast_dtype
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned, arrays
 from optimorph._core.types import AxesRules, Numeric, PyTree
-from optimorph._routing.attention import Attention, attentions
+from optimorph._routing.attention import attention_modules, attention_of
 
 
 class QKClipState(NamedTuple):
@@ -63,9 +63,10 @@ def qk_clip(
       max_logits: S `(*layers, heads)` of a module: the largest logit q·k/√d before the softmax, over the
         batch, all positions and all devices. A mapping from the module's path, or a tree with the modules'
         own nesting, as Flax sows it. Modules that are not in it stay as they are.
-      axes: how leaves read as matrices, as that of `muon`. The heads are the first of several outputs `ioo`,
-        or a batch axis `ibo`, or else equal blocks of the outputs, as many as S has. The two parts of a
-        head of latent attention are blocks: `io(128+64 o)` of a query, `io(128+128 o)` of key and value.
+      axes: how leaves read as matrices, as that of `muon`; a module with a None is left alone. The heads are
+        the first of several outputs `ioo`, or a batch axis `ibo`, or else equal blocks of the outputs, as
+        many as S has. The two parts of a head of latent attention are blocks: `io(128+64 o)` of a query,
+        `io(128+128 o)` of key and value.
       threshold: τ above 0, in units of logits.
 
     Returns:
@@ -80,9 +81,9 @@ def qk_clip(
     who = "qk_clip"
     check_numbers(who, threshold=threshold)
     leaves, tree = arrays(who, params)
-    found = attentions(who, axes, Leaves(tree, leaves).paths, leaves)
-    logits = _by_module(who, [each.module for each in found], max_logits)
-    for k, factor in _factors(who, found, logits, threshold).items():
+    paths = Leaves(tree, leaves).paths
+    logits = _by_module(who, [*attention_modules(paths, leaves)], max_logits)
+    for k, factor in _factors(who, axes, threshold, paths, leaves, logits).items():
         w = upcast(leaves[k])
         leaves[k] = cast_like(factor.astype(w.dtype) * w, leaves[k])  # (2), (3)
     return tree.unflatten(leaves)
@@ -118,19 +119,19 @@ def clip_attention_logits(
 
     def init(params):
         leaves, tree = arrays(who, params)
-        maxima = {}
-        for each in attentions(who, axes, Leaves(tree, leaves).paths, leaves):
-            dtype = upcast(jnp.zeros([], jnp.result_type(leaves[min(each.leaves)]))).real.dtype
-            maxima[each.module] = jnp.full(each.logits_shape(), -jnp.inf, dtype)
+        paths, maxima = Leaves(tree, leaves).paths, {}
+        for module, members in attention_modules(paths, leaves).items():
+            if attention := attention_of(who, axes, members, paths, leaves):
+                dtype = upcast_dtype(jnp.result_type(leaves[min(members)]))
+                maxima[module] = jnp.full(attention.logits_shape(), -jnp.inf, jnp.finfo(dtype).dtype)
         return QKClipState(maxima)
 
     def update(updates, state, params=None, *, attention_logits=None, **extra):
         check_params(who, params, "it multiplies some of them")
         check_state(who, state, QKClipState)
         us, tree, ws = aligned(who, updates, params, strict=False)
-        found = attentions(who, axes, Leaves(tree, ws).paths, ws)
-        largest = state.observe(True, attention_logits)
-        for k, factor in _factors(who, found, largest.maxima, threshold).items():
+        largest = state.observe(True, attention_logits).maxima
+        for k, factor in _factors(who, axes, threshold, Leaves(tree, ws).paths, ws, largest).items():
             if is_absent(us[k]):
                 continue
             u = upcast(us[k])
@@ -152,7 +153,7 @@ def _by_module(who: str, modules: Sequence[str], logits: PyTree | None) -> dict[
         if not within:
             raise ValueError(
                 f"{who}: there are logits of {path!r}, but no query and key in it. The modules with both are "
-                f"{', '.join(map(repr, modules)) or 'none'}."
+                f"{', '.join(map(repr, modules[:8])) or 'none'}{', ...' * (len(modules) > 8)}."
             )
         module = max(within, key=len)
         if module in out:
@@ -162,21 +163,28 @@ def _by_module(who: str, modules: Sequence[str], logits: PyTree | None) -> dict[
 
 
 def _factors(
-    who: str, found: Sequence[Attention], logits: Mapping[str, Any], threshold: Numeric
+    who: str,
+    axes: AxesRules | None,
+    threshold: Numeric,
+    paths: Sequence[str],
+    leaves: Sequence[Any],
+    logits: Mapping[str, Any],
 ) -> dict[int, jax.Array]:
-    """Index of a leaf → what it is multiplied by."""
+    """Index of a leaf → what multiplies it."""
     out = {}
-    for each in found:
-        if each.module not in logits:
+    for module, members in attention_modules(paths, leaves).items():
+        if module not in logits:
             continue
-        s = upcast(logits[each.module])
-        if s.ndim == 0:
-            raise ValueError(f"{who}: the logits of {each.module!r} are one number. Give one for each head.")
+        attention = attention_of(who, axes, members, paths, leaves)
+        s = upcast(logits[module])
+        if attention is None or s.ndim == 0:
+            cause = "they are one number" if attention else "by its axes a query or key is no matrix"
+            raise ValueError(f"{who}: there are logits of {module!r}, but {cause}. Give one for each head.")
         tau = as_scalar(threshold, s)
         above = (s > tau) & jnp.isfinite(s)
         gamma = jnp.where(above, tau / jnp.where(above, s, 1), 1)  # (1)
         try:
-            out |= each.factors(gamma)
+            out |= attention.factors(gamma)
         except ValueError as error:
             raise ValueError(f"{who}: {error}") from error
     return out
