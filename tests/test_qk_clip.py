@@ -138,6 +138,7 @@ def attention(layout):
     return params, axes, largest
 
 
+@pytest.mark.examples("Flax", "grouped", "all in one", "Equinox", "layers second")
 @every
 def test_logits_are_at_most_the_threshold(layout):
     """Those above are the threshold, to the last digits, unless a key that heads share makes them less."""
@@ -157,6 +158,7 @@ def test_logits_are_at_most_the_threshold(layout):
     assert jax.tree.map(jnp.shape, after_params) == jax.tree.map(jnp.shape, params)
 
 
+@pytest.mark.examples("Flax", "grouped", "all in one")
 @every
 def test_as_the_last_transform(layout):
     """f(w + u) - w; without logits and below the threshold the updates to the bit."""

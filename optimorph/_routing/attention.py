@@ -194,9 +194,10 @@ def attention_of(
     form, kernels, found = leaf_axes(who, axes), {}, {}
     for k, (role, bias) in sorted(members.items(), key=lambda leaf: leaf[1][1]):  # biases come last
         path, shape = paths[k], np.shape(leaves[k])
-        if not bias and (spec := form(path, shape)) is None:
+        spec = None if bias else form(path, shape)
+        if spec is None and not bias:
             return None
-        part = _bias(kernels.get(role), path, shape) if bias else _part(who, role, path, shape, spec)
+        part = _bias(kernels.get(role), path, shape) if spec is None else _part(who, role, path, shape, spec)
         kernels.setdefault(role, part)
         if part is not None:
             found[k] = (role.removeprefix("latent_"), part)

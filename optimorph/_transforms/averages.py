@@ -32,7 +32,7 @@ class SlowEmaState(NamedTuple):
     """The slow average, shaped and sharded like the parameters, and the number of updates."""
 
     slow_average: PyTree
-    slow_count: jax.Array
+    slow_count: Any
     roles = holds(
         slow_average=Role("slow average", SLOW, tree=True), slow_count=scalar("count of a slow average")
     )
