@@ -58,7 +58,8 @@ def compress_state(
 
     The updates are those of s' before it is encoded. By default first moments and velocities become `Signed8`
     and second moments `Nonneg8`, for leaves of at least two axes and 4096 numbers. Embeddings, biases, norms
-    and vectors are not compressed, and neither is anything else in a state. Rules change that:
+    and vectors are not compressed, and neither are slow averages and anything else in a state. Rules change
+    that:
 
         rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
         rules={"first/*embed*": Signed8(), "second/*embed*": Nonneg8()}      # embeddings too
@@ -79,9 +80,9 @@ def compress_state(
 
     Args:
       inner: any transformation, of this library or of optax, whose moments start as one number everywhere.
-      rules: the codec of each moment, or None for no compression, by "first/" or "second/" and the leaf's
-        path: an ordered mapping from pattern, as in `labels`, or a function (path, shape). Where no rule
-        matches, or the value is `...`, the default holds.
+      rules: the codec of each moment, or None for no compression, by "first/", "second/" or "slow/" and the
+        leaf's path: an ordered mapping from pattern, as in `labels`, or a function (path, shape). Where no
+        rule matches, or the value is `...`, the default holds.
       elementwise: whether an inner transformation without a rule for one leaf works position by position.
       seed: of the noise, an integer in [0, 2³²); a restored state keeps its own.
       fields: which fields of further states are moments, and of which kind, such as
