@@ -15,7 +15,7 @@ from optimorph._racing.registry import make_optimizer, tuned_learning_rates
 from optimorph._racing.tasks import digits, text
 from optimorph._racing.ticks import PlainLog
 from optimorph._racing.training import Entry, train_all
-from optimorph._routing.leaf_spec import leaf_axes
+from optimorph._routing.resolve import leaf_axes
 from optimorph._storage.moments import moments_of
 from optimorph.codecs import Nonneg8, Signed8
 

@@ -23,9 +23,11 @@ from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
-from optimorph._routing.grouping import format_groups, glob_of, group_by, without_numbers
-from optimorph._routing.leaf_spec import LeafSpec, output_layer
-from optimorph._routing.names import by_name
+from optimorph._core.rule import handed_down
+from optimorph._routing.grouping import glob_of, group_by, without_numbers
+from optimorph._routing.leaf_spec import LeafSpec
+from optimorph._routing.questions import questions
+from optimorph._routing.resolve import by_siblings
 from optimorph._routing.rules import unused
 from optimorph._transforms.matrices import SCALES
 from optimorph.linalg import Axes
@@ -47,6 +49,7 @@ class PlanRow:
       scales: the factor of the update for each size in `matrices`, which depends on the shape.
       state_bytes: the bytes of the leaf's optimizer state, without counts and other scalars.
       unresolved: why the optimizer would refuse the leaf, and what to type; None if it is resolved.
+      leaf_spec: how the leaf was resolved.
     """
 
     path: str
@@ -59,6 +62,7 @@ class PlanRow:
     scales: tuple[float, ...]
     state_bytes: int
     unresolved: str | None = None
+    leaf_spec: LeafSpec = LeafSpec(None, "")
 
     @property
     def size(self) -> int:
@@ -104,8 +108,8 @@ class Plan:
         lines += ["", *_table(*_totals(self.rows, self.learning_rates))]
         lines += [] if self.over_mesh is None else ["", str(self.over_mesh)]
         lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
-        unresolved = [(row.path, row.unresolved) for row in self.rows if row.unresolved is not None]
-        lines += [f"\n{text}" for text in format_groups(unresolved, [row.path for row in self.rows])]
+        paths, specs = [row.path for row in self.rows], [row.leaf_spec for row in self.rows]
+        lines += [f"\n{text}" for text in questions("", paths, specs)]
         return "\n".join(lines)
 
 
@@ -146,11 +150,7 @@ def plan(
         muon_arguments: dict[str, Any] = {"learning_rate": 0.0} | arguments
         optimizer = muon(**muon_arguments)
     routes = getattr(optimizer, "routes", None)
-    specs = [_spec(routes, path, leaf) for path, leaf in zip(paths, shapes, strict=True)]
-    trained = [k for k, leaf in enumerate(shapes) if routes is not None and kind(leaf) != "integer"]
-    own_paths, own_shapes = [paths[k] for k in trained], [shapes[k].shape for k in trained]
-    if (k := output_layer(own_paths, own_shapes, [specs[k] for k in trained])) is not None:
-        specs[trained[k]] = LeafSpec(None, "head, inferred")
+    specs = _specs(routes, paths, shapes)
     state_bytes = _state_bytes(optimizer, paths, shapes, specs)
     scale = None if routes is None or routes.scale is None else SCALES[routes.scale]
 
@@ -167,7 +167,8 @@ def plan(
             transform=_transform(routes, spec),
             scales=tuple(1.0 if scale is None else scale(*size) for size in sizes),
             state_bytes=state_bytes.get(path, 0),
-            unresolved=spec.unresolved,
+            unresolved=spec.question(path),
+            leaf_spec=spec,
         )
 
     rows = tuple(map(row, paths, shapes, specs))
@@ -180,12 +181,18 @@ def plan(
     return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates, over_mesh)
 
 
-def _spec(routes: Routes | None, path: str, leaf: jax.ShapeDtypeStruct) -> LeafSpec:
-    if kind(leaf) == "integer":
-        return LeafSpec(None, "integer")
+def _specs(
+    routes: Routes | None, paths: list[str], leaves: list[jax.ShapeDtypeStruct]
+) -> list[LeafSpec]:
+    """How the leaves read as matrices; of an optimizer that does not route, their roles alone."""
+    trained = [k for k, leaf in enumerate(leaves) if kind(leaf) != "integer"]
+    known = [paths[k] for k in trained], [leaves[k].shape for k in trained]
     if routes is None:
-        return LeafSpec(None, by_name(path, leaf.shape)[0])
-    return routes.resolve(path, leaf.shape)
+        found = [LeafSpec(None, spec.role) for spec in by_siblings(*known)]
+    else:
+        found = routes.resolve(*known)
+    specs = dict(zip(trained, found, strict=True))
+    return [specs.get(k, LeafSpec(None, "integer")) for k in range(len(leaves))]
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -229,7 +236,8 @@ def _state_bytes(
         leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]) if many else x[0]
     )
     params = {group[0][0]: group[0][1] for group in groups}
-    with warnings.catch_warnings(action="ignore"):  # the plan itself reports unused rules
+    own = {group[0][0]: group[0][2] for group in groups}
+    with warnings.catch_warnings(action="ignore"), handed_down(leaf_specs=own):  # the plan reports unused rules
         state = jax.eval_shape(optimizer.init, params)
     count = dict.fromkeys(params, 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:

@@ -27,7 +27,7 @@ from optimorph._core.roles import FIRST, Role
 from optimorph._core.types import AxesRules, PyTree
 from optimorph._distributed.map_by_shape import map_by_shape
 from optimorph._distributed.shardings import explicit_axes
-from optimorph._routing.leaf_spec import leaf_axes
+from optimorph._routing.resolve import leaf_axes
 from optimorph._storage.moments import moments_of
 
 

@@ -199,7 +199,7 @@ NAMES = {
     ("decoder/layers/attention/out/kernel", (3, 4, 4, 16)): "biio",
     ("encoder/layers/Conv_0/kernel", (7, 5, 64)): UNDECIDED,
     ("decoder/layers/dt_proj/kernel", (48, 32, 1024)): UNDECIDED,
-    ("layers/0/attn/kv_einsum/w", (2, 4, 2048, 256)): UNDECIDED,
+    ("layers/0/attn/kv_einsum/w", (2, 4, 2048, 256)): "boio",
     ("attn/kv/kernel", (16, 2, 4, 4)): UNDECIDED,
     ("attn/in_proj/kernel", (16, 3, 4, 4)): UNDECIDED,
     ("mlp/w1", (12, 8, 16, 64)): UNDECIDED,
@@ -625,8 +625,6 @@ OUTPUTS = {
         layers(Dense_0=(512, 64), Dense_1=(64, 11)) | {"Conv_0": layers(a=(8, 512))},
         "Dense_1",
     ),
-    "two of them": (layers(Dense_0=(28, 64), Dense_1=(64, 11), Dense_2=(64, 12)), None),
-    "an autoencoder": (layers(Dense_0=(28, 64), Dense_1=(64, 16), Dense_2=(16, 64), Dense_3=(64, 28)), None),
     "a head": (layers(Dense_0=(28, 64), Dense_1=(64, 11), head=(64, 13)), None),
     "one layer": (layers(Dense_0=(28, 64)), None),
     "a norm behind it": (
@@ -655,6 +653,41 @@ def test_the_output_layer_by_widths(name):
         assert jax.tree.structure(confirmed.inner_states["matrix"]) == jax.tree.structure(
             state.inner_states["matrix"]
         )
+
+
+ENDS = {
+    "two outputs": (
+        layers(Dense_0=(28, 64), Dense_1=(64, 11), Dense_2=(64, 12)),
+        {"Dense_1/kernel", "Dense_2/kernel"},
+    ),
+    "an autoencoder": (
+        layers(Dense_0=(28, 64), Dense_1=(64, 16), Dense_2=(16, 64), Dense_3=(64, 28)),
+        {"Dense_3/kernel"},
+    ),
+    "an encoder and a decoder": (
+        {
+            "encoder": layers(fc1=(784, 500), fc2_mean=(500, 20), fc2_logvar=(500, 20)),
+            "decoder": layers(fc1=(20, 500), fc2=(500, 784)),
+        },
+        {"decoder/fc2/kernel"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_several_output_layers_and_autoencoders_are_asked(name):
+    """What the question offers first, None, is an answer; "head" says it too, and nothing is inferred then."""
+    params, asked = ENDS[name]
+    assert {row.path for row in om.plan(params) if row.unresolved} == asked
+    with pytest.raises(ValueError, match="may be the output layer") as error:
+        om.muon(0.1).init(params)
+    for path in asked:
+        assert str(error.value).index(f"axes={{{path!r}: None}}") < str(error.value).index(
+            f"axes={{{path!r}: 'io'}}"
+        )
+    plan = om.plan(params, axes=dict.fromkeys(asked, "head"))
+    assert all(plan[path].role == "head" and plan[path].spec is None for path in asked)
+    om.muon(0.1, axes=dict.fromkeys(asked)).init(params)
 
 
 def test_missing_gradients_and_the_output_layer():
@@ -858,8 +891,8 @@ def test_what_is_no_array_is_named(make):
 
 
 ASKED = {
-    ("x", (3, 1, 64)): ["None}  # a depthwise convolution: not a matrix", "'bio'"],
-    ("x/weight", (64, 1, 3)): ["None}  # a depthwise convolution: not a matrix", "'boi'"],
+    ("x", (3, 1, 64)): ["None}  # not a matrix", "'bio'"],
+    ("x/weight", (64, 1, 3)): ["None}  # not a matrix", "'boi'"],
     ("x/weight", (12, 3, 12, 64, 768)): ["'bbooi'"],
     ("x/weight", (12, 768, 12, 64)): ["'booi'", "'boii'"],
     ("x/kernel", (12, 3, 3, 3, 8, 8)): ["'biiiio'"],

@@ -127,12 +127,14 @@ def shardings_of(
     return shardings
 
 
-def by_whole_shape(who: str, match: Match | None, f: Match) -> Match:
-    """`f` of a leaf's path and its global shape, where a local shard's shape is passed."""
-    if match is None:
-        return f
+def whole_shapes(
+    who: str, match: Match | None, paths: Sequence[str], shapes: Sequence[Shape]
+) -> Sequence[Shape]:
+    """The global shapes of leaves, of which local shards have these."""
+    if match is None or not manual_axes():
+        return shapes
     shard_spec = local_shard_spec(who, match)
-    return lambda path, shape: f(path, shard_spec(path, shape)[1])
+    return [shard_spec(path, shape)[1] for path, shape in zip(paths, shapes, strict=True)]
 
 
 def local_shard_spec(who: str, match: Match | None) -> Callable[[str, Shape], tuple[Spec, Shape]]:

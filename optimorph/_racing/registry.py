@@ -9,7 +9,7 @@ import optax
 
 import optimorph as om
 from optimorph._racing.task import Task
-from optimorph._routing.leaf_spec import leaf_axes
+from optimorph._routing.resolve import leaf_axes
 
 B2 = 0.99  # of adam, adamw and muon's adamw; a short training needs a shorter average than 0.999 gives
 

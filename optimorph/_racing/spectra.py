@@ -9,7 +9,7 @@ import numpy as np
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules
 from optimorph._racing.race_data import Spectrum
-from optimorph._routing.leaf_spec import resolve_axes
+from optimorph._routing.resolve import resolve_leaves
 from optimorph.linalg import effective_rank, spectrum
 
 MAX_SIDE = 1024  # matrices whose shorter side is longer are skipped, because they take too long
@@ -21,9 +21,9 @@ def spectra(name: str, update: Any, axes: AxesRules | None = None) -> Iterator[S
 
     The spectrum of a stack is the mean over its matrices that are not zero.
     """
-    resolve = resolve_axes("race", axes)
-    for path, leaf in zip(leaf_paths(update), jax.tree.leaves(update), strict=True):
-        spec = resolve(path, leaf.shape).axes
+    paths, leaves = leaf_paths(update), jax.tree.leaves(update)
+    specs = resolve_leaves("race", axes)(paths, [leaf.shape for leaf in leaves])
+    for path, leaf, (spec, *_) in zip(paths, leaves, specs, strict=True):
         if spec is None:
             continue
         for stack in spec.matrices(leaf):

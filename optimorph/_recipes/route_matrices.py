@@ -12,11 +12,13 @@ import optax
 
 from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
-from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed_down
+from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
-from optimorph._distributed.shardings import Match, by_whole_shape
-from optimorph._routing.leaf_spec import LeafSpec, has_no_name, output_layer, resolve_axes
-from optimorph._routing.rules import labels, lookup_if_given, warn_unused
+from optimorph._distributed.shardings import Match
+from optimorph._routing.leaf_spec import INFERRED_HEAD, LeafSpec
+from optimorph._routing.output_layer import has_no_name
+from optimorph._routing.resolve import Resolve, resolve_leaves, resolved
+from optimorph._routing.rules import lookup_if_given, warn_unused
 
 MATRIX, OTHER = "matrix", "other"
 
@@ -26,14 +28,14 @@ class Routes:
     """What `plan` asks of an optimizer that routes.
 
     Args:
-      resolve: (path, shape) → how a leaf reads as matrices.
+      resolve: (paths, shapes) → how the leaves of a tree read as matrices.
       rules: the user's rules of axes.
       names: of the transformations of matrices and of other leaves.
       scale: the name of the scale of a matrix's update by its shape.
       match: the user's rules of shardings, or None.
     """
 
-    resolve: Callable[[str, Shape], LeafSpec]
+    resolve: Resolve
     rules: AxesRules | None
     names: tuple[str, str]
     scale: str | None = None
@@ -77,39 +79,32 @@ def routed(
     scale: str | None = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
-    resolve, match = resolve_axes(who, axes), lookup_if_given(shardings)
-    resolved = functools.cache(lambda path, shape: resolve(path, shape).resolved_axes(who))
-    form = by_whole_shape(who, match, resolved)
-    spec = by_whole_shape(who, match, resolve)
-    whole = by_whole_shape(who, match, lambda path, shape: shape)
+    resolve, match = resolve_leaves(who, axes), lookup_if_given(shardings)
     transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 
     def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:
         parts = tree.unflatten([OTHER if f is None else MATRIX for f in forms])
         return optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
 
-    def by_widths(path: str) -> bool:
-        """Whether a leaf may be taken for the output layer: its name does not tell, nor does a rule."""
-        return axes is None and has_no_name(path)
+    def specs_of(leaves: Leaves) -> list[LeafSpec]:
+        known = handed("leaf_specs")
+        return resolved(who, resolve, match, leaves) if known is None else [known[p] for p in leaves.paths]
 
-    def output_of(paths: Sequence[str], leaves: Sequence[Any]) -> int | None:
-        there = [k for k, x in enumerate(leaves) if is_trainable(x)]
-        shapes = [np.shape(leaves[k]) for k in there]
-        known = [paths[k] for k in there]
-        found = output_layer(known, list(map(whole, known, shapes)), list(map(spec, known, shapes)))
-        return None if found is None else there[found]
+    def needs_others(path: str, leaf: Any) -> bool:
+        """Whether other leaves may tell how this one reads."""
+        return has_no_name(path) or np.ndim(leaf) > 2
 
     def init(params):
         leaves, tree = arrays(who, params)
-        paths = Leaves(tree, leaves).paths
-        warn_unused(who, "axes", axes, paths)
+        known = Leaves(tree, leaves)
+        warn_unused(who, "axes", axes, known.paths)
         params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves)
-        forms = tree.flatten_up_to(labels(form)(params))
-        forms = [None if is_absent(w) else f for f, w in zip(forms, leaves, strict=True)]
-        if (k := output_of(paths, leaves)) is not None:
-            warnings.warn(_inferred(who, paths[k], np.shape(leaves[k]), forms[k]), stacklevel=2)
-            forms[k] = None
-        if axes is None and paths and not any(forms):
+        specs = specs_of(known)
+        forms = [spec.axes for spec in specs]
+        for path, x, spec in zip(known.paths, leaves, specs, strict=True):
+            if spec.role == INFERRED_HEAD:
+                warnings.warn(_inferred(who, path, np.shape(x), spec.answers[1]), stacklevel=2)
+        if axes is None and known.paths and not any(forms):
             warnings.warn(
                 f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
                 stacklevel=2,
@@ -120,17 +115,13 @@ def routed(
     def update(updates, state, params=None, **extra):
         gs, tree, ws = aligned(who, updates, params)
         leaves = Leaves(tree, gs if params is None else ws)  # a missing gradient has no shape
-        forms = [
-            form(path, np.shape(x)) if is_trainable(x) else None
-            for path, x in zip(leaves.paths, leaves.values, strict=True)
-        ]
-        if params is None and any(map(is_absent, gs)) and any(map(by_widths, leaves.paths)):
+        missing = params is None and axes is None and any(map(is_absent, gs))
+        if missing and any(map(needs_others, leaves.paths, gs)):
             raise ValueError(
-                f"{who}: gradients are missing, and without params the output layer cannot be told from its "
-                "width. Type tx.update(gradients, state, params), or axes={'path of the output layer': None}."
+                f"{who}: gradients are missing, and without params it cannot be told from other leaves how "
+                "each reads as matrices. Type tx.update(gradients, state, params), or axes= for all leaves."
             )
-        if (k := output_of(leaves.paths, leaves.values)) is not None:
-            forms[k] = None
+        forms = [spec.axes for spec in specs_of(leaves)]
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
         own = None if params is None else leaves.tree
         try:
@@ -151,9 +142,9 @@ def routed(
     return tx
 
 
-def _inferred(who: str, path: str, shape: Shape, form: Any) -> str:
+def _inferred(who: str, path: str, shape: Shape, spec: str | None) -> str:
     return (
         f"{who}: {path!r} {shape} is taken for the output layer, because no other leaf takes in its outputs, "
         f"and is updated by the other optimizer. Type axes={{{path!r}: None}} to confirm this, or "
-        f"axes={{{path!r}: {form.spec!r}}} for a hidden layer."
+        f"axes={{{path!r}: {spec!r}}} for a hidden layer."
     )

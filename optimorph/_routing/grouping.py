@@ -1,7 +1,7 @@
 """Groups of leaves whose paths differ only in numbers, for tables and errors."""
 
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -24,45 +24,70 @@ def without_numbers(path: str) -> tuple[str, ...]:
 
 
 def glob_of(paths: Iterable[str]) -> str:
-    """One pattern for paths that differ only in numbers: `*` for every number that is not the same in all."""
-    columns = zip(*(re.split(r"(\d+)", path) for path in paths), strict=True)
-    return "".join(texts[0] if len(set(texts)) == 1 else "*" for texts in columns)
+    """One pattern for paths: `*` for every number that is not the same in all.
+
+    Where more than numbers differ, `*` stands for all names before the last ones that they share.
+    """
+    paths = [*paths]
+    texts = [re.split(r"(\d+)", path) for path in paths]
+    if len({(*text[::2],) for text in texts}) == 1:
+        columns = zip(*texts, strict=True)
+        return "".join(column[0] if len(set(column)) == 1 else "*" for column in columns)
+    shared = []
+    for names in zip(*(path.split("/")[::-1] for path in paths), strict=False):
+        if len({without_numbers(name) for name in names}) > 1:
+            break
+        shared.append(glob_of(names))
+    return "/".join(["*", *shared[::-1]])
 
 
-def format_groups(faults: Iterable[tuple[str, str]], paths: Iterable[str]) -> list[str]:
+def format_groups(
+    faults: Iterable[tuple[str, str]], paths: Iterable[str], kind: Callable[[str], Hashable] | None = None
+) -> list[str]:
     """One text for each group of leaves with the same fault. After 20 groups, only the paths are listed.
 
     Args:
       faults: the path and the text of each leaf. In the text, `repr(path)` is replaced: the first time by the
         group's name, after that by a rule for the group.
       paths: the paths of all leaves. The rule for a group must not match any other leaf.
+      kind: path → what is the same for leaves of one group; without it, their texts and all but the numbers
+        of their paths.
     """
-    groups = group_by(faults, lambda fault: (without_numbers(fault[0]), fault[1].replace(repr(fault[0]), "")))
-    paths, rest = list(paths), groups[_MAX_TEXTS:]
-    texts = [_text(group, paths) for group in groups[:_MAX_TEXTS]]
+    faults, paths = dict(faults), list(paths)
+
+    def like(path: str) -> Hashable:
+        return without_numbers(path), faults[path].replace(repr(path), "")
+
+    groups = group_by(faults, kind or like)
+    rest = groups[_MAX_TEXTS:]
+    texts = [_text(group, faults[group[0]], paths) for group in groups[:_MAX_TEXTS]]
     if rest:
-        names = ", ".join(_name([path for path, _ in group]) for group in rest)
+        names = ", ".join(map(_name, rest))
         texts.append(f"... and {sum(map(len, rest))} more leaves: {names}")
     return texts
 
 
-def _text(group: list[tuple[str, str]], paths: list[str]) -> str:
-    path, text = group[0]
-    if len(group) == 1:
+def rule_for(members: Sequence[str], paths: Sequence[str]) -> str:
+    """The source code of a pattern that matches these leaves and no others."""
+    if len(members) == 1:
+        return repr(members[0])
+    pattern, own = glob_of(members), {*members}
+    if {path for path in paths if fnmatchcase(path, pattern)} == own:
+        return repr(pattern)
+    globs = [glob_of(group) for group in group_by(members, without_numbers)]
+    exact = "|".join(
+        "".join(r"\d+" if text == "*" else re.escape(text) for text in re.split(r"(\*)", glob))
+        for glob in globs
+    )
+    return f"re.compile(r'^{exact if len(globs) == 1 else f'({exact})'}$')"
+
+
+def _text(members: list[str], text: str, paths: Sequence[str]) -> str:
+    if len(members) == 1:
         return text
-    members = [path for path, _ in group]
-    before, *after = text.split(repr(path))
-    return _rule(members, paths).join([before + _name(members) + "".join(after[:1]), *after[1:]])
+    before, *after = text.split(repr(members[0]))
+    return rule_for(members, paths).join([before + _name(members) + "".join(after[:1]), *after[1:]])
 
 
 def _name(members: list[str]) -> str:
     return repr(glob_of(members)) + (f" ({len(members)} leaves)" if len(members) > 1 else "")
-
-
-def _rule(members: list[str], paths: list[str]) -> str:
-    """The source code of a pattern that matches these leaves and no others."""
-    pattern = glob_of(members)
-    if {path for path in paths if fnmatchcase(path, pattern)} == set(members):
-        return repr(pattern)
-    exact = "".join(r"\d+" if text == "*" else re.escape(text) for text in re.split(r"(\*)", pattern))
-    return f"re.compile(r'^{exact}$')"

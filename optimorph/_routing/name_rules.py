@@ -16,7 +16,8 @@ class NameRule(NamedTuple):
     Args:
       role: the role that `plan` shows.
       pattern: a regular expression for the last names of the lower-case path, in which every number is 0.
-      specs: the possible specs, one for each number of axes; empty if the leaf is not a matrix.
+      specs: the possible specs, one for each number of axes; empty if the leaf is not a matrix. After
+        `UNDECIDED` they are answers that a question offers.
       when: a condition on the shape; if it is false, the rule does not match.
       shape_ok: a condition on the shape without batch axes; if it is false, the spec does not fit.
       batch_axes: whether `specs` include the batch axes; otherwise these are put in front.
@@ -25,7 +26,7 @@ class NameRule(NamedTuple):
 
     role: str
     pattern: str
-    specs: tuple[str, ...] = ()
+    specs: tuple[str | None, ...] = ()
     when: Callable[[Shape], bool] = lambda shape: True
     shape_ok: Callable[[Shape], bool] = lambda shape: True
     batch_axes: bool = False
@@ -173,8 +174,8 @@ _MATRIX_NAME = (
 """Names that mean a matrix."""
 
 RULES = (
-    NameRule("low rank", r"lora_?[ab](/kernel)?|\w*(lora|adapter)\w*/(.*/)?[ab]", ("io",)),
-    NameRule("low rank", r"lora_?[ab]/weight", ("oi",)),
+    NameRule("low rank", r"(\w+_)?lora_?[ab](/kernel)?|\w*(lora|adapter)\w*/(.*/)?[ab]", ("io",)),
+    NameRule("low rank", r"(\w+_)?lora_?[ab]/weight", ("oi",)),
     NameRule("bias", r"(\w+_)?bias(es)?(_\w+)?|offset|(\w+_)?beta|(\w+_)?sinks?|a_log"),
     NameRule("bias", r"\w*(expert|moe)\w*/([^/]+/)?b(\d+|_\w+)?"),
     NameRule("bias", r"b\d*|g", when=lambda shape: len(shape) < 2),
@@ -261,6 +262,12 @@ RULES = (
     ),
     NameRule("dense", "h/0/mlp/c_fc/kernel", (UNDECIDED,), lambda s: len(s) == 2 and s[0] > s[1]),
     NameRule("dense", "h/0/mlp/c_proj/kernel", (UNDECIDED,), lambda s: len(s) == 2 and s[0] < s[1]),
+    # Gemma: heads are the first axis, and gate and input, of which the inner width is the larger
+    NameRule("attention", "q_einsum/w", ("oio",)),
+    NameRule("attention", "(kv|qkv)_einsum/w", ("boio",)),
+    NameRule("attention", "attn_vec_einsum/w", ("iio",)),
+    NameRule("dense", "gating_einsum(/w)?", ("bio",), lambda s: len(s) > 2 and s[-2] < s[-1]),
+    NameRule("dense", "gating_einsum(/w)?", ("boi",), lambda s: len(s) > 2 and s[-2] > s[-1]),
     # GEGLU: a gate and its input side by side
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
     NameRule("dense", rf"\w*(adaln|modulation)\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED,)),
@@ -278,10 +285,11 @@ RULES = (
     NameRule(
         "attention", r"(query|key|value|[qkv]_proj|w?[qkv]|to_[qkv])/kernel", ("io", "ioo"), shape_ok=_heads
     ),
-    NameRule("attention", "(wq_b|wkv_b)/kernel", ("io", "ioo"), shape_ok=_heads_of_latents),
+    NameRule("attention", _IN_ATTENTION + r"(query|key|value|w?[qkv])", ("io", "ioo"), shape_ok=_heads),
+    NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=_heads_of_latents),
     NameRule(
         "attention",
-        _IN_ATTENTION + "(out|o|proj|o_proj|out_proj|output|wo|c_proj)/kernel",
+        _IN_ATTENTION + "((out|o|proj|o_proj|out_proj|output|wo|c_proj)/kernel|w?o)",
         ("io", "iio"),
         shape_ok=_heads_first,
     ),

@@ -7,19 +7,58 @@ from optimorph._core.types import Shape
 from optimorph._routing.name_rules import RULES, UNDECIDED, NameRule
 from optimorph.linalg import Axes
 
-_STACK = re.compile(r"(^|/)(scan(ned)?(_\w+)?|\w*Scan[A-Z]\w*|Vmap[A-Z]\w*|stacked|\w*layer_stack\w*)/")
-_MAYBE_STACK = re.compile(
+STACK = re.compile(r"(^|/)(scan(ned)?(_\w+)?|\w*Scan[A-Z]\w*|Vmap[A-Z]\w*|stacked|\w*layer_stack\w*)/")
+MAYBE_STACK = re.compile(
     r"(^|/)(\w+_)?(layers|blocks|stages)/(?!\d|(layer|block|stage)s?[_/]?\d)", re.IGNORECASE
 )
+"""Names of modules that may be stacks of layers."""
+
+_ANY_STACK = re.compile(r"(^|/)(\w+_)?(layers|blocks|stages)/(?!\d|blocks/)", re.IGNORECASE)
+
+UNSTACKED = -1
+"""The axis of layers of a leaf that has none."""
+
 _MATRIX_NAME = re.compile(r"(^|/)(kernel|w)$")  # with two axes it is a matrix, not a stack of vectors
 
 
-def by_name(path: str, shape: Shape) -> tuple[str, str | None]:
+def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, str | None]:
     """A leaf's role and spec. The spec is None if the leaf is not a matrix, `UNDECIDED` if it is ambiguous.
 
     Names are separated by dots or slashes. Rules see every number as 0.
+
+    Args:
+      path: the leaf's keys.
+      shape: the leaf's shape.
+      layers: the axis that counts layers, or `UNSTACKED`; None if only the names may tell.
     """
-    return _by_name(re.sub(r"\d+", "0", path.replace(".", "/")), shape)
+    role, spec = _by_name(_normal(path, layers), without_layers(shape, layers))
+    return role, with_layers(spec, layers)
+
+
+def offers(path: str, shape: Shape, layers: int | None = None) -> list[str | None]:
+    """What the rule that leaves a leaf `UNDECIDED` takes for likely."""
+    path, shape = _normal(path, layers), without_layers(shape, layers)
+    rule = next(rule for rule in RULES if _match(rule, path, shape) is not None)
+    return [with_layers(spec, layers) for spec in rule.specs if spec != UNDECIDED]
+
+
+def without_layers(shape: Shape, layers: int | None) -> Shape:
+    """A shape without its axis of layers."""
+    return shape if layers is None or layers == UNSTACKED else shape[:layers] + shape[layers + 1 :]
+
+
+def with_layers(spec: str | None, layers: int | None) -> str | None:
+    """A spec of one layer, as that of a stack of layers."""
+    if spec in (None, UNDECIDED) or layers is None or layers == UNSTACKED:
+        return spec
+    axes = [*map(str, Axes(spec).parts)]
+    return "".join([*axes[:layers], "b", *axes[layers:]])
+
+
+def _normal(path: str, layers: int | None) -> str:
+    """A path as rules see it: where siblings tell of layers, their names do not."""
+    path = re.sub(r"\d+", "0", path.replace(".", "/"))
+    return path if layers is None else _ANY_STACK.sub(r"\g<0>0/", STACK.sub(r"\1blocks/0/", path))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -37,7 +76,7 @@ def _match(rule: NameRule, path: str, shape: Shape) -> tuple[str, str | None] | 
         return rule.role, None
     if rule.specs and sum(size > 1 for size in shape) < 2:
         return "vector", None
-    specs = _specs(rule, path, shape)
+    specs = [] if UNDECIDED in rule.specs else _specs(rule, path, shape)
     if (specs or not rule.batch_axes) and rule.when(shape):
         return rule.role, specs[0] if len(specs) == 1 else UNDECIDED
     return None
@@ -51,11 +90,11 @@ def _compiled(pattern: str, not_in: str) -> tuple[re.Pattern[str], re.Pattern[st
 def _specs(rule: NameRule, path: str, shape: Shape) -> list[str]:
     """The rule's specs that fit the shape, with every possible number of batch axes in front."""
     ndim = len(shape)
-    by_ndim = {Axes(spec).ndim: spec for spec in rule.specs if spec != UNDECIDED}
+    by_ndim = {Axes(spec).ndim: spec for spec in rule.specs}
     if rule.batch_axes:
         return [by_ndim[ndim]] if ndim in by_ndim else []
-    stacked = bool(_STACK.search(path))
-    maybe_stacked = stacked or bool(_MAYBE_STACK.search(path))
+    stacked = bool(STACK.search(path))
+    maybe_stacked = stacked or bool(MAYBE_STACK.search(path))
     specs = {
         n: "b" * n + by_ndim[ndim - n]
         for n in range(maybe_stacked + (rule.role == "experts") + 1)

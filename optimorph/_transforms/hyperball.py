@@ -14,7 +14,7 @@ from optimorph._core.roles import roles_of
 from optimorph._core.rule import Rule, transform
 from optimorph._core.types import AxesRules, Rules, ScalarOrSchedule
 from optimorph._distributed.shardings import shards_of
-from optimorph._routing.leaf_spec import AxesOfLeaves
+from optimorph._routing.resolve import AxesOfLeaves
 from optimorph._transforms.step import LearningRateState
 from optimorph.linalg import Axes
 
@@ -55,7 +55,7 @@ def hyperball(
     own = AxesOfLeaves(who, axes, shardings)
 
     def begin(leaves):
-        own.check(leaves.tree)
+        own.check(leaves)
         count = jnp.zeros([], jnp.int32)
         return LearningRateState(count, as_float32(rate_at(count)))
 

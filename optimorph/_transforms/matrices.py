@@ -12,7 +12,7 @@ from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.sharded_function import ShardedFunction
 from optimorph._distributed.shardings import local_shard, local_shard_spec, manual_axes, shardings_of
-from optimorph._routing.leaf_spec import AxesOfLeaves
+from optimorph._routing.resolve import AxesOfLeaves
 from optimorph.linalg import Exact, NewtonSchulz
 
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -72,8 +72,8 @@ def orthogonalize(
     own = AxesOfLeaves(who, axes, shardings)
 
     def init(params):
-        arrays(who, params)
-        own.check(params)
+        leaves, tree = arrays(who, params)
+        own.check(Leaves(tree, leaves))
         return optax.EmptyState()
 
     def update(updates, state, params=None):
@@ -124,7 +124,7 @@ def scale_by_shape(
     own = AxesOfLeaves(who, axes, shardings)
 
     def begin(leaves):
-        own.check(leaves.tree)
+        own.check(leaves)
         return optax.EmptyState()
 
     def advance(state, leaves):

@@ -1,0 +1,103 @@
+"""The output layer of a model whose layers have no telling names, by widths."""
+
+import re
+from collections.abc import Sequence
+
+from optimorph._core.types import Shape
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
+
+_ANY_LAYER = re.compile(r"(^|/)(dense|linear|lin|fc|layers?)[_/]?\d*/(kernel|weight|w)$", re.IGNORECASE)
+"""A name that does not say what a layer is for."""
+
+_IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/.+/|attn|attention", re.IGNORECASE)
+
+_IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
+
+
+def has_no_name(path: str) -> bool:
+    """Whether a leaf belongs to a layer whose name does not say what it is for."""
+    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(path)
+
+
+def with_output_layer(
+    paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]
+) -> list[LeafSpec]:
+    """The specs with the output layer inferred, or asked for if several layers without names may be it.
+
+    The output layer is a layer without a telling name whose inputs are the outputs of another layer, and
+    whose outputs no other leaf takes in. If there is only one and no other such layer has a higher number, it
+    is inferred. If there are several, or if outputs are taken in by no later layer, as in an autoencoder, it
+    is asked for. Where a leaf is called a head, nothing changes.
+
+    Args:
+      paths: of all leaves.
+      shapes: of all leaves.
+      specs: how the default rules and the user's read them.
+    """
+    specs = list(specs)
+    unnamed = [
+        k
+        for k, (path, spec) in enumerate(zip(paths, specs, strict=True))
+        if spec.role == "dense" and spec.axes is not None and len(shapes[k]) == 2 and has_no_name(path)
+    ]
+    if not unnamed or any(spec.role == HEAD for spec in specs):
+        return specs
+    leaves = [
+        (path.rpartition("/")[0], *_sides(shape, spec))
+        for path, shape, spec in zip(paths, shapes, specs, strict=True)
+    ]
+
+    def others(k: int, out: int, into: int) -> list[int]:
+        """The leaves of other modules into which what leaf `k` takes in or puts out fits."""
+        return [j for j, leaf in enumerate(leaves) if leaf[0] != leaves[k][0] and leaves[k][out] <= leaf[into]]
+
+    def takes_its_own_end(k: int) -> bool:
+        """Whether only layers before it take in its outputs, and these have no other inputs."""
+        inputs, outputs = leaves[k][1:]
+        takers = others(k, 2, 1)
+        return inputs != outputs and all(
+            specs[j].axes is not None and _before(paths[j], paths[k]) and others(j, 1, 2) == [k]
+            for j in takers
+        )
+
+    fed = [k for k in unnamed if others(k, 1, 2)]
+    sinks = [k for k in fed if not others(k, 2, 1)]
+    last = max(_number(paths[k]) for k in unnamed)
+    if len(sinks) == 1:
+        (k,), spec = sinks, specs[sinks[0]]
+        if spec.axes is not None and _number(paths[k]) == last:
+            specs[k] = LeafSpec(None, INFERRED_HEAD, answers=(None, spec.axes.spec))
+        return specs
+    for k in sinks or [k for k in fed if takes_its_own_end(k)]:
+        if not _IN_PERCEPTRON.search(paths[k]):
+            form = specs[k].axes
+            first = (None, *([] if form is None else [form.spec]))
+            specs[k] = unresolved(paths[k], shapes[k], "may be the output layer, by its width", first=first)
+    return specs
+
+
+def _before(path: str, other: str) -> bool:
+    """Whether a layer comes before another: by their numbers in one module, or in another module."""
+    same = _parent(path) == _parent(other)
+    return not same or _number(path) < _number(other)
+
+
+def _parent(path: str) -> str:
+    """The module that has the layer of a leaf."""
+    return path.rpartition("/")[0].rpartition("/")[0]
+
+
+def _number(path: str) -> int:
+    """The number of a layer; 0 for one without."""
+    numbers = re.findall(r"\d+", path)
+    return int(numbers[-1]) if numbers else 0
+
+
+def _sides(shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
+    """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix."""
+    if spec.axes is None:
+        return {*shape}, ({*shape} if len(shape) > 1 else set())
+    stacks = spec.axes.stacks(shape)
+    return {stack[-2] for stack in stacks}, {stack[-1] for stack in stacks}
+
+

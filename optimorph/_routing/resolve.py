@@ -1,0 +1,158 @@
+"""How the leaves of a tree read as matrices: by the user's rules, by names, by siblings, by widths."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from optimorph._core.checks import LeafError
+from optimorph._core.numbers import is_trainable
+from optimorph._core.rule import Leaves, handed
+from optimorph._core.types import AxesRules, Rules, Shape
+from optimorph._distributed.shardings import Match, whole_shapes
+from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, unresolved
+from optimorph._routing.name_rules import UNDECIDED
+from optimorph._routing.names import by_name, offers, with_layers, without_layers
+from optimorph._routing.output_layer import with_output_layer
+from optimorph._routing.questions import questions
+from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern
+from optimorph._routing.siblings import expert_spec, layer_axes
+from optimorph.linalg import Axes
+
+NOTHING = LeafSpec(None, "none")
+"""How a leaf reads that has no array."""
+
+Resolve = Callable[[Sequence[str], Sequence[Shape]], list[LeafSpec]]
+"""(paths, shapes) of a tree → how each leaf reads as matrices."""
+
+
+def resolve_leaves(who: str, rules: AxesRules | None) -> Resolve:
+    """How all leaves of a tree read as matrices, by `rules`, or by default where none of these matches.
+
+    Args:
+      who: the function that errors name.
+      rules: pattern → spec, or (path, shape) → spec, or a tree of specs, as those of `labels`. The spec None
+        means "not a matrix", "head" the output layer.
+
+    Raises:
+      ValueError: a spec in place of rules.
+    """
+    by_rule = _by_rules(who, rules)
+
+    def resolve(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+        specs = [by_rule(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+        if None not in specs:
+            return specs
+        default = by_siblings(paths, shapes)
+        specs = [default[k] if spec is None else spec for k, spec in enumerate(specs)]
+        return with_output_layer(paths, shapes, specs)
+
+    return resolve
+
+
+def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+    """The default rules for all leaves of a tree, with what each tells of the others."""
+    layers = layer_axes(paths, shapes)
+    found = [by_name(path, shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)]
+    routers = [
+        (path, without_layers(shape, k))
+        for path, shape, k, (role, _) in zip(paths, shapes, layers, found, strict=True)
+        if role == "router"
+    ]
+    specs = []
+    for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
+        if spec == UNDECIDED and (of_expert := expert_spec(path, without_layers(shape, k), routers)):
+            role, spec = "experts", with_layers(of_expert, k)
+        specs.append(_by_default(path, shape, k, role, spec))
+    return specs
+
+
+def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes | None]:
+    """(path, shape) → the leaf's spec by its name alone; a `LeafError` if that does not tell."""
+    by_rule = _by_rules(who, rules)
+
+    def axes(path: str, shape: Shape) -> Axes | None:
+        spec = by_rule(path, shape) or _by_default(path, shape, None, *by_name(path, shape))
+        if spec.unresolved is not None:
+            raise LeafError(f"{who}: {spec.question(path)}")
+        return spec.axes
+
+    return axes
+
+
+class AxesOfLeaves:
+    """How a transform finds the axes of leaves: from `route_matrices` around it, or from its own rules."""
+
+    def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
+        self.who, self.given, self.match = who, axes is not None, lookup_if_given(shardings)
+        self.resolve = resolve_leaves(who, axes)
+
+    def check(self, leaves: Leaves) -> None:
+        """Refuse leaves that the transform's own rules do not decide, if it has any."""
+        if self.given:
+            resolved_axes(self.who, self.resolve, self.match, leaves)
+
+    def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
+        """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""
+        if not self.given and handed("matrix_axes") is not None:
+            return handed("matrix_axes"), handed("shardings")
+        return resolved_axes(self.who, self.resolve, self.match, leaves), self.match
+
+
+def resolved(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) -> list[LeafSpec]:
+    """How all leaves read as matrices; those without an array, and integers, do not.
+
+    Raises:
+      ValueError: naming `who`, with a question for each kind of unresolved leaves.
+    """
+    there = [k for k, x in enumerate(leaves.values) if is_trainable(x)]
+    paths = [leaves.paths[k] for k in there]
+    shapes = whole_shapes(who, match, paths, [np.shape(leaves.values[k]) for k in there])
+    specs = resolve(paths, shapes)
+    if any(spec.unresolved is not None for spec in specs):
+        raise ValueError("\n".join(questions(who, paths, specs)))
+    known = dict(zip(there, specs, strict=True))
+    return [known.get(k, NOTHING) for k in range(len(leaves.values))]
+
+
+def resolved_axes(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) -> list[Axes | None]:
+    """The axes of all leaves, as `resolved` finds them."""
+    return [spec.axes for spec in resolved(who, resolve, match, leaves)]
+
+
+def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafSpec | None]:
+    """(path, shape) → how a leaf reads by the user's rules; None if none of these matches."""
+    if isinstance(rules, str | Axes):
+        raise ValueError(
+            f"{who}: axes must map patterns of paths to specs, but is {rules!r}. "
+            f"Type axes={{'*': {rules!r}}} for all leaves."
+        )
+    rules = {} if rules is None else rules
+    match, pattern_of = lookup(rules), matching_pattern(rules)
+
+    def by_rule(path: str, shape: Shape) -> LeafSpec | None:
+        spec = match(path, shape)
+        if spec is NO_MATCH:
+            return None
+        pattern = pattern_of(path)
+        role = "rule" if pattern is None else f"rule {pattern}"
+        if spec is None or spec == HEAD:
+            return LeafSpec(None, HEAD if spec == HEAD else role)
+        if not isinstance(spec, str | Axes):
+            return unresolved(path, shape, f"{spec!r} is not a spec", role)
+        try:
+            axes = spec if isinstance(spec, Axes) else axes_of(spec)
+        except ValueError as error:
+            return unresolved(path, shape, str(error).rstrip("."), role)
+        cause = axes.misfit(shape)
+        return LeafSpec(axes, role) if cause is None else unresolved(path, shape, cause, role)
+
+    return by_rule
+
+
+def _by_default(path: str, shape: Shape, layers: int | None, role: str, spec: str | None) -> LeafSpec:
+    if spec != UNDECIDED:
+        return LeafSpec(None if spec is None else axes_of(spec), role)
+    first = offers(path, shape, layers)
+    cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"
+    return unresolved(path, shape, cause, first=first)

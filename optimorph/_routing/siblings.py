@@ -1,0 +1,102 @@
+"""What the other leaves of a tree tell of a leaf: which axis counts layers, and which counts experts."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from optimorph._core.types import Shape
+from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name
+
+_Counts = set[tuple[int, int]]
+"""(position, size) of the axes that all leaves of a module share, of the first two."""
+
+_DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
+"""The layer of a perceptron whose outputs are as wide as the model."""
+
+
+class _Module:
+    """What is known of all leaves below a module."""
+
+    def __init__(self):
+        self.counts: _Counts | None = None
+        self.vectors = self.widest = 0
+        self.stacked_vectors: list[Shape] = []
+
+    def add(self, shape: Shape, is_vector: bool) -> None:
+        """One more leaf; a norm's scale or a bias is a vector, unless it is stacked."""
+        own = {(k, size) for k, size in enumerate((shape if len(shape) > 1 else shape * 2)[:2])}
+        self.counts = own if self.counts is None else self.counts & own
+        sides = [size for size in shape if size > 1]
+        if is_vector and len(sides) == 1:
+            self.vectors += 1
+        elif is_vector and len(sides) == 2:
+            self.stacked_vectors.append((*sides,))
+
+    def layers(self) -> list[int]:
+        """The positions of axes that may count layers: shorter than the widest vector is long."""
+        counts = self.counts or ()
+        return [
+            k
+            for k, n in counts
+            if n > 1 and any(n in sides and n < sides[0] * sides[1] // n for sides in self.stacked_vectors)
+        ]
+
+
+def layer_axes(paths: Sequence[str], shapes: Sequence[Shape]) -> list[int | None]:
+    """For each leaf the axis that counts layers, `UNSTACKED` if none does, None if siblings do not tell.
+
+    The nearest module with norms or biases decides. They are stacked if they have two axes, and one size
+    at one position in all leaves of the module counts the layers. They are not stacked if they have one.
+    """
+    modules: dict[str, _Module] = {}
+    for path, shape in zip(paths, shapes, strict=True):
+        is_vector = by_name(path, (2,))[0] in ("norm", "bias")
+        for name in _parents(path):
+            modules.setdefault(name, _Module()).add(shape, is_vector)
+    return [_layer_axis(modules, path) if len(shape) > 1 else None for path, shape in zip(paths, shapes, strict=True)]
+
+
+def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:
+    for name in _parents(path):
+        module = modules[name]
+        if module.vectors:
+            rest = path[len(name) :].replace(".", "/")
+            inside = not (MAYBE_STACK.search(rest) or STACK.search(rest))
+            return UNSTACKED if inside and not module.stacked_vectors else None
+        found = module.layers()
+        if module.stacked_vectors and len(found) < 2:
+            return found[0] if found else None
+    return None
+
+
+def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
+    """The spec of a leaf that has one expert for each output of a router beside it; None of other leaves.
+
+    Args:
+      path: of the leaf.
+      shape: without an axis of layers.
+      routers: paths and shapes of the tree's routers, likewise.
+    """
+    if len(shape) != 3:
+        return None
+    outputs_first = path.endswith("weight")
+    name = re.sub(r"/(kernel|weight|w)$", "", path)
+    width = shape[2 if (_DOWN.search(name.rpartition("/")[2]) is not None) != outputs_first else 1]
+    beside = any(
+        router in ((width, shape[0]), (shape[0], width)) and path.startswith(_grandparent(other))
+        for other, router in routers
+    )
+    return ("boi" if outputs_first else "bio") if beside else None
+
+
+def _grandparent(path: str) -> str:
+    """The module that has the router as a layer."""
+    module = path.rpartition("/")[0] if re.search(r"/(kernel|w|weight)$", path) else path
+    return module.rpartition("/")[0]
+
+
+def _parents(path: str) -> Iterator[str]:
+    """The modules that a leaf is in, the innermost first."""
+    path = path.replace(".", "/")
+    while path:
+        path = path.rpartition("/")[0]
+        yield path
