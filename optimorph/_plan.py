@@ -181,9 +181,7 @@ def plan(
     return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates, over_mesh)
 
 
-def _specs(
-    routes: Routes | None, paths: list[str], leaves: list[jax.ShapeDtypeStruct]
-) -> list[LeafSpec]:
+def _specs(routes: Routes | None, paths: list[str], leaves: list[jax.ShapeDtypeStruct]) -> list[LeafSpec]:
     """How the leaves read as matrices; of an optimizer that does not route, their roles alone."""
     trained = [k for k, leaf in enumerate(leaves) if kind(leaf) != "integer"]
     known = [paths[k] for k in trained], [leaves[k].shape for k in trained]
@@ -237,7 +235,10 @@ def _state_bytes(
     )
     params = {group[0][0]: group[0][1] for group in groups}
     own = {group[0][0]: group[0][2] for group in groups}
-    with warnings.catch_warnings(action="ignore"), handed_down(leaf_specs=own):  # the plan reports unused rules
+    with (
+        warnings.catch_warnings(action="ignore"),
+        handed_down(leaf_specs=own),
+    ):  # the plan reports unused rules
         state = jax.eval_shape(optimizer.init, params)
     count = dict.fromkeys(params, 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:

@@ -24,11 +24,13 @@ from optimorph._core.differences import check_state
 from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role
+from optimorph._core.rule import Leaves
 from optimorph._core.types import AxesRules, PyTree
 from optimorph._distributed.map_by_shape import map_by_shape
 from optimorph._distributed.shardings import explicit_axes
-from optimorph._routing.resolve import leaf_axes
+from optimorph._routing.resolve import resolve_leaves, resolved_axes
 from optimorph._storage.moments import moments_of
+from optimorph.linalg import Axes
 
 
 class Leaf(NamedTuple):
@@ -133,12 +135,15 @@ def probe(
     _check(metrics, every)
     inner = optax.with_extra_args_support(inner)
     of_matrices = [name for name in metrics if name not in OF_LEAVES]
-    form = leaf_axes("probe", axes) if of_matrices else lambda path, shape: None
+    resolve = resolve_leaves("probe", axes)
 
-    def names_of(params: PyTree, state: PyTree) -> tuple[str, ...]:
-        """Every path with every metric that its leaf has."""
+    def names_of(params: PyTree, state: PyTree) -> tuple[tuple[str, ...], dict[str, Axes | None]]:
+        """Every path with every metric that its leaf has; path → how the leaf reads as matrices."""
         moments, paths = _momenta(state), distinct_paths("probe", params)
-        return tuple(
+        known = Leaves(jax.tree.structure(params), jax.tree.leaves(params))
+        read = resolved_axes("probe", resolve, None, known) if of_matrices else [None] * len(paths)
+        forms = dict(zip(paths, read, strict=True))
+        names = tuple(
             f"{path}/{name}".lstrip("/")
             for name in metrics
             for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
@@ -146,21 +151,24 @@ def probe(
             and is_trainable(leaf)
             and 0 not in np.shape(leaf)
             and (path in moments or name.split("_")[0] not in ("cosine", "momentum"))
-            and (name in OF_LEAVES or form(path, np.shape(leaf)) is not None)
+            and (name in OF_LEAVES or forms[path] is not None)
         )
+        return names, forms
 
-    def measure(names: tuple[str, ...], leaves: dict[str, Leaf]) -> tuple[jax.Array, jax.Array]:
+    def measure(
+        names: tuple[str, ...], leaves: dict[str, Leaf], forms: dict[str, Axes | None]
+    ) -> tuple[jax.Array, jax.Array]:
         """All numbers, and which of them were measured: those of leaves with a gradient."""
         wanted = [(path, metric) for path, _, metric in (name.rpartition("/") for name in names)]
         there = [(path, name) for path, name in wanted if path in leaves]
         found = {(path, name): OF_LEAVES[name](leaves[path]) for path, name in there if name in OF_LEAVES}
-        found |= _of_matrices([pair for pair in there if pair not in found], leaves, form, exact)
+        found |= _of_matrices([pair for pair in there if pair not in found], leaves, forms, exact)
         values = [jnp.asarray(found.get(pair, 0.0), jnp.float32) for pair in wanted]
         return jnp.stack(values), jnp.asarray([pair in found for pair in wanted])
 
     def init(params):
         state = inner.init(params)
-        names = names_of(params, state)
+        names, _ = names_of(params, state)
         values, measured = jnp.zeros(len(names), jnp.float32), jnp.zeros(len(names), bool)
         return ProbeState(state, jnp.zeros([], jnp.int32), values, measured, _as_bytes(names))
 
@@ -169,14 +177,16 @@ def probe(
             check_params("probe", params, "it is asked for numbers about weights")
         check_state("probe", state, ProbeState)
         out, after = inner.update(updates, state.inner, params, **extra)
-        names = names_of(updates if params is None else params, state.inner)
+        names, forms = names_of(updates if params is None else params, state.inner)
         if len(names) != state.values.shape[-1]:
             check_params("probe", params, "without them it cannot tell which gradients are missing")
         values, measured = state.values, state.measured
         if names:
             due = state.count % every == 0
             values, measured = jax.lax.cond(
-                due, lambda: measure(names, _leaves(updates, out, params, after)), lambda: (values, measured)
+                due,
+                lambda: measure(names, _leaves(updates, out, params, after), forms),
+                lambda: (values, measured),
             )
         return out, ProbeState(after, increment(state.count), values, measured, state.names)
 
@@ -238,7 +248,7 @@ def _plain(x: Any) -> Any:
 def _of_matrices(
     pairs: list[tuple[str, str]],
     leaves: dict[str, Leaf],
-    form: Callable[[str, tuple[int, ...]], Any],
+    forms: dict[str, Any],
     exact: bool,
 ) -> dict[tuple[str, str], jax.Array]:
     """The metrics of matrices; those of one shape are one stack, and each is decomposed once."""
@@ -248,7 +258,7 @@ def _of_matrices(
         names = list(dict.fromkeys(name for _, name in mine))
         paths = list(dict.fromkeys(path for path, _ in mine))
         arrays = [_whole(upcast(getattr(leaves[path], of))) for path in paths]
-        stacks = [form(path, x.shape).matrices(x) for path, x in zip(paths, arrays, strict=True)]
+        stacks = [forms[path].matrices(x) for path, x in zip(paths, arrays, strict=True)]
         numbers = iter(
             map_by_shape(
                 functools.partial(_numbers, names=names, exact=exact),

@@ -896,7 +896,7 @@ ASKED = {
     ("x/weight", (12, 3, 12, 64, 768)): ["'bbooi'"],
     ("x/weight", (12, 768, 12, 64)): ["'booi'", "'boii'"],
     ("x/kernel", (12, 3, 3, 3, 8, 8)): ["'biiiio'"],
-    ("x", (2, 2, 2, 2, 2, 3, 4)): ["'bbbbbio'", "None}  # not a matrix"],
+    ("x", (2, 2, 2, 2, 2, 3, 4)): ["None}  # not a matrix", "'bbbbbio'"],
     ("query_key_value/kernel", (48, 144)): ["'i(3o)'", "'i(36o)'"],
     ("rnn/cell/dense_i/kernel", (5, 16)): ["'io'", "'i(4o)'"],
 }

@@ -79,7 +79,7 @@ def routed(
     scale: str | None = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
-    resolve, match = resolve_leaves(who, axes), lookup_if_given(shardings)
+    resolve, match = resolve_leaves(who, axes, find_output=True), lookup_if_given(shardings)
     transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 
     def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:

@@ -1,6 +1,7 @@
 """How one leaf reads as matrices, and the question if that is not known."""
 
 import functools
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -47,16 +48,27 @@ def unresolved(
       role: the role by the default rules, or the rule that decided.
       first: answers that are likelier than others.
     """
-    outputs_first = path.split("/")[-1].startswith("weight") or path.endswith("weight")
-    meanings = _WEIGHTS if outputs_first else _KERNELS
-    likely: list[str | None] = [spec for spec in meanings if axes_of(spec).misfit(shape) is None]
-    if not likely and len(shape) > 1:
-        likely = ["b" * (len(shape) - 2) + "io"]
-    depthwise = len(shape) > 2 and shape[1 if outputs_first else -2] == 1
-    likely = [None, *likely] if depthwise else [*likely, None]
-    fitting = [spec for spec in first if spec is None or axes_of(spec).misfit(shape) is None]
-    answers = tuple(dict.fromkeys([*fitting, *likely]))
+    answers = tuple(spec for spec in dict.fromkeys([*first, *likely(path, shape)]) if _fits(spec, shape))
     return LeafSpec(None, role, f"has shape {shape}, and {cause}", answers)
+
+
+def likely(path: str, shape: Shape) -> list[str | None]:
+    """Everything that a leaf may be by its shape, and whether its outputs come first by its name."""
+    window_first = len(shape) == 4 and max(shape[:2]) <= 7 < min(shape[2:])
+    outputs_first = re.search(r"weight(_\w+)?$", path) is not None and not window_first
+    meanings = _WEIGHTS if outputs_first else _KERNELS
+    window = shape[2:] if outputs_first else shape[:-2]
+    found = [spec for spec in meanings if _fits(spec, shape)]
+    if len(window) > 1 and (max(window) > 32 or len({*window} - {1}) > 1):  # not that of a convolution
+        found = sorted(found, key=lambda spec: spec.count("i") - spec.count("b") > 2)
+    if not found and len(shape) > 1:
+        found = ["b" * (len(shape) - 2) + "io"]
+    depthwise = len(shape) > 2 and shape[1 if outputs_first else -2] == 1
+    return [None, *found] if depthwise else [*found, None]
+
+
+def _fits(spec: str | None, shape: Shape) -> bool:
+    return spec is None or axes_of(spec).misfit(shape) is None
 
 
 _KERNELS = {
@@ -108,14 +120,16 @@ _WEIGHTS = {
 """The same for a leaf with outputs before inputs."""
 
 
-
 def _meaning(spec: str | None) -> str:
     if spec is None:
         return "not a matrix"
     text = _KERNELS.get(spec) or _WEIGHTS.get(spec)
     if text is None and "b" in spec:
         return "stacks: " + _meaning(spec.replace("b", "", 1))
-    return text or ", ".join(f"{_SIDES[axis.letter]}{' of several matrices' * (len(axis.blocks) > 1)}" for axis in axes_of(spec).parts)
+    return text or ", ".join(
+        f"{_SIDES[axis.letter]}{' of several matrices' * (len(axis.blocks) > 1)}"
+        for axis in axes_of(spec).parts
+    )
 
 
 _SIDES = {"i": "inputs", "o": "outputs", "b": "batch"}

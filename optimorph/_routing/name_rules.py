@@ -59,6 +59,16 @@ def _maybe_convolution(shape: Shape) -> bool:
     return len(shape) != 3 and _is_window(shape[:-2], 7 if 1 in shape[:-2] else 15)
 
 
+def _is_patches(shape: Shape) -> bool:
+    """(height, width, channels, out) of large windows of an image."""
+    return len(shape) == 4 and shape[2] <= 4 and 8 <= shape[0] == shape[1]
+
+
+def _few_channels(shape: Shape) -> bool:
+    """(height, width, in, out) with as few outputs as an image has channels."""
+    return len(shape) == 4 and shape[3] <= 4 and shape[2] >= 16
+
+
 def _heads(shape: Shape) -> bool:
     """(model, heads, size), not a stack: heads x size is at most 4 x model."""
     model, *heads = shape
@@ -154,7 +164,9 @@ _QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 _ROOT = "^((params|model)/)*"
 _GENERIC = _ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
 # the projection of an embedding is not an embedding
-_NOT_A_LAYER = r"(?!\w*(proj|projection|dense|linear|fc|mlp|ffn?|attn|attention)(_?\d+)?(/|$))"
+_NOT_A_LAYER = (
+    r"(?!\w*(proj|project|projection|mapping\w*|dense|linear|fc|mlp|ffn?|attn|attention)(_?\d+)?(/|$))"
+)
 _EMBEDDING = (
     r"(\w*(embed|positional|codebook|posemb)\w*|(\w+_)?emb(s|_\w+)?|wte|wpe|w_e|w_pos|pe|pos_enc\w*|"
     r"rel_pos\w*|relative_\w+|vocab\w*|lookup\w*|word_vectors)"
@@ -173,11 +185,15 @@ _MATRIX_NAME = (
 )
 """Names that mean a matrix."""
 
+_LINEAR = r"\w*(proj|projection|linear|dense|fc|mlp|transition|gate|act|activations|scalar)(_?\d+)?"
+"""Modules whose `weights` are a matrix, and not a table."""
+
 RULES = (
     NameRule("low rank", r"(\w+_)?lora_?[ab](/kernel)?|\w*(lora|adapter)\w*/(.*/)?[ab]", ("io",)),
     NameRule("low rank", r"(\w+_)?lora_?[ab]/weight", ("oi",)),
     NameRule("bias", r"(\w+_)?bias(es)?(_\w+)?|offset|(\w+_)?beta|(\w+_)?sinks?|a_log"),
     NameRule("bias", r"\w*(expert|moe)\w*/([^/]+/)?b(\d+|_\w+)?"),
+    NameRule("bias", _IN_ATTENTION + "(query|key|value|gating|output)_b"),
     NameRule("bias", r"b\d*|g", when=lambda shape: len(shape) < 2),
     NameRule("bias", _IN_STACK + r"(b(\d+|_\w+)?|g)", when=lambda shape: len(shape) < 3),
     NameRule("norm", r"(\w+_)?scale|gamma|\w*norms?(_weights?|\d*)|(ln|rms|ls)(_\w+|\d*)"),
@@ -191,7 +207,7 @@ RULES = (
         "head",
         r"(\w*(unembed|logit|classifier|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_layer|"
         r"\w*seq_relationship)(/.*)?",
-        not_in=_ATTENTION + "|/w[qkvo]$|mixer",
+        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head",
     ),
     NameRule(
         "head",
@@ -202,7 +218,14 @@ RULES = (
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
     NameRule("head", _GENERIC + "(kernel|w)", when=_is_output, not_in=_BLOCK),
     NameRule("head", _GENERIC + "weight", when=lambda s: _is_output(s[::-1]), not_in=_BLOCK),
+    # the outputs of a distribution, of a policy, of a value
+    NameRule(
+        "distribution", rf"(\w+_)?(mean|mu|log_?(std|var|sigma|scale))/{_WEIGHT}", when=lambda s: len(s) == 2
+    ),
+    NameRule("head", r"(policy|value|actions?|q|advantage)/(kernel|w)", when=_is_output),
+    NameRule("head", r"(policy|value|actions?|q|advantage)/weight", when=lambda s: _is_output(s[::-1])),
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{_WEIGHT}"),
+    NameRule("head", _CONV + "([^/]+/)?" + _KERNEL, when=_few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
     NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{_WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
     NameRule("embedding", _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_embed\w*/.*|cls"),
     NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*(queries|codevectors)", not_in=_ATTENTION),
@@ -210,6 +233,7 @@ RULES = (
         "embedding", rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)", not_in=_ATTENTION + "|proj|mlp|dense"
     ),
     NameRule("embedding", r"x_embedder/.*"),
+    NameRule("embedding", "kernel", when=_is_patches),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
     NameRule("router", r"\w*router\w*(/[^/]+)?|switch/(kernel|weight|w)"),
@@ -238,14 +262,15 @@ RULES = (
     _maxtext_rule(
         "attention", _SCANNED + "self_attention_(local|global)/out/kernel", "ibio", _out_not_layers_first
     ),
-    NameRule("attention", _SCANNED_ATTENTION + "out/kernel", (UNDECIDED,), _out_not_layers_first),
-    NameRule("router", _SCANNED + r"\w*experts?/gate/kernel", (UNDECIDED,), lambda s: len(s) == 3),
+    NameRule("attention", _SCANNED_ATTENTION + "out/kernel", (UNDECIDED, "ibio"), _out_not_layers_first),
+    NameRule("router", _SCANNED + r"\w*experts?/gate/kernel", (UNDECIDED, None), lambda s: len(s) == 3),
     _maxtext_rule("dense", _SCANNED_DENSE, "ibo"),
-    NameRule("dense", _SCANNED_DENSE, (UNDECIDED,), _maybe_not_layers_first),
+    NameRule("dense", _SCANNED_DENSE, (UNDECIDED, "ibo"), _maybe_not_layers_first),
+    NameRule("experts", _SCANNED + r"(wi\w*|wo)", (UNDECIDED, "bbio"), _maybe_not_layers_first),
     NameRule(
         "dense",
         _SCANNED + "[^/]+",
-        (UNDECIDED,),
+        (UNDECIDED, "ibo", "iboo"),
         _maybe_not_layers_first,
         not_in="experts?/|attention[^/]*/out/",
     ),
@@ -258,19 +283,22 @@ RULES = (
     NameRule("experts", _LEVANTER + r"experts/(\w+/)?weight", ("io",)),
     # GPT-2 of Hugging Face's Flax: outputs come first
     NameRule(
-        "attention", "h/0/(attn|crossattention)/(c_proj|q_attn)/kernel", (UNDECIDED,), lambda s: len(s) == 2
+        "attention",
+        "h/0/(attn|crossattention)/(c_proj|q_attn)/kernel",
+        (UNDECIDED, "oi"),
+        lambda s: len(s) == 2,
     ),
-    NameRule("dense", "h/0/mlp/c_fc/kernel", (UNDECIDED,), lambda s: len(s) == 2 and s[0] > s[1]),
-    NameRule("dense", "h/0/mlp/c_proj/kernel", (UNDECIDED,), lambda s: len(s) == 2 and s[0] < s[1]),
+    NameRule("dense", "h/0/mlp/c_fc/kernel", (UNDECIDED, "oi"), lambda s: len(s) == 2 and s[0] > s[1]),
+    NameRule("dense", "h/0/mlp/c_proj/kernel", (UNDECIDED, "oi"), lambda s: len(s) == 2 and s[0] < s[1]),
     # Gemma: heads are the first axis, and gate and input, of which the inner width is the larger
-    NameRule("attention", "q_einsum/w", ("oio",)),
-    NameRule("attention", "(kv|qkv)_einsum/w", ("boio",)),
-    NameRule("attention", "attn_vec_einsum/w", ("iio",)),
+    NameRule("attention", "q_einsum/(w|kernel)", ("oio",)),
+    NameRule("attention", "(kv|qkv)_einsum/(w|kernel)", ("boio",)),
+    NameRule("attention", "attn_vec_einsum/(w|kernel)", ("iio",)),
     NameRule("dense", "gating_einsum(/w)?", ("bio",), lambda s: len(s) > 2 and s[-2] < s[-1]),
     NameRule("dense", "gating_einsum(/w)?", ("boi",), lambda s: len(s) > 2 and s[-2] > s[-1]),
     # GEGLU: a gate and its input side by side
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
-    NameRule("dense", rf"\w*(adaln|modulation)\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED,)),
+    NameRule("dense", rf"\w*(adaln|modulation)\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED, None)),
     # GPT-NeoX and BLOOM order query, key and value head by head
     NameRule("attention", r"query_key_value(/(kernel|w))?", (UNDECIDED,), _fused(3)),
     NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused(3, -2)),
@@ -281,15 +309,21 @@ RULES = (
     NameRule(
         "attention", _QKV + "/kernel", ("iobo",), lambda s: s[-2:-1] == (3,) != s[-3:-2], batch_axes=True
     ),
+    NameRule("attention", "h/0/attn/c_attn/kernel", (UNDECIDED, "(3o)i"), _fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     NameRule(
         "attention", r"(query|key|value|[qkv]_proj|w?[qkv]|to_[qkv])/kernel", ("io", "ioo"), shape_ok=_heads
     ),
-    NameRule("attention", _IN_ATTENTION + r"(query|key|value|w?[qkv])", ("io", "ioo"), shape_ok=_heads),
+    NameRule(
+        "attention",
+        _IN_ATTENTION + r"((query|key|value|gating)(_w)?|w?[qkv])",
+        ("io", "ioo"),
+        shape_ok=_heads,
+    ),
     NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=_heads_of_latents),
     NameRule(
         "attention",
-        _IN_ATTENTION + "((out|o|proj|o_proj|out_proj|output|wo|c_proj)/kernel|w?o)",
+        _IN_ATTENTION + "((out|o|proj|o_proj|out_proj|output|wo|c_proj)/kernel|w?o|output_w)",
         ("io", "iio"),
         shape_ok=_heads_first,
     ),
@@ -302,6 +336,8 @@ RULES = (
     NameRule("gates", r"\w*cell\w*/dense_h/kernel", ("i(4o)",), _fused(4)),
     NameRule("gates", r"\w*cell\w*/dense_h/kernel", ("i(3o)",), _fused(3)),
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
+    # the gates of several GRUs side by side
+    NameRule("gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and _fused(3)(s)),
     NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
     NameRule("convolution", "proj_(in|out)/kernel", ("iiio",), lambda s: s[:-2] == (1, 1)),
@@ -315,10 +351,13 @@ RULES = (
         shape_ok=_maybe_convolution,
         not_in=_ATTENTION + r"|kv|einsum|mlp|(^|[/_])ffn?([/_]|$)",
     ),
-    NameRule("dense", r"b\d*|g", (UNDECIDED,)),
+    NameRule("dense", r"b\d*|g", (UNDECIDED, None)),
+    NameRule("dense", "output_w", (UNDECIDED, "iio")),
+    NameRule("dense", "weight_[vg]", (UNDECIDED, None)),  # of a weight norm
     NameRule("dense", _MATRIX_NAME, ("io",)),
+    NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
     NameRule("dense", _IN_LAYER + "[^/]+", ("io",), _is_wide),
-    NameRule("unknown", ".*", (UNDECIDED,)),
+    NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from optimorph._core.types import Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
 
-_ANY_LAYER = re.compile(r"(^|/)(dense|linear|lin|fc|layers?)[_/]?\d*/(kernel|weight|w)$", re.IGNORECASE)
+_ANY_LAYER = re.compile(
+    r"(^|/)(dense|linear|lin|fc|layers?|hidden)[_/]?\d*/(kernel|weight|w)$", re.IGNORECASE
+)
 """A name that does not say what a layer is for."""
 
 _IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/.+/|attn|attention", re.IGNORECASE)
@@ -49,7 +51,9 @@ def with_output_layer(
 
     def others(k: int, out: int, into: int) -> list[int]:
         """The leaves of other modules into which what leaf `k` takes in or puts out fits."""
-        return [j for j, leaf in enumerate(leaves) if leaf[0] != leaves[k][0] and leaves[k][out] <= leaf[into]]
+        return [
+            j for j, leaf in enumerate(leaves) if leaf[0] != leaves[k][0] and leaves[k][out] <= leaf[into]
+        ]
 
     def takes_its_own_end(k: int) -> bool:
         """Whether only layers before it take in its outputs, and these have no other inputs."""
@@ -60,19 +64,22 @@ def with_output_layer(
             for j in takers
         )
 
-    fed = [k for k in unnamed if others(k, 1, 2)]
+    convolutions = any(spec.role == "convolution" for spec in specs)
+    narrower = [k for k in unnamed if convolutions and min(leaves[k][1]) > max(leaves[k][2])]  # from features
+    fed = [k for k in unnamed if others(k, 1, 2) or k in narrower]
     sinks = [k for k in fed if not others(k, 2, 1)]
     last = max(_number(paths[k]) for k in unnamed)
-    if len(sinks) == 1:
-        (k,), spec = sinks, specs[sinks[0]]
-        if spec.axes is not None and _number(paths[k]) == last:
-            specs[k] = LeafSpec(None, INFERRED_HEAD, answers=(None, spec.axes.spec))
-        return specs
-    for k in sinks or [k for k in fed if takes_its_own_end(k)]:
-        if not _IN_PERCEPTRON.search(paths[k]):
-            form = specs[k].axes
-            first = (None, *([] if form is None else [form.spec]))
-            specs[k] = unresolved(paths[k], shapes[k], "may be the output layer, by its width", first=first)
+    ends = sinks or [k for k in fed if takes_its_own_end(k)]
+    for k in ends:
+        form = specs[k].axes
+        answers = (None, None if form is None else form.spec)
+        if len(ends) == 1 and (sinks or len(unnamed) == 1):
+            specs[k] = (
+                LeafSpec(None, INFERRED_HEAD, answers=answers) if _number(paths[k]) == last else specs[k]
+            )
+        elif sinks or not _IN_PERCEPTRON.search(paths[k]):
+            cause = "may be the output layer, by its width"
+            specs[k] = unresolved(paths[k], shapes[k], cause, first=answers)
     return specs
 
 
@@ -99,5 +106,3 @@ def _sides(shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
         return {*shape}, ({*shape} if len(shape) > 1 else set())
     stacks = spec.axes.stacks(shape)
     return {stack[-2] for stack in stacks}, {stack[-1] for stack in stacks}
-
-

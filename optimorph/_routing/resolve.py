@@ -1,5 +1,6 @@
 """How the leaves of a tree read as matrices: by the user's rules, by names, by siblings, by widths."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from optimorph._core.numbers import is_trainable
 from optimorph._core.rule import Leaves, handed
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, whole_shapes
-from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, unresolved
+from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
 from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name, offers, with_layers, without_layers
 from optimorph._routing.output_layer import with_output_layer
@@ -26,11 +27,12 @@ Resolve = Callable[[Sequence[str], Sequence[Shape]], list[LeafSpec]]
 """(paths, shapes) of a tree → how each leaf reads as matrices."""
 
 
-def resolve_leaves(who: str, rules: AxesRules | None) -> Resolve:
+def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = False) -> Resolve:
     """How all leaves of a tree read as matrices, by `rules`, or by default where none of these matches.
 
     Args:
       who: the function that errors name.
+      find_output: whether an output layer without a telling name is inferred or asked for.
       rules: pattern → spec, or (path, shape) → spec, or a tree of specs, as those of `labels`. The spec None
         means "not a matrix", "head" the output layer.
 
@@ -45,7 +47,7 @@ def resolve_leaves(who: str, rules: AxesRules | None) -> Resolve:
             return specs
         default = by_siblings(paths, shapes)
         specs = [default[k] if spec is None else spec for k, spec in enumerate(specs)]
-        return with_output_layer(paths, shapes, specs)
+        return with_output_layer(paths, shapes, specs) if find_output else specs
 
     return resolve
 
@@ -59,12 +61,20 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
         for path, shape, k, (role, _) in zip(paths, shapes, layers, found, strict=True)
         if role == "router"
     ]
+    gates = {path: spec for path, (role, spec) in zip(paths, found, strict=True) if role == "gates"}
     specs = []
     for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
         if spec == UNDECIDED and (of_expert := expert_spec(path, without_layers(shape, k), routers)):
             role, spec = "experts", with_layers(of_expert, k)
+        if spec == UNDECIDED and (twin := _recurrent_twin(path)) != path:
+            spec = gates.get(twin, spec)
         specs.append(_by_default(path, shape, k, role, spec))
     return specs
+
+
+def _recurrent_twin(path: str) -> str:
+    """The leaf that has the gates of a recurrent layer as this one has, for hidden states."""
+    return re.sub(r"weight_ih$", "weight_hh", re.sub(r"dense_i/", "dense_h/", path))
 
 
 def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes | None]:
@@ -153,6 +163,7 @@ def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafS
 def _by_default(path: str, shape: Shape, layers: int | None, role: str, spec: str | None) -> LeafSpec:
     if spec != UNDECIDED:
         return LeafSpec(None if spec is None else axes_of(spec), role)
-    first = offers(path, shape, layers)
+    one_layer = [with_layers(answer, layers) for answer in likely(path, without_layers(shape, layers))]
+    first = [*offers(path, shape, layers), *one_layer]
     cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"
     return unresolved(path, shape, cause, first=first)

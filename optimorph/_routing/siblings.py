@@ -52,7 +52,10 @@ def layer_axes(paths: Sequence[str], shapes: Sequence[Shape]) -> list[int | None
         is_vector = by_name(path, (2,))[0] in ("norm", "bias")
         for name in _parents(path):
             modules.setdefault(name, _Module()).add(shape, is_vector)
-    return [_layer_axis(modules, path) if len(shape) > 1 else None for path, shape in zip(paths, shapes, strict=True)]
+    return [
+        _layer_axis(modules, path) if len(shape) > 1 else None
+        for path, shape in zip(paths, shapes, strict=True)
+    ]
 
 
 def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:

@@ -1,0 +1,127 @@
+"""What the default rules make of public models' parameters, against an expert's answers; what siblings tell."""
+
+import ast
+import re
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import optimorph as om
+
+
+def trees():
+    """Name → {path: (shape, accepted specs)}."""
+    found = {}
+    for block in (Path(__file__).parent / "trees.txt").read_text().split("\n\n"):
+        lines = [line for line in block.splitlines() if not line.startswith("#")]
+        if lines:
+            leaves = (line.split(" ") for line in lines[1:])
+            found[lines[0].split(" | ")[0]] = {
+                path: (tuple(map(int, shape.split(","))), accepted) for path, shape, *accepted in leaves
+            }
+    return found
+
+
+TREES = trees()
+
+
+def shapes(tree):
+    return {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, (shape, _) in tree.items()}
+
+
+def planned(params, **arguments):
+    """Path → spec, "-" of no matrix, "?" of a question."""
+    return {row.path: row.spec or "-?"[row.unresolved is not None] for row in om.plan(params, **arguments)}
+
+
+def one_answer(text):
+    """The rules of the last question, which is about all leaves."""
+    source = text[text.rindex("axes={") + len("axes=") :].split("\n")
+    source = "".join(source[: next(k for k, line in enumerate(source) if line.strip() in ("}", "")) + 1])
+    source = source.split("}  #")[0] + ("}" if "}  #" in source else "")
+    keys, values = [], []
+    tree = ast.parse(source, mode="eval").body
+    for key, value in zip(tree.keys, tree.values, strict=True):
+        pattern = isinstance(key, ast.Call)
+        keys.append(re.compile(key.args[0].value) if pattern else key.value)
+        values.append(value.value)
+    return dict(zip(keys, values, strict=True))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_leaf_of_a_public_model_is_read_wrongly(name):
+    found = planned(shapes(TREES[name]))
+    wrong = {path: (found[path], accepted) for path, (_, accepted) in TREES[name].items()}
+    assert {path: pair for path, pair in wrong.items() if pair[0] not in pair[1]} == {}
+
+
+def test_few_leaves_of_public_models_are_asked():
+    found = [spec for tree in TREES.values() for spec in planned(shapes(tree)).values()]
+    assert found.count("?") / len(found) < 0.1
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, tree in TREES.items() if "?" in planned(shapes(tree)).values()]
+)
+def test_the_first_answers_are_right_and_enough(name):
+    """All of them at once, as the error and the plan print them."""
+    tree, params = TREES[name], shapes(TREES[name])
+    plan = om.plan(params)
+    asked = [row.path for row in plan if row.unresolved is not None]
+    for path in asked:
+        (answer,) = re.findall(r"axes=\{.*?: (.*)\}  #", plan[path].unresolved)[:1]
+        assert (ast.literal_eval(answer) or "-") in tree[path][1]
+    with pytest.raises(ValueError, match="Type one of") as error, warnings.catch_warnings(action="ignore"):
+        om.muon(0.1).init(params)
+    for text in (str(plan), str(error.value)):
+        if text.count("Type one of") > 1:
+            found = planned(params, axes=one_answer(text[text.index("All at once") :]))
+            assert {path: found[path] for path in asked if found[path] not in tree[path][1]} == {}
+
+
+STACKS = {
+    "norms in second place": ({"w/kernel": (64, 3, 16), "norm/scale": (64, 3)}, "ibo"),
+    "norms in first place": ({"w/kernel": (3, 64, 16), "norm/scale": (3, 64)}, "bio"),
+    "biases": ({"w/kernel": (3, 64, 16), "w/bias": (3, 16)}, "bio"),
+    "attention": ({"attn/query/kernel": (3, 64, 4, 16), "norm/scale": (3, 64)}, "bioo"),
+    "a norm of one axis": ({"layers/attn/query/kernel": (64, 4, 16), "layers/norm/scale": (64,)}, "ioo"),
+    "no siblings": ({"w/kernel": (64, 3, 16)}, "?"),
+    "norms that differ": ({"w/kernel": (3, 64, 16), "a/scale": (3, 64), "b/scale": (64,)}, "?"),
+    "another size": ({"w/kernel": (4, 64, 16), "norm/scale": (3, 64)}, "?"),
+    "both positions": ({"w/kernel": (12, 12, 16), "norm/scale": (12, 12)}, "?"),
+    "a layer longer than wide": ({"w/kernel": (64, 3, 16), "norm/scale": (64, 2)}, "?"),
+    "experts and their router": ({"moe/w_up": (8, 32, 64), "moe/router/kernel": (32, 8)}, "bio"),
+    "experts' other layer": ({"m/w_down": (8, 64, 32), "m/router/kernel": (32, 8)}, "bio"),
+    "another router": ({"a/w_up": (8, 32, 64), "b/router/kernel": (32, 8)}, "?"),
+    "as many experts as another's": ({"m/w_up": (9, 32, 64), "m/router/kernel": (32, 8)}, "?"),
+    "stacked experts": (
+        {"l/m/w_up": (8, 3, 32, 64), "l/m/router/kernel": (32, 3, 8), "l/norm/scale": (32, 3)},
+        "bbio",
+    ),
+    "gates of a GRU": ({"cell/weight_ih": (30, 2), "cell/weight_hh": (30, 10)}, "(3o)i"),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_siblings_tell_layers_and_experts(name):
+    """Without evidence, or with two answers, the leaf is asked about."""
+    tree, spec = STACKS[name]
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    assert planned(params)[next(iter(tree))] == spec
+
+
+def test_leaves_of_one_kind_are_one_question():
+    """The paths differ in more than numbers; the pattern matches no other leaf."""
+    odd, plain = jnp.ones((2, 3, 4)), jnp.ones((4, 4))
+    params = {
+        name: {"blocks": [{"odd": {"kernel": odd}, "up": {"kernel": plain}}] * 2} for name in ("one", "two")
+    }
+    text = str(om.plan(params))
+    assert "'*/blocks/*/odd/kernel' (4 leaves) has shape" in text
+    assert text.count("Type one of") == 1
+    assert "?" not in planned(params, axes={"*/blocks/*/odd/kernel": "bio"}).values()
+    text = str(om.plan(params | {"x": {"blocks": [{"odd": {"kernel": plain}}]}}))
+    assert r"re.compile(r'^(one/blocks/\d+/odd/kernel|two/blocks/\d+/odd/kernel)$'): 'bio'" in text
