@@ -19,11 +19,11 @@ from jax.sharding import AbstractMesh, Mesh
 from optimorph._core.checks import not_an_array
 from optimorph._core.numbers import is_array, kind
 from optimorph._core.paths import distinct_paths
+from optimorph._core.rule import handed_down
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
-from optimorph._core.rule import handed_down
 from optimorph._routing.grouping import glob_of, group_by, without_numbers
 from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
@@ -49,7 +49,7 @@ class PlanRow:
       scales: the factor of the update for each size in `matrices`, which depends on the shape.
       state_bytes: the bytes of the leaf's optimizer state, without counts and other scalars.
       unresolved: why the optimizer would refuse the leaf, and what to type; None if it is resolved.
-      leaf_spec: how the leaf was resolved.
+      answers: what to type for an unresolved leaf, as values of `axes`, the likeliest first.
     """
 
     path: str
@@ -62,7 +62,7 @@ class PlanRow:
     scales: tuple[float, ...]
     state_bytes: int
     unresolved: str | None = None
-    leaf_spec: LeafSpec = LeafSpec(None, "")
+    answers: tuple[str | None, ...] = ()
 
     @property
     def size(self) -> int:
@@ -108,8 +108,8 @@ class Plan:
         lines += ["", *_table(*_totals(self.rows, self.learning_rates))]
         lines += [] if self.over_mesh is None else ["", str(self.over_mesh)]
         lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
-        paths, specs = [row.path for row in self.rows], [row.leaf_spec for row in self.rows]
-        lines += [f"\n{text}" for text in questions("", paths, specs)]
+        asked = {row.path: (row.unresolved, row.answers) for row in self.rows if row.unresolved is not None}
+        lines += [f"\n{text}" for text in questions(asked, [row.path for row in self.rows])]
         return "\n".join(lines)
 
 
@@ -133,8 +133,9 @@ def plan(
       arguments: of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`.
 
     Raises:
-      ValueError: a spec in place of rules for `axes`, a leaf that is not an array, or `arguments` together
-        with an optimizer. An ambiguous leaf or a spec that does not fit is no error: the row is `unresolved`.
+      ValueError: shardings that do not fit the mesh, a spec in place of rules for `axes`, a leaf that is not
+        an array, or `arguments` together with an optimizer. An ambiguous leaf or a spec that does not fit is
+        no error: the row is `unresolved`.
     """
     if optimizer is not None and arguments:
         raise ValueError(
@@ -168,13 +169,19 @@ def plan(
             scales=tuple(1.0 if scale is None else scale(*size) for size in sizes),
             state_bytes=state_bytes.get(path, 0),
             unresolved=spec.question(path),
-            leaf_spec=spec,
+            answers=() if spec.unresolved is None else spec.answers,
         )
 
     rows = tuple(map(row, paths, shapes, specs))
     rules = None if routes is None else routes.rules
     rates = _learning_rates(optimizer, routes) if rated and routes is not None else {}
     over_mesh = None
+    if mesh is not None and routes is None:
+        warnings.warn(
+            "plan: mesh is for optimizers of matrices, and this one treats every element by itself. Leave it "
+            "out, or type plan(params, optimorph.muon(0.02), mesh=mesh).",
+            stacklevel=2,
+        )
     if mesh is not None and routes is not None:
         forms = [spec.axes for spec in specs]
         over_mesh = plan_mesh(mesh, routes.match, paths, jax.tree.leaves(params), forms)
@@ -183,7 +190,8 @@ def plan(
 
 def _specs(routes: Routes | None, paths: list[str], leaves: list[jax.ShapeDtypeStruct]) -> list[LeafSpec]:
     """How the leaves read as matrices; of an optimizer that does not route, their roles alone."""
-    trained = [k for k, leaf in enumerate(leaves) if kind(leaf) != "integer"]
+    is_integer = functools.cache(lambda dtype: kind(jax.ShapeDtypeStruct((), dtype)) == "integer")
+    trained = [k for k, leaf in enumerate(leaves) if not is_integer(leaf.dtype)]
     known = [paths[k] for k in trained], [leaves[k].shape for k in trained]
     if routes is None:
         found = [LeafSpec(None, spec.role) for spec in by_siblings(*known)]

@@ -119,3 +119,12 @@ def test_recipes_store_moments_in_8_bits():
         assert any(x.dtype.itemsize == 1 for x in jax.tree.leaves(state))
         after = optax.apply_updates(w, updates)["w"]
         rounding.close(jnp.linalg.norm(after), jnp.linalg.norm(w["w"]), units=64)
+
+
+def test_muonh_decays_the_other_leaves_that_its_mask_selects():
+    w = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4), "embed": {"table": jnp.ones((8, 4))}}
+    tx = om.muonh(0.1, axes={"kernel": "io", "*": None}, weight_decay=0.5, mask={"bias": False, "*": True})
+    zeros = jax.tree.map(jnp.zeros_like, w)
+    updates, _ = tx.update(zeros, tx.init(w), w)
+    assert not jnp.any(updates["bias"])
+    assert jnp.all(updates["embed"]["table"] < 0)

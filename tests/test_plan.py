@@ -74,6 +74,23 @@ def test_a_large_tree_is_planned_leaf_by_leaf():
     assert len(str(plan).splitlines()) < 10  # alike leaves share a line
 
 
+@pytest.mark.parametrize("layers", [3, 1001])
+def test_bytes_of_an_inferred_head_and_beside_unresolved_leaves(layers):
+    """The optimizer's state is measured on fewer leaves, but with the plan's routes."""
+    sizes = [(8, 16), *[(16, 16)] * layers, (16, 4)]
+    params = {
+        f"Dense_{k}": {"kernel": jax.ShapeDtypeStruct(size, jnp.float32)} for k, size in enumerate(sizes)
+    }
+    last = f"Dense_{layers + 1}/kernel"
+    for tree in (params, params | {"odd": jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)}):
+        plan = om.plan(tree)
+        assert plan[last].role == "head, inferred"
+        assert plan[last].state_bytes == 2 * 4 * 64  # two moments of AdamW
+        assert plan["Dense_1/kernel"].state_bytes == 4 * 256  # one of Muon
+    assert plan["odd"].state_bytes == 0
+    assert plan["odd"].answers[0] is None
+
+
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -254,4 +271,7 @@ def test_over_a_mesh(given, platform, mode, way):
     assert found.flops / found.least_flops == 2
     assert found.sent == 2 * 3 * 4 * 32 * 4  # to three others and back, 4 rows of 32 float32 numbers
     assert "data 4 x model 2" in str(found)
-    assert om.plan(params, om.adamw(0.1), mesh=mesh).over_mesh is None
+    with pytest.warns(UserWarning, match="plan: mesh is for optimizers of matrices"):
+        assert om.plan(params, om.adamw(0.1), mesh=mesh).over_mesh is None
+    with pytest.raises(ValueError, match=r"plan: 'w0' has sharding .* the mesh has no 'fsdp', only \['data'"):
+        om.plan(params, axes={"*": "io"}, shardings={"*": PartitionSpec("fsdp")}, mesh=mesh)

@@ -609,8 +609,78 @@ def test_roles_are_masks_partitions_and_factors():
         "up/kernel": -1.0,
     }
     assert om.roles("norm", "bias")("norm/scale", (4,))
+    both = om.chain(
+        om.sgd(1.0), om.scale_by_rules(lambda path, shape: 0.5 if om.roles("head")(path, shape) else 1)
+    )
+    updates, _ = both.update(g, both.init(g), g)
+    assert {path: float(x.min()) for path, x in by_path(updates).items()}["head/kernel"] == -0.5
     with pytest.raises(ValueError, match=r"not_roles: 'norms' is not a role\. Type 'norm', or another of"):
         om.not_roles("norms")
+
+
+def test_roles_of_the_whole_tree():
+    """All roles that the plan shows, in a mask of any transformation; a head that widths tell is a head."""
+    params = layers(Dense_0=(28, 64), Dense_1=(64, 64), Dense_2=(64, 11)) | {
+        "odd": jnp.ones((3, 5)),
+        "ids": jnp.zeros(3, jnp.int32),
+    }
+    plan = om.plan(params)
+    assert {"head, inferred", "integer", "undecided", "bias", "dense"} == {row.role for row in plan}
+    for role in {row.role for row in plan}:
+        chosen = {path for path, x in by_path(om.roles(role)(params)).items() if x}
+        assert chosen == {row.path for row in plan if row.role == role}
+        assert not any(
+            a == b
+            for a, b in zip(
+                jax.tree.leaves(om.roles(role)(params)),
+                jax.tree.leaves(om.not_roles(role)(params)),
+                strict=True,
+            )
+        )
+    assert om.roles("head")(params)["Dense_2"] == {"kernel": True, "bias": False}
+    assert om.role_of("Dense_2/kernel", (64, 11)) == "dense"
+    assert om.role_of("Dense_2/kernel", (64, 11), params) == "head"
+    assert om.role_of("odd", (3, 5)) == "undecided"
+    with pytest.raises(
+        ValueError, match=r"role_of: no leaf of params has the path 'Dense_3/kernel'\. Similar"
+    ):
+        om.role_of("Dense_3/kernel", (64, 11), params)
+    del params["ids"]
+    tx = om.adamw(0.1, weight_decay=0.5, mask=om.not_roles("head", "bias", "undecided"))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert {path for path, x in by_path(updates).items() if jnp.any(x)} == {
+        "Dense_0/kernel",
+        "Dense_1/kernel",
+    }
+    masked = optax.masked(optax.set_to_zero(), om.roles("head"))
+    updates, _ = masked.update(params, masked.init(params))
+    assert {path for path, x in by_path(updates).items() if not jnp.any(x)} == {"Dense_2/kernel"}
+
+
+def test_state_by_role():
+    """Moments have the roles of their leaves."""
+    params = {"embed": {"embedding": jnp.ones((64, 64))}, "up": {"kernel": jnp.ones((64, 64))}}
+    codecs = {"first": om.codecs.Signed8(), "second": om.codecs.Nonneg8()}
+    tx = om.adamw(
+        1e-3,
+        state=lambda path, shape: codecs[path.split("/")[0]] if om.role_of(path, shape) == "dense" else None,
+    )
+    held = {leaf.dtype.name for leaf in jax.tree.leaves(tx.init({"up": params["up"]})) if leaf.size >= 4096}
+    assert held & {"int8", "uint8"}
+    held = {leaf.dtype.name for leaf in jax.tree.leaves(tx.init({"embed": params["embed"]})) if leaf.ndim}
+    assert held == {"float32"}
+
+
+def test_what_is_no_role_is_refused():
+    with pytest.raises(
+        ValueError, match=r"roles: \['norm', 'bias'\] is not a role\. Type roles\('norm', 'bias'\)"
+    ):
+        om.roles(["norm", "bias"])
+    with pytest.raises(
+        ValueError, match=r"role_of: it takes a path and a shape, but got 'w' and 3\. Type role_of"
+    ):
+        om.role_of("w", 3)
+    assert om.role_of("norm/scale", [4]) == "norm"
 
 
 def layers(**sizes):
@@ -676,7 +746,7 @@ ENDS = {
 
 @pytest.mark.parametrize("name", ENDS)
 def test_several_output_layers_and_autoencoders_are_asked(name):
-    """What the question offers first, None, is an answer; "head" says it too, and nothing is inferred then."""
+    """What the question offers first, None, is an answer; "head" says it too."""
     params, asked = ENDS[name]
     assert {row.path for row in om.plan(params) if row.unresolved} == asked
     with pytest.raises(ValueError, match="may be the output layer") as error:

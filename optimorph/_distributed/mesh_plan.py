@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._distributed.placement import Leaf, Placement, place
-from optimorph._distributed.shardings import Match, spec_of
+from optimorph._distributed.shardings import Match, misfit, spec_of
 from optimorph.linalg import Axes, NewtonSchulz
 
 
@@ -64,14 +64,22 @@ def plan_mesh(
       paths: of the leaves.
       leaves: arrays or their shapes, with their shardings.
       forms: how leaves read as matrices; None for no matrix.
+
+    Raises:
+      ValueError: a sharding over axes that the mesh does not have, or that does not fit its leaf.
     """
-    sizes, matrices = dict(mesh.shape), []
+    sizes, matrices, faults = dict(mesh.shape), [], []
     for path, leaf, form in zip(paths, leaves, forms, strict=True):
         if form is not None:
             sharding = getattr(leaf, "sharding", None) if match is None else match(path, leaf.shape)
             known = isinstance(sharding, NamedSharding | PartitionSpec)
+            if known and (fault := misfit(path, leaf.shape, sharding, mesh)) is not None:
+                faults.append(f"plan: {fault}")
+                continue
             spec = spec_of(sharding if known else PartitionSpec(), len(leaf.shape), sizes)
             matrices.append(Leaf(leaf.shape, form, spec, jnp.dtype(jnp.float32)))
+    if faults:
+        raise ValueError("\n".join(faults))
     found: Placement = place(sizes, matrices, cost=NewtonSchulz().flops)
     platform = _platform(mesh)
     explicit = all(kind is AxisType.Explicit for kind in mesh.axis_types)

@@ -118,7 +118,7 @@ def shardings_of(
     meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
     mesh = jax.sharding.get_abstract_mesh() if manual or not meshes else next(iter(meshes))
     leaves = zip(paths, arrays, shardings, strict=True)
-    faults = [_fault(path, x.shape, sharding, mesh, manual) for path, x, sharding in leaves]
+    faults = [misfit(path, x.shape, sharding, mesh, manual) for path, x, sharding in leaves]
     faults = [fault for fault in faults if fault is not None]
     if len(meshes) > 1:
         faults.append(f"shardings name {len(meshes)} meshes. Type one for all leaves.")
@@ -171,7 +171,7 @@ def shards_of(who: str, match: Match | None, path: str, shape: Shape) -> tuple[S
     return local_shard_spec(who, match)(path, shape)
 
 
-def _fault(path: str, shape: Shape, sharding: Any, mesh: Any, manual: dict[str, int]) -> str | None:
+def misfit(path: str, shape: Shape, sharding: Any, mesh: Any, manual: Iterable[str] = ()) -> str | None:
     """Why a sharding does not fit a leaf; None if it does."""
     if sharding is ...:
         return _unmatched(path)

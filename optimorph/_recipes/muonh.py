@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import optax
 
-from optimorph._core.types import AxesRules, DTypeLike, Numeric, Rules, ScalarOrSchedule
+from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
 from optimorph._recipes.of_matrices import of_matrices
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
@@ -24,6 +24,7 @@ def muonh(
     others: optax.GradientTransformation | None = None,
     others_learning_rate: ScalarOrSchedule | None = None,
     weight_decay: ScalarOrSchedule = 0.0,
+    mask: Mask | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
     state: str | Rules | None = None,
@@ -41,6 +42,7 @@ def muonh(
       orthogonalizer, axes, others, others_learning_rate, mu_dtype, nu_dtype, state, shardings, comm_dtype: as
         those of `muon`.
       weight_decay: of the AdamW for other leaves; matrices have none.
+      mask: which of these leaves decay, as that of `add_decayed_weights`.
 
     Raises:
       ValueError: as `muon`.
@@ -58,6 +60,7 @@ def muonh(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         scale=None,
+        mask=mask,
         axes=axes,
         others=others,
         others_learning_rate=others_learning_rate,

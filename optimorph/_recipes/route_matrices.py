@@ -1,9 +1,8 @@
 """Matrices to one transformation, all other leaves to another."""
 
 import dataclasses
-import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax

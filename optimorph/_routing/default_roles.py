@@ -2,57 +2,109 @@
 
 import difflib
 from collections.abc import Callable
+from typing import Any
 
-from optimorph._core.types import Shape
-from optimorph._routing.name_rules import RULES
+import jax
+import numpy as np
+
+from optimorph._core.numbers import is_trainable
+from optimorph._core.paths import leaf_paths
+from optimorph._core.types import PyTree, Shape
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE
+from optimorph._routing.name_rules import RULES, UNDECIDED
 from optimorph._routing.names import by_name
+from optimorph._routing.resolve import resolve_leaves
 
-ROLES = tuple(sorted({rule.role for rule in RULES} | {"vector"}))
+INTEGER = "integer"
+
+ROLES = tuple(sorted({rule.role for rule in RULES} | {"vector", INFERRED_HEAD, INTEGER, UNDECIDED_ROLE}))
 
 
-def role_of(path: str, shape: Shape) -> str:
-    """What the default rules take a leaf for, by its path and shape: "norm", "embedding", "dense", ...
+def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
+    """What the default rules take a leaf for: "norm", "embedding", "dense", ...
 
         partition(lambda path, shape: "slow" if role_of(path, shape) == "embedding" else "fast", {...})
 
     Args:
-      path: the leaf's keys, joined by slashes.
+      path: the leaf's keys, joined by slashes; of a moment, as `compress_state` names it, those of its leaf.
       shape: the leaf's shape.
+      params: all parameters, for roles that depend on the other leaves, as that of a head that widths tell.
+        Without them names and shapes decide alone.
+
+    Raises:
+      ValueError: a shape that is not one, or a path that is not in `params`.
     """
-    return by_name(path, shape)[0]
+    if not isinstance(path, str) or not isinstance(shape, tuple | list):
+        raise ValueError(
+            f"role_of: it takes a path and a shape, but got {path!r} and {shape!r}. Type "
+            "role_of('layers/0/kernel', (64, 64)), or roles('norm') for a mask."
+        )
+    if params is None:
+        role, spec = by_name(path.removeprefix("first/").removeprefix("second/"), tuple(shape))
+        return UNDECIDED_ROLE if spec == UNDECIDED else role
+    found = _roles_in(params)
+    if path not in found:
+        similar = difflib.get_close_matches(path, found)
+        raise ValueError(f"role_of: no leaf of params has the path {path!r}. Similar paths: {similar}")
+    return HEAD if found[path] == INFERRED_HEAD else found[path]
 
 
-def roles(*names: str) -> Callable[[str, Shape], bool]:
-    """Rules that select the leaves of some roles, as `role_of` finds them.
+def roles(*names: Any) -> Callable[..., Any]:
+    """A mask and a rule that selects the leaves of some roles, as the column "role" of `plan` shows them.
 
         adamw(1e-3, weight_decay=0.1, mask=not_roles("norm", "bias", "vector", "embedding"))
 
+    As a mask it knows the whole tree, as `plan` does. As a rule, of `labels` or `partition` for example,
+    it knows paths and shapes. "head" selects an inferred head too.
+
     Args:
-      names: roles, as the column "role" of `plan` shows them.
+      names: roles.
 
     Raises:
       ValueError: an unknown role.
     """
-    _check("roles", names)
-    return lambda path, shape: role_of(path, shape) in names
+    return _selection("roles", names, True)
 
 
-def not_roles(*names: str) -> Callable[[str, Shape], bool]:
-    """Rules that select all other leaves than `roles(*names)`.
+def not_roles(*names: Any) -> Callable[..., Any]:
+    """A mask and a rule that selects all other leaves than `roles(*names)`.
 
     Args:
-      names: roles, as the column "role" of `plan` shows them.
+      names: roles.
 
     Raises:
       ValueError: an unknown role.
     """
-    _check("not_roles", names)
-    return lambda path, shape: role_of(path, shape) not in names
+    return _selection("not_roles", names, False)
 
 
-def _check(who: str, names: tuple[str, ...]) -> None:
+def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., Any]:
     for name in names:
+        if not isinstance(name, str):
+            typed = ", ".join(map(repr, name)) if isinstance(name, list | tuple | set) else "'norm', 'bias'"
+            raise ValueError(f"{who}: {name!r} is not a role. Type {who}({typed}).")
         if name not in ROLES:
-            similar = difflib.get_close_matches(str(name), ROLES, 1) or ROLES[:1]
+            similar = difflib.get_close_matches(name, ROLES, 1) or ROLES[:1]
             known = ", ".join(map(repr, ROLES))
             raise ValueError(f"{who}: {name!r} is not a role. Type {similar[0]!r}, or another of {known}.")
+    wanted = {*names, INFERRED_HEAD} if HEAD in names else {*names}
+
+    def select(tree: Any, shape: Shape | None = None) -> Any:
+        """Of a tree of parameters a tree of booleans; of a path and a shape one boolean."""
+        if shape is not None:
+            return (role_of(tree, shape) in wanted) == chosen
+        found = _roles_in(tree)
+        return jax.tree.unflatten(
+            jax.tree.structure(tree), [(found[path] in wanted) == chosen for path in leaf_paths(tree)]
+        )
+
+    return select
+
+
+def _roles_in(params: PyTree) -> dict[str, str]:
+    """Path → role, of all leaves."""
+    paths, leaves = leaf_paths(params), jax.tree.leaves(params)
+    own = [k for k, x in enumerate(leaves) if is_trainable(x)]
+    resolve = resolve_leaves("roles", None, find_output=True)
+    specs = resolve([paths[k] for k in own], [np.shape(leaves[k]) for k in own])
+    return dict.fromkeys(paths, INTEGER) | {paths[k]: spec.role for k, spec in zip(own, specs, strict=True)}

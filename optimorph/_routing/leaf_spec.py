@@ -20,7 +20,8 @@ class LeafSpec(NamedTuple):
       axes: the spec; None if the leaf is not a matrix.
       role: the role by the default rules, or the rule that decided.
       unresolved: why no spec was found; None if the leaf is resolved.
-      answers: of an unresolved leaf what to type, the likeliest first; of an inferred head its spec as a matrix.
+      answers: of an unresolved leaf what to type, the likeliest first; of an inferred head None, and its spec
+        as a matrix.
     """
 
     axes: Axes | None
@@ -55,7 +56,11 @@ def unresolved(
 def likely(path: str, shape: Shape) -> list[str | None]:
     """Everything that a leaf may be by its shape, and whether its outputs come first by its name."""
     window_first = len(shape) == 4 and max(shape[:2]) <= 7 < min(shape[2:])
-    outputs_first = re.search(r"weight(_\w+)?$", path) is not None and not window_first
+    return _likely(re.search(r"weight(_\w+)?$", path) is not None and not window_first, shape)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _likely(outputs_first: bool, shape: Shape) -> list[str | None]:
     meanings = _WEIGHTS if outputs_first else _KERNELS
     window = shape[2:] if outputs_first else shape[:-2]
     found = [spec for spec in meanings if _fits(spec, shape)]

@@ -37,9 +37,14 @@ def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, st
 
 def offers(path: str, shape: Shape, layers: int | None = None) -> list[str | None]:
     """What the rule that leaves a leaf `UNDECIDED` takes for likely."""
-    path, shape = _normal(path, layers), without_layers(shape, layers)
+    found = _offers(_normal(path, layers), without_layers(shape, layers))
+    return [with_layers(spec, layers) for spec in found]
+
+
+@lru_cache(maxsize=1 << 16)
+def _offers(path: str, shape: Shape) -> list[str | None]:
     rule = next(rule for rule in RULES if _match(rule, path, shape) is not None)
-    return [with_layers(spec, layers) for spec in rule.specs if spec != UNDECIDED]
+    return [spec for spec in rule.specs if spec != UNDECIDED]
 
 
 def without_layers(shape: Shape, layers: int | None) -> Shape:
@@ -55,6 +60,7 @@ def with_layers(spec: str | None, layers: int | None) -> str | None:
     return "".join([*axes[:layers], "b", *axes[layers:]])
 
 
+@lru_cache(maxsize=1 << 16)
 def _normal(path: str, layers: int | None) -> str:
     """A path as rules see it: where siblings tell of layers, their names do not."""
     path = re.sub(r"\d+", "0", path.replace(".", "/"))

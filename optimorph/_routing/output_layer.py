@@ -1,7 +1,8 @@
 """The output layer of a model whose layers have no telling names, by widths."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from optimorph._core.types import Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
@@ -14,6 +15,9 @@ _ANY_LAYER = re.compile(
 _IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/.+/|attn|attention", re.IGNORECASE)
 
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
+
+
+INPUTS, OUTPUTS = 0, 1
 
 
 def has_no_name(path: str) -> bool:
@@ -44,39 +48,51 @@ def with_output_layer(
     ]
     if not unnamed or any(spec.role == HEAD for spec in specs):
         return specs
-    leaves = [
-        (path.rpartition("/")[0], *_sides(shape, spec))
-        for path, shape, spec in zip(paths, shapes, specs, strict=True)
-    ]
+    sides = [_sides(shape, spec) for shape, spec in zip(shapes, specs, strict=True)]
+    modules = [path.rpartition("/")[0] for path in paths]
+    by_width: tuple[dict[int, list[int]], ...] = ({}, {})
+    for k, pair in enumerate(sides):
+        for side, widths in enumerate(pair):
+            for width in widths:
+                by_width[side].setdefault(width, []).append(k)
 
-    def others(k: int, out: int, into: int) -> list[int]:
-        """The leaves of other modules into which what leaf `k` takes in or puts out fits."""
-        return [
-            j for j, leaf in enumerate(leaves) if leaf[0] != leaves[k][0] and leaves[k][out] <= leaf[into]
-        ]
+    def others(k: int, own: int, side: int) -> Iterator[int]:
+        """The leaves of other modules on whose side `side` all widths of side `own` of leaf `k` are."""
+        widths = sides[k][own]
+        for j in by_width[side].get(min(widths), ()):
+            if modules[j] != modules[k] and widths <= sides[j][side]:
+                yield j
+
+    def takers(k: int) -> Iterator[int]:
+        return others(k, OUTPUTS, INPUTS)
+
+    def givers(k: int) -> Iterator[int]:
+        return others(k, INPUTS, OUTPUTS)
 
     def takes_its_own_end(k: int) -> bool:
         """Whether only layers before it take in its outputs, and these have no other inputs."""
-        inputs, outputs = leaves[k][1:]
-        takers = others(k, 2, 1)
-        return inputs != outputs and all(
-            specs[j].axes is not None and _before(paths[j], paths[k]) and others(j, 1, 2) == [k]
-            for j in takers
+        return sides[k][INPUTS] != sides[k][OUTPUTS] and all(
+            specs[j].axes is not None and _before(paths[j], paths[k]) and [*islice(givers(j), 2)] == [k]
+            for j in takers(k)
         )
 
     convolutions = any(spec.role == "convolution" for spec in specs)
-    narrower = [k for k in unnamed if convolutions and min(leaves[k][1]) > max(leaves[k][2])]  # from features
-    fed = [k for k in unnamed if others(k, 1, 2) or k in narrower]
-    sinks = [k for k in fed if not others(k, 2, 1)]
+
+    def is_fed(k: int) -> bool:
+        """Whether a layer takes in the outputs of another, or features of convolutions."""
+        narrower = convolutions and min(sides[k][INPUTS]) > max(sides[k][OUTPUTS])
+        return narrower or next(givers(k), None) is not None
+
+    fed = [k for k in unnamed if is_fed(k)]
+    sinks = [k for k in fed if next(takers(k), None) is None]
     last = max(_number(paths[k]) for k in unnamed)
     ends = sinks or [k for k in fed if takes_its_own_end(k)]
     for k in ends:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
         if len(ends) == 1 and (sinks or len(unnamed) == 1):
-            specs[k] = (
-                LeafSpec(None, INFERRED_HEAD, answers=answers) if _number(paths[k]) == last else specs[k]
-            )
+            if _number(paths[k]) == last:
+                specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         elif sinks or not _IN_PERCEPTRON.search(paths[k]):
             cause = "may be the output layer, by its width"
             specs[k] = unresolved(paths[k], shapes[k], cause, first=answers)

@@ -120,7 +120,9 @@ def resolved(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) ->
     shapes = whole_shapes(who, match, paths, [np.shape(leaves.values[k]) for k in there])
     specs = resolve(paths, shapes)
     if any(spec.unresolved is not None for spec in specs):
-        raise ValueError("\n".join(questions(who, paths, specs)))
+        pairs = zip(paths, specs, strict=True)
+        asked = {path: (text, spec.answers) for path, spec in pairs if (text := spec.question(path))}
+        raise ValueError("\n".join(questions(asked, paths, who)))
     known = dict(zip(there, specs, strict=True))
     return [known.get(k, NOTHING) for k in range(len(leaves.values))]
 
