@@ -12,7 +12,9 @@ import optimorph as om
 from optimorph.linalg import Axes, Exact
 
 pytestmark = pytest.mark.usefixtures("float64")
-LETTERS = st.sampled_from(["i", "o", "b", "(2i)", "(3o)", "(2+1 o)", "(1+2+1i)"])
+PLAIN = ["i", "o", "b", "(2i)", "(3o)", "(2+1 o)", "(1+2+1i)"]
+REPEATED = ["(2*(1+2) o)", "(3*2 i)", "(2~(2+1) o)", "(3~2 i)", "(~2 o)", "(~(1+2) i)"]
+LETTERS = st.sampled_from([*PLAIN, *REPEATED])
 SPECS = st.lists(LETTERS, min_size=2, max_size=4).map("".join).filter(lambda s: "i" in s and "o" in s)
 
 
@@ -42,6 +44,33 @@ def test_stacks_are_batch_in_out():
     assert stack[1, 2 * 5 + 3, 1] == x[1, 1, 2, 3]
 
 
+def test_repeated_and_interleaved_blocks():
+    """By hand: heads of two unequal parts, groups of queries that share keys, columns by turns."""
+    x = draw((4, 2 * 6))
+    heads = x.reshape(4, 2, 6)
+    large, small = Axes("i(2*(4+2) o)").matrices(x)
+    np.testing.assert_array_equal(large, heads[:, :, :4].transpose(1, 0, 2))
+    np.testing.assert_array_equal(small, heads[:, :, 4:].transpose(1, 0, 2))
+    q, k, v = Axes("i(2~(4+1+1) o)").matrices(x)
+    np.testing.assert_array_equal(q, heads[:, :, :4].reshape(4, 8))
+    np.testing.assert_array_equal(k, heads[:, :, 4])
+    np.testing.assert_array_equal(v, heads[:, :, 5])
+    (both,) = Axes("i(~2 o)").matrices(x)
+    np.testing.assert_array_equal(both, jnp.stack([x[:, ::2], x[:, 1::2]]))
+    a, b = Axes("i(~(1+2) o)").matrices(x)
+    np.testing.assert_array_equal(a, x[:, ::3])
+    np.testing.assert_array_equal(b, x.reshape(4, 4, 3)[:, :, 1:].reshape(4, 8))
+    assert Axes("i(2*3 o)").parts == Axes("i(6o)").parts
+    assert Axes("i(128*(192+64) o)").stacks((512, 128 * 256)) == ((128, 512, 192), (128, 512, 64))
+    assert "does not divide into 2+1 parts 5 times" in Axes("i(5*(2+1) o)").misfit((4, 12))
+    for spec in ("i(2*(4+2) o)", "i(2~(4+1+1) o)", "i(~2 o)", "(~(1+2) i)o"):
+        assert "".join(map(str, Axes(spec).parts)).replace(" ", "") == spec.replace("4+2", "2+1").replace(
+            " ", ""
+        )
+    scale = Axes("i(2*(4+2) o)").spread(lambda inputs, outputs: outputs, x.shape)
+    np.testing.assert_array_equal(np.broadcast_to(scale, x.shape)[0], [4, 4, 4, 4, 2, 2] * 2)
+
+
 def test_equal_blocks_are_a_stack_and_unequal_ones_several():
     assert Axes("i(3o)").stacks((4, 12)) == ((3, 4, 4),)
     assert Axes("i(1+1+1 o)").stacks((4, 12)) == ((3, 4, 4),)
@@ -51,7 +80,24 @@ def test_equal_blocks_are_a_stack_and_unequal_ones_several():
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "i", "ob", "xio", "i(o)", "i(0o)", "i(3+0 o)", "i(3b)o", "i(3o", "io)", "IO"]
+    "spec",
+    [
+        "",
+        "i",
+        "ob",
+        "xio",
+        "i(o)",
+        "i(0o)",
+        "i(3+0 o)",
+        "i(3b)o",
+        "i(*(1+1) o)",
+        "i(0*(1+2) o)",
+        "i(2*1+2 o)",
+        "i(2~ o)",
+        "i(3o",
+        "io)",
+        "IO",
+    ],
 )
 def test_what_is_no_matrix_is_refused(spec):
     with pytest.raises(ValueError, match=r"does not describe a matrix\. Type one letter per axis"):

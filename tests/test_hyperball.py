@@ -60,6 +60,20 @@ def test_norms_are_those_of_matrices(axes, sides):
     rounding.close(after, before, units=64)
 
 
+@pytest.mark.parametrize(
+    "spec", ["i(3o)", "i(1+2 o)", "i(2*(1+2) o)", "i(2~(1+2) o)", "(~2 i)o", "b(2*(1+2) i)o"]
+)
+@rounding.in_float64
+def test_norms_are_those_of_blocks(spec):
+    form, rng = om.linalg.Axes(spec), np.random.default_rng(0)
+    shape = (2, 12, 4) if form.ndim == 3 else (12, 12)
+    w, g = jnp.asarray(rng.standard_normal((2, *shape)))
+    tx = om.hyperball(0.1, {"*": spec})
+    after = optax.apply_updates(w, tx.update(g, tx.init(w), w)[0])
+    for a, b in zip(form.matrices(w), form.matrices(after), strict=True):
+        rounding.close(jnp.linalg.norm(b, axis=(-2, -1)), jnp.linalg.norm(a, axis=(-2, -1)), units=64)
+
+
 def test_zero_weights_and_zero_directions():
     tx = om.hyperball(0.25, {"*": "io"})
     w, g = jnp.zeros((2, 3)), jnp.ones((2, 3))

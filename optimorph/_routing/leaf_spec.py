@@ -132,8 +132,7 @@ def _meaning(spec: str | None) -> str:
     if text is None and "b" in spec:
         return "stacks: " + _meaning(spec.replace("b", "", 1))
     return text or ", ".join(
-        f"{_SIDES[axis.letter]}{' of several matrices' * (len(axis.blocks) > 1)}"
-        for axis in axes_of(spec).parts
+        f"{_SIDES[axis.letter]}{' of several matrices' * (not axis.whole)}" for axis in axes_of(spec).parts
     )
 
 

@@ -102,15 +102,20 @@ def _over(reduce: Callable[..., jax.Array], x: jax.Array, form: Axes | None) -> 
     if form is None:
         return reduce(x, keepdims=True, initial=0)
     sides = [(k, axis) for k, axis in enumerate(form.parts) if axis.letter != "b"]
-    x = reduce(x, tuple(k for k, axis in sides if len(axis.blocks) == 1), keepdims=True, initial=0)
+    x = reduce(x, tuple(k for k, axis in sides if axis.whole), keepdims=True, initial=0)
     for k, axis in sides:
-        if len(axis.blocks) > 1:  # of what is left, a number for each index of the axis
-            ends = np.cumsum(axis.blocks)[:-1] * (x.shape[k] // sum(axis.blocks))
+        if not axis.whole:  # of what is left, a number for each index of the axis
+            shape, times = x.shape, axis.repetitions(x.shape[k])
+            if times != 1:
+                x = x.reshape(*shape[:k], times, -1, *shape[k + 1 :])
+            inner = k + (times != 1)
+            ends = np.cumsum(axis.blocks)[:-1] * (x.shape[inner] // sum(axis.blocks))
+            over = (k, inner) if axis.interleaved else inner
             parts = [
-                jnp.broadcast_to(reduce(part, k, keepdims=True, initial=0), part.shape)
-                for part in jnp.split(x, ends, axis=k)
+                jnp.broadcast_to(reduce(part, over, keepdims=True, initial=0), part.shape)
+                for part in jnp.split(x, ends, axis=inner)
             ]
-            x = jnp.concatenate(parts, axis=k)
+            x = jnp.concatenate(parts, axis=inner).reshape(shape)
     return x
 
 
@@ -121,7 +126,7 @@ def _shards(who: str, match: Any, path: str, shape: tuple[int, ...], form: Axes 
         return ()
     letters = ["o"] * len(spec) if form is None else [axis.letter for axis in form.parts]
     if form is not None and any(
-        names and len(axis.blocks) > 1 for names, axis in zip(spec, form.parts, strict=True)
+        names and not axis.whole for names, axis in zip(spec, form.parts, strict=True)
     ):
         raise ValueError(
             f"{who}: inside jax.shard_map the blocks of {path!r} are divided. Type axes without blocks."

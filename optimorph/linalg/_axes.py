@@ -14,28 +14,53 @@ import numpy as np
 
 from optimorph._core.types import Shape
 
-_TOKEN = re.compile(r"\s*(?:([iob])|\(\s*([0-9]+(?:\s*\+\s*[0-9]+)*)\s*([io])\s*\))\s*")
+_BLOCKS = r"[0-9]+(?:\s*\+\s*[0-9]+)*"
+_REPEATED = rf"([0-9]*)\s*([*~])\s*(?:([0-9]+)|\(\s*({_BLOCKS})\s*\))"
+_TOKEN = re.compile(rf"\s*(?:([iob])|\(\s*(?:{_REPEATED}|({_BLOCKS}))\s*([io])\s*\))\s*")
 
 _MOST_BLOCKS = 1 << 16
 
 
 class Axis(NamedTuple):
-    """One axis of a spec: its letter, and the relative sizes of its blocks, (1,) for no blocks."""
+    """One axis of a spec.
+
+    Args:
+      letter: "i", "o" or "b".
+      blocks: the relative sizes of its blocks, (1,) for no blocks.
+      times: how often the blocks are repeated; 0 for as often as they fit, with sizes that are exact.
+      interleaved: whether a block of all repetitions is one matrix.
+    """
 
     letter: str
     blocks: tuple[int, ...]
+    times: int = 1
+    interleaved: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether the axis has no blocks."""
+        return len(self.blocks) == 1 and self.times == 1
 
     @property
     def equal(self) -> bool:
-        """Whether all blocks have the same size."""
-        return len(set(self.blocks)) == 1
+        """Whether all blocks have the same size, and follow each other."""
+        return len(set(self.blocks)) == 1 and self.times == 1
+
+    def repetitions(self, size: int) -> int:
+        """How often the blocks are repeated in an axis of this size."""
+        return self.times or size // sum(self.blocks)
 
     def __str__(self) -> str:
         """The axis as written in a spec."""
-        if len(self.blocks) == 1:
+        if self.whole:
             return self.letter
-        sizes = str(len(self.blocks)) if self.equal else "+".join(map(str, self.blocks)) + " "
-        return f"({sizes}{self.letter})"
+        sizes = str(len(self.blocks)) if len({*self.blocks}) == 1 else "+".join(map(str, self.blocks))
+        if self.times == 1:
+            return f"({sizes}{'' if self.equal else ' '}{self.letter})"
+        repeated = f"{self.times or ''}{'~' if self.interleaved else '*'}"
+        return (
+            f"({repeated}({sizes}) {self.letter})" if "+" in sizes else f"({repeated}{sizes} {self.letter})"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +69,10 @@ class Axes:
 
     All `i` axes together are the input side, all `o` axes the output side. An axis that holds several
     matrices side by side is written with its blocks: `(3o)` is three equal blocks, `(32+8+8 o)` three blocks
-    with sizes in the ratio 32 : 8 : 8, whether these count heads or elements.
+    with sizes in the ratio 32 : 8 : 8, whether these count heads or elements. Blocks may be repeated:
+    `(128*(192+64) o)` is 128 times a block of 192 and one of 64, each its own matrix. With `~` they are
+    interleaved: `(8~(4+1+1) o)` is 8 times three blocks, of which the first ones together are one matrix, and
+    so are the second ones and the third ones; `(~2 o)` is elements of two matrices by turns.
 
     | leaf | shape | spec |
     |---|---|---|
@@ -61,6 +89,9 @@ class Axes:
     | the same, per head of 12 | (model, 3 x 12 x size) | `i(36o)` |
     | the same, 32 heads sharing 8 keys and values | (model, 48 x size) | `i(32+8+8 o)` |
     | gate and up of a gated perceptron | (model, 2 x hidden) | `i(2o)` |
+    | gate and up, column by column | (model, 2 x hidden) | `i(~2 o)` |
+    | 8 groups of 4 queries, a key and a value | (model, 48 x size) | `i(8~(4+1+1) o)` |
+    | keys and values of 128 latent heads, per head | (rank, 128 x (192 + 64)) | `i(128*(192+64) o)` |
     | gates of an LSTM (Equinox) | (4 x hidden, in) | `(4o)i` |
 
     Args:
@@ -94,16 +125,22 @@ class Axes:
         if len(axes) != len(shape):
             return f"the spec {self.spec!r} describes {len(axes)} axes, not {len(shape)}"
         for size, axis in zip(shape, axes, strict=True):
-            if size % sum(axis.blocks):
-                return f"an axis of {size} does not divide into {'+'.join(map(str, axis.blocks))} parts"
+            times = axis.times or 1
+            if size % (times * sum(axis.blocks)):
+                parts = "+".join(map(str, axis.blocks)) + (f" parts {times} times" if times > 1 else " parts")
+                return f"an axis of {size} does not divide into {parts}"
         return None
 
     def stacks(self, shape: Shape) -> tuple[Shape, ...]:
         """The shapes `(*batch, inputs, outputs)` of an array's stacks: one, unless blocks are unequal."""
-        return tuple(_view(self.spec, piece).stack for piece in _pieces(self.spec, shape))
+        spec, shape = _without_repetitions(self.spec, shape)
+        return tuple(_view(spec, piece).stack for piece in _pieces(spec, shape))
 
     def matrices(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The array as stacks `(*batch, inputs, outputs)`."""
+        spec, shape = _without_repetitions(self.spec, x.shape)
+        if spec != self.spec:
+            return Axes(spec).matrices(x.reshape(shape))
         pieces = [x]
         for k, axis in _unequal(self.spec):
             ends = list(itertools.accumulate(_sizes(axis, x.shape[k])))[:-1]
@@ -112,6 +149,9 @@ class Axes:
 
     def array(self, stacks: Sequence[jax.Array], shape: Shape) -> jax.Array:
         """The array of this shape whose `matrices` are the stacks."""
+        spec, longer = _without_repetitions(self.spec, shape)
+        if spec != self.spec:
+            return Axes(spec).array(stacks, longer).reshape(shape)
         pieces = [self._unstack(*pair) for pair in zip(stacks, _pieces(self.spec, shape), strict=True)]
         for k, axis in reversed(_unequal(self.spec)):
             n = len(axis.blocks)
@@ -120,6 +160,10 @@ class Axes:
 
     def spread(self, f: Callable[[int, int], float], shape: Shape) -> np.ndarray:
         """f(inputs, outputs) of each element's matrix, broadcastable against an array of this shape."""
+        spec, longer = _without_repetitions(self.spec, shape)
+        if spec != self.spec:
+            values = Axes(spec).spread(f, longer)
+            return values if values.size == 1 else np.broadcast_to(values, longer).reshape(shape)
         sizes = [
             [1] if axis.equal else _sizes(axis, size)
             for size, axis in zip(shape, _parse(self.spec), strict=True)
@@ -168,6 +212,21 @@ def _view(spec: str, piece: Shape) -> _View:
 
 
 @functools.lru_cache(maxsize=1 << 12)
+def _without_repetitions(spec: str, shape: Shape) -> tuple[str, Shape]:
+    """The spec and shape with an axis of repetitions and one of blocks in the place of both in one."""
+    letters, sizes = "", ()
+    for size, axis in zip(shape, _parse(spec), strict=True):
+        times = axis.repetitions(size)
+        if axis.times == 1:
+            letters, sizes = letters + str(axis), (*sizes, size)
+        else:
+            outer = axis.letter if axis.interleaved else "b"
+            letters += outer + str(Axis(axis.letter, axis.blocks))
+            sizes += (times, size // times if times else 0)
+    return (letters, sizes) if len(sizes) > len(shape) else (spec, shape)
+
+
+@functools.lru_cache(maxsize=1 << 12)
 def _pieces(spec: str, shape: Shape) -> tuple[Shape, ...]:
     """The shapes of the parts of an array that unequal blocks make: one, unless blocks are unequal."""
     sizes = [
@@ -186,12 +245,17 @@ def _unequal(spec: str) -> tuple[tuple[int, Axis], ...]:
 def _parse(spec: str) -> tuple[Axis, ...]:
     axes, position = [], 0
     while token := _TOKEN.match(spec, position):
-        letter, blocks, blocked = token.groups()
-        parts = [int(n) for n in blocks.split("+")] if blocks else [1]
-        if sum(parts) > _MOST_BLOCKS:
+        letter, times, kind, count, inner, blocks, blocked = token.groups()
+        parts = [int(n) for n in (count or inner or blocks or "1").split("+")]
+        number = int(times or 0) if kind else 1
+        if sum(parts) > _MOST_BLOCKS or number > _MOST_BLOCKS or (kind == "*" and number == 0):
             break
         parts = [1] * parts[0] if len(parts) == 1 else parts
-        axes.append(Axis(letter or blocked, tuple(n // (math.gcd(*parts) or 1) for n in parts)))
+        if number:  # exact sizes count only where they say how often they fit
+            parts = [n // (math.gcd(*parts) or 1) for n in parts]
+        if kind == "*" and len({*parts}) == 1:
+            number, parts = 1, parts * number
+        axes.append(Axis(letter or blocked, (*parts,), number, kind == "~" and number != 1))
         position = token.end()
     complete = {"i", "o"} <= {axis.letter for axis in axes}
     if position < len(spec) or not complete or not all(axis.blocks and all(axis.blocks) for axis in axes):
@@ -203,7 +267,7 @@ def _refusal(spec: object) -> str:
     return (
         f"{spec!r} does not describe a matrix. Type one letter per axis, i (input), o (output) or b "
         "(batch), with at least one i and one o, such as 'io', 'oi' or 'bio', and an axis of several "
-        "matrices with its blocks, such as 'i(3o)' or 'i(32+8+8 o)'."
+        "matrices with its blocks, such as 'i(3o)', 'i(32+8+8 o)' or 'i(8*(4+1+1) o)'."
     )
 
 

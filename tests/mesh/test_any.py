@@ -18,12 +18,26 @@ from optimorph.linalg import Axes, NewtonSchulz
 pytestmark = pytest.mark.usefixtures("float64")
 MESHES = [(2,), (8,), (4, 2), (2, 3), (2, 2, 2), (16,)]
 NAMES = ("a", "b", "c")
+REPEATED = ["i(2*(2+1) o)", "i(2~(2+1) o)", "(2~2 i)o"]
 FORMS = [
     Axes(spec)
-    for spec in ["io", "oi", "bio", "ibo", "ioo", "iio", "i(3o)", "(2o)i", "i(2+1+1 o)", "b(2i)o", "oiii"]
+    for spec in [
+        "io",
+        "oi",
+        "bio",
+        "ibo",
+        "ioo",
+        "iio",
+        "i(3o)",
+        "(2o)i",
+        "i(2+1+1 o)",
+        "b(2i)o",
+        "oiii",
+        *REPEATED,
+    ]
 ]
 POLAR = NewtonSchulz(steps=2)
-BLOCKS = {form: [sum(axis.blocks) for axis in form.parts] for form in FORMS}
+BLOCKS = {form: [axis.times * sum(axis.blocks) for axis in form.parts] for form in FORMS}
 
 
 @st.composite
