@@ -26,14 +26,15 @@ Leaves of integers, booleans and random keys are not trained. Their gradient is 
 `jax.grad(allow_int=True)` returns: the update is None and the state does not change.
 
 Modules: `linalg` (polar factors, norms), `codecs` (numbers in fewer bytes), `rules` (transforms of your
-own), `schedules`, `theory`, `curvature`, and `probes` (what an optimizer does to every leaf). `race` trains
-your own model with several optimizers (`pip install 'optimorph[race]'`).
+own), `layouts` (how parameters of known frameworks read as matrices), `schedules`, `theory`, `curvature`,
+and `probes` (what an optimizer does to every leaf). `race` trains your own model with several optimizers
+(`pip install 'optimorph[race]'`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from optimorph import codecs, curvature, linalg, probes, rules, schedules, theory
+from optimorph import codecs, curvature, layouts, linalg, probes, rules, schedules, theory
 from optimorph._apply_updates import apply_updates
 from optimorph._from_optax import from_optax_state
 from optimorph._inject_hyperparams import inject_hyperparams
@@ -141,6 +142,7 @@ __all__ = [
     "join_weights",
     "labels",
     "laprop",
+    "layouts",
     "linalg",
     "lion",
     "mars_adamw",

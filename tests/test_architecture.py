@@ -23,6 +23,7 @@ FLOORS = {
     "_distributed": 2,
     "_routing": 2,
     "_transforms": 3,
+    "layouts": 3,
     "curvature": 3,
     "schedules": 3,
     "theory": 3,
@@ -42,7 +43,7 @@ AT_RUN_TIME = {"jax", "optax", "jaxtyping", "numpy", "optimorph"}
 WITH_RACE = AT_RUN_TIME | {"flax", "rich", "matplotlib", "sklearn"}
 PUBLIC = {
     module: vars(module)["__all__"]
-    for module in (om, om.codecs, om.linalg, om.rules, om.schedules, om.theory, om.curvature)
+    for module in (om, om.codecs, om.layouts, om.linalg, om.rules, om.schedules, om.theory, om.curvature)
 }
 OBJECTS = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
@@ -177,7 +178,7 @@ def test_catalog_ids_are_readable_and_unique():
 def test_private_modules():
     """Users import the package, its public modules, and nothing else."""
     public = {name.split(".")[0] for name in NAMES if not name.startswith("_")}
-    assert public == {"codecs", "curvature", "linalg", "probes", "rules", "schedules", "theory"}
+    assert public == {"codecs", "curvature", "layouts", "linalg", "probes", "rules", "schedules", "theory"}
     assert set(dir(om)) - {"race"} == set(om.__all__)
 
 

@@ -124,3 +124,72 @@ def test_leaves_of_one_kind_are_one_question():
     assert "?" not in planned(params, axes={"*/blocks/*/odd/kernel": "bio"}).values()
     text = str(om.plan(params | {"x": {"blocks": [{"odd": {"kernel": plain}}]}}))
     assert r"re.compile(r'^(one/blocks/\d+/odd/kernel|two/blocks/\d+/odd/kernel)$'): 'bio'" in text
+
+
+def test_layouts_of_frameworks():
+    """Each decides what the default rules ask of a model, or read in another order."""
+    gpt2 = {
+        "h/0/attn/c_attn/kernel": (48, 16),
+        "h/0/attn/c_proj/kernel": (16, 16),
+        "h/0/mlp/c_fc/kernel": (64, 16),
+        "h/0/mlp/c_proj/kernel": (16, 64),
+        "h/0/crossattention/c_attn/kernel": (32, 16),
+        "h/0/crossattention/q_attn/kernel": (16, 16),
+        "h/0/ln_1/scale": (16,),
+        "wte/embedding": (99, 16),
+    }
+    assert [*by_layout(gpt2, om.layouts.hf_flax_gpt2()).values()] == [
+        "(3o)i", "oi", "oi", "oi", "(2o)i", "oi", "-", "-",
+    ]  # fmt: skip
+    decoder = "params/decoder/layers/"
+    maxtext = {
+        decoder + "moe_block/wi_0": (128, 48, 2048, 768),
+        decoder + "self_attention/query/kernel": (2048, 48, 32, 128),
+        decoder + "self_attention/out/kernel": (128, 48, 128, 7168),
+        decoder + "mlp/wo/kernel": (48, 48, 1024),
+        decoder + "moe_block/gate/kernel": (2048, 48, 8),
+        decoder + "norm/scale": (2048, 48),
+        "params/decoder/logits_dense/kernel": (2048, 9999),
+    }
+    specs = ["bbio", "iboo", "ibio", "ibo", "-", "-", "-"]
+    assert [*by_layout(maxtext, om.layouts.maxtext()).values()] == specs
+    one = {path: shape[:1] + shape[2:] if "layers" in path else shape for path, shape in maxtext.items()}
+    assert [*by_layout(one, om.layouts.maxtext(None)).values()] == ["bio", "ioo", "iio", "io", "-", "-", "-"]
+    t5 = {"encoder/encoder/attention/query/kernel": (8, 8, 8), "decoder/decoder/mlp/wi_0/kernel": (8, 8, 16)}
+    assert {*by_layout(t5, om.layouts.t5x()).values()} == {"ibo"}
+    assert {*by_layout(t5, om.layouts.t5x(0)).values()} == {"bio"}
+    neox = {"h/0/query_key_value/kernel": (16, 48), "h/0/query_key_value/weight": (48, 16)}
+    assert [*by_layout(neox, om.layouts.gpt_neox(4)).values()] == ["i(4~3 o)", "(4~3 o)i"]
+    torch = {
+        "wq": (16, 16),
+        "blocks.0.attn.qkv.weight": (48, 16),
+        "conv.kernel": (8, 4, 3, 3),
+        "fc1.weight": (64, 16),
+        "odd": (3, 4),
+        "tok_emb.weight": (99, 16),
+        "norm.weight": (16,),
+    }
+    assert [*by_layout(torch, om.layouts.torch()).values()] == ["oi", "(3o)i", "oiii", "oi", "?", "-", "-"]
+
+
+def by_layout(tree, axes):
+    """Path → spec in the tree's own order."""
+    found = planned(
+        {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}, axes=axes
+    )
+    return {path: found[path] for path in tree}
+
+
+def test_attention_per_head():
+    """Where the shapes give the heads, layers stacked or not; whole matrices elsewhere."""
+    tree = {
+        "layers/attn/query/kernel": (3, 16, 4, 8),
+        "layers/attn/out/kernel": (3, 4, 8, 16),
+        "layers/norm/scale": (3, 16),
+        "last/attn/query/kernel": (16, 4, 8),
+        "last/attn/out/kernel": (32, 16),
+        "last/norm/scale": (16,),
+    }
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    found = by_layout(tree, om.layouts.per_head(params))
+    assert [*found.values()] == ["bibo", "bbio", "-", "ibo", "io", "-"]
