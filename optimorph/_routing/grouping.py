@@ -53,14 +53,14 @@ def format_groups(
       kind: path → what is the same for leaves of one group; without it, their texts and all but the numbers
         of their paths.
     """
-    faults, paths = dict(faults), list(paths)
+    texts_of, paths = dict(faults), list(paths)
 
     def like(path: str) -> Hashable:
-        return without_numbers(path), faults[path].replace(repr(path), "")
+        return without_numbers(path), texts_of[path].replace(repr(path), "")
 
-    groups = group_by(faults, kind or like)
+    groups = group_by(texts_of, kind or like)
     rest = groups[_MAX_TEXTS:]
-    texts = [_text(group, faults[group[0]], paths) for group in groups[:_MAX_TEXTS]]
+    texts = [_text(group, texts_of[group[0]], paths) for group in groups[:_MAX_TEXTS]]
     if rest:
         names = ", ".join(map(_name, rest))
         texts.append(f"... and {sum(map(len, rest))} more leaves: {names}")

@@ -96,7 +96,7 @@ def _compiled(pattern: str, not_in: str) -> tuple[re.Pattern[str], re.Pattern[st
 def _specs(rule: NameRule, path: str, shape: Shape) -> list[str]:
     """The rule's specs that fit the shape, with every possible number of batch axes in front."""
     ndim = len(shape)
-    by_ndim = {Axes(spec).ndim: spec for spec in rule.specs}
+    by_ndim = {Axes(spec).ndim: spec for spec in rule.specs if spec is not None}
     if rule.batch_axes:
         return [by_ndim[ndim]] if ndim in by_ndim else []
     stacked = bool(STACK.search(path))

@@ -42,11 +42,11 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
     by_rule = _by_rules(who, rules)
 
     def resolve(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
-        specs = [by_rule(path, shape) for path, shape in zip(paths, shapes, strict=True)]
-        if None not in specs:
+        ruled = [by_rule(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+        default = by_siblings(paths, shapes) if None in ruled else []
+        specs = [default[k] if spec is None else spec for k, spec in enumerate(ruled)]
+        if not default:
             return specs
-        default = by_siblings(paths, shapes)
-        specs = [default[k] if spec is None else spec for k, spec in enumerate(specs)]
         return with_output_layer(paths, shapes, specs) if find_output else specs
 
     return resolve
