@@ -11,7 +11,7 @@ import numpy as np
 
 from optimorph._core.numbers import is_trainable
 from optimorph._core.types import AxesRules, Shape
-from optimorph._routing.leaf_spec import leaf_axes
+from optimorph._routing.resolve import leaf_axes
 from optimorph.linalg._axes import Axes, Axis
 
 _ROLES = {
