@@ -152,7 +152,8 @@ def plan(
     if (k := output_layer(own_paths, own_shapes, [specs[k] for k in trained])) is not None:
         specs[trained[k]] = LeafSpec(None, "head, inferred")
     state_bytes = _state_bytes(optimizer, paths, shapes, specs)
-    scale = None if routes is None or routes.scale is None else SCALES[routes.scale]
+    scale = None if routes is None else routes.scale
+    scale = SCALES[scale] if isinstance(scale, str) else scale
 
     def row(path: str, leaf: jax.ShapeDtypeStruct, spec: LeafSpec) -> PlanRow:
         matrices = _matrices(spec.axes, leaf.shape)

@@ -29,14 +29,14 @@ class Routes:
       resolve: (path, shape) → how a leaf reads as matrices.
       rules: the user's rules of axes.
       names: of the transformations of matrices and of other leaves.
-      scale: the name of the scale of a matrix's update by its shape.
+      scale: of a matrix's update by its shape.
       match: the user's rules of shardings, or None.
     """
 
     resolve: Callable[[str, Shape], LeafSpec]
     rules: AxesRules | None
     names: tuple[str, str]
-    scale: str | None = None
+    scale: Any = None
     match: Match | None = None
 
 
@@ -74,7 +74,7 @@ def routed(
     axes: AxesRules | None,
     shardings: Rules | None,
     names: tuple[str, str] = ("matrices", "others"),
-    scale: str | None = None,
+    scale: Any = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
     resolve, match = resolve_axes(who, axes), lookup_if_given(shardings)

@@ -9,7 +9,7 @@ import numpy as np
 
 from optimorph._core.checks import LeafError
 from optimorph._core.numbers import is_absent
-from optimorph._core.rule import Leaves, handed
+from optimorph._core.rule import Leaf, Leaves, handed
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import by_whole_shape
 from optimorph._routing.name_rules import UNDECIDED
@@ -160,6 +160,12 @@ class AxesOfLeaves:
             return handed("matrix_axes"), handed("shardings")
         pairs = zip(leaves.paths, leaves.values, strict=True)
         return [None if is_absent(x) else self.form(path, np.shape(x)) for path, x in pairs], self.match
+
+    def of(self, leaf: Leaf) -> tuple[Axes | None, Any]:
+        """Those of one leaf, for `init`."""
+        if not self.given and (forms := handed("matrix_axes")) is not None:
+            return forms[leaf.index], handed("shardings")
+        return self.form(leaf.path, np.shape(leaf.weight)), self.match
 
 
 def _by_rule(spec: Any, role: str, path: str, shape: Shape) -> LeafSpec:
