@@ -4,7 +4,8 @@ Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debi
 `add`, `mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`,
 `scale_by_learning_rate`, `hyperball`, `mean`, `keep_norm`, `cautious`, `dampen`, `extrapolate`, `in_float32`,
 `in_bfloat16`, `clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`,
-`skip_nonfinite`, `multi_steps`. They chain with optax's: `chain` is `optax.chain`, in which neighbours become one rule for one leaf.
+`skip_nonfinite`, `multi_steps`. They chain with optax's: `chain` is `optax.chain`, in which neighbours become
+one rule for one leaf.
 
 Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `ademamix`, `laprop`,
 `lion`, `mars_adamw`, `muon`, `muonh`, `normuon`, `adamuon`, `muon2`, `scion`.
