@@ -52,10 +52,10 @@ def parameters(stacked, dtype):
     )
 
 
-def muon(stacked, **arguments):
+def muon(stacked, recipe=om.muon, **arguments):
     """Of the matrices in layers."""
     spec = {"layers/*/kernel": "bio"} if stacked else {"layer*/kernel": "io"}
-    return om.muon(0.02, axes={**spec, "*": None}, **arguments)
+    return recipe(0.02, axes={**spec, "*": None}, **arguments)
 
 
 def optimizers(stacked):
@@ -78,6 +78,9 @@ def optimizers(stacked):
         "optax.contrib.muon": optax.contrib.muon(0.02, muon_weight_dimension_numbers=labels),
         "muon": muon(False),
         "muon int8": muon(False, state="int8"),
+        "normuon": muon(False, om.normuon),
+        "adamuon": muon(False, om.adamuon),
+        "muon2": muon(False, om.muon2),
     }
 
 

@@ -4,9 +4,10 @@
 
 Prints and writes to `benchmarks/results/optimizers.json`: milliseconds of one jitted update (median of
 interleaved rounds, and the ratio of the medians), seconds to compile, bytes of state per parameter, and of
-the compiled program the operations and the size. Ratios above 1: optax takes longer. AdamW moves 28 bytes a
-parameter (gradient, weight, two averages, three of them and the update written), which are set against what a
-copy moves per second; PyTorch's fused AdamW stands beside it where PyTorch is installed.
+the compiled program the operations and the size. Ratios above 1: optax takes longer, or Muon in rows "beside
+muon". AdamW moves 28 bytes a parameter (gradient, weight, two averages, three of them and the update
+written), which are set against what a copy moves per second; PyTorch's fused AdamW stands beside it where
+PyTorch is installed.
 """
 
 import datetime
@@ -80,6 +81,8 @@ MODELS = {
     "muon: GPT, 4 layers of width 256": ("muon", gpt(256, 4)),
     "muon: 400 leaves of 32 x 32": ("muon", SMALL),
 }
+BESIDE_MUON = ("muonh", "normuon", "adamuon", "muon2", "scion")
+MODELS |= {f"{name} beside muon: GPT-2 small, 2 layers": (name, GPT2) for name in BESIDE_MUON}
 """Name → (which pair, shapes)."""
 
 
@@ -116,7 +119,9 @@ PAIRS = {
         lambda: optax.contrib.muon(0.02, muon_weight_dimension_numbers=matrices),
     ),
 }
-"""Both Muons take five steps of the same quintic, optax's default."""
+PAIRS |= {name: (lambda name=name: getattr(om, name)(0.02), lambda: om.muon(0.02)) for name in BESIDE_MUON}
+"""Both Muons take five steps of the same quintic, optax's default. Other optimizers of matrices stand
+beside this library's Muon."""
 
 
 class Side:

@@ -103,6 +103,11 @@ def compiled(tx, shapes, places):
     def placed(path, x):
         known = [place for end, place in where.items() if jax.tree_util.keystr(path).endswith(end)]
         place = known[0] if known and x.ndim == 2 else everywhere
+        if known and 1 in x.shape:  # a mean keeps an axis of one number
+            names = [
+                name if size > 1 else None for name, size in zip(_padded(place, 2), x.shape, strict=True)
+            ]
+            place = NamedSharding(place.mesh, P(*names))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaves)

@@ -2,12 +2,13 @@
 
 Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`,
 `add`, `mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`,
-`scale_by_learning_rate`, `hyperball`, `cautious`, `dampen`, `extrapolate`, `in_float32`, `in_bfloat16`,
-`clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`, `skip_nonfinite`, `multi_steps`. They
-chain with optax's: `chain` is `optax.chain`, in which neighbours become one rule for one leaf.
+`scale_by_learning_rate`, `hyperball`, `mean`, `keep_norm`, `cautious`, `dampen`, `extrapolate`, `in_float32`,
+`in_bfloat16`, `clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`,
+`skip_nonfinite`, `multi_steps`. They chain with optax's: `chain` is `optax.chain`, in which neighbours become
+one rule for one leaf.
 
 Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `ademamix`, `laprop`,
-`lion`, `mars_adamw`, `muon`, `muonh`.
+`lion`, `mars_adamw`, `muon`, `muonh`, `normuon`, `adamuon`, `muon2`, `scion`.
 
 Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` gives matrices to one
 transform and other leaves to another; `partition` and `labels` route by the same rules, and `roles`,
@@ -40,14 +41,18 @@ from optimorph._from_optax import from_optax_state
 from optimorph._inject_hyperparams import inject_hyperparams
 from optimorph._plan import Plan, PlanRow, plan
 from optimorph._recipes.adamh import adamh
+from optimorph._recipes.adamuon import adamuon
 from optimorph._recipes.ademamix import ademamix
 from optimorph._recipes.laprop import laprop
 from optimorph._recipes.lion import lion
 from optimorph._recipes.mars_adamw import mars_adamw
 from optimorph._recipes.muon import muon
+from optimorph._recipes.muon2 import muon2
 from optimorph._recipes.muonh import muonh
+from optimorph._recipes.normuon import normuon
 from optimorph._recipes.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph._recipes.route_matrices import route_matrices
+from optimorph._recipes.scion import scion
 from optimorph._routing.default_roles import not_roles, role_of, roles
 from optimorph._routing.partition import partition
 from optimorph._routing.rules import labels
@@ -73,12 +78,14 @@ from optimorph._transforms.hyperball import hyperball
 from optimorph._transforms.in_bfloat16 import BFloat16State, in_bfloat16
 from optimorph._transforms.in_float32 import in_float32
 from optimorph._transforms.matrices import orthogonalize, scale_by_shape
+from optimorph._transforms.means import MeanState, keep_norm, mean
 from optimorph._transforms.multi_steps import MultiStepsState, multi_steps
 from optimorph._transforms.pointwise import DampenState, DebiasState, dampen, debias, root, sign, square
 from optimorph._transforms.qk_clip import QKClipState, clip_attention_logits, qk_clip
 from optimorph._transforms.scale_by_rules import scale_by_rules
 from optimorph._transforms.skip_nonfinite import SkipState, skip_nonfinite
 from optimorph._transforms.step import (
+    CorrectedDecayState,
     DecayState,
     LearningRateState,
     add_decayed_weights,
@@ -96,6 +103,7 @@ __all__ = [
     "BFloat16State",
     "ClipState",
     "CompressedState",
+    "CorrectedDecayState",
     "DampenState",
     "DebiasState",
     "DecayState",
@@ -103,6 +111,7 @@ __all__ = [
     "EmaState",
     "ExtrapolateState",
     "LearningRateState",
+    "MeanState",
     "MixState",
     "MomentumState",
     "MultiStepsState",
@@ -115,6 +124,7 @@ __all__ = [
     "adagrad",
     "adam",
     "adamh",
+    "adamuon",
     "adamw",
     "add",
     "add_decayed_weights",
@@ -140,19 +150,23 @@ __all__ = [
     "in_float32",
     "inject_hyperparams",
     "join_weights",
+    "keep_norm",
     "labels",
     "laprop",
     "layouts",
     "linalg",
     "lion",
     "mars_adamw",
+    "mean",
     "mix",
     "momentum",
     "multi_steps",
     "muon",
+    "muon2",
     "muonh",
     "nadam",
     "nadamw",
+    "normuon",
     "not_roles",
     "orthogonalize",
     "partition",
@@ -169,6 +183,7 @@ __all__ = [
     "scale_by_rules",
     "scale_by_shape",
     "schedules",
+    "scion",
     "sgd",
     "sign",
     "skip_nonfinite",

@@ -153,7 +153,8 @@ def plan(
     routes = getattr(optimizer, "routes", None)
     specs = _specs(routes, paths, shapes)
     state_bytes = _state_bytes(optimizer, paths, shapes, specs)
-    scale = None if routes is None or routes.scale is None else SCALES[routes.scale]
+    scale = None if routes is None else routes.scale
+    scale = SCALES[scale] if isinstance(scale, str) else scale
 
     def row(path: str, leaf: jax.ShapeDtypeStruct, spec: LeafSpec) -> PlanRow:
         matrices = _matrices(spec.axes, leaf.shape)

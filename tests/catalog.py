@@ -142,6 +142,45 @@ TRANSFORMS = [
     ),
     Entry("cautious", lambda om: om.cautious(om.ema(0.9)), lambda: papers.cautious(papers.ema(0.9))),
     Entry("clip_attention_logits", lambda om: om.clip_attention_logits(), lambda: lambda u, w: u),
+    *(
+        Entry(
+            f"mean-{over}",
+            lambda om, over=over: om.mean(over, om.ema(0.9)),
+            lambda over=over: papers.mean(over, papers.ema(0.9)),
+            matrices=True,
+        )
+        for over in ("i", "o", "io")
+    ),
+    Entry(
+        "mean-blocks",
+        lambda om: om.mean("o", axes=in_blocks),
+        lambda: papers.by_columns(papers.mean("o"), _ends),
+        matrices=True,
+    ),
+    Entry(
+        "mean-blocks-out-in",
+        lambda om: om.mean("o", axes=lambda path, shape: {4: "(4o)i", 9: "(4+5o)i"}.get(shape[0], "oi")),
+        lambda: _transposed(papers.by_columns(papers.mean("o"), _ends)),
+        matrices=True,
+    ),
+    Entry(
+        "mean-where",
+        lambda om: om.mean("i", om.ema(0.9), where=lambda inputs, outputs: inputs < outputs),
+        lambda: _scaled(papers.mean("i", papers.ema(0.9)), lambda i, o: i < o),
+        matrices=True,
+    ),
+    Entry(
+        "keep_norm",
+        lambda om: om.keep_norm(om.sign()),
+        lambda: papers.keep_norm(papers.sign()),
+        matrices=True,
+    ),
+    Entry(
+        "keep_norm-blocks",
+        lambda om: om.keep_norm(om.sign(), in_blocks),
+        lambda: papers.by_columns(papers.keep_norm(papers.sign()), _ends),
+        matrices=True,
+    ),
     Entry(
         "scale_by_rules",
         lambda om: om.scale_by_rules(by_last_axis),
@@ -371,7 +410,7 @@ RECIPES = [
             ),
         )
         for name in ("adamw", "nadamw")
-        for form in ("independent", "cautious")
+        for form in ("independent", "cautious", "corrected")
     ),
     Entry(
         "nadamw",
@@ -426,7 +465,37 @@ RECIPES = [
             matrices=True,
             real=True,
         )
-        for form in ("independent", "cautious")
+        for form in ("independent", "cautious", "corrected")
+    ),
+    *(
+        Entry(
+            name,
+            lambda om, name=name: getattr(om, name)(0.02, axes={"*": "io"}, weight_decay=0.2),
+            lambda name=name: getattr(papers, name)(0.02, decay=0.2),
+            matrices=True,
+            real=True,
+        )
+        for name in ("normuon", "adamuon", "muon2")
+    ),
+    Entry(
+        "normuon-shorter",
+        lambda om: om.normuon(0.02, axes={"*": "io"}, average="shorter"),
+        lambda: papers.normuon(0.02, shorter=True),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "scion",
+        lambda om: om.scion(0.01, axes={"*": "io"}),
+        lambda: papers.scion(0.01),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "scion-rms",
+        lambda om: om.scion(0.01, 0.8, axes={"*": None}, weight_decay=0.2, weight_decay_form="independent"),
+        lambda: papers.scion(0.01, 0.8, "rms", decay=0.2, form="independent"),
+        real=True,
     ),
     Entry(
         "muon-jordan-keller",
@@ -464,6 +533,59 @@ RECIPES = [
 ]
 
 MORE = [  # recipes under other arguments, which have no other states
+    Entry(
+        "adamw-corrected-schedule",
+        lambda om: om.adamw(linear(0.1, -0.004), eps=1e-2, weight_decay=0.2, weight_decay_form="corrected"),
+        lambda: papers.adam(linear(0.1, -0.004), 0.9, 0.999, 1e-2, decay=0.2, form="corrected"),
+    ),
+    *(
+        Entry(
+            f"{name}-out-in",
+            lambda om, name=name: getattr(om, name)(
+                0.02,
+                0.8,
+                0.9,
+                1e-2,
+                nesterov=False,
+                scale="rms_to_rms",
+                axes={"*": "oi"},
+                weight_decay=0.2,
+                weight_decay_form="independent",
+            ),
+            lambda name=name: _transposed(
+                getattr(papers, name)(
+                    0.02, 0.8, 0.9, 1e-2, nesterov=False, scale="rms_to_rms", decay=0.2, form="independent"
+                )
+            ),
+            matrices=True,
+            real=True,
+        )
+        for name in ("normuon", "adamuon", "muon2")
+    ),
+    *(
+        Entry(
+            f"scion-{norm}",
+            lambda om, norm=norm: om.scion(0.01, 0.83, norms={"*": norm}, radius=10.0, axes={"*": "oi"}),
+            lambda norm=norm: _transposed(papers.scion(0.01, 0.83, norm=norm, radius=10.0)),
+            matrices=True,
+            real=True,
+        )
+        for norm in ("spectral", "sign", "row", "column")
+    ),
+    Entry(
+        "normuon-shorter-least",
+        lambda om: om.normuon(0.02, b2=0.8, eps=0.1, axes={"*": "oi"}, average="shorter"),
+        lambda: _transposed(papers.normuon(0.02, b2=0.8, eps=0.1, shorter=True)),
+        matrices=True,
+        real=True,
+    ),
+    Entry(
+        "muon-scale-of-my-own",
+        lambda om: om.muon(0.02, axes={"*": "io"}, scale=lambda inputs, outputs: inputs / outputs),
+        lambda: _scaled(papers.muon(0.02, scale=None), lambda i, o: i / o),
+        matrices=True,
+        real=True,
+    ),
     Entry(
         "adamw-betas",
         lambda om: om.adamw(0.1, 0.8, 0.9, 1e-2, weight_decay=0.2),
@@ -564,6 +686,10 @@ def each(entries=ENTRIES):
 
 def _transposed(rule):
     return lambda g, w: rule(g.T, w.T).T
+
+
+def _scaled(rule, factor):
+    return lambda g, w: rule(g, w) * factor(*g.shape)
 
 
 def np_root(g, eps):

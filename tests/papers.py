@@ -238,13 +238,28 @@ def rmsprop(
 
 def descent(lr, decay, form):
     """From a direction and a weight, the step, with Loshchilov & Hutter's decay in one of its forms."""
+    if form == "corrected":
+        return corrected(lr, decay)
     if form == "independent":
         return lambda u, w: -lr * u - decay * w
     return lambda u, w: -lr * (u + decay * (aligned(u, w) if form == "cautious" else w))
 
 
+def corrected(lr, decay):
+    """AdamC's step, whose decay is λ η² over the highest η so far."""
+    t, highest = 0, 0.0
+
+    def step(u, w):
+        nonlocal t, highest
+        rate = lr(t) if callable(lr) else lr
+        t, highest = t + 1, max(highest, rate)
+        return -rate * u - (decay * rate**2 / highest * w if highest else 0)
+
+    return step
+
+
 def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False, form="coupled"):
-    m, v, t = 0.0, 0.0, 0
+    m, v, t, down = 0.0, 0.0, 0, descent(lr, decay, form)
 
     def step(g, w):
         nonlocal m, v, t
@@ -255,7 +270,7 @@ def adam(lr, b1, b2, eps, eps_root=0.0, l2=0.0, decay=0.0, nesterov=False, form=
         average = m / (1 - b1**t)
         if nesterov:  # Dozat, algorithm 2
             average = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
-        return descent(lr, decay, form)(average / (np.sqrt(v / (1 - b2**t) + eps_root) + eps), w)
+        return down(average / (np.sqrt(v / (1 - b2**t) + eps_root) + eps), w)
 
     return step
 
@@ -507,15 +522,83 @@ def scale_by_shape(name):
 
 def muon(lr, beta=0.95, nesterov=True, decay=0.0, rows=EXPRESS, scale="rms_to_rms", form="coupled"):
     """For a matrix stored (in, out)."""
-    m = 0.0
+    return of_matrix(lr, ema(beta, nesterov), lambda x: x, decay, rows, scale, form)
+
+
+def of_matrix(lr, average, adapt, decay=0.0, rows=EXPRESS, scale="keller", form="coupled"):
+    """From a rule of gradients and a function of polar factors, a step of a matrix stored (in, out)."""
+    down = descent(lr, decay, form)
 
     def step(g, w):
-        nonlocal m
-        m = beta * m + (1 - beta) * g
-        u = (1 - beta) * g + beta * m if nesterov else m
-        return descent(lr, decay, form)(SHAPES[scale](*g.shape) * on_singular_values(u, rows), w)
+        factor = adapt(on_singular_values(average(g, w), rows))
+        return down(SHAPES[scale](*g.shape) * factor, w)
 
     return step
+
+
+def mean(over, rule=None):
+    """Of a matrix stored (in, out)."""
+    rule = rule or (lambda g, w: g)
+    axis = {"i": 0, "o": 1, "io": (0, 1)}[over]
+    return lambda g, w: rule(np.mean(g, axis, keepdims=True), None) + 0 * g
+
+
+def with_norm(u, norm):
+    return u * norm / (np.linalg.norm(u) or 1.0)
+
+
+def keep_norm(rule):
+    def step(g, w):
+        u = rule(g, w)
+        return with_norm(u, np.linalg.norm(g))
+
+    return step
+
+
+def normuon(lr, beta=0.95, b2=0.95, eps=1e-10, shorter=False, nesterov=True, **kwargs):
+    """The second moments of the outputs, or with `shorter` of the longer side."""
+    v = 0.0
+
+    def adapt(o):
+        nonlocal v
+        axis = 1 if shorter and o.shape[0] > o.shape[1] else 0
+        v = b2 * v + (1 - b2) * np.mean(o**2, axis=axis, keepdims=True)
+        u = o / (np.sqrt(np.maximum(v, eps)) if shorter else np.sqrt(v) + eps)
+        return with_norm(u, np.linalg.norm(o))
+
+    return of_matrix(lr, ema(beta, nesterov), adapt, **kwargs)
+
+
+def adamuon(lr, beta=0.95, b2=0.95, eps=1e-8, nesterov=True, scale="adamw_rms", **kwargs):
+    v = 0.0
+
+    def adapt(o):
+        nonlocal v
+        v = b2 * v + (1 - b2) * o**2
+        u = o / (np.sqrt(v) + eps)
+        return with_norm(u, np.sqrt(min(o.shape)))
+
+    return of_matrix(lr, chain(ema(beta, nesterov), sign()), adapt, scale=scale, **kwargs)
+
+
+def muon2(lr, beta=0.95, b2=0.95, eps=1e-10, nesterov=True, **kwargs):
+    m, v = ema(beta, nesterov), ema(b2)
+    return of_matrix(lr, lambda g, w: m(g, w) / (np.sqrt(v(g**2, w)) + eps), lambda o: o, **kwargs)
+
+
+LMOS = {
+    "spectral": lambda m, rows: np.sqrt(m.shape[1] / m.shape[0]) * on_singular_values(m, rows),
+    "sign": lambda m, rows: np.sign(m) / m.shape[0],
+    "row": lambda m, rows: m / (np.sqrt(np.mean(m**2, 0, keepdims=True)) + 1e-8) / m.shape[0],
+    "column": lambda m, rows: m / (np.sqrt(np.mean(m**2, 1, keepdims=True)) + 1e-8) / m.shape[0],
+    "rms": lambda m, rows: m / (np.sqrt(np.mean(m**2)) + 1e-8),
+}
+"""Of a matrix stored (in, out), or of any leaf."""
+
+
+def scion(lr, beta=0.9, norm="spectral", radius=50.0, decay=1.0, form="coupled", rows=EXPRESS):
+    average, down = ema(beta), descent(lr, decay, form)
+    return lambda g, w: down(radius * LMOS[norm](average(g, w), rows), w)
 
 
 # PyTorch and Keller Jordan, as published: they change the weight in place.
@@ -617,6 +700,80 @@ def keller_muon(lr, weight_decay=0.0, momentum=0.95):
         update = newton_schulz(update, JORDAN, add=1e-7)
         update = update * max(1.0, w.shape[0] / w.shape[1]) ** 0.5
         return w * (1 - lr * weight_decay) - lr * update
+
+    return step
+
+
+def published_normuon(lr=0.02, weight_decay=0.0, momentum=0.95, beta2=0.95, shorter=False):
+    """For a matrix stored (out, in): the paper's program, or the one of modded-nanogpt."""
+    m = v = 0.0
+
+    def step(g, w):
+        nonlocal m, v
+        m = m + (1 - momentum) * (g - m)
+        u = newton_schulz(g + momentum * (m - g), EXPRESS)
+        rows, columns = w.shape
+        before = np.linalg.norm(u)
+        mean = np.mean(u * u, axis=0 if shorter and rows < columns else 1, keepdims=True)
+        v = v + (1 - beta2) * (mean - v)
+        u = u / np.sqrt(np.maximum(v, 1e-10)) if shorter else u / (np.sqrt(v) + 1e-10)
+        u = u * before / (np.linalg.norm(u) + 1e-10) * max(1, rows / columns) ** 0.5
+        return w * (1 - lr * weight_decay) - lr * u
+
+    return step
+
+
+def published_adamuon(lr=0.02, weight_decay=0.01, momentum=0.95, eps=1e-8):
+    """For a matrix stored (out, in)."""
+    m = v = 0.0
+
+    def step(g, w):
+        nonlocal m, v
+        m = m + (1 - momentum) * (g - m)
+        u = newton_schulz(np.sign(g + momentum * (m - g)), EXPRESS)
+        v = v * momentum + (1 - momentum) * u * u
+        u = u / (np.sqrt(v) + eps)
+        u = u * 0.2 * (min(w.shape) * max(w.shape)) ** 0.5 / (np.linalg.norm(u) + eps)
+        return w * (1 - lr * weight_decay) - lr * u
+
+    return step
+
+
+def published_scion(lr, norm, momentum=0.1, scale=1.0):
+    """For a matrix stored (out, in), or a bias."""
+    d = 0.0
+
+    def lmo(g):
+        if norm == "Spectral":
+            return newton_schulz(g, EXPRESS) * (g.shape[0] / g.shape[1]) ** 0.5
+        if norm == "Sign":
+            return np.sign(g) / g.shape[1]
+        if norm == "RowNorm":
+            return g / (np.sqrt(np.sum(g**2, axis=-1, keepdims=True)) * np.sqrt(g.shape[1]) + 1e-8)
+        if norm == "ColNorm":
+            rms = np.sqrt(np.sum(g**2, axis=0, keepdims=True)) / np.sqrt(g.shape[0])
+            return g / (rms * g.shape[1] + 1e-8)
+        return g / (np.sqrt(np.mean(g**2)) + 1e-8)
+
+    def step(g, w):
+        nonlocal d
+        d = (1 - momentum) * d + momentum * g
+        return w * (1 - lr) - lr * scale * lmo(d)
+
+    return step
+
+
+def published_muon2(lr, weight_decay=0.0125, mu=0.95, beta2=0.95):
+    """For a matrix stored (out, in)."""
+    m = v = 0.0
+
+    def step(g, w):
+        nonlocal m, v
+        m = m + (1 - mu) * (g - m)
+        v = v + (1 - beta2) * (g * g - v)
+        u = newton_schulz((g + mu * (m - g)) / (np.sqrt(v) + 1e-10), EXPRESS)
+        u = u * max(1, w.shape[0] / w.shape[1]) ** 0.5
+        return w * (1 - lr * weight_decay) - lr * u
 
     return step
 

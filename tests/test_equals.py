@@ -1,5 +1,6 @@
 """Every `Equals:` line of every docstring is a test: the line is the key, the trajectory the proof."""
 
+import functools
 import inspect
 
 import jax
@@ -164,6 +165,23 @@ def keller_muon():
         )
 
 
+def as_published_of_matrices(recipe, published):
+    """In both orientations; the programs add 1e-10 or 1e-8 to norms."""
+    for transpose, spec in ((True, "io"), (False, "oi")):
+        ours = recipe(0.02, weight_decay=0.1, axes={"w": spec})
+        same_as_published(ours, published(0.02, 0.1), transpose=transpose, atol=1e-9)
+
+
+def published_scion():
+    """A row or column that is added 1e-8 to its norm, and not to its root mean square."""
+    names = {"spectral": "Spectral", "sign": "Sign", "row": "RowNorm", "column": "ColNorm", None: "BiasRMS"}
+    for norm, theirs in names.items():
+        for transpose, spec in ((True, "io"), (False, "oi")):
+            ours = om.scion(0.02, radius=10.0, norms={"w": norm}, axes={"w": spec if norm else None})
+            rule = papers.published_scion(0.02, theirs, scale=10.0)
+            same_as_published(ours, rule, transpose=transpose, atol=1e-6)
+
+
 def applied_as_by_optax():
     rng = np.random.default_rng(0)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64, jnp.int32):
@@ -292,6 +310,23 @@ PROOFS = {
         same_as_published(om.muonh(0.02, axes={"w": spec}), papers.levanter_muonh(0.02), transpose=transpose)
         for transpose, spec in ((True, "io"), (False, "oi"))
     ],
+    "NorMuon's SingleDeviceNorMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, "
+    "beta2=b2), of normuon.py, with the polar factor computed alike": lambda: as_published_of_matrices(
+        om.normuon, papers.published_normuon
+    ),
+    "modded-nanogpt's NorMuon of track 3, record 10, "
+    'with average="shorter" and the polar factor alike': lambda: as_published_of_matrices(
+        functools.partial(om.normuon, average="shorter"),
+        functools.partial(papers.published_normuon, shorter=True),
+    ),
+    "AdaMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, eps=eps) of its repository "
+    "since August 2025, for b2=momentum, with the polar factor computed alike; the paper has no signs, and v "
+    "debiased": lambda: as_published_of_matrices(om.adamuon, papers.published_adamuon),
+    "modded-nanogpt's Muon² of track 3, record 7, with the polar factor computed alike": lambda: (
+        as_published_of_matrices(om.muon2, papers.published_muon2)
+    ),
+    'scion.Scion(lr=learning_rate, momentum=1 - momentum, scale=radius), with norm="Spectral", "Sign", '
+    '"RowNorm", "BiasRMS" or normalized "ColNorm", and the polar factor computed alike': published_scion,
     "optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)": lambda: (
         same_as_optax(om.nadamw(0.01, weight_decay=0.1), optax.nadamw(0.01, weight_decay=0.1))
     ),

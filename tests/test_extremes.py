@@ -42,7 +42,7 @@ EVERY = {entry.id: (entry.build, entry.paper) for entry in catalog.RECIPES} | {
 SQUARING = [
     name
     for name in EVERY
-    if not name.startswith(("sgd", "lion", "mars")) and ("muon" not in name or "others" in name)
+    if not name.startswith(("sgd", "lion", "mars", "scion")) and ("muon" not in name or "others" in name)
 ]
 
 
@@ -100,7 +100,7 @@ def test_sizes(name, dtype):
     build, rule = EVERY[name]
     tx = build()
     for size in SIZES[dtype]:
-        if size > SQUARES and name in SQUARING:
+        if size > SQUARES and (name in SQUARING or name in ("muon2", "scion-rms")):
             continue
         if name in ROUNDED:
             for update, _ in train(tx, papers.square, size, dtype):

@@ -1,15 +1,12 @@
 """Muon: matrices by their polar factors, all other leaves by another optimizer."""
 
-from collections.abc import Callable
+from typing import Unpack
 
-import jax
-import optax
-
-from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
-from optimorph._recipes.of_matrices import of_matrices
+from optimorph._core.types import Numeric, ScalarOrSchedule
+from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
-from optimorph._transforms.matrices import orthogonalize
+from optimorph._transforms.matrices import Scale
 
 
 @recipe
@@ -19,25 +16,17 @@ def muon(
     *,
     nesterov: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
-    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
-    scale: str | None = "rms_to_rms",
-    axes: AxesRules | None = None,
-    others: optax.GradientTransformation | None = None,
-    others_learning_rate: ScalarOrSchedule | None = None,
-    mu_dtype: DTypeLike | None = None,
-    nu_dtype: DTypeLike | None = None,
     weight_decay_form: str = "coupled",
-    state: str | Rules | None = None,
-    shardings: Rules | None = None,
-    comm_dtype: DTypeLike | None = None,
+    scale: Scale = "rms_to_rms",
+    **arguments: Unpack[MatrixArguments],
 ) -> Recipe:
     """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
 
     Args:
       orthogonalizer: a function of stacks of matrices; `linalg.NewtonSchulz()`, the default, takes five
         Polar Express steps.
-      scale: of a matrix's update by its shape: "rms_to_rms", "keller", "adamw_rms", None.
+      scale: of a matrix's update by its shape, as that of `scale_by_shape`: "rms_to_rms", "keller",
+        "adamw_rms", a function (inputs, outputs) → factor, or None.
       weight_decay_form: as that of `adamw`.
       state: "int8" stores moments of large leaves in one byte each, the average of matrices linearly; or the
         rules of `compress_state`.
@@ -69,18 +58,10 @@ def muon(
     """
     return of_matrices(
         "muon",
-        ema(momentum, nesterov=nesterov, dtype=mu_dtype),
-        orthogonalize(orthogonalizer, comm_dtype=comm_dtype),
+        ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        scale=scale,
-        mask=mask,
-        axes=axes,
-        others=others,
-        others_learning_rate=others_learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
         weight_decay_form=weight_decay_form,
-        state=state,
-        shardings=shardings,
+        scale=scale,
+        **arguments,
     )

@@ -1,16 +1,12 @@
 """MuonH: Muon whose matrices keep their norms."""
 
-from collections.abc import Callable
+from typing import Unpack
 
-import jax
-import optax
-
-from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
-from optimorph._recipes.of_matrices import of_matrices
+from optimorph._core.types import Numeric, ScalarOrSchedule
+from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
 from optimorph._transforms.hyperball import hyperball
-from optimorph._transforms.matrices import orthogonalize
 
 
 @recipe
@@ -19,17 +15,8 @@ def muonh(
     momentum: Numeric = 0.95,
     *,
     nesterov: bool = True,
-    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
-    axes: AxesRules | None = None,
-    others: optax.GradientTransformation | None = None,
-    others_learning_rate: ScalarOrSchedule | None = None,
     weight_decay: ScalarOrSchedule = 0.0,
-    mask: Mask | None = None,
-    mu_dtype: DTypeLike | None = None,
-    nu_dtype: DTypeLike | None = None,
-    state: str | Rules | None = None,
-    shardings: Rules | None = None,
-    comm_dtype: DTypeLike | None = None,
+    **arguments: Unpack[MatrixArguments],
 ) -> Recipe:
     """MuonH: the polar factor of the momentum as a step that keeps the norm of every matrix.
 
@@ -39,10 +26,8 @@ def muonh(
     decay λ, a learning rate near √(η λ) does as much here.
 
     Args:
-      orthogonalizer, axes, others, others_learning_rate, mu_dtype, nu_dtype, state, shardings, comm_dtype: as
-        those of `muon`.
-      weight_decay: of the AdamW for other leaves; matrices have none.
-      mask: which of these leaves decay, as that of `add_decayed_weights`.
+      weight_decay: of the AdamW for other leaves, with `mask`; matrices have none.
+      arguments: as those of `muon`.
 
     Raises:
       ValueError: as `muon`.
@@ -55,18 +40,9 @@ def muonh(
     """
     return of_matrices(
         "muonh",
-        ema(momentum, nesterov=nesterov, dtype=mu_dtype),
-        orthogonalize(orthogonalizer, comm_dtype=comm_dtype),
+        ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        scale=None,
-        mask=mask,
-        axes=axes,
-        others=others,
-        others_learning_rate=others_learning_rate,
-        mu_dtype=mu_dtype,
-        nu_dtype=nu_dtype,
-        state=state,
-        shardings=shardings,
         last=hyperball(learning_rate),
+        **arguments,
     )

@@ -1,12 +1,14 @@
 """What the optimizers of matrices share: the end of the chain, other leaves, storage of the state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypedDict
 
+import jax
 import optax
 
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND
-from optimorph._core.rule import Transform
+from optimorph._core.rule import Transform, rule_of
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Rules, ScalarOrSchedule
 from optimorph._recipes.optimizers import adamw
 from optimorph._recipes.route_matrices import routed
@@ -15,8 +17,23 @@ from optimorph._routing.rules import lookup, warn_unused
 from optimorph._storage.codec_rules import linear
 from optimorph._storage.encoding import named
 from optimorph._transforms.combine import chain
-from optimorph._transforms.matrices import scale_by_shape
+from optimorph._transforms.matrices import Scale, orthogonalize, scale_by_shape
 from optimorph._transforms.step import decay_and_step
+
+
+class MatrixArguments(TypedDict, total=False):
+    """What all optimizers of matrices take, as `muon` says; None is as good as nothing."""
+
+    mask: Mask | None
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None
+    axes: AxesRules | None
+    others: optax.GradientTransformation | None
+    others_learning_rate: ScalarOrSchedule | None
+    mu_dtype: DTypeLike | None
+    nu_dtype: DTypeLike | None
+    state: str | Rules | None
+    shardings: Rules | None
+    comm_dtype: DTypeLike | None
 
 
 def of_matrices(
@@ -25,28 +42,33 @@ def of_matrices(
     *words: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule,
-    scale: str | None,
+    weight_decay_form: str = "coupled",
+    scale: Scale = None,
+    last: optax.GradientTransformation | None = None,
     mask: Mask | None = None,
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
     axes: AxesRules | None = None,
     others: optax.GradientTransformation | None = None,
     others_learning_rate: ScalarOrSchedule | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
-    weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
     shardings: Rules | None = None,
-    last: optax.GradientTransformation | None = None,
+    comm_dtype: DTypeLike | None = None,
 ) -> Transform:
-    """average → words → scale by shape → decay → learning rate, for matrices; AdamW for other leaves.
+    """average → orthogonalize → words → scale by shape → decay → learning rate; AdamW for other leaves.
+
+    Moments of the average and of the words are stored as `state` says.
 
     Args:
       who: the name of the recipe.
-      average: the transform whose state `state` compresses.
-      words: the transforms after it.
+      average: what is done to gradients.
+      words: what is done to polar factors.
       learning_rate: and all further arguments: those of `muon`.
       last: in place of the scale by shape, the weight decay and the learning rate of matrices.
     """
-    if others is not None and (others_learning_rate is not None or nu_dtype is not None):
+    own_nu = SECOND in [kind for word in (average, *words) for kind in _moments(word)]
+    if others is not None and (others_learning_rate is not None or (nu_dtype is not None and not own_nu)):
         name = "nu_dtype" if others_learning_rate is None else "others_learning_rate"
         raise ValueError(
             f"{who}: {name} is for the AdamW that others replaces. Type one of the two, such as "
@@ -56,9 +78,14 @@ def of_matrices(
     if isinstance(rules, Mapping):
         state = lookup(rules)  # some rules are for matrices, some for other leaves
     step = decay_and_step(who, learning_rate, weight_decay, mask, weight_decay_form)
+
+    def stored(word: optax.GradientTransformation) -> optax.GradientTransformation:
+        return with_state_storage(who, word, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+
     matrices = chain(
-        with_state_storage(who, average, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        *words,
+        stored(average),
+        orthogonalize(orthogonalizer, comm_dtype=comm_dtype),
+        *(stored(word) if _moments(word) else word for word in words),
         *([scale_by_shape(scale), *step] if last is None else [last]),
     )
     names = (who, "adamw" if others is None else "others")
@@ -82,3 +109,9 @@ def of_matrices(
         return tx.init(params)
 
     return tx.with_init(init)
+
+
+def _moments(word: optax.GradientTransformation) -> list[str]:
+    """The kinds of the moments that a transform of leaves holds."""
+    rule = rule_of(word)
+    return [] if rule is None else [role.moment for role in rule.roles if role.moment]

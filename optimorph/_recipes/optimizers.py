@@ -249,14 +249,18 @@ def adamw(
         adamw(η, weight_decay=λ) = chain(divide(...), add_decayed_weights(λ), scale_by_learning_rate(η))
 
     `weight_decay_form` is "coupled", -η (u + λ w), as in PyTorch and optax; "independent", -η u - λ w, which
-    the learning rate leaves alone (give λ a schedule of its own); or "cautious", which lets only those
-    weights decay that the step itself makes smaller.
+    the learning rate leaves alone (give λ a schedule of its own); "cautious", which lets only those weights
+    decay that the step itself makes smaller; or "corrected", -η (u + λ η / max η w), whose decay falls with
+    the square of the learning rate, so that weights before a normalization keep their norms. max η is the
+    highest learning rate so far: during a warm-up the decay is coupled. For the maximum of the whole
+    schedule type weight_decay=lambda count: λ * schedule(count) / maximum, in the coupled form.
 
     Equals:
       optax.adamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)
       torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)
     References:
-      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; cautious: Chen et al. 2025, arXiv:2510.12402.
+      Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; cautious: Chen et al. 2025, arXiv:2510.12402;
+      corrected: Defazio 2025, "Why gradients rapidly increase near the end of training", arXiv:2506.02285.
     """
     tx = chain(
         divide(

@@ -1,8 +1,9 @@
 """What every recipe has in common: checks under its own name."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec, get_args, get_type_hints
 
 import optax
 
@@ -14,7 +15,11 @@ P = ParamSpec("P")
 
 
 def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
-    """Check the numbers, and at every update the trees, under the recipe's own name."""
+    """Check the numbers, and at every update the trees, under the recipe's own name.
+
+    The keys of `**arguments: Unpack[SomeTypedDict]` become arguments by name, each None by default.
+    """
+    make.__signature__ = _explicit(make)  # pyright: ignore[reportFunctionMemberAccess]
 
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Recipe:
@@ -23,3 +28,18 @@ def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
         return inner if rule is None else transform(who, rule, strict=True)
 
     return build
+
+
+def _explicit(make: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a recipe with all that it takes by name."""
+    signature, parameters = inspect.signature(make), []
+    for parameter in signature.parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            parameters.append(parameter)
+            continue
+        (keys,) = get_args(parameter.annotation)
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in get_type_hints(keys).items()
+        ]
+    return signature.replace(parameters=parameters)

@@ -30,14 +30,14 @@ class Routes:
       resolve: (paths, shapes) → how the leaves of a tree read as matrices.
       rules: the user's rules of axes.
       names: of the transformations of matrices and of other leaves.
-      scale: the name of the scale of a matrix's update by its shape.
+      scale: of a matrix's update by its shape.
       match: the user's rules of shardings, or None.
     """
 
     resolve: Resolve
     rules: AxesRules | None
     names: tuple[str, str]
-    scale: str | None = None
+    scale: Any = None
     match: Match | None = None
 
 
@@ -75,7 +75,7 @@ def routed(
     axes: AxesRules | None,
     shardings: Rules | None,
     names: tuple[str, str] = ("matrices", "others"),
-    scale: str | None = None,
+    scale: Any = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
     resolve, match = resolve_leaves(who, axes, find_output=True), lookup_if_given(shardings)

@@ -189,7 +189,8 @@ def attention_of(
     """One of these modules; None if it has a leaf that is no matrix.
 
     Raises:
-      ValueError: naming `who` and a leaf whose axes do not tell the two parts of latent attention.
+      ValueError: naming `who` and a leaf whose axes do not tell the two parts of latent attention, or have
+        repeated blocks.
     """
     form, kernels, found = leaf_axes(who, axes), {}, {}
     for k, (role, bias) in sorted(members.items(), key=lambda leaf: leaf[1][1]):  # biases come last
@@ -197,6 +198,11 @@ def attention_of(
         spec = None if bias else form(path, shape)
         if spec is None and not bias:
             return None
+        if spec is not None and any(axis.times != 1 for axis in spec.parts):
+            raise ValueError(
+                f"{who}: {path!r} is read as {spec.spec!r}, and heads are not found in repeated blocks. Type "
+                f"axes={{{path!r}: None}} to leave this attention alone, or reshape it to one axis of heads."
+            )
         part = _bias(kernels.get(role), path, shape) if spec is None else _part(who, role, path, shape, spec)
         kernels.setdefault(role, part)
         if part is not None:

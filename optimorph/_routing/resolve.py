@@ -1,6 +1,7 @@
 """How the leaves of a tree read as matrices: by the user's rules, by names, by siblings, by widths."""
 
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from optimorph._core.checks import LeafError
 from optimorph._core.numbers import is_trainable
-from optimorph._core.rule import Leaves, handed
+from optimorph._core.rule import Leaf, Leaves, handed
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, whole_shapes
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
@@ -96,6 +97,8 @@ class AxesOfLeaves:
     def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
         self.who, self.given, self.match = who, axes is not None, lookup_if_given(shardings)
         self.resolve = resolve_leaves(who, axes)
+        self.known: weakref.WeakKeyDictionary[Leaves, tuple[Sequence[Axes | None], Any]]
+        self.known = weakref.WeakKeyDictionary()
 
     def check(self, leaves: Leaves) -> None:
         """Refuse leaves that the transform's own rules do not decide, if it has any."""
@@ -107,6 +110,13 @@ class AxesOfLeaves:
         if not self.given and handed("matrix_axes") is not None:
             return handed("matrix_axes"), handed("shardings")
         return resolved_axes(self.who, self.resolve, self.match, leaves), self.match
+
+    def of(self, leaf: Leaf) -> tuple[Axes | None, Any]:
+        """Those of one leaf, for `init`; the whole tree is read once."""
+        if leaf.leaves not in self.known:
+            self.known[leaf.leaves] = self.axes_and_shardings(leaf.leaves)
+        forms, match = self.known[leaf.leaves]
+        return forms[leaf.index], match
 
 
 def resolved(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) -> list[LeafSpec]:

@@ -1,11 +1,9 @@
 """The step on a sphere: weights keep their norm."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optimorph._core.checks import check_numbers, check_params
@@ -13,10 +11,9 @@ from optimorph._core.numbers import as_float32, as_scalar, as_schedule, incremen
 from optimorph._core.roles import roles_of
 from optimorph._core.rule import Rule, transform
 from optimorph._core.types import AxesRules, Rules, ScalarOrSchedule
-from optimorph._distributed.shardings import shards_of
+from optimorph._distributed.reductions import reduction
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph._transforms.step import LearningRateState
-from optimorph.linalg import Axes
 
 
 def hyperball(
@@ -68,16 +65,13 @@ def hyperball(
         rate, forms, match = now
         if leaf.weight is None:
             check_params(who, None, "the norm that it keeps is theirs")
-        if leaf.part:
-            raise ValueError(f"compress_state: put {who} outside, because norms are those of whole matrices.")
-        form, w = forms[leaf.index], upcast(leaf.weight).astype(u.dtype)
-        names = _shards(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]), form)
-        sizes = [jax.lax.stop_gradient(_over(jnp.max, jnp.abs(x), form)) for x in (w, u)]
-        sizes = jax.lax.pmax(sizes, names) if names else sizes
+        over, w = reduction(who, match, leaf, forms[leaf.index]), upcast(leaf.weight).astype(u.dtype)
+        sizes = over.maxima(*[jax.lax.stop_gradient(jnp.abs(x)) for x in (w, u)])
+        sizes = [over.spread(size, u.shape) for size in sizes]
         scales = [jnp.where(size > 0, size, 1).astype(u.dtype) for size in sizes]
         x, y = w / scales[0], u / scales[1]  # whose squares are numbers
-        sums = [_over(jnp.sum, (a * b.conj()).real, form) for a, b in ((x, x), (x, y), (y, y))]
-        sums = jax.lax.psum(sums, names) if names else sums
+        sums = over.sums(*[(a * b.conj()).real for a, b in ((x, x), (x, y), (y, y))])
+        sums = [over.spread(x, u.shape) for x in sums]
         eta, size = as_scalar(rate, u), sizes[0]
         return jnp.where(size > 0, size.astype(u.dtype) * _on_sphere(x, y, eta, *sums), -eta * u), state
 
@@ -95,40 +89,3 @@ def _on_sphere(
     ratio = jnp.sqrt(ww / xx)  # ‖w‖ / ‖x‖
     less = more / xx / (ratio + 1)  # ratio - 1, without cancellation
     return less.astype(w.dtype) * w - (ratio * s).astype(u.dtype) * u  # (1), (2)
-
-
-def _over(reduce: Callable[..., jax.Array], x: jax.Array, form: Axes | None) -> jax.Array:
-    """A reduction over the matrix of each number, in a shape that broadcasts against the array."""
-    if form is None:
-        return reduce(x, keepdims=True, initial=0)
-    sides = [(k, axis) for k, axis in enumerate(form.parts) if axis.letter != "b"]
-    x = reduce(x, tuple(k for k, axis in sides if axis.whole), keepdims=True, initial=0)
-    for k, axis in sides:
-        if not axis.whole:  # of what is left, a number for each index of the axis
-            shape, times = x.shape, axis.repetitions(x.shape[k])
-            if times != 1:
-                x = x.reshape(*shape[:k], times, -1, *shape[k + 1 :])
-            inner = k + (times != 1)
-            ends = np.cumsum(axis.blocks)[:-1] * (x.shape[inner] // sum(axis.blocks))
-            over = (k, inner) if axis.interleaved else inner
-            parts = [
-                jnp.broadcast_to(reduce(part, over, keepdims=True, initial=0), part.shape)
-                for part in jnp.split(x, ends, axis=inner)
-            ]
-            x = jnp.concatenate(parts, axis=inner).reshape(shape)
-    return x
-
-
-def _shards(who: str, match: Any, path: str, shape: tuple[int, ...], form: Axes | None) -> tuple[str, ...]:
-    """Inside `jax.shard_map`, the mesh axes that divide the matrices of a leaf."""
-    spec, _ = shards_of(who, match, path, shape)
-    if not spec:
-        return ()
-    letters = ["o"] * len(spec) if form is None else [axis.letter for axis in form.parts]
-    if form is not None and any(
-        names and not axis.whole for names, axis in zip(spec, form.parts, strict=True)
-    ):
-        raise ValueError(
-            f"{who}: inside jax.shard_map the blocks of {path!r} are divided. Type axes without blocks."
-        )
-    return tuple(name for names, letter in zip(spec, letters, strict=True) if letter != "b" for name in names)

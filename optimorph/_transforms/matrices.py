@@ -20,6 +20,9 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "keller": lambda inputs, outputs: math.sqrt(max(1, outputs / inputs)),  # (2)
     "adamw_rms": lambda inputs, outputs: 0.2 * math.sqrt(max(inputs, outputs)),  # (3)
 }
+Scale = str | Callable[[int, int], float] | None
+"""Of a matrix by its numbers of inputs and outputs."""
+
 _COMM_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
 
 
@@ -95,7 +98,7 @@ def orthogonalize(
 
 
 def scale_by_shape(
-    scale: str | None = "rms_to_rms", axes: AxesRules | None = None, shardings: Rules | None = None
+    scale: Scale = "rms_to_rms", axes: AxesRules | None = None, shardings: Rules | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply every matrix by a function of its numbers of inputs and outputs.
 
@@ -103,9 +106,10 @@ def scale_by_shape(
         u = √max(1, out / in) g        (2)  "keller"
         u = 0.2 √max(in, out) g        (3)  "adamw_rms": the RMS of a typical AdamW update
         u = g                          (4)  None
+        u = f(in, out) g               (5)  a function
 
     Args:
-      scale: a name or None.
+      scale: a name, None, or a function of two integers.
       axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
       shardings: those of the leaves over a mesh, as that of `muon`; the shape is that of whole matrices.
 
@@ -117,10 +121,12 @@ def scale_by_shape(
       hidden layers in neural networks"; (3) Liu et al. 2025, arXiv:2502.16982, equation 4.
     """
     who = "scale_by_shape"
-    if scale is not None and scale not in SCALES:
+    if isinstance(scale, str) and scale not in SCALES:
         raise ValueError(
-            f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, or None, but is {scale!r}."
+            f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, None, or a function of the "
+            f"numbers of inputs and outputs, but is {scale!r}."
         )
+    factor_of = scale if scale is None or callable(scale) else SCALES[scale]
     own = AxesOfLeaves(who, axes, shardings)
 
     def begin(leaves):
@@ -128,15 +134,15 @@ def scale_by_shape(
         return optax.EmptyState()
 
     def advance(state, leaves):
-        return (None, None) if scale is None else own.axes_and_shardings(leaves), state
+        return (None, None) if factor_of is None else own.axes_and_shardings(leaves), state
 
     def update(g, state, leaf, now):
         forms, match = now
-        if scale is None or forms[leaf.index] is None or np.size(g) == 0:
+        if factor_of is None or forms[leaf.index] is None or np.size(g) == 0:
             return g, state
         shape = np.shape(leaf.leaves.values[leaf.index])
         spec, shape = ((), shape) if match is None else local_shard_spec(who, match)(leaf.path, shape)
-        factor = forms[leaf.index].spread(SCALES[scale], shape)
+        factor = forms[leaf.index].spread(factor_of, shape)
         if factor.size == 1:
             return factor.item() * g, state
         if leaf.part:

@@ -1,6 +1,7 @@
 """The step: how weights decay, and the learning rate."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,13 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_numbers, check_params
-from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, upcast
+from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, is_trainable, upcast
 from optimorph._core.roles import holds, roles_of, scalar
-from optimorph._core.rule import Rule, pointwise, transform
+from optimorph._core.rule import Rule, pointwise, rule_of, transform
 from optimorph._core.types import Mask, ScalarOrSchedule
 from optimorph._routing.rules import masked_leaves, warn_unused_mask
 
-FORMS = ("coupled", "independent", "cautious")
+FORMS = ("coupled", "independent", "cautious", "corrected")
 
 
 class DecayState(NamedTuple):
@@ -25,6 +26,14 @@ class DecayState(NamedTuple):
     roles = holds(
         decay_count=scalar("count of a decay schedule"), last_weight_decay=scalar("", "weight_decay")
     )
+
+
+class CorrectedDecayState(NamedTuple):
+    """`DecayState`, and the highest learning rate so far."""
+
+    decay: DecayState
+    highest_learning_rate: jax.Array
+    roles = holds(highest_learning_rate=scalar("highest learning rate so far"))
 
 
 class LearningRateState(NamedTuple):
@@ -138,6 +147,33 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
     return transform(who, Rule(roles_of(LearningRateState), update, begin=begin, advance=advance))
 
 
+def _add_corrected_decay(
+    learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule, mask: Mask | None
+) -> optax.GradientTransformationExtraArgs:
+    """Add λ η_t / max η times the weights: of the learning rates so far, in the dtype of the widest leaf."""
+    plain: Any = rule_of(add_decayed_weights(weight_decay, mask))
+    rate_at = as_schedule(learning_rate)
+
+    def begin(leaves):
+        dtypes = [jnp.finfo(jnp.result_type(x)).dtype for x in leaves.values if is_trainable(x)]
+        highest = jnp.zeros([], functools.reduce(np.promote_types, dtypes, np.dtype(np.float32)))
+        return CorrectedDecayState(plain.begin(leaves), highest)
+
+    def advance(state, leaves):
+        (decay, chosen), after = plain.advance(state.decay, leaves)
+        rate = jnp.asarray(rate_at(state.decay.decay_count)).astype(state.highest_learning_rate.dtype)
+        highest = jnp.maximum(state.highest_learning_rate, rate)
+        decay = as_scalar(decay, rate) * jnp.where(highest > 0, rate / jnp.where(highest > 0, highest, 1), 1)
+        after = after._replace(last_weight_decay=as_float32(decay))
+        return (decay, chosen), CorrectedDecayState(after, highest)
+
+    def update(g, state, leaf, now):
+        return plain.update(g, state.decay, leaf, now)[0], state
+
+    state = CorrectedDecayState(roles_of(DecayState), **CorrectedDecayState.roles)
+    return transform("add_decayed_weights", Rule(state, update, begin=begin, advance=advance))
+
+
 def decay_and_step(
     who: str, learning_rate: ScalarOrSchedule, weight_decay: ScalarOrSchedule, mask: Mask | None, form: str
 ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
@@ -146,10 +182,12 @@ def decay_and_step(
         u = -η (g + λ w)                  (1)  "coupled", as in PyTorch and optax
         u = -η g - λ w                    (2)  "independent" of the learning rate
         u = -η (g + λ w [g w ≥ 0])        (3)  "cautious": where the step itself shrinks the weight
+        u = -η (g + λ η / max η w)        (4)  "corrected": the maximum is of the rates so far
 
     References:
       (1), (2) Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2, where λ is multiplied by the schedule
-      but not by the learning rate; (3) Chen et al. 2025, "Cautious weight decay", arXiv:2510.12402.
+      but not by the learning rate; (3) Chen et al. 2025, "Cautious weight decay", arXiv:2510.12402;
+      (4) Defazio 2025, arXiv:2506.02285, AdamC.
     """
     if form not in FORMS:
         raise ValueError(
@@ -157,6 +195,8 @@ def decay_and_step(
             "Type weight_decay_form='coupled'."
         )
     step = scale_by_learning_rate(learning_rate)
+    if form == "corrected":
+        return _add_corrected_decay(learning_rate, weight_decay, mask), step  # (4)
     decay = add_decayed_weights(weight_decay, mask, cautious=form == "cautious")  # (3)
     if form == "independent":
         negative = transform("scale", pointwise(lambda g: -g))

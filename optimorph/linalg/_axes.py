@@ -174,6 +174,51 @@ class Axes:
             values = np.repeat(values, blocks, axis=k)
         return values
 
+    def reduce(self, f: Callable[..., jax.Array], x: jax.Array, letters: str = "io") -> jax.Array:
+        """A reduction over some sides of every matrix: each of their axes keeps a number for each block.
+
+        An axis of repeated blocks becomes two, repetitions and blocks.
+
+        Args:
+          f: a reduction such as `jnp.sum`, with arguments `axis`, `keepdims` and `initial`.
+          x: the array.
+          letters: the sides: "i", "o" or "io".
+        """
+        spec, longer = _without_repetitions(self.spec, x.shape)
+        if spec != self.spec:
+            return Axes(spec).reduce(f, x.reshape(longer), letters)
+        sides = [(k, axis.blocks) for k, axis in enumerate(_parse(self.spec)) if axis.letter in letters]
+        x = f(x, axis=tuple(k for k, blocks in sides if len(blocks) == 1), keepdims=True, initial=0)
+        for k, blocks in sides:
+            if len(blocks) > 1:
+                ends = np.cumsum(blocks)[:-1] * (x.shape[k] // sum(blocks))
+                parts = [f(part, axis=k, keepdims=True, initial=0) for part in jnp.split(x, ends, axis=k)]
+                x = jnp.concatenate(parts, axis=k)
+        return x
+
+    def repeat(self, y: jax.Array, shape: Shape) -> jax.Array:
+        """What `reduce` left of an array of this shape, so that it broadcasts against that array."""
+        spec, longer = _without_repetitions(self.spec, shape)
+        if spec != self.spec:
+            return jnp.broadcast_to(Axes(spec).repeat(y, longer), longer).reshape(shape)
+        for k, (axis, size) in enumerate(zip(_parse(self.spec), shape, strict=True)):
+            if 1 < len(axis.blocks) == y.shape[k] < size:
+                pairs = zip(jnp.split(y, len(axis.blocks), axis=k), _sizes(axis, size), strict=True)
+                parts = [jnp.broadcast_to(x, (*x.shape[:k], n, *x.shape[k + 1 :])) for x, n in pairs]
+                y = jnp.concatenate(parts, axis=k)
+        return y
+
+    def counts(self, shape: Shape, letters: str = "io") -> np.ndarray:
+        """How many numbers of an array of this shape each number that `reduce` leaves is of."""
+        spec, longer = _without_repetitions(self.spec, shape)
+        if spec != self.spec:
+            return Axes(spec).counts(longer, letters)
+        counts = np.ones([1] * len(shape))
+        for k, (axis, size) in enumerate(zip(_parse(self.spec), shape, strict=True)):
+            if axis.letter in letters:
+                counts = counts * np.reshape(_sizes(axis, size), (-1, *[1] * (len(shape) - 1 - k)))
+        return counts
+
     def _stack(self, piece: jax.Array) -> jax.Array:
         view = _view(self.spec, piece.shape)
         return piece.reshape(view.sizes).transpose(view.order).reshape(view.stack)

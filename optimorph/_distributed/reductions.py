@@ -1,0 +1,76 @@
+"""Sums over the matrices of a leaf, or over one side of them, also where the leaf is a local shard."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optimorph._core.rule import Leaf
+from optimorph._core.types import Shape
+from optimorph._distributed.shardings import Match, Names, devices, manual_axes, shards_of
+from optimorph.linalg import Axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """Over some sides of every matrix; of a leaf that is no matrix, over all of it.
+
+    Args:
+      form: how the leaf reads as matrices; None if it is no matrix.
+      letters: the sides: "i", "o" or "io".
+      names: inside `jax.shard_map`, the mesh axes that divide these sides.
+    """
+
+    form: Axes | None
+    letters: str
+    names: Names
+
+    def sums(self, *arrays: jax.Array) -> list[jax.Array]:
+        """Of each array, keeping all axes with a number for each block; over a mesh by one all_reduce."""
+        found = [self._each(jnp.sum, x) for x in arrays]
+        return jax.lax.psum(found, self.names) if self.names else found
+
+    def maxima(self, *arrays: jax.Array) -> list[jax.Array]:
+        """Of each array the largest number, or 0 if none is larger."""
+        found = [self._each(jnp.max, x) for x in arrays]
+        return jax.lax.pmax(found, self.names) if self.names else found
+
+    def mean(self, x: jax.Array) -> jax.Array:
+        """The mean of the numbers; that of none is 0."""
+        count = np.array(np.size(x)) if self.form is None else self.form.counts(x.shape, self.letters)
+        count = np.maximum(count * devices(manual_axes(), self.names), 1)
+        return self.sums(x)[0] / jnp.asarray(count, x.real.dtype)
+
+    def spread(self, y: jax.Array, shape: Shape) -> jax.Array:
+        """What one of these leaves of an array of this shape, so that it broadcasts against that array."""
+        return y if self.form is None else self.form.repeat(y, shape)
+
+    def _each(self, f: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
+        if self.form is None:
+            return f(x, keepdims=True, initial=0)
+        return self.form.reduce(f, x, self.letters)
+
+
+def reduction(who: str, match: Match | None, leaf: Leaf, form: Axes | None, letters: str = "io") -> Reduction:
+    """The sums over some sides of the matrices of a leaf.
+
+    Raises:
+      ValueError: naming `who`: inside `jax.shard_map`, no sharding of the leaf, or one that divides its
+        blocks; inside `compress_state`, a part of a leaf.
+    """
+    if leaf.part:
+        raise ValueError(f"compress_state: put {who} outside, because it needs whole matrices.")
+    if not manual_axes():
+        return Reduction(form, letters, ())
+    spec, _ = shards_of(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
+    if form is None:
+        return Reduction(form, letters, tuple(name for names in spec for name in names))
+    sides: list[Any] = [pair for pair in zip(spec, form.parts, strict=True) if pair[1].letter in letters]
+    if any(names and not axis.whole for names, axis in sides):
+        raise ValueError(
+            f"{who}: inside jax.shard_map the blocks of {leaf.path!r} are divided. Type axes without blocks."
+        )
+    return Reduction(form, letters, tuple(name for names, _ in sides for name in names))

@@ -1,0 +1,60 @@
+"""Muon²: Adam's quotient in front of the polar factor."""
+
+from typing import Unpack
+
+from optimorph._core.types import Numeric, ScalarOrSchedule
+from optimorph._recipes.moments import stored
+from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
+from optimorph._recipes.recipe import Recipe, recipe
+from optimorph._transforms.averages import ema
+from optimorph._transforms.combine import chain, divide
+from optimorph._transforms.matrices import Scale
+from optimorph._transforms.pointwise import root, square
+
+
+@recipe
+def muon2(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric = 0.95,
+    b2: Numeric = 0.95,
+    eps: Numeric = 1e-10,
+    *,
+    nesterov: bool = True,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay_form: str = "coupled",
+    scale: Scale = "keller",
+    **arguments: Unpack[MatrixArguments],
+) -> Recipe:
+    """Muon²: the polar factor of the momentum over the root of the gradients' second moment.
+
+        v ← b2 v + (1 - b2) g²        (1)
+        O = polar(m / (√v + ε))       (2)
+
+    m is the average of gradients, with `nesterov` one step ahead. Neither average is debiased: the scale of
+    what is made orthogonal is irrelevant.
+
+    Args:
+      b2: of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
+      weight_decay_form: as that of `adamw`.
+      arguments: and `scale`: as those of `muon`.
+
+    Raises:
+      ValueError: as `muon`.
+
+    Equals:
+      modded-nanogpt's Muon² of track 3, record 7, with the polar factor computed alike
+    References:
+      Muon² 2026, arXiv:2604.09967.
+    """
+    return of_matrices(
+        "muon2",
+        divide(
+            ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
+            by=chain(square(), stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps)),
+        ),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_form=weight_decay_form,
+        scale=scale,
+        **arguments,
+    )

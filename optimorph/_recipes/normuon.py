@@ -1,0 +1,82 @@
+"""NorMuon: Muon whose neurons all move by about as much."""
+
+from typing import Unpack
+
+import jax.numpy as jnp
+import optax
+
+from optimorph._core.rule import pointwise, transform
+from optimorph._core.types import Numeric, ScalarOrSchedule
+from optimorph._recipes.moments import identity
+from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
+from optimorph._recipes.recipe import Recipe, recipe
+from optimorph._transforms.averages import ema
+from optimorph._transforms.combine import add, chain, divide
+from optimorph._transforms.matrices import Scale
+from optimorph._transforms.means import keep_norm, mean
+from optimorph._transforms.pointwise import root, square
+
+
+@recipe
+def normuon(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric = 0.95,
+    b2: Numeric = 0.95,
+    eps: Numeric = 1e-10,
+    *,
+    average: str = "inputs",
+    nesterov: bool = True,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay_form: str = "coupled",
+    scale: Scale = "keller",
+    **arguments: Unpack[MatrixArguments],
+) -> Recipe:
+    """NorMuon: polar factors whose rows are divided by the root mean square that each has had so far.
+
+        v_o ← b2 v_o + (1 - b2) mean_i O_io²        (1)
+        u = ‖O‖ / ‖Ô‖ Ô,  Ô_io = O_io / (√v_o + ε)  (2)
+
+    O is the polar factor of the momentum, o the outputs and i the inputs. Of an exact polar factor with no
+    more outputs than inputs all rows are alike, and (2) changes nothing. `average="shorter"` takes the mean
+    over the shorter side of each matrix instead.
+
+    Args:
+      b2: of the second moments, which are not debiased and have a number for each output.
+      eps: ε; with `average="shorter"`, v is at least this and nothing is added to √v.
+      average: "inputs", as in the paper; or "shorter", as in the speedruns of GPT-2 and NVIDIA's
+        Emerging-Optimizers.
+      weight_decay_form: as that of `adamw`.
+      arguments: and `scale`: as those of `muon`.
+
+    Raises:
+      ValueError: another `average`; as `muon`.
+
+    Equals:
+      NorMuon's SingleDeviceNorMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum,
+        beta2=b2), of normuon.py, with the polar factor computed alike
+      modded-nanogpt's NorMuon of track 3, record 10, with average="shorter" and the polar factor alike
+    References:
+      Li et al. 2025, "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, algorithm 1.
+    """
+    return of_matrices(
+        "normuon",
+        ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
+        keep_norm(divide(identity, by=_second_moment(average, b2, eps))),  # (1), (2)
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_form=weight_decay_form,
+        scale=scale,
+        **arguments,
+    )
+
+
+def _second_moment(average: str, b2: Numeric, eps: Numeric) -> optax.GradientTransformation:
+    """The root of the mean squares of rows, or along the longer side of each matrix."""
+    if average == "inputs":
+        return chain(square(), mean("i", ema(b2)), root(eps))
+    if average != "shorter":
+        raise ValueError(f"normuon: average must be 'inputs' or 'shorter', but is {average!r}.")
+    inputs = mean("i", ema(b2), where=lambda inputs, outputs: inputs <= outputs)
+    outputs = mean("o", ema(b2), where=lambda inputs, outputs: inputs > outputs)
+    at_least = transform("normuon", pointwise(lambda v: jnp.maximum(v, eps)))
+    return chain(square(), add(inputs, outputs), at_least, root())

@@ -1,0 +1,136 @@
+"""Scion: steps of steepest descent under a norm for each layer, inside a ball of that norm."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+
+from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule, Shape
+from optimorph._recipes.moments import identity
+from optimorph._recipes.recipe import Recipe, recipe
+from optimorph._recipes.route_matrices import routed
+from optimorph._recipes.state_storage import with_state_storage
+from optimorph._routing.default_roles import role_of
+from optimorph._routing.partition import partition
+from optimorph._routing.rules import NO_MATCH, lookup
+from optimorph._storage.codec_rules import linear
+from optimorph._transforms.averages import ema
+from optimorph._transforms.combine import chain, divide
+from optimorph._transforms.matrices import orthogonalize, scale_by_shape
+from optimorph._transforms.means import mean
+from optimorph._transforms.pointwise import root, sign, square
+from optimorph._transforms.scale_by_rules import scale_by_rules
+from optimorph._transforms.step import decay_and_step
+
+TABLES = ("embedding", "head")
+
+
+@recipe
+def scion(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric = 0.9,
+    *,
+    norms: Rules | None = None,
+    radius: Numeric | Rules | None = None,
+    weight_decay: ScalarOrSchedule = 1.0,
+    weight_decay_form: str = "coupled",
+    mask: Mask | None = None,
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
+    axes: AxesRules | None = None,
+    mu_dtype: DTypeLike | None = None,
+    state: str | Rules | None = None,
+    shardings: Rules | None = None,
+    comm_dtype: DTypeLike | None = None,
+) -> Recipe:
+    """Scion: of the average gradient the direction of unit norm that descends most, ρ times as long.
+
+        w ← (1 - η) w - η ρ lmo(m)                      (1)
+
+        lmo(m) = √(out / in) polar(m)                   (2)  "spectral"
+        lmo(m) = sign(m) / in                           (3)  "sign"
+        lmo(m) = m / (in (rms_i(m) + ε))                (4)  "row": the weights of each output
+        lmo(m) = m / (in (rms_o(m) + ε))                (5)  "column": the weights of each input
+        lmo(m) = m / (rms(m) + ε)                       (6)  "rms": of a leaf that is no matrix
+
+    ε is 1e-8. With `weight_decay=1`, the default, no weight leaves the ball of radius ρ; with 0 there is no
+    ball.
+
+    Args:
+      momentum: β of the average; that of the published program is 1 - β.
+      norms: the norm of each matrix, by rules as those of `labels`; by default, and where none matches,
+        "sign" for embeddings and heads, "spectral" for other matrices.
+      radius: ρ, a number, or rules with one for each leaf as those of `scale_by_rules`; by default, and where
+        none matches, 3000 for embeddings and heads, 50 for all other leaves.
+      weight_decay: λ in the place of 1 in 1 - η.
+      weight_decay_form: as that of `adamw`.
+      axes: how leaves read as matrices, as that of `muon`; embeddings (vocabulary, width) are read as "oi",
+        as a head that shares them, and heads by their names, weights as "oi" and all others as "io".
+      orthogonalizer, mask, mu_dtype, state, shardings, comm_dtype: as those of `muon`.
+
+    Raises:
+      ValueError: as `muon`; at `init`, an unknown norm.
+
+    Equals:
+      scion.Scion(lr=learning_rate, momentum=1 - momentum, scale=radius), with norm="Spectral", "Sign",
+        "RowNorm", "BiasRMS" or normalized "ColNorm", and the polar factor computed alike
+    References:
+      Pethick et al. 2025, "Training deep learning models with norm-constrained LMOs", arXiv:2502.07529.
+    """
+    average = with_state_storage("scion", ema(momentum, dtype=mu_dtype), state, linear, mu_dtype=mu_dtype)
+    step = decay_and_step("scion", learning_rate, weight_decay, mask, weight_decay_form)
+    lmo = _lmo(norms, orthogonalize(orthogonalizer, comm_dtype=comm_dtype))
+    matrices, others = (
+        chain(average, direction, scale_by_rules(_radius(radius)), *step)
+        for direction in (lmo, _over_rms("io"))  # (2-5), (6)
+    )
+    return routed("scion", matrices, others, _with_tables(axes), shardings, ("scion", "rms"))
+
+
+def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The direction of each matrix by its norm."""
+    given = lookup(norms or {})
+
+    def norm(path: str, shape: Shape) -> Any:
+        found = given(path, shape)
+        return ("sign" if role_of(path, shape) in TABLES else "spectral") if found is NO_MATCH else found
+
+    over_inputs = scale_by_shape(lambda inputs, outputs: 1 / inputs)
+    directions = {
+        "spectral": chain(polar, scale_by_shape("rms_to_rms")),  # (2)
+        "sign": chain(sign(), over_inputs),  # (3)
+        "row": chain(_over_rms("i"), over_inputs),  # (4)
+        "column": chain(_over_rms("o"), over_inputs),  # (5)
+    }
+    return partition(norm, directions)
+
+
+def _radius(radius: Numeric | Rules | None) -> Callable[[str, Shape], Any]:
+    """The radius of each leaf."""
+    rules = callable(radius) or isinstance(radius, Mapping)
+    given = lookup(radius if rules else {"*": radius})
+
+    def own(path: str, shape: Shape) -> Any:
+        found = given(path, shape)
+        default = 3000.0 if role_of(path, shape) in TABLES else 50.0
+        return default if found is NO_MATCH or found is None else found
+
+    return own
+
+
+def _over_rms(sides: str) -> optax.GradientTransformationExtraArgs:
+    """Every number over the root mean square of its row, column or matrix."""
+    return divide(identity, by=chain(square(), mean(sides), root(1e-8)))
+
+
+def _with_tables(axes: AxesRules | None) -> AxesRules:
+    """The user's rules and the default ones, and a spec for embeddings and heads, which these do not have."""
+    given = lookup({} if axes is None else axes)
+
+    def spec(path: str, shape: Shape) -> Any:
+        found = given(path, shape)
+        if found is NO_MATCH and len(shape) == 2 and (role := role_of(path, shape)) in TABLES:
+            return "io" if role == "head" and not path.endswith("weight") else "oi"
+        return ... if found is NO_MATCH else found
+
+    return spec

@@ -1,0 +1,174 @@
+"""Means over the sides of matrices, and norms that are kept."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.numbers import is_absent, upcast
+from optimorph._core.roles import holds, relabeled
+from optimorph._core.rule import Leaf, Leaves, Rule, arrays, map_updates, pointwise, rule_of, transform
+from optimorph._core.types import AxesRules, Rules
+from optimorph._distributed.reductions import reduction
+from optimorph._distributed.shardings import Match, Spec, local_shard, local_shard_spec, with_type_of
+from optimorph._routing.resolve import AxesOfLeaves
+from optimorph.linalg import Axes
+
+
+class MeanState(NamedTuple):
+    """The inner state, whose arrays have a number for each mean; of leaves without means, None."""
+
+    inner: Any
+    averages = holds(inner="")
+
+
+def mean(
+    over: str,
+    inner: optax.GradientTransformation | None = None,
+    axes: AxesRules | None = None,
+    shardings: Rules | None = None,
+    *,
+    where: Callable[[int, int], bool] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replace every number by the mean over its row, its column, or its matrix.
+
+        u_io = inner(1/|I| Σ_i g_io)        (1)  "i": one mean for each output
+        u_io = inner(1/|O| Σ_o g_io)        (2)  "o": one mean for each input
+        u_io = inner(1/|I O| Σ_io g_io)     (3)  "io": one mean for each matrix
+
+        chain(square(), mean("i", ema(0.95)), root())       # a second moment for each output
+
+    `inner` sees one number for each mean, and so its state is as small. Each matrix of a stack and each block
+    of a fused kernel has its own means; a leaf that is no matrix has one. Over a mesh the means of whole
+    matrices are taken, by all_reduces of one number a mean.
+
+    Args:
+      over: the sides of matrices, "i" (inputs), "o" (outputs) or "io".
+      inner: what is done to the means, leaf by leaf; nothing without one.
+      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
+      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+      where: (inputs, outputs) → whether a matrix has means; 0 in the place of the others. All of them without
+        one. A leaf of n numbers that is no matrix has n inputs and one output.
+
+    Raises:
+      ValueError: another `over`; an `inner` that is no transform of leaves; at `init`, a spec that does not
+        fit its leaf; inside `compress_state`, which belongs around other transforms.
+
+    References:
+      Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235; Li et al. 2025, "NorMuon", arXiv:2510.05491.
+    """
+    who = "mean"
+    rule = pointwise(lambda g: g) if inner is None else rule_of(inner)
+    if over not in ("i", "o", "io"):
+        raise ValueError(f"{who}: over must be 'i', 'o' or 'io', but is {over!r}. Type mean('i').")
+    if rule is None:
+        raise ValueError(
+            f"{who}: inner must be a transform of this library that works leaf by leaf, but is {inner!r}. "
+            "Type mean('i', ema(0.95)), for example."
+        )
+    own = AxesOfLeaves(who, axes, shardings)
+
+    def begin(leaves):
+        own.check(leaves)
+        return MeanState(rule.filled(rule.begin(leaves)))
+
+    def init(leaf):
+        form, match = own.of(leaf)
+        if not np.any(_chosen(who, where, form, match, leaf)[0]):
+            return None
+        over_leaf = reduction(who, match, leaf, form, over)
+        return MeanState(rule.filled(rule.init(leaf._replace(weight=over_leaf.mean(upcast(leaf.weight))))))
+
+    def advance(shared, leaves):
+        now, inner = rule.advance(shared.inner, leaves)
+        return (now, *own.axes_and_shardings(leaves)), MeanState(rule.filled(inner))
+
+    def update(g, state, leaf, now):
+        now, forms, match = now
+        form = forms[leaf.index]
+        chosen, spec = _chosen(who, where, form, match, leaf)
+        if not np.any(chosen):
+            return jnp.zeros_like(g), state
+        over_leaf = reduction(who, match, leaf, form, over)
+        u, inner = rule.update(over_leaf.mean(g), state.inner, leaf._replace(weight=None), now)  # (1-3)
+        u = with_type_of(jnp.broadcast_to(over_leaf.spread(u, g.shape), g.shape), g)
+        u = u if np.all(chosen) else jnp.where(local_shard(chosen, spec), u, 0)
+        return u, MeanState(rule.filled(inner))
+
+    roles = relabeled(MeanState(rule.state))
+    return transform(who, Rule(_of_other_shape(roles), update, init, begin, advance))
+
+
+def keep_norm(
+    inner: optax.GradientTransformation, axes: AxesRules | None = None, shardings: Rules | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Give what a transformation makes of every matrix the norm that the matrix had.
+
+        u = ‖g‖ / ‖inner(g)‖ inner(g)        (1)
+
+    ‖·‖ is the Frobenius norm of each matrix, in float32 or wider, by sums of squares, which must be numbers
+    there; a leaf that is no matrix has one norm. A matrix of zeros stays. Over a mesh the norms are those of
+    whole matrices, by all_reduces of two numbers a matrix.
+
+    Args:
+      inner: any transformation.
+      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
+      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+
+    Raises:
+      ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides.
+
+    References:
+      Li et al. 2025, "NorMuon", arXiv:2510.05491, algorithm 1.
+    """
+    who = "keep_norm"
+    own = AxesOfLeaves(who, axes, shardings)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        leaves, tree = arrays(who, params)
+        own.check(Leaves(tree, leaves))
+        return inner.init(params)
+
+    def update(updates, state, params=None, **extra):
+        out, state = inner.update(map_updates(who, upcast, updates), state, params, **extra)
+        us = jax.tree.structure(updates, is_leaf=is_absent).flatten_up_to(out)
+
+        def rescaled(g, s, leaf, now):
+            forms, match = now
+            u, over = us[leaf.index], reduction(who, match, leaf, forms[leaf.index])
+            sums = over.sums(*[(x * x.conj()).real for x in (g, u)])
+            gg, uu = (over.spread(x, g.shape) for x in sums)
+            there = (gg > 0) & (uu > 0)
+            ratio = jnp.sqrt(jnp.where(there, gg, 1) / jnp.where(there, uu, 1))
+            return jnp.where(there, ratio, 0).astype(u.dtype) * u, s  # (1)
+
+        rule = Rule(
+            optax.EmptyState(), rescaled, advance=lambda s, leaves: (own.axes_and_shardings(leaves), s)
+        )
+        out, _ = transform(who, rule).update(updates, optax.EmptyState(), params)
+        return out, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _chosen(
+    who: str, where: Callable[[int, int], bool] | None, form: Axes | None, match: Match | None, leaf: Leaf
+) -> tuple[np.ndarray, Spec]:
+    """Whether each number's matrix has means, to broadcast against the whole leaf, and how it is divided."""
+    shape, spec = np.shape(leaf.leaves.values[leaf.index]), ()
+    if match is not None:
+        spec, shape = local_shard_spec(who, match)(leaf.path, shape)
+    if where is None or form is None:
+        return np.array(where is None or where(math.prod(shape), 1)), ()
+    return form.spread(where, shape), spec
+
+
+def _of_other_shape(state: Any) -> Any:
+    """A state of roles, none of whose arrays have the parameters' shapes."""
+    return jax.tree.map(lambda role: dataclasses.replace(role, shaped=False) if role.tree else role, state)

@@ -1,0 +1,91 @@
+"""Means and norms over a mesh are those of whole matrices, by few small all_reduces."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import rounding
+import sharding
+import trees
+from jax.sharding import PartitionSpec as P
+
+import optimorph as om
+from optimorph.linalg import NewtonSchulz
+
+POLAR = NewtonSchulz(steps=2)
+SHAPES = {"up": (8, 24), "layers": (8, 4, 16), "down": (24, 8), "fused": (16, 48), "bias": (16,)}
+SPECS = {
+    "up": P("data", "model"),
+    "layers": P("data", None, "model"),
+    "down": P("model", "data"),
+    "fused": P("data"),
+    "bias": P("data"),
+}
+AXES = {name: trees.AXES.get(name, "io") for name in SHAPES}
+TX = {
+    "normuon": om.normuon,
+    "shorter": functools.partial(om.normuon, average="shorter"),
+    "adamuon": om.adamuon,
+    "muon2": om.muon2,
+}
+each = pytest.mark.parametrize("name", TX)
+
+
+def stepped(tx, place):
+    """Two updates."""
+    params, *gradients = (place(trees.drawn(seed, np.float64)) for seed in range(3))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for g in gradients:
+        updates, state = update(g, state, params)
+    return updates
+
+
+@pytest.mark.examples("auto-fsdp x tensor-normuon", "explicit-mixed-shorter")
+@each
+@pytest.mark.parametrize("layout", trees.LAYOUTS)
+@rounding.in_float64
+def test_in_every_layout(layout, name, mode):
+    places = trees.shardings(layout, 8, mode)
+    tx = TX[name](0.1, axes=trees.AXES, orthogonalizer=POLAR)
+    got, want = (stepped(tx, place) for place in (lambda tree: trees.put(tree, places), trees.on_one))
+    rounding.close(got, want, condition=20 * POLAR.table.slope)
+    for leaf, x in got.items():
+        assert x.sharding.is_equivalent_to(places[leaf], x.ndim)
+
+
+@pytest.mark.examples("shorter")
+@each
+@rounding.in_float64
+def test_inside_shard_map(name):
+    make = functools.partial(TX[name], 0.1, axes=AXES, orthogonalizer=POLAR)
+    mesh = trees.mesh_of(8, 2, jax.sharding.AxisType.Auto)
+    params, gradients = (trees.drawn(seed, np.float64, SHAPES) for seed in (0, 1))
+
+    def run(g, p, **shardings):
+        tx = make(**shardings)
+        return tx.update(g, tx.init(p), p)[0]
+
+    local = functools.partial(run, shardings=SPECS)
+    got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(SPECS, SPECS), out_specs=SPECS))(
+        gradients, params
+    )
+    want = run(trees.on_one(gradients), trees.on_one(params))
+    rounding.close(got, want, condition=20 * POLAR.table.slope)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows", "norms"), [("normuon", 1, 2), ("adamuon", 0, 1), ("muon2", 0, 0)])
+def test_collectives(name, rows, norms):
+    """Beside the exchange all_reduces of a number for each output, and of as many as two for each matrix."""
+    shapes = sharding.transformer(width=32)
+    places = sharding.shardings("FSDP 4 x TP 2", shapes)
+    leaves = [x for layer in shapes.values() for x in layer.values()]
+    muon, other = (
+        sharding.counts(getattr(om, own)(0.02, axes={"*": "io"}, weight_decay=0.0), shapes, places)
+        for own in ("muon", name)
+    )
+    assert other["collectives"].pop("all-reduce", 0) <= (len(leaves) + 4 if rows else 4 * norms)
+    assert other["collectives"] == muon["collectives"]
+    numbers = rows * sum(outputs for _, outputs in leaves) + norms * len(leaves)
+    assert other["sent"] - muon["sent"] <= 2 * 4 * numbers
