@@ -503,7 +503,7 @@ BAD = {
 NEEDED = {
     "learning_rate": 0.1, "decay": 0.9, "dampening": 0.1, "max_norm": 1.0, "momentum": 0.9,
     "first": om.ema(0.5), "second": optax.scale(2.0), "initial_value": 0.1, "smoothness": 2.0,
-    "strong_convexity": 1.0,
+    "strong_convexity": 1.0, "gamma": 0.025,
 }
 found = {}
 for module in (om, om.schedules, om.theory):
