@@ -79,7 +79,7 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
     "DecayState": ("optimorph 0.1.0", {"count": DECAY, "weight_decay": UNUSED}),
     "LearningRateState": ("optimorph 0.1.0", {"count": RATE, "learning_rate": UNUSED}),
 }
-"""States that do not say so themselves, by the names of their types: whose they are, and what each field holds.
+"""States without roles, by the names of their types: whose they are, and what each field holds.
 Fields that hold the state of an inner transformation are not here."""
 
 SCALARS = {*COUNTS, WINDOW, SKIPPED, IN_A_ROW}
