@@ -174,7 +174,8 @@ class Match:
             return NO_PLACE + _advice(slot), bool(used or not own) and not again
         if slot.kind in (kinds.WINDOW, kinds.WINDOW_MEAN):
             full = not all(is_known_zero(count.array) for count in self.scalars.get(kinds.WINDOW, []))
-            return "gradients of a window that is not full" if full else "the window is empty", full
+            why = "gradients of a window that is not full" if full else "the window is empty"
+            return why, full and slot.kind == kinds.WINDOW_MEAN
         if slot.kind == kinds.HYPERPARAMETER:
             return f"an argument of tx; it was {_number(slot.array)}", False
         fewer = any(other.kind == slot.kind for other in self.wanted)

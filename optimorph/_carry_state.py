@@ -130,13 +130,16 @@ def _starts(
         made = jax.tree.leaves(with_stored(tx.init(params), codecs))
         return {k: made[k] for k in need}
 
-    def zeros():
-        return jax.tree.map(lambda p: jnp.zeros(np.shape(p), jnp.result_type(p)), params)
+    def zeros(p):
+        return jnp.zeros(np.shape(p), jnp.result_type(p))
 
+    def array(p):
+        shape = isinstance(p, jax.ShapeDtypeStruct)
+        return jnp.zeros(p.shape, p.dtype, device=p.sharding) if shape else p
+
+    if not need:
+        return {}
     with warnings.catch_warnings(action="ignore"):  # they were given before
-        if not need:
-            return {}
-        if all(not np.shape(wanted[k].array) and not isinstance(wanted[k].array, Stored) for k in need):
-            return jax.jit(lambda: parts(zeros()))()
-        shapes = any(isinstance(p, jax.ShapeDtypeStruct) for p in jax.tree.leaves(params))
-        return parts(zeros() if shapes else params)
+        if any(np.shape(wanted[k].array) or isinstance(wanted[k].array, Stored) for k in need):
+            return parts(jax.tree.map(array, params))
+        return jax.jit(lambda: parts(jax.tree.map(zeros, params)))()
