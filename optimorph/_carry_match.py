@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optimorph import _state_slots as kinds
 from optimorph._carry_report import CONVERTED, DROPPED, FRESH, KEPT, CarryRow
@@ -216,7 +217,7 @@ def _of_counts(slot: Slot, found: list[Slot]) -> Origin:
 def _all_equal(arrays: Iterable[Any]) -> bool:
     """Whether counts are known to be one; tracers are not."""
     first, *rest = arrays
-    if any(isinstance(x, jax.core.Tracer) for x in (first, *rest)):
+    if any(isinstance(x, Tracer) for x in (first, *rest)):
         return all(x is first for x in rest)
     return all(np.array_equal(first, x) for x in rest)
 
@@ -258,7 +259,7 @@ def _forms(*arrays: Any) -> list[str]:
 
 
 def _number(array: Any) -> str:
-    return "traced" if isinstance(array, jax.core.Tracer) else f"{np.asarray(array):.7g}"
+    return "traced" if isinstance(array, Tracer) else f"{np.asarray(array):.7g}"
 
 
 def _advice(slot: Slot) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optimorph._core import roles
 from optimorph._core.paths import leaf_paths
@@ -280,4 +281,4 @@ def is_number(array: Any) -> bool:
 
 def is_known_zero(array: Any) -> bool:
     """Whether a count is 0 for sure."""
-    return not isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct) and not np.any(np.asarray(array))
+    return not isinstance(array, Tracer | jax.ShapeDtypeStruct) and not np.any(np.asarray(array))
