@@ -20,8 +20,8 @@ float32.
 
 8-bit state: `compress_state` stores moments in 8 bits, and so does `state="int8"` of every optimizer.
 
-Coming from optax: `from_optax_state` carries over a run in mid-training. `inject_hyperparams` is optax's,
-but rounds no number.
+A run that changes: `carry_state` keeps the state of another optimizer, also of optax, or of other
+parameters. `inject_hyperparams` is optax's, but rounds no number.
 
 Leaves of integers, booleans and random keys are not trained. Their gradient is None, or the float0 that
 `jax.grad(allow_int=True)` returns: the update is None and the state does not change.
@@ -37,7 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimorph import codecs, curvature, layouts, linalg, probes, rules, schedules, theory
 from optimorph._apply_updates import apply_updates
-from optimorph._from_optax import from_optax_state
+from optimorph._carry_report import CarryReport, CarryRow
+from optimorph._carry_state import carry_state
 from optimorph._inject_hyperparams import inject_hyperparams
 from optimorph._plan import Plan, PlanRow, plan
 from optimorph._recipes.adamh import adamh
@@ -101,6 +102,8 @@ __all__ = [
     "AccumulateState",
     "AddState",
     "BFloat16State",
+    "CarryReport",
+    "CarryRow",
     "ClipState",
     "CompressedState",
     "CorrectedDecayState",
@@ -130,6 +133,7 @@ __all__ = [
     "add_decayed_weights",
     "ademamix",
     "apply_updates",
+    "carry_state",
     "cautious",
     "chain",
     "clip_attention_logits",
@@ -144,7 +148,6 @@ __all__ = [
     "divide",
     "ema",
     "extrapolate",
-    "from_optax_state",
     "hyperball",
     "in_bfloat16",
     "in_float32",

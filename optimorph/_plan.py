@@ -24,7 +24,7 @@ from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
-from optimorph._routing.grouping import glob_of, group_by, without_numbers
+from optimorph._routing.grouping import glob_of, group_by, table, without_numbers
 from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
 from optimorph._routing.resolve import by_siblings
@@ -104,8 +104,8 @@ class Plan:
 
     def __str__(self) -> str:
         """The table. Leaves that differ only in the numbers of their paths share a line."""
-        lines = _table(_TITLES, [_cells(rows) for rows in group_by(self.rows, _line)])
-        lines += ["", *_table(*_totals(self.rows, self.learning_rates))]
+        lines = table(_TITLES, [_cells(rows) for rows in group_by(self.rows, _line)])
+        lines += ["", *table(*_totals(self.rows, self.learning_rates))]
         lines += [] if self.over_mesh is None else ["", str(self.over_mesh)]
         lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
         asked = {row.path: (row.unresolved, row.answers) for row in self.rows if row.unresolved is not None}
@@ -323,9 +323,3 @@ def _bytes(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} TB"
-
-
-def _table(titles: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    lines = [titles, tuple("-" * width for width in widths), *cells]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

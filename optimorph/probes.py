@@ -23,7 +23,7 @@ from optimorph._core.checks import check_params, is_integer
 from optimorph._core.differences import check_state
 from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
-from optimorph._core.roles import FIRST, Role
+from optimorph._core.roles import FIRST, Role, holds, scalar
 from optimorph._core.rule import Leaves
 from optimorph._core.types import AxesRules, PyTree
 from optimorph._distributed.map_by_shape import map_by_shape
@@ -58,6 +58,7 @@ class ProbeState(NamedTuple):
     values: jax.Array
     measured: jax.Array
     names: jax.Array
+    roles = holds(**dict.fromkeys(("count", "values", "measured", "names"), scalar("numbers of probe")))
 
 
 def _rms(x: jax.Array) -> jax.Array:

@@ -29,7 +29,10 @@ FLOORS = {
     "theory": 3,
     "_storage": 4,
     "_recipes": 5,
-    "_from_optax": 5,
+    "_carry_match": 5,
+    "_carry_report": 5,
+    "_carry_state": 5,
+    "_state_slots": 5,
     "_inject_hyperparams": 5,
     "_plan": 6,
     "probes": 6,
@@ -145,7 +148,7 @@ TRANSFORMS = [
     n
     for n in om.__all__
     if inspect.isfunction(getattr(om, n))
-    and n not in ("apply_updates", "from_optax_state", "inject_hyperparams", "labels", "plan")
+    and n not in ("apply_updates", "carry_state", "inject_hyperparams", "labels", "plan")
     and n not in ("join_weights", "split_weights", "role_of", "roles", "not_roles", "qk_clip")
 ]
 

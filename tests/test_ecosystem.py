@@ -526,12 +526,12 @@ def test_states_of_earlier_versions(path):
 
 
 def test_a_state_without_readings():
-    """Of the first version, whose constant rates had no state: `from_optax_state` makes today's of it."""
+    """Of the first version, whose constant rates had no state: `carry_state` makes today's of it."""
     params, tx = weights(), om.adamw(0.1, weight_decay=0.2)
     state = tx.init(params)
     _, state = tx.update(weights(1), state, params)
     old = (state[0], optax.EmptyState(), optax.EmptyState())
-    after = om.from_optax_state(old, tx, params)
+    after = om.carry_state(old, tx, params, strict=True)[0]
     assert jax.tree.structure(after) == jax.tree.structure(state)
     expected, _ = tx.update(weights(2), state, params)
     updates, _ = tx.update(weights(2), after, params)
@@ -542,9 +542,9 @@ def test_a_state_without_readings():
 def test_moments_change_their_dtype():
     params, wide, half = weights(), om.adamw(0.1), om.adamw(0.1, nu_dtype="bfloat16")
     _, state = wide.update(weights(1), wide.init(params), params)
-    there = om.from_optax_state(state, half, params)
+    there = om.carry_state(state, half, params, strict=True)[0]
     assert jax.tree.structure(there) == jax.tree.structure(half.init(params))
-    back = om.from_optax_state(there, wide, params)
+    back = om.carry_state(there, wide, params, strict=True)[0]
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=2**-8)  # half a unit of bfloat16
 

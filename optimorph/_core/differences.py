@@ -59,8 +59,8 @@ def other_state(who: str) -> ValueError:
     return ValueError(
         f"{who}: the optimizer state does not match these parameters or this optimizer. Type "
         "state = tx.init(params) with the same tx and the same tree of parameters; "
-        "optimorph.from_optax_state(state, tx, params) carries over the moments of an optimizer with other "
-        "arguments."
+        "optimorph.carry_state(state, tx, params) carries over the moments of another optimizer, or of other "
+        "parameters."
     )
 
 

@@ -41,6 +41,13 @@ def glob_of(paths: Iterable[str]) -> str:
     return "/".join(["*", *shared[::-1]])
 
 
+def table(titles: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table."""
+    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+    lines = [titles, tuple("-" * width for width in widths), *cells]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
 def format_groups(
     faults: Iterable[tuple[str, str]], paths: Iterable[str], kind: Callable[[str], Hashable] | None = None
 ) -> list[str]:

@@ -1,6 +1,7 @@
 """Any transformation's state in fewer bytes."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ from optimorph._core.checks import check_seed
 from optimorph._core.differences import check_state, other_state
 from optimorph._core.numbers import cast_like, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
-from optimorph._core.roles import Role, scalar
+from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys
-from optimorph._core.rule import Rule, check_shapes, rule_of, transform
+from optimorph._core.rule import Rule, check_shapes, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
 from optimorph._routing.rules import warn_unused
 from optimorph._storage.codec_rules import SMALL, codec_rule
@@ -121,6 +122,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
     def begin(leaves):
         paths = distinct_paths(WHO, leaves.tree)
         _warn(rules, [named(kind, path) for kind in kinds if kind for path in paths])
+        _note(codec_of, kinds, paths)
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:
                 if role.tree and role.shaped and not role.moment:
@@ -176,8 +178,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
     template = CompressedState(
         jax.tree.map(_as_codes, rule.state),
         tuple(Role("scales", tree=True, shaped=False) for _ in moments),
-        scalar("seed of compress_state"),
-        scalar("count of compress_state"),
+        **CompressedState.roles,
     )
     return Rule(template, update, init, begin, advance, narrow=True)
 
@@ -199,7 +200,9 @@ def _of_trees(
     def init(params):
         paths, scales = distinct_paths(WHO, params), []
         state = inner.init(params)
-        _warn(rules, [named(kind, path) for kind, _ in moments_of(state, fields) for path in paths])
+        kinds = [kind for kind, _ in moments_of(state, fields)]
+        _warn(rules, [named(kind, path) for kind in kinds for path in paths])
+        _note(codec_of, kinds, paths, fields)
         for name in unknown(state, SMALL, fields):
             _warn_unknown(name)
 
@@ -252,6 +255,13 @@ def _of_trees(
         return out, CompressedState(after, tuple(after_scales), state.seed, increment(state.count))  # (2)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _note(codec_of: CodecRule, kinds: Sequence[str], paths: Sequence[str], fields: Fields | None = None):
+    """Tell whoever asks, such as `carry_state`, by which rule moments are stored."""
+    if (codecs := handed("codecs")) is not None:
+        codecs.rules |= {(kind, path): codec_of for kind in kinds if kind for path in paths}
+        codecs.fields |= fields or {}
 
 
 def _key(state: CompressedState) -> jax.Array:

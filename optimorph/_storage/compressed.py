@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from optimorph._core.roles import holds
+from optimorph._core.roles import holds, scalar
 
 
 class CompressedState(NamedTuple):
@@ -20,3 +20,4 @@ class CompressedState(NamedTuple):
     scales: tuple[Any, ...]
     seed: Any
     count: Any
+    roles = holds(seed=scalar("seed of compress_state"), count=scalar("count of compress_state"))

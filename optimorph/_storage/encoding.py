@@ -119,7 +119,7 @@ def stored_codec(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> 
     return codec
 
 
-def _is_of(codec: Codec, codes: jax.Array, scales: jax.Array) -> bool:
+def _is_of(codec: Codec, codes: Any, scales: Any) -> bool:
     """Whether codes and scales have the shapes and dtypes that the codec stores."""
     form = codec.form(codes.shape)
     beside = form.scales is None or (scales.shape, scales.dtype) == (form.scales.shape, form.scales.dtype)

@@ -11,6 +11,7 @@ from optimorph._core.checks import check_dtypes, is_integer
 from optimorph._core.differences import check_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, is_absent, upcast
+from optimorph._core.roles import Role, holds, scalar
 from optimorph._core.rule import aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, PyTree
 from optimorph._distributed.shardings import manual_axes, with_type_of
@@ -23,6 +24,11 @@ class MultiStepsState(NamedTuple):
     mean: PyTree
     count: jax.Array
     steps: jax.Array
+    roles = holds(
+        mean=Role("mean of multi_steps", tree=True),
+        count=scalar("gradients in the window of multi_steps"),
+        steps=scalar("steps of multi_steps"),
+    )
 
 
 def multi_steps(
@@ -34,7 +40,7 @@ def multi_steps(
     """Give a transformation the mean of every k gradients; between them the updates are zero.
 
         n ← n + 1,  ḡ ← ḡ + (g - ḡ) / n          (1)
-        u, s ← inner(ḡ, s)  and  n, ḡ ← 0, 0      (2)  if n = k
+        u, s ← inner(ḡ, s)  and  n, ḡ ← 0, 0      (2)  if n ≥ k
         u ← 0                                     (3)  otherwise
 
     The numbers are those of `optax.MultiSteps`, and the rest is not. `inner` is computed at every kth
@@ -86,7 +92,7 @@ def multi_steps(
 
         mean = jax.tree.map(add, updates, state.mean, is_leaf=is_absent)  # (1)
         sound = _on_all_devices(_all_finite(updates))
-        due = sound & (count == jnp.asarray(k_at(state.steps)).astype(count.dtype))
+        due = sound & (count >= jnp.asarray(k_at(state.steps)).astype(count.dtype))
 
         def step():
             g = map_updates(

@@ -1,0 +1,67 @@
+"""What became of every array of a state."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from optimorph._routing.grouping import glob_of, group_by, table, without_numbers
+
+KEPT, CONVERTED, FRESH, DROPPED = "kept", "converted", "fresh", "dropped"
+_TITLES = ("path", "arrays", "kind", "fate", "why")
+
+
+class CarryRow(NamedTuple):
+    """What became of one array.
+
+    Args:
+      path: of its leaf; of a count, the part of a partition, or "".
+      kind: "first moment", "count for bias correction", and so on.
+      fate: "kept", "converted", "fresh", or "dropped".
+      why: what was converted to what; or why it is fresh or was dropped.
+      matters: whether the updates depend on it, and are others than those of a run that goes on.
+    """
+
+    path: str
+    kind: str
+    fate: str
+    why: str = ""
+    matters: bool = False
+
+    @property
+    def name(self) -> str:
+        """As errors name the array."""
+        return f"{self.path!r}, {self.kind}" if self.path else self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class CarryReport:
+    """What became of every array of a state; `print` shows it as a table.
+
+    Args:
+      rows: one for each array that `tx` has, in its order, and then for each that was dropped.
+    """
+
+    rows: tuple[CarryRow, ...]
+
+    def __iter__(self) -> Iterator[CarryRow]:
+        """The rows."""
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    @property
+    def lost(self) -> tuple[CarryRow, ...]:
+        """The rows that `strict=True` refuses: what is fresh or dropped though updates depend on it."""
+        return tuple(row for row in self.rows if row.matters)
+
+    def __str__(self) -> str:
+        """The table. Leaves that differ only in the numbers of their paths share a line."""
+        groups = group_by(self.rows, lambda row: (without_numbers(row.path), *row[1:]))
+        cells = [(glob_of(row.path for row in rows), str(len(rows)), *rows[0][1:4]) for rows in groups]
+        fates = collections.Counter(row.fate for row in self.rows)
+        total = ", ".join(f"{fates[fate]} {fate}" for fate in (KEPT, CONVERTED, FRESH, DROPPED))
+        lost = f"Updates depend on {len(self.lost)} of what is fresh or dropped."
+        return "\n".join([*table(_TITLES, cells), "", f"{total}. {lost}"])

@@ -1,0 +1,117 @@
+"""Moments in codes, each with its scales and the codec that wrote them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optimorph._core.paths import map_paths
+from optimorph._core.rounding import leaf_key
+from optimorph._core.rule import handed_down
+from optimorph._core.types import PyTree, Shape
+from optimorph._storage.compressed import CompressedState
+from optimorph._storage.encoding import CodecRule, decoded, encoded, initial, named, stored_codec
+from optimorph._storage.moments import Fields, map_moments, moments_of, with_moments
+from optimorph.codecs import Codec, Encoded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stored:
+    """A moment inside a `CompressedState`; no container, so that trees of moments keep their leaves.
+
+    Args:
+      codes: or the moment itself, where it has no codec.
+      scales: beside them.
+      codec: None if the moment has none.
+      name: `first/blocks/0/kernel`.
+      readable: whether the codec is known.
+    """
+
+    codes: Any
+    scales: Any
+    codec: Codec | None
+    name: str
+    readable: bool = True
+
+    @property
+    def shape(self) -> Shape:
+        """Of the moment."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of the decoded moment."""
+        return self.codes.dtype if self.codec is None else jnp.dtype(jnp.float32)
+
+    def decoded(self) -> jax.Array:
+        """The moment, in float32 if it has a codec."""
+        return jnp.asarray(decoded(self.codec, Encoded(self.codes, self.scales)))
+
+    def encoding(self, x: jax.Array) -> "Stored":
+        """Another moment, stored as this one is."""
+        before = initial(self.codec, x)
+        key = leaf_key(jax.random.key(0), self.name)  # no step has this key: those are folded
+        after = encoded(self.codec, x, key, None, before)
+        return dataclasses.replace(self, codes=after.codes, scales=after.scales)
+
+
+class Codecs:
+    """Which rule of codecs each moment of a transformation has."""
+
+    def __init__(self):
+        """Of none so far."""
+        self.rules: dict[tuple[str, str], CodecRule] = {}
+        self.fields: Fields = {}
+
+
+def codecs_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, Codecs]:
+    """The shapes of a fresh state, and the codecs of its moments."""
+    found = Codecs()
+    with handed_down(codecs=found):
+        return jax.eval_shape(lambda p: tx.init(p), params), found  # a new function, which is traced
+
+
+def with_stored(state: PyTree, codecs: Codecs) -> PyTree:
+    """The state with `Stored` in the place of every array of compressed moments, and without scales."""
+
+    def one(node: CompressedState) -> CompressedState:
+        trees = [
+            map_paths(lambda path, c, s, kind=kind: _stored(codecs, kind, path, c, s), codes, scales)
+            for (kind, codes), scales in zip(moments_of(node.inner, codecs.fields), node.scales, strict=True)
+        ]
+        return node._replace(inner=with_moments(node.inner, trees, codecs.fields), scales=())
+
+    return _each(one, state)
+
+
+def without_stored(state: PyTree, codecs: Codecs) -> PyTree:
+    """The state as its transformation has it: the inverse of `with_stored`."""
+
+    def one(node: CompressedState) -> CompressedState:
+        scales: list[PyTree] = []
+
+        def codes(kind: str, moment: PyTree) -> PyTree:
+            scales.append(jax.tree.map(lambda x: x.scales, moment))
+            return jax.tree.map(lambda x: x.codes, moment)
+
+        inner = map_moments(codes, node.inner, codecs.fields)
+        return node._replace(inner=inner, scales=tuple(scales))
+
+    return _each(one, state)
+
+
+def _each(f: Any, state: PyTree) -> PyTree:
+    def is_compressed(node: Any) -> bool:
+        return isinstance(node, CompressedState)
+
+    return jax.tree.map(lambda node: f(node) if is_compressed(node) else node, state, is_leaf=is_compressed)
+
+
+def _stored(codecs: Codecs, kind: str, path: str, codes: Any, scales: Any) -> Stored:
+    rule = codecs.rules.get((kind, path))
+    if rule is None:  # moments in codes are integers, or numbers of one byte
+        coded = codes.dtype.itemsize == 1 or jnp.issubdtype(codes.dtype, jnp.integer)
+        return Stored(codes, scales, None, named(kind, path), not coded)
+    return Stored(codes, scales, stored_codec(rule, kind, path, Encoded(codes, scales)), named(kind, path))
