@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
-from optimorph._core.checks import check_params, is_integer
+from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer
 from optimorph._core.differences import check_state
 from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
@@ -130,6 +130,8 @@ def probe(
         asked for, and two of one path; at `update`, params missing, if weights are asked for.
     """
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    check_transforms("probe", inner)
+    check_flags("probe", exact=exact)
     _check(metrics, every)
     inner = optax.with_extra_args_support(inner)
     of_matrices = [name for name in metrics if name not in OF_LEAVES]
@@ -301,7 +303,7 @@ def _check(metrics: Sequence[str], every: int) -> None:
     known = [*OF_LEAVES, *(f"{of}_{name}" for of in Leaf._fields for name in OF_MATRICES)]
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"probe: {unknown[0]!r} is not a metric. Type some of {', '.join(known)}.")
-    if not is_integer(every, 1):
+    if not is_integer(every, 1, 2**31):
         raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=25.")
 
 

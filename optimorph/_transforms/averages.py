@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_dtypes, check_numbers
+from optimorph._core.checks import check_dtypes, check_flags, check_numbers
 from optimorph._core.numbers import (
     as_kind_of,
     as_scalar,
@@ -88,9 +88,10 @@ def ema(
       Nesterov momentum into Adam", section 3.
     """
     check_numbers("ema", decay=decay, initial=initial)
-    if isinstance(lookahead, int | float) and not 0 <= lookahead < 1:
-        raise ValueError(f"ema: lookahead must be in [0, 1), but is {lookahead!r}. Type lookahead=0.9.")
+    if lookahead is not None:
+        check_numbers("ema", lookahead=lookahead)
     check_dtypes("ema", dtype=dtype)
+    check_flags("ema", nesterov=nesterov)
     if nesterov and lookahead is not None:
         raise ValueError("ema: nesterov and lookahead are two forms of one thing. Type one of them.")
 
@@ -178,6 +179,7 @@ def momentum(
     """
     check_numbers("momentum", decay=decay)
     check_dtypes("momentum", dtype=dtype)
+    check_flags("momentum", nesterov=nesterov)
 
     def add(g, v):
         return g + as_scalar(decay, v) * v
