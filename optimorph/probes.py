@@ -58,7 +58,7 @@ class ProbeState(NamedTuple):
     names: jax.Array
 
 
-def _rms(x: jax.Array) -> jax.Array:
+def _rms(x: Any) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(upcast(x)))))
 
 
@@ -137,15 +137,16 @@ def probe(
     of_matrices = [name for name in metrics if name not in OF_LEAVES]
     form = leaf_axes("probe", axes) if of_matrices else lambda path, shape: None
 
-    def names_of(params: PyTree, state: PyTree) -> tuple[str, ...]:
-        """Every path with every metric that its leaf has."""
+    def names_of(params: PyTree, state: PyTree, gradients: PyTree = None) -> tuple[str, ...]:
+        """Every path with every metric that its leaf has; with gradients, Python numbers need one."""
+        trained = by_path(gradients)
         moments, paths = _momenta(state), distinct_paths("probe", params)
         return tuple(
             f"{path}/{name}".lstrip("/")
             for name in metrics
             for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
-            if hasattr(leaf, "dtype")
-            and is_trainable(leaf)
+            if is_trainable(leaf)
+            and (gradients is None or hasattr(leaf, "dtype") or path in trained)
             and 0 not in np.shape(leaf)
             and (path in moments or name.split("_")[0] not in ("cosine", "momentum"))
             and (name in OF_LEAVES or form(path, np.shape(leaf)) is not None)
@@ -171,7 +172,7 @@ def probe(
             check_params("probe", params, "it is asked for numbers about weights")
         check_state("probe", state, ProbeState)
         out, after = inner.update(updates, state.inner, params, **extra)
-        names = names_of(updates if params is None else params, state.inner)
+        names = names_of(updates if params is None else params, state.inner, updates)
         if len(names) != state.values.shape[-1]:
             check_params("probe", params, "without them it cannot tell which gradients are missing")
         values, measured = state.values, state.measured
