@@ -190,15 +190,16 @@ def test_schedules_that_are_none(name, argument):
     factory = getattr(om, name)
     needed = {key: value for key, value in required(factory).items() if key != argument}
 
-    def init(value):
-        factory(**needed, **{argument: value}).init({"w": jnp.ones((4, 3))})
+    def step(value):
+        tx, params = factory(**needed, **{argument: value}), {"w": jnp.ones((4, 3))}
+        tx.update(params, tx.init(params), params)
 
-    refused(lambda: init(optax.cosine_decay_schedule), argument, "cosine_decay_schedule", "count alone")
-    refused(lambda: init(lambda: 0.1), argument, "count alone")
+    refused(lambda: step(optax.cosine_decay_schedule), argument, "cosine_decay_schedule", "count alone")
+    refused(lambda: step(lambda: 0.1), argument, "count alone")
     for value in (optax.constant_schedule, om.adamw, lambda count: "0.1", lambda count: None):
-        refused(lambda value=value: init(value), "must return one number", "Type a schedule")
-    refused(lambda: init(lambda count: jnp.ones(2)), "must return one number", "(2,)")
-    init(optax.constant_schedule(0.1))
+        refused(lambda value=value: step(value), "must return one number", "Type a schedule")
+    refused(lambda: step(lambda count: jnp.ones(2)), "must return one number", "(2,)")
+    step(optax.constant_schedule(0.1))
 
 
 def test_numbers_of_microbatches_that_are_none():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_dtypes, check_flags, check_numbers
+from optimorph._core.checks import check_dtypes, check_flags, check_numbers, check_schedule
 from optimorph._core.numbers import (
     as_kind_of,
     as_scalar,
@@ -129,8 +129,11 @@ def slow_ema(decay: ScalarOrSchedule, alpha: ScalarOrSchedule = 1.0) -> optax.Gr
     References:
       Pagliardini et al. 2024, "The AdEMAMix optimizer: better, faster, older", arXiv:2409.03137, section 3.
     """
-    given = {"decay": decay, "alpha": alpha}
-    check_numbers("slow_ema", **{name: value for name, value in given.items() if not callable(value)})
+    for name, value in {"decay": decay, "alpha": alpha}.items():
+        if callable(value):
+            check_schedule("slow_ema", name, value)
+        else:
+            check_numbers("slow_ema", **{name: value})
     decay_at, alpha_at = as_schedule(decay), as_schedule(alpha)
 
     def begin(leaves):
