@@ -8,10 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optimorph._core.checks import RANGES
 from optimorph._core.types import DTypeLike
+
+_SCHEDULE = " schedule"
+"""After the name of a number: no argument of a function has such a name."""
 
 
 def inject_hyperparams(
@@ -25,9 +29,12 @@ def inject_hyperparams(
         state = tx.init(params)
         state.hyperparams["weight_decay"] = jnp.float32(0.05)
 
-    This is `optax.inject_hyperparams`, but for two things. optax rounds the numbers to the dtype of the
+    This is `optax.inject_hyperparams`, but for four things. optax rounds the numbers to the dtype of the
     parameters, and b2 = 0.999 is 1 in bfloat16: here they are float32, or float64 where jax has it enabled.
-    And masks, axes, dtypes and orthogonalizers are not taken for schedules.
+    Masks, axes, dtypes and orthogonalizers are not taken for schedules. NumPy's numbers, such as
+    `np.float32(0.1)`, are injected too. And the state of a schedule has another name than its number:
+    `optax.tree.get(state, "learning_rate")` is one number also where it is scheduled. Such a number is only
+    read, because every update takes the schedule's next one.
 
     Args:
       inner_factory: a recipe, of this library or of optax.
@@ -61,17 +68,31 @@ def inject_hyperparams(
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
         given = signature.bind(*args, **kwargs)
         for name, value in given.arguments.items():
-            if name in RANGES and type(value) is int:
-                given.arguments[name] = float(value)  # an integer would stay one in the state
+            number = value.item() if isinstance(value, np.generic) else value
+            if name in RANGES and type(number) is int:
+                number = float(number)  # an integer would stay one in the state
+            given.arguments[name] = number
         tx = injected(*given.args, **given.kwargs)
 
         def init(params):
             state: Any = tx.init(params)
-            return state._replace(hyperparams=jax.tree.map(jnp.copy, state.hyperparams))  # not the caller's
+            own = jax.tree.map(jnp.copy, state.hyperparams)  # not the caller's
+            return _renamed(state._replace(hyperparams=own), lambda name: name + _SCHEDULE)
 
-        return optax.GradientTransformationExtraArgs(init, tx.update)
+        def update(updates, state, params=None, **extra):
+            state = _renamed(state, lambda name: name.removesuffix(_SCHEDULE))
+            updates, state = tx.update(updates, state, params, **extra)
+            return updates, _renamed(state, lambda name: name + _SCHEDULE)
+
+        return optax.GradientTransformationExtraArgs(init, update)
 
     return make
+
+
+def _renamed(state: Any, name_of: Callable[[str], str]) -> Any:
+    """The state with other names for the states of its schedules."""
+    states = {name_of(name): s for name, s in state.hyperparams_states.items()}
+    return state._replace(hyperparams_states=states)
 
 
 def _may_be_number(parameter: inspect.Parameter) -> bool:

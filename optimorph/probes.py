@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
-from optimorph._core.checks import check_params, is_integer
+from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer
 from optimorph._core.differences import check_state
 from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
@@ -61,7 +61,7 @@ class ProbeState(NamedTuple):
     roles = holds(**dict.fromkeys(("count", "values", "measured", "names"), scalar("numbers of probe")))
 
 
-def _rms(x: jax.Array) -> jax.Array:
+def _rms(x: Any) -> jax.Array:
     return jnp.sqrt(jnp.mean(jnp.square(jnp.abs(upcast(x)))))
 
 
@@ -133,13 +133,21 @@ def probe(
         asked for, and two of one path; at `update`, params missing, if weights are asked for.
     """
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    check_transforms("probe", inner)
+    check_flags("probe", exact=exact)
     _check(metrics, every)
     inner = optax.with_extra_args_support(inner)
     of_matrices = [name for name in metrics if name not in OF_LEAVES]
     resolve = resolve_leaves("probe", axes)
 
-    def names_of(params: PyTree, state: PyTree) -> tuple[tuple[str, ...], dict[str, Axes | None]]:
-        """Every path with every metric that its leaf has; path → how the leaf reads as matrices."""
+    def names_of(
+        params: PyTree, state: PyTree, gradients: PyTree = None
+    ) -> tuple[tuple[str, ...], dict[str, Axes | None]]:
+        """Every path with every metric that its leaf has; path → how the leaf reads as matrices.
+
+        With gradients, Python numbers need one.
+        """
+        trained = by_path(gradients)
         moments, paths = _momenta(state), distinct_paths("probe", params)
         known = Leaves(jax.tree.structure(params), jax.tree.leaves(params))
         read = resolved_axes("probe", resolve, None, known) if of_matrices else [None] * len(paths)
@@ -148,8 +156,8 @@ def probe(
             f"{path}/{name}".lstrip("/")
             for name in metrics
             for path, leaf in zip(paths, jax.tree.leaves(params), strict=True)
-            if hasattr(leaf, "dtype")
-            and is_trainable(leaf)
+            if is_trainable(leaf)
+            and (gradients is None or hasattr(leaf, "dtype") or path in trained)
             and 0 not in np.shape(leaf)
             and (path in moments or name.split("_")[0] not in ("cosine", "momentum"))
             and (name in OF_LEAVES or forms[path] is not None)
@@ -178,7 +186,7 @@ def probe(
             check_params("probe", params, "it is asked for numbers about weights")
         check_state("probe", state, ProbeState)
         out, after = inner.update(updates, state.inner, params, **extra)
-        names, forms = names_of(updates if params is None else params, state.inner)
+        names, forms = names_of(updates if params is None else params, state.inner, updates)
         if len(names) != state.values.shape[-1]:
             check_params("probe", params, "without them it cannot tell which gradients are missing")
         values, measured = state.values, state.measured
@@ -312,7 +320,7 @@ def _check(metrics: Sequence[str], every: int) -> None:
     known = [*OF_LEAVES, *(f"{of}_{name}" for of in Leaf._fields for name in OF_MATRICES)]
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"probe: {unknown[0]!r} is not a metric. Type some of {', '.join(known)}.")
-    if not is_integer(every, 1):
+    if not is_integer(every, 1, 2**31):
         raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=25.")
 
 

@@ -261,7 +261,16 @@ NEEDED = {
     "momentum": 0.9,
     "first": om.ema(0.5),
     "second": optax.scale(2.0),
+    "inner": om.ema(0.5),
 }
+
+
+def required(factory):
+    """Values for the arguments that a factory must be given."""
+    parameters = inspect.signature(factory).parameters.items()
+    return {key: NEEDED[key] for key, p in parameters if p.default is p.empty and p.kind != p.VAR_POSITIONAL}
+
+
 EXTRA = {
     ("sgd", "dampening"): {"momentum": 0.9},
     ("muon", "others_learning_rate"): {},
@@ -274,12 +283,8 @@ EXTRA = {
 def test_every_number_may_be_traced(name, argument):
     """A vmap over any number equals a loop over it, with the values as arrays of one compiled program."""
     factory = getattr(om, name)
-    required = {
-        key: NEEDED[key]
-        for key, p in inspect.signature(factory).parameters.items()
-        if p.default is p.empty and key != argument
-    }
-    fixed = required | EXTRA.get((name, argument), {})
+    needed = {key: value for key, value in required(factory).items() if key != argument}
+    fixed = needed | EXTRA.get((name, argument), {})
     params = {"w": jnp.linspace(0.1, 1.0, 6).reshape(2, 3), "b": jnp.ones(2)}
 
     def two_steps(value):
@@ -451,3 +456,29 @@ def test_state_size():
         assert per_parameter(tx) == 4
     for tx in (om.adam(0.1), om.adamw(0.1), om.nadam(0.1), om.nadamw(0.1)):
         assert per_parameter(tx) == 8
+
+
+def test_fewer_microbatches_after_a_restart():
+    """A state with three gradients of four is resumed with two of two: the step is due at once."""
+    params = {"w": jnp.ones(3)}
+    four, two = om.multi_steps(om.sgd(1.0), 4), om.multi_steps(om.sgd(1.0), 2)
+    state = four.init(params)
+    for size in (1.0, 2.0, 3.0):
+        _, state = four.update({"w": jnp.full(3, size)}, state)
+    updates, state = two.update({"w": jnp.full(3, 6.0)}, state)
+    np.testing.assert_array_equal(updates["w"], -3.0)
+    for expected in (0.0, -5.0):
+        updates, state = two.update({"w": jnp.full(3, 5.0)}, state)
+        np.testing.assert_array_equal(updates["w"], expected)
+
+
+def test_counts_restored_as_integers():
+    """As JSON or a dictionary of Python numbers restores them."""
+    tx = om.skip_nonfinite(om.multi_steps(om.adamw(0.1), 2))
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(5):
+        plain = jax.tree.map(lambda x: int(x) if x.dtype == jnp.int32 else x, state)
+        updates, state = tx.update(params, state, params)
+        again, _ = tx.update(params, plain, params)
+        np.testing.assert_array_equal(again["w"], updates["w"])

@@ -1,5 +1,6 @@
 """Bad input is refused where it is given, in words that say what to type instead."""
 
+import inspect
 import subprocess
 import sys
 
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_contract import NUMBERS, required
 
 import optimorph as om
 from optimorph import schedules, theory
+from optimorph._core.checks import SCHEDULED
 from optimorph.linalg import Axes, Coefficients, NewtonSchulz, polar_express
 
 W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
@@ -51,6 +54,17 @@ REFUSED = {
     ),
     "boolean limit": (lambda: om.skip_nonfinite(om.ema(0.9), True), ["skip_nonfinite", "True"]),
     "array number": (lambda: om.momentum(jnp.float32(2.0)), ["momentum", "decay", "2.0"]),
+    "lookahead as an array": (lambda: om.ema(0.9, lookahead=jnp.float32(2)), ["ema", "lookahead", "[0, 1)"]),
+    "negative ahead": (lambda: om.debias(0.9, ahead=-1), ["debias", "ahead", "-1", "ahead=1"]),
+    "comm_dtype of no dtype": (
+        lambda: om.orthogonalize(comm_dtype="half a byte"),
+        ["orthogonalize", "comm_dtype", "'half a byte'", "comm_dtype='bfloat16'"],
+    ),
+    "k beyond all counts": (lambda: om.multi_steps(om.ema(0.9), 10**20), ["multi_steps", "every_k"]),
+    "limit beyond all counts": (
+        lambda: om.skip_nonfinite(om.ema(0.9), 10**20),
+        ["skip_nonfinite", "max_consecutive"],
+    ),
     "nothing to add": (lambda: om.add(), ["add", "add(first, second)"]),
     "unknown preset": (
         lambda: NewtonSchulz("muon"),
@@ -167,6 +181,35 @@ def test_gradients_that_are_not_the_states(tx):
         jax.jit(tx.update)(W | {"w": jnp.ones((3, 4))}, tx.init(W))
 
 
+SCHEDULES = [(name, argument) for name, argument in NUMBERS if argument in SCHEDULED]
+
+
+@pytest.mark.parametrize(("name", "argument"), SCHEDULES, ids=["-".join(pair) for pair in SCHEDULES])
+def test_schedules_that_are_none(name, argument):
+    """The function that makes a schedule, and functions of the count that return no number."""
+    factory = getattr(om, name)
+    needed = {key: value for key, value in required(factory).items() if key != argument}
+
+    def step(value):
+        tx, params = factory(**needed, **{argument: value}), {"w": jnp.ones((4, 3))}
+        tx.update(params, tx.init(params), params)
+
+    refused(lambda: step(optax.cosine_decay_schedule), argument, "cosine_decay_schedule", "count alone")
+    refused(lambda: step(lambda: 0.1), argument, "count alone")
+    for value in (optax.constant_schedule, om.adamw, lambda count: "0.1", lambda count: None):
+        refused(lambda value=value: step(value), "must return one number", "Type a schedule")
+    refused(lambda: step(lambda count: jnp.ones(2)), "must return one number", "(2,)")
+    step(optax.constant_schedule(0.1))
+
+
+def test_numbers_of_microbatches_that_are_none():
+    refused(
+        lambda: om.multi_steps(om.ema(0.9), optax.linear_schedule), "multi_steps", "every_k", "count alone"
+    )
+    tx = om.multi_steps(om.ema(0.9), lambda steps: "2")
+    refused(lambda: tx.update(W, tx.init(W)), "multi_steps: every_k", "one number")
+
+
 WRAPPERS = {
     "compress_state": lambda: om.compress_state(optax.adam(0.1)),
     "in_bfloat16": lambda: om.in_bfloat16(optax.adam(0.1)),
@@ -269,8 +312,53 @@ RACES = {
 }
 
 
+TAKERS = {
+    "chain": "om.chain(om.ema(0.9), {})",
+    "add": "om.add({}, om.ema(0.9))",
+    "mix": "om.mix(0.5, om.ema(0.9), {})",
+    "divide": "om.divide(om.ema(0.9), by={})",
+    "compress_state": "om.compress_state({})",
+    "in_bfloat16": "om.in_bfloat16({})",
+    "in_float32": "om.in_float32({})",
+    "multi_steps": "om.multi_steps({}, 2)",
+    "skip_nonfinite": "om.skip_nonfinite({})",
+    "probe": "om.probes.probe({})",
+}
+"""Functions of transformations: `chain(clip, adamw)` is refused, which has not called the recipe."""
+
+
+def flags():
+    """Every boolean argument of every public factory: the name, the argument, and values for those before."""
+    factories = {name: getattr(om, name) for name in om.__all__} | {"probes.probe": om.probes.probe}
+    for name, factory in factories.items():
+        if callable(factory) and not inspect.isclass(factory):
+            for argument, parameter in inspect.signature(factory).parameters.items():
+                if isinstance(parameter.default, bool):
+                    yield name, argument, "".join(f"{key}=NEEDED[{key!r}], " for key in required(factory))
+
+
 CALLS = {
     "om.sgd(None)": ["sgd", "learning_rate", "1e-3"],
+    **{
+        take.format("om.adamw"): [who, "init and update", "but adamw has not", "adamw(...)"]
+        for who, take in TAKERS.items()
+    },
+    **{take.format("None"): [who, "init and update", "but None has not"] for who, take in TAKERS.items()},
+    **{
+        take.format("[om.ema(0.9)]"): [who, "init and update", "optimorph.adamw(1e-3)"]
+        for who, take in TAKERS.items()
+    },
+    **{
+        f"om.{name}({needed}{argument}={value})": [name.split(".")[-1], f"{argument} must be True or False"]
+        for name, argument, needed in flags()
+        for value in ("0.5", "'no'", "None")
+    },
+    "om.ema(0.9, lookahead='0.9')": ["ema", "lookahead", "'0.9'", "lookahead=0.9"],
+    "om.debias(0.9, ahead='1')": ["debias", "ahead", "'1'", "ahead=1"],
+    "om.adam(0.1, mu_dtype={'*': 'bfloat16'})": ["adam", "mu_dtype", "mu_dtype='bfloat16'"],
+    "om.orthogonalize('jordan')": ["orthogonalize", "orthogonalizer", "'jordan'", "NewtonSchulz()"],
+    "om.scale_by_shape({'*': 'keller'})": ["scale_by_shape", "scale", "'rms_to_rms'"],
+    "om.adamw(0.1, weight_decay_form=['cautious'])": ["adamw", "weight_decay_form", "'coupled'"],
     "om.muon(0.1, axes='io')": ["muon", "axes={'*': 'io'}"],
     **{f"race({changed})": ["race", *words] for changed, words in RACES.items()},
 }
@@ -287,7 +375,8 @@ for call in CALLS:
 
 def test_refused_without_the_type_checker():
     """What the type checker of these tests would refuse first, as a user's process meets it."""
-    code = f"import optimorph as om\n{RACE}\nCALLS = {[*CALLS]}\n{EACH_CALL}"
+    needed = "NEEDED = {'learning_rate': 0.1, 'decay': 0.9, 'inner': om.ema(0.5)}"
+    code = f"import optimorph as om\n{needed}\n{RACE}\nCALLS = {[*CALLS]}\n{EACH_CALL}"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for line, (call, words) in zip(process.stdout.splitlines(), CALLS.items(), strict=True):
         assert all(word in line for word in words), (call, line)

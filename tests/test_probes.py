@@ -363,3 +363,14 @@ def test_refusals():
         probe(om.adam(0.1)).init({"a/b": jnp.ones(3), "a": {"b": jnp.ones(3)}})
     tx = probe(om.adam(0.1), "gradient_rms")
     tx.update(weights(), tx.init(weights()))  # needs none
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_python_numbers(jit):
+    """Parameters that are Python numbers at `init` are arrays in jit."""
+    params = {"scale": 2.0, "w": jnp.ones(3)}
+    tx = probe(om.sgd(0.5), ("update_rms", "weight_rms"), 1)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
+    assert read(state)["scale/weight_rms"] == 2.0

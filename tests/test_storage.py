@@ -227,6 +227,33 @@ def test_every_recipe_can_be_injected(entry):
     )
 
 
+@pytest.mark.parametrize("rate", [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.bfloat16(0.5)])
+@pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "scheduled"])
+def test_an_injected_number_is_one_value(rate, scheduled):
+    """Of every kind, read by optax from the state; what is no schedule is set so too."""
+    params = {"w": jnp.ones((4, 4))}
+    tx = om.inject_hyperparams(om.adamw)(learning_rate=(lambda count: rate) if scheduled else rate)
+    state = tx.init(params)
+    for _ in range(2):
+        assert optax.tree.get(state, "learning_rate") == 0.5
+        _, state = jax.jit(tx.update)(params, state, params)
+    state = optax.tree.set(state, learning_rate=jnp.float32(0.25))
+    _, state = jax.jit(tx.update)(params, state, params)
+    assert optax.tree.get(state, "learning_rate") == (0.5 if scheduled else 0.25)
+    assert optax.tree.get(state, "last_learning_rate") == (0.5 if scheduled else 0.25)
+
+
+def test_a_state_that_optax_injected_goes_on():
+    params, schedule = {"w": jnp.ones((4, 4))}, optax.linear_schedule(0.5, 0.0, 4)
+    ours, theirs = (
+        inject(om.adamw)(learning_rate=schedule)
+        for inject in (om.inject_hyperparams, functools.partial(optax.inject_hyperparams, static_args="mask"))
+    )
+    _, state = theirs.update(params, theirs.init(params), params)
+    _, state = ours.update(params, state, params)
+    assert optax.tree.get(state, "learning_rate") == 0.375
+
+
 def test_injection_refuses():
     with pytest.raises(ValueError, match=r"inject_hyperparams: static_args has \['rule'\]"):
         om.inject_hyperparams(om.adam, static_args="rule")

@@ -37,6 +37,7 @@ RANGES = {
     "initial_scale": _NOT_NEGATIVE,
     "initial_value": _POSITIVE,
     "learning_rate": _RATE,
+    "lookahead": _DECAY,
     "max_norm": ("above 0", lambda x: x > 0, "1.0"),
     "max_rms": ("above 0", lambda x: x > 0, "1.0"),
     "momentum": _DECAY,
@@ -72,6 +73,7 @@ def check_numbers(who: str, **values: Any) -> None:
     """
     for name, value in values.items():
         if callable(value) and name in SCHEDULED:
+            check_schedule(who, name, value)
             continue
         text, inside, example = RANGES[name]
         fix = f"Type {name}={example}, for example."
@@ -89,6 +91,56 @@ def check_numbers(who: str, **values: Any) -> None:
             np.asarray(value).item()
         ):  # jnp would trace it in jit
             raise ValueError(f"{who}: {name} must be {text}, but is {value}. {fix}")
+
+
+def check_schedule(who: str, name: str, schedule: Any) -> None:
+    """Refuse a function that cannot be called with a step count alone.
+
+    Raises:
+      ValueError: naming `who`, the argument and a schedule that would do.
+    """
+    try:
+        signature = inspect.signature(schedule)
+    except ValueError:  # of some functions that are not written in Python
+        return
+    try:
+        signature.bind(0)
+    except TypeError as error:
+        raise ValueError(
+            f"{who}: {name} must be a number or a function of the step count, but {_name(schedule)} cannot "
+            f"be called with a count alone: {error}. Type a schedule and not the function that makes it, "
+            f"for example {name}=optax.linear_schedule(1e-3, 0.0, 1000)."
+        ) from error
+
+
+def check_flags(who: str, **flags: Any) -> None:
+    """Refuse what is no boolean.
+
+    Raises:
+      ValueError: naming `who`, the argument and its value.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool_):
+            raise ValueError(f"{who}: {name} must be True or False, but is {flag!r}. Type {name}=True.")
+
+
+def check_transforms(who: str, *transforms: Any) -> None:
+    """Refuse what is no gradient transformation, such as a recipe that was not called.
+
+    Raises:
+      ValueError: naming `who` and what was given.
+    """
+    for tx in transforms:
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            call = f"{_name(tx)}(...), which makes one" if callable(tx) else "optimorph.adamw(1e-3)"
+            raise ValueError(
+                f"{who}: a gradient transformation has the functions init and update, but {_name(tx)} has "
+                f"not. Type {call}."
+            )
+
+
+def _name(x: Any) -> str:
+    return getattr(x, "__name__", repr(x)) if callable(x) else repr(x)
 
 
 def check_dtypes(who: str, **dtypes: Any) -> None:
@@ -115,17 +167,18 @@ def dtype_name(dtype: Any) -> str | None:
     """Its name, however it is written; None of what is no dtype."""
     try:
         return jnp.dtype(dtype).name
-    except TypeError:
+    except (TypeError, ValueError):
         return None
 
 
 def checked(recipe: Callable[P, R]) -> Callable[P, R]:
-    """Check every argument of `recipe` that `RANGES` or `DTYPES` name, under the recipe's own name.
+    """Check every boolean of `recipe`, and what `RANGES` or `DTYPES` name, under the recipe's own name.
 
     None is a value where it is the default.
     """
     signature = inspect.signature(recipe)
     absent = {name for name, parameter in signature.parameters.items() if parameter.default is None}
+    flags = {name for name, parameter in signature.parameters.items() if isinstance(parameter.default, bool)}
 
     @functools.wraps(recipe)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -133,6 +186,7 @@ def checked(recipe: Callable[P, R]) -> Callable[P, R]:
         numbers = {k: v for k, v in given.items() if k in RANGES and not (v is None and k in absent)}
         check_numbers(recipe.__name__, **numbers)
         check_dtypes(recipe.__name__, **{k: v for k, v in given.items() if k in DTYPES})
+        check_flags(recipe.__name__, **{k: v for k, v in given.items() if k in flags})
         return recipe(*args, **kwargs)
 
     return build

@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.types import DTypeLike, Numeric, ScalarOrSchedule, Schedule, Shape
+from optimorph._core.types import DTypeLike, Numeric, ScalarOrSchedule, Schedule
 
 _PYTHON = (bool, int, float, complex, np.ndarray, np.generic)
 
 
 class NotScalarError(ValueError):
-    """A schedule returned an array; `transform` says of which transform."""
+    """A schedule returned an array, or no number; `transform` says of which transform."""
 
-    def __init__(self, shape: Shape):
-        """State the shape."""
-        super().__init__(
-            f"a schedule must return one number, but returned an array of shape {shape}. For a sweep, "
-            "jax.vmap a function of one number."
-        )
+    def __init__(self, value: Any):
+        """State the array's shape, or what was returned."""
+        if is_array(value):
+            found = f"an array of shape {np.shape(value)}. For a sweep, jax.vmap a function of one number."
+        else:
+            found = f"{value!r}. Type a schedule and not the function that makes it: constant_schedule(1e-3)."
+        super().__init__(f"a schedule must return one number, but returned {found}")
 
 
 @functools.cache
@@ -60,11 +61,11 @@ def as_scalar(value: Numeric, like: jax.Array) -> Any:
     if type(value) in (int, float):
         return float(value)  # already a weak type; the integer may be too large for int32
     if np.ndim(value):
-        raise NotScalarError(np.shape(value))
+        raise NotScalarError(value)
     return jnp.asarray(value).astype(like.dtype)
 
 
-def increment(count: jax.Array) -> jax.Array:
+def increment(count: Any) -> jax.Array:
     """The count of one more step; it stays at the largest integer."""
     return jnp.asarray(optax.safe_increment(count))
 
@@ -73,8 +74,20 @@ def as_schedule(value: ScalarOrSchedule) -> Schedule:
     """A function of the count, also for a constant.
 
     In x64 mode the count is passed as int64, because quotients of int32 are float32.
+
+    Raises:
+      NotScalarError: when called, if `value` returns an array, or no number.
     """
-    return (lambda count: value(count.astype(int))) if callable(value) else lambda count: value
+    if not callable(value):
+        return lambda count: value
+
+    def schedule(count):
+        now = value(count.astype(int))
+        if kind(now) not in ("real", "integer") or np.ndim(now):
+            raise NotScalarError(now)
+        return now
+
+    return schedule
 
 
 def as_float32(value: Numeric) -> jax.Array:

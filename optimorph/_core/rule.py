@@ -198,13 +198,16 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
     def init(params):
         leaves, tree = arrays(who, params)
         known = Leaves(tree, leaves)
+        try:
+            shared = rule.slots(rule.begin(known))
+        except NotScalarError as error:
+            raise ValueError(f"{who}: {error}") from error
         own = [
             rule.slots(rule.init(Leaf(w, k, known)))
             if is_trainable(w)
             else (w if isinstance(w, ABSENT) else None)
             for k, w in enumerate(leaves)
         ]
-        shared = rule.slots(rule.begin(known))
         return rule.structure.unflatten(
             tree.unflatten([s[j] if isinstance(s, list) else s for s in own]) if role.tree else shared[j]
             for j, role in enumerate(rule.roles)

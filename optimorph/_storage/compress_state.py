@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_seed
+from optimorph._core.checks import check_flags, check_seed, check_transforms
 from optimorph._core.differences import check_state, other_state
 from optimorph._core.numbers import cast_like, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
@@ -97,7 +97,9 @@ def compress_state(
     References:
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
     """
+    check_transforms(WHO, inner)
     check_seed(WHO, seed)
+    check_flags(WHO, elementwise=elementwise)
     codec_of = codec_rule(rules)
     if rule := rule_of(inner):
         return transform(WHO, _compressed(rule, codec_of, rules, seed))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_dtypes, check_numbers
+from optimorph._core.checks import check_dtypes, check_flags, check_numbers, check_schedule
 from optimorph._core.numbers import (
     as_kind_of,
     as_scalar,
@@ -88,9 +88,10 @@ def ema(
       Nesterov momentum into Adam", section 3.
     """
     check_numbers("ema", decay=decay, initial=initial)
-    if isinstance(lookahead, int | float) and not 0 <= lookahead < 1:
-        raise ValueError(f"ema: lookahead must be in [0, 1), but is {lookahead!r}. Type lookahead=0.9.")
+    if lookahead is not None:
+        check_numbers("ema", lookahead=lookahead)
     check_dtypes("ema", dtype=dtype)
+    check_flags("ema", nesterov=nesterov)
     if nesterov and lookahead is not None:
         raise ValueError("ema: nesterov and lookahead are two forms of one thing. Type one of them.")
 
@@ -128,8 +129,11 @@ def slow_ema(decay: ScalarOrSchedule, alpha: ScalarOrSchedule = 1.0) -> optax.Gr
     References:
       Pagliardini et al. 2024, "The AdEMAMix optimizer: better, faster, older", arXiv:2409.03137, section 3.
     """
-    given = {"decay": decay, "alpha": alpha}
-    check_numbers("slow_ema", **{name: value for name, value in given.items() if not callable(value)})
+    for name, value in {"decay": decay, "alpha": alpha}.items():
+        if callable(value):
+            check_schedule("slow_ema", name, value)
+        else:
+            check_numbers("slow_ema", **{name: value})
     decay_at, alpha_at = as_schedule(decay), as_schedule(alpha)
 
     def begin(leaves):
@@ -178,6 +182,7 @@ def momentum(
     """
     check_numbers("momentum", decay=decay)
     check_dtypes("momentum", dtype=dtype)
+    check_flags("momentum", nesterov=nesterov)
 
     def add(g, v):
         return g + as_scalar(decay, v) * v

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_numbers
+from optimorph._core.checks import check_numbers, check_transforms
 from optimorph._core.differences import other_state
 from optimorph._core.numbers import as_scalar, cast_like, upcast
 from optimorph._core.roles import SECOND, holds, relabeled
@@ -48,6 +48,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     Args:
       transforms: transformations in the order in which they are applied.
     """
+    check_transforms("chain", *transforms)
     groups: list[list[Any]] = []
     for tx in transforms:
         if groups and rule_of(tx) and rule_of(groups[-1][-1]):
@@ -163,6 +164,7 @@ def _combined(
     unpack: Callable[[Any], Sequence[Any]] = tuple,
 ) -> optax.GradientTransformationExtraArgs:
     """`f` of the updates of all transforms; a rule for one leaf if each of them is one."""
+    check_transforms(who, *transforms)
     rules = [rule for tx in transforms if (rule := rule_of(tx)) is not None]
     if len(rules) == len(transforms):
         return transform(who, _combined_rule(f, rules, pack, unpack))

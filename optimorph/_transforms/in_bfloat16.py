@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_seed
+from optimorph._core.checks import check_seed, check_transforms
 from optimorph._core.differences import check_state
 from optimorph._core.numbers import increment
 from optimorph._core.paths import leaf_paths
@@ -49,6 +49,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     References:
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.
     """
+    check_transforms("in_bfloat16", inner)
     check_seed("in_bfloat16", seed)
     if rule := rule_of(inner):
         return transform("in_bfloat16", _rule(rule, seed))

@@ -2,6 +2,7 @@
 
 import optax
 
+from optimorph._core.checks import check_transforms
 from optimorph._core.numbers import cast_like, upcast
 from optimorph._core.rule import check_shapes, map_updates, rule_of
 
@@ -16,6 +17,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     Args:
       inner: any transformation; it sees float32 or wider updates, and the parameters as they are.
     """
+    check_transforms("in_float32", inner)
     inner = optax.with_extra_args_support(inner)
     if rule_of(inner):
         return inner  # as every rule does

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._core.checks import dtype_name
 from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.sharded_function import ShardedFunction
@@ -23,7 +24,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 Scale = str | Callable[[int, int], float] | None
 """Of a matrix by its numbers of inputs and outputs."""
 
-_COMM_DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float32", "float64")))
+_COMM_DTYPES = ("bfloat16", "float32", "float64")
 
 
 def orthogonalize(
@@ -64,14 +65,19 @@ def orthogonalize(
     """
     who = "orthogonalize"
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
+    if not callable(polar):
+        raise ValueError(
+            f"{who}: orthogonalizer must be a function of stacks of matrices, but is {polar!r}. Type "
+            "orthogonalizer=optimorph.linalg.NewtonSchulz()."
+        )
     polar = polar if isinstance(polar, Hashable) else _by_identity(polar)
     equivariant = isinstance(polar, NewtonSchulz | Exact)
-    comm = None if comm_dtype is None else jnp.dtype(comm_dtype)
-    if comm is not None and comm not in _COMM_DTYPES:
+    if comm_dtype is not None and dtype_name(comm_dtype) not in _COMM_DTYPES:
         raise ValueError(
-            f"{who}: comm_dtype must be one of {[*map(str, _COMM_DTYPES)]}, but is {comm}. Type "
+            f"{who}: comm_dtype must be one of {[*_COMM_DTYPES]}, but is {comm_dtype!r}. Type "
             "comm_dtype='bfloat16': a narrower exponent would lose small gradients."
         )
+    comm = None if comm_dtype is None else jnp.dtype(comm_dtype)
     own = AxesOfLeaves(who, axes, shardings)
 
     def init(params):
@@ -121,7 +127,7 @@ def scale_by_shape(
       hidden layers in neural networks"; (3) Liu et al. 2025, arXiv:2502.16982, equation 4.
     """
     who = "scale_by_shape"
-    if isinstance(scale, str) and scale not in SCALES:
+    if not (scale is None or callable(scale) or (isinstance(scale, str) and scale in SCALES)):
         raise ValueError(
             f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, None, or a function of the "
             f"numbers of inputs and outputs, but is {scale!r}."

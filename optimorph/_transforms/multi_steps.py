@@ -7,10 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_dtypes, is_integer
+from optimorph._core.checks import check_dtypes, check_schedule, check_transforms, is_integer
 from optimorph._core.differences import check_state
 from optimorph._core.flags import all_of, real_dtype
-from optimorph._core.numbers import as_scalar, as_schedule, cast_like, full_like, increment, is_absent, upcast
+from optimorph._core.numbers import (
+    NotScalarError,
+    as_scalar,
+    as_schedule,
+    cast_like,
+    full_like,
+    increment,
+    is_absent,
+    upcast,
+)
 from optimorph._core.roles import Role, holds, scalar
 from optimorph._core.rule import aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, PyTree
@@ -66,6 +75,7 @@ def multi_steps(
     References:
       (1) Welford 1962, "Note on a method for calculating corrected sums of squares and products".
     """
+    check_transforms("multi_steps", inner)
     _check_k(every_k)
     check_dtypes("multi_steps", accumulator_dtype=accumulator_dtype)
     inner = optax.with_extra_args_support(inner)
@@ -77,10 +87,16 @@ def multi_steps(
         count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, steps)
 
+    def k_now(state):
+        try:
+            return jnp.asarray(k_at(jnp.asarray(state.steps))).astype(jnp.int32)
+        except NotScalarError as error:
+            raise ValueError(f"multi_steps: every_k: {error}") from error
+
     def update(updates, state, params=None, **extra):
         check_state("multi_steps", state, MultiStepsState)
         gs, tree, _ = aligned("multi_steps", updates, state.mean)
-        updates, count = tree.unflatten(gs), state.count + 1
+        updates, count = tree.unflatten(gs), jnp.asarray(state.count) + 1
 
         def add(g, mean):
             if is_absent(g):
@@ -92,7 +108,7 @@ def multi_steps(
 
         mean = jax.tree.map(add, updates, state.mean, is_leaf=is_absent)  # (1)
         sound = _on_all_devices(_all_finite(updates))
-        due = sound & (count >= jnp.asarray(k_at(state.steps)).astype(count.dtype))
+        due = sound & (count >= k_now(state))
 
         def step():
             g = map_updates(
@@ -150,7 +166,9 @@ def _on_all_devices(so: jax.Array) -> jax.Array:
 
 
 def _check_k(every_k: Any) -> None:
-    if not callable(every_k) and not is_integer(every_k, 1):
+    if callable(every_k):
+        check_schedule("multi_steps", "every_k", every_k)
+    elif not is_integer(every_k, 1, 2**31):
         raise ValueError(
             f"multi_steps: every_k must be an integer of at least 1, but is {every_k!r}. Type every_k=4, for "
             "example."

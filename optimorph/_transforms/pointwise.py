@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_numbers
+from optimorph._core.checks import check_numbers, is_integer
 from optimorph._core.numbers import as_scalar, increment
 from optimorph._core.roles import holds, roles_of, scalar
 from optimorph._core.rule import Rule, pointwise, transform
@@ -95,10 +95,10 @@ def debias(decay: Numeric, *, ahead: int = 0) -> optax.GradientTransformationExt
 
     Args:
       decay: β in [0, 1) of the average, a number, an array or a tracer.
-      ahead: a, the steps by which the average looks ahead (Nadam's first term: 1).
+      ahead: a, at least 0, the steps by which the average looks ahead (Nadam's first term: 1).
 
     Raises:
-      ValueError: β outside [0, 1), when it is a concrete number.
+      ValueError: β outside [0, 1), when it is a concrete number; a negative, or no integer.
 
     Equals:
       optax.tree.bias_correction(updates, decay, t)
@@ -107,6 +107,8 @@ def debias(decay: Numeric, *, ahead: int = 0) -> optax.GradientTransformationExt
       momentum into Adam", algorithm 2.
     """
     check_numbers("debias", decay=decay)
+    if not is_integer(ahead, 0, 2**31):
+        raise ValueError(f"debias: ahead must be an integer of at least 0, but is {ahead!r}. Type ahead=1.")
 
     def advance(state, leaves):
         count = increment(state.debias_count)  # (1)

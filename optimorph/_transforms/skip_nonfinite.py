@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import abbreviated, is_integer
+from optimorph._core.checks import abbreviated, check_transforms, is_integer
 from optimorph._core.differences import check_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import increment, is_missing, is_trainable
@@ -62,6 +62,7 @@ def skip_nonfinite(
     References:
       Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740, section 3.2.
     """
+    check_transforms("skip_nonfinite", inner)
     _check_limit(max_consecutive)
     inner = optax.with_extra_args_support(inner)
 
@@ -131,7 +132,7 @@ def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
 
 
 def _check_limit(limit: int | None) -> None:
-    if limit is not None and not is_integer(limit, 0):
+    if limit is not None and not is_integer(limit, 0, 2**31):
         raise ValueError(
             f"skip_nonfinite: max_consecutive must be an integer of at least 0, or None, but is {limit!r}. "
             "Type max_consecutive=10, for example."

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_numbers, check_params
+from optimorph._core.checks import check_flags, check_numbers, check_params
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, is_trainable, upcast
 from optimorph._core.roles import holds, roles_of, scalar
 from optimorph._core.rule import Rule, pointwise, rule_of, transform
@@ -81,6 +81,7 @@ def add_decayed_weights(
     """
     who = "add_decayed_weights"
     check_numbers(who, weight_decay=weight_decay)
+    check_flags(who, cautious=cautious)
     decay_at = as_schedule(weight_decay)
     never = isinstance(weight_decay, int | float | np.number) and weight_decay == 0
 
@@ -189,7 +190,7 @@ def decay_and_step(
       but not by the learning rate; (3) Chen et al. 2025, "Cautious weight decay", arXiv:2510.12402;
       (4) Defazio 2025, arXiv:2506.02285, AdamC.
     """
-    if form not in FORMS:
+    if not isinstance(form, str) or form not in FORMS:
         raise ValueError(
             f"{who}: weight_decay_form must be one of {', '.join(map(repr, FORMS))}, but is {form!r}. "
             "Type weight_decay_form='coupled'."
