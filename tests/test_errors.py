@@ -331,7 +331,7 @@ def flags():
     """Every boolean argument of every public factory: the name, the argument, and values for those before."""
     factories = {name: getattr(om, name) for name in om.__all__} | {"probes.probe": om.probes.probe}
     for name, factory in factories.items():
-        if callable(factory) and not inspect.isclass(factory):
+        if callable(factory) and not inspect.isclass(factory) and name != "carry_state":  # which runs
             for argument, parameter in inspect.signature(factory).parameters.items():
                 if isinstance(parameter.default, bool):
                     yield name, argument, "".join(f"{key}=NEEDED[{key!r}], " for key in required(factory))
