@@ -338,6 +338,14 @@ def flags():
 
 
 CALLS = {
+    "om.muon(0.1, axes=lambda: 3)": ["path and the shape", "lambda path, shape"],
+    "om.muon(0.1, axes=lambda path: 'io')": ["path and the shape", "lambda path, shape"],
+    "om.muon(0.1, axes=np.ones(2))": ["array of shape (2,)", "{'*': ...}"],
+    "om.muon(0.1, shardings=np.ones(3))": ["array of shape (3,)", "{'*': ...}"],
+    "om.muon(0.1, others=om.adamw)": ["muon", "init and update", "adamw(...)"],
+    "om.route_matrices(om.sgd, om.sgd(0.1))": ["route_matrices", "init and update", "sgd(...)"],
+    "om.partition({'*': 'a'}, None)": ["partition", "map labels to transformations"],
+    "om.partition({'*': 'a'}, {'a': om.adamw})": ["partition", "init and update", "adamw(...)"],
     "om.sgd(None)": ["sgd", "learning_rate", "1e-3"],
     **{
         take.format("om.adamw"): [who, "init and update", "but adamw has not", "adamw(...)"]
@@ -376,7 +384,7 @@ for call in CALLS:
 def test_refused_without_the_type_checker():
     """What the type checker of these tests would refuse first, as a user's process meets it."""
     needed = "NEEDED = {'learning_rate': 0.1, 'decay': 0.9, 'inner': om.ema(0.5)}"
-    code = f"import optimorph as om\n{needed}\n{RACE}\nCALLS = {[*CALLS]}\n{EACH_CALL}"
+    code = f"import numpy as np\nimport optimorph as om\n{needed}\n{RACE}\nCALLS = {[*CALLS]}\n{EACH_CALL}"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for line, (call, words) in zip(process.stdout.splitlines(), CALLS.items(), strict=True):
         assert all(word in line for word in words), (call, line)

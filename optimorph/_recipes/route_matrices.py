@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import optax
 
+from optimorph._core.checks import check_transforms
 from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
@@ -78,6 +79,7 @@ def routed(
     scale: Any = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
+    check_transforms(who, matrices, others)
     resolve, match = resolve_leaves(who, axes, find_output=True), lookup_if_given(shardings)
     transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 

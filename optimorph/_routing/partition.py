@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import optax
 
-from optimorph._core.checks import LeafError
+from optimorph._core.checks import LeafError, check_transforms
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import aligned
 from optimorph._core.types import Rules
@@ -28,8 +28,15 @@ def partition(
       transforms: name → transformation.
 
     Raises:
-      ValueError: at `init`, naming all leaves that no rule matches or whose label is not in `transforms`.
+      ValueError: a transformation that is none; at `init`, naming all leaves that no rule matches or whose
+        label is not in `transforms`.
     """
+    if not isinstance(transforms, Mapping):
+        raise ValueError(
+            f"partition: transforms must map labels to transformations, but is {transforms!r}. Type "
+            "{'matrices': optimorph.sgd(0.1), ...}."
+        )
+    check_transforms("partition", *transforms.values())
     match = lookup(rules)
 
     def label(path, shape):
