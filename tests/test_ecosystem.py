@@ -5,6 +5,7 @@ faster to compile than many; messages say which recipe it was.
 """
 
 import functools
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_low_rank_factors_alone():
         np.testing.assert_array_equal(model.dense.kernel[...], kernel, err_msg=name)
         assert np.any(np.asarray(model.dense.lora.lora_a[...]) != factor), name
         shapes = {x.shape for x in jax.tree.leaves(nnx.state(optimizers[name], nnx.optimizer.OptState))}
-        assert shapes <= {(), (3, 2), (2, 4)}, name
+        assert not shapes & {kernel.shape, kernel.shape[1:]}, name
 
 
 class Linen(linen.Module):
@@ -392,7 +393,8 @@ def test_shapes_of_an_update():
 
 def changed(name, **arguments):
     factory = getattr(om, name)
-    return factory(0.1, **(arguments | ({"axes": {"*": "io"}} if name == "muon" else {})))
+    of_matrices = "axes" in inspect.signature(factory).parameters
+    return factory(0.1, **(arguments | ({"axes": {"*": "io"}} if of_matrices else {})))
 
 
 CHANGES = {
