@@ -1,16 +1,13 @@
 """Updates where they agree with the gradient, and nothing elsewhere."""
 
-import math
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optimorph._core.numbers import cast_like, is_absent, upcast
-from optimorph._core.rule import Leaves, aligned, map_updates
+from optimorph._core.rule import Leaf, Leaves, aligned, map_updates
 from optimorph._core.types import Rules
-from optimorph._distributed.shardings import shards_of
+from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.rules import lookup_if_given
 
 LEAST = 1e-3
@@ -44,18 +41,14 @@ def cautious(
         us, leaves = tree.flatten_up_to(out), Leaves(tree, gs)
         for k, g in enumerate(gs):
             if not is_absent(g):
-                shards = shards_of("cautious", match, leaves.paths[k], np.shape(g))
-                us[k] = cast_like(_kept(upcast(us[k]), upcast(g), *shards), g)
+                over = reduction("cautious", match, Leaf(None, k, leaves), None)
+                us[k] = cast_like(_kept(upcast(us[k]), upcast(g), over), g)
         return tree.unflatten(us), after
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _kept(u: jax.Array, g: jax.Array, spec: tuple, whole: tuple[int, ...]) -> jax.Array:
-    """(2); `spec` are the mesh axes that divide a leaf of the shape `whole`."""
+def _kept(u: jax.Array, g: jax.Array, over: Reduction) -> jax.Array:
+    """(2), with the mean of a whole leaf."""
     agree = ((jnp.sign(u) * jnp.sign(g).conj()).real > 0).astype(u.real.dtype)  # (1), without underflow
-    names = tuple(name for axis in spec for name in axis)
-    count = jnp.sum(agree)
-    count = jax.lax.psum(count, names) if names else count
-    share = count / max(math.prod(whole), 1)
-    return (agree / jnp.maximum(share, LEAST)).astype(u.dtype) * u  # (2)
+    return (agree / jnp.maximum(over.mean(agree), LEAST)).astype(u.dtype) * u  # (2)

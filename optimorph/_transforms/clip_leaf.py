@@ -1,18 +1,17 @@
 """Long updates made shorter, each leaf by itself."""
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optimorph._core.checks import check_numbers
 from optimorph._core.numbers import as_scalar
 from optimorph._core.rule import Rule, transform
 from optimorph._core.types import Numeric, Rules
-from optimorph._distributed.shardings import shards_of
+from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.rules import lookup_if_given
 
 
@@ -36,7 +35,7 @@ def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.Gradie
       Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, algorithm 1 (of all leaves).
     """
     check_numbers("clip_norm", max_norm=max_norm)
-    return _clipped("clip_norm", max_norm, shardings, lambda count: 1)
+    return _clipped("clip_norm", max_norm, shardings, lambda over, squares: over.sums(squares)[0])
 
 
 def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
@@ -64,25 +63,20 @@ def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.Gr
       low-precision training for large-scale vision-language models", arXiv:2304.13013, algorithm 2.
     """
     check_numbers("clip_rms", max_rms=max_rms)
-    return _clipped("clip_rms", max_rms, shardings, math.sqrt)
+    return _clipped("clip_rms", max_rms, shardings, Reduction.mean)
 
 
-def _clipped(who: str, bound: Numeric, shardings: Rules | None, root_of_count: Any) -> Any:
-    """(1), where the size of an array is its norm over a function of how many numbers it has."""
+def _clipped(who: str, bound: Numeric, shardings: Rules | None, of_squares: Callable[..., Any]) -> Any:
+    """(1), where the size of an array is the root of a reduction of the squares."""
     match = lookup_if_given(shardings)
 
     def update(g, state, leaf, now):
-        if leaf.part:
-            raise ValueError(f"compress_state: put {who} outside, because norms are those of whole leaves.")
-        names, whole = shards_of(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
-        names = tuple(name for axis in names for name in axis)
-        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(g), initial=0))
-        largest = jax.lax.pmax(largest, names) if names else largest
+        over = reduction(who, match, leaf, None)
+        (largest,) = over.maxima(jax.lax.stop_gradient(jnp.abs(g)))
         scale = jnp.where(largest > 0, largest, 1)
         x = g / scale.astype(g.dtype)  # whose squares are numbers
-        total = jnp.sum((x * x.conj()).real)
-        total = jax.lax.psum(total, names) if names else total
-        size = jnp.sqrt(jnp.where(total > 0, total, 1)) / root_of_count(max(math.prod(whole), 1))
+        squares = of_squares(over, (x * x.conj()).real)
+        size = jnp.sqrt(jnp.where(squares > 0, squares, 1))
         limit = as_scalar(bound, size)
         long = (size > limit / scale) & jnp.isfinite(largest)
         return jnp.where(long, (limit / size).astype(g.dtype) * x, g), state  # (1)
