@@ -99,18 +99,25 @@ def check_schedule(who: str, name: str, schedule: Any) -> None:
     Raises:
       ValueError: naming `who`, the argument and a schedule that would do.
     """
-    try:
-        signature = inspect.signature(schedule)
-    except ValueError:  # of some functions that are not written in Python
-        return
-    try:
-        signature.bind(0)
-    except TypeError as error:
+    if (fault := call_fault(schedule, 0)) is not None:
         raise ValueError(
             f"{who}: {name} must be a number or a function of the step count, but {_name(schedule)} cannot "
-            f"be called with a count alone: {error}. Type a schedule and not the function that makes it, "
+            f"be called with a count alone: {fault}. Type a schedule and not the function that makes it, "
             f"for example {name}=optax.linear_schedule(1e-3, 0.0, 1000)."
-        ) from error
+        )
+
+
+def call_fault(f: Callable[..., Any], *arguments: Any) -> str | None:
+    """Why a function cannot be called with these arguments alone; None if it can, or does not say."""
+    try:
+        signature = inspect.signature(f)
+    except ValueError:  # of some functions that are not written in Python
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def check_flags(who: str, **flags: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from optimorph._core.checks import LeafError, not_an_array
+from optimorph._core.checks import LeafError, call_fault, not_an_array
 from optimorph._core.numbers import is_array
 from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves
@@ -40,35 +40,22 @@ def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
         patterns, first = list(rules), first_match(rules)
         return lambda path, shape: NO_MATCH if (k := first(path)) is None else rules[patterns[k]]
     if callable(rules) and _is_leaf(rules):
-        return _of_path_and_shape(rules)
-    if hasattr(rules, "shape"):
+        if (fault := call_fault(rules, "", ())) is not None:
+            raise ValueError(
+                "labels: a function of rules takes the path and the shape of a leaf, but "
+                f"{rules!r} does not: {fault}. Type lambda path, shape: ..."
+            )
+        return rules
+    if (shape := getattr(rules, "shape", None)) is not None:
         raise ValueError(
             "labels: rules are a mapping from patterns, a function of (path, shape), or a tree, but here "
-            f"they are an array of shape {rules.shape}. Type {{'*': ...}} with one value for all leaves."
+            f"they are an array of shape {shape}. Type {{'*': ...}} with one value for all leaves."
         )
     values: dict[str, Any] = {}
     for path, value in _tree_values(rules):
         if values.setdefault(path, value) != value:
             raise ValueError(f"labels: several leaves have the path {path!r}. Use keys without slashes.")
     return lambda path, shape: values.get(path, NO_MATCH)
-
-
-def _of_path_and_shape(rules: Callable[[str, Shape], Any]) -> Callable[[str, Shape], Any]:
-    """The function.
-
-    Raises:
-      ValueError: it does not take two arguments.
-    """
-    try:
-        inspect.signature(rules).bind("", ())
-    except TypeError as error:
-        raise ValueError(
-            f"labels: a function of rules takes the path and the shape of a leaf, but {rules!r} does not: "
-            f"{error}. Type lambda path, shape: ..."
-        ) from error
-    except ValueError:  # a function without a signature
-        pass
-    return rules
 
 
 def lookup_if_given(rules: Rules | None) -> Callable[[str, Shape], Any] | None:
