@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding
 
 from optimorph._core.types import DTypeLike, Numeric, ScalarOrSchedule, Schedule
 
@@ -38,6 +39,15 @@ def upcast(x: Any) -> jax.Array:
     if isinstance(x, jax.Array) and x.dtype == upcast_dtype(x.dtype):
         return x  # asarray takes ten times as long to trace
     return jnp.asarray(x, upcast_dtype(jnp.result_type(x)))
+
+
+def with_type_of(x: jax.Array, like: Any) -> jax.Array:
+    """`x` with the sharding of another array's type, over `Explicit` mesh axes; unchanged over other axes."""
+    own, other = jax.typeof(x).sharding, getattr(like, "sharding", None)
+    other = jax.typeof(like).sharding if isinstance(like, jax.Array) else other
+    if not isinstance(other, NamedSharding) or own.spec == other.spec:
+        return x
+    return jax.sharding.reshard(x, other) if AxisType.Explicit in other.mesh.axis_types else x
 
 
 def cast_like(x: jax.Array, like: Any) -> jax.Array:

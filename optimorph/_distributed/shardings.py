@@ -43,15 +43,6 @@ def explicit_axes(arrays: Sequence[jax.Array]) -> tuple[str, ...]:
     return tuple(name for name, axis_type in pairs if axis_type is AxisType.Explicit)
 
 
-def with_type_of(x: jax.Array, like: Any) -> jax.Array:
-    """`x` with the sharding of another array's type, over `Explicit` mesh axes; unchanged over other axes."""
-    own, other = jax.typeof(x).sharding, getattr(like, "sharding", None)
-    other = jax.typeof(like).sharding if isinstance(like, jax.Array) else other
-    if not isinstance(other, NamedSharding) or own.spec == other.spec:
-        return x
-    return jax.sharding.reshard(x, other) if AxisType.Explicit in other.mesh.axis_types else x
-
-
 def in_mesh(x: jax.Array) -> jax.Array:
     """`x`, replicated over the mesh in use if that has `Explicit` axes and the array's type has no mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.numbers import with_type_of
 from optimorph._core.rounding import places
 from optimorph._core.target import Target
 from optimorph._core.types import PyTree, Shape
-from optimorph._distributed.shardings import in_mesh, with_type_of
+from optimorph._distributed.shardings import in_mesh
 
 SIZES = {"cpu": (1 << 12, 1 << 14)}
 OTHER_SIZES = (1 << 26, 1 << 26)

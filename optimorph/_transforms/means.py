@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.numbers import is_absent, upcast
+from optimorph._core.numbers import is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import Leaf, Leaves, Rule, arrays, map_updates, pointwise, rule_of, transform
 from optimorph._core.types import AxesRules, Rules
 from optimorph._distributed.reductions import reduction
-from optimorph._distributed.shardings import Match, Spec, local_shard, local_shard_spec, with_type_of
+from optimorph._distributed.shardings import Match, Spec, local_shard, local_shard_spec
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph.linalg import Axes
 

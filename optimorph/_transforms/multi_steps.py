@@ -19,11 +19,12 @@ from optimorph._core.numbers import (
     increment,
     is_absent,
     upcast,
+    with_type_of,
 )
 from optimorph._core.roles import Role, holds, scalar
 from optimorph._core.rule import aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, PyTree
-from optimorph._distributed.shardings import manual_axes, with_type_of
+from optimorph._distributed.shardings import manual_axes
 
 
 class MultiStepsState(NamedTuple):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from optimorph._core.numbers import with_type_of
+
 
 class Blocks(NamedTuple):
     """`(*batch, blocks, width)`, padded with zeros."""
@@ -44,8 +46,7 @@ class Blocks(NamedTuple):
         """The array of which `x` is the form, with the shape and the sharding of another one."""
         *batch, count, width = x.shape
         x = x.reshape(*batch, count * width)[..., : like.shape[-1] if like.ndim else 1].reshape(like.shape)
-        sharding = jax.typeof(like).sharding
-        return x if jax.typeof(x).sharding.spec == sharding.spec else jax.sharding.reshard(x, sharding)
+        return with_type_of(x, like)
 
 
 class Rows(NamedTuple):

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from optimorph.linalg._newton_schulz import Stack, normalize, sharded_like
+from optimorph._core.numbers import with_type_of
+from optimorph.linalg._newton_schulz import Stack, normalize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,4 +31,4 @@ class Exact:
         u, s, vh = jnp.linalg.svd(normalize(g), full_matrices=False)
         nonzero = s > max(g.shape[-2:]) * jnp.finfo(s.dtype).eps * s[..., :1]
         factor = jnp.matmul(jnp.where(nonzero[..., None, :], u, 0), vh, precision="highest")  # (1)
-        return sharded_like(jax.lax.convert_element_type(factor, g.dtype), g)
+        return with_type_of(jax.lax.convert_element_type(factor, g.dtype), g)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
-from optimorph._core.numbers import upcast
+from optimorph._core.numbers import upcast, with_type_of
 from optimorph._core.target import Target, for_target
 from optimorph._core.types import DTypeLike
 from optimorph.linalg._coefficients import (
@@ -126,7 +126,7 @@ class NewtonSchulz:
         x = normalize(g.mT.conj() if tall else g)  # (1)
         (y,) = for_target(NewtonSchulz._iterations, self, x.reshape(-1, *x.shape[-2:]), results=1)
         x = y.reshape(x.shape).astype(g.dtype)
-        return sharded_like(x.mT.conj() if tall else x, g)
+        return with_type_of(x.mT.conj() if tall else x, g)
 
     def flops(self, n: int, m: int) -> float:
         """Multiplications and additions for one float32 matrix n x m, n ≤ m, without blocks."""
@@ -183,12 +183,6 @@ def _undivided(g: jax.Array) -> jax.Array:
     sharding = jax.typeof(g).sharding
     spec = PartitionSpec(*sharding.spec[: min(g.ndim - 2, 1)], *[None] * (g.ndim - min(g.ndim - 2, 1)))
     return g if sharding.spec == spec else jax.sharding.reshard(g, sharding.update(spec=spec))
-
-
-def sharded_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """x, sharded as the type of `like` says."""
-    own, other = jax.typeof(x).sharding, jax.typeof(like).sharding
-    return x if own.spec == other.spec else jax.sharding.reshard(x, other)
 
 
 def safe_denominator(x: jax.Array) -> jax.Array:
