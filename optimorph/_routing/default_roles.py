@@ -1,6 +1,7 @@
 """The roles of leaves by the default rules, as rules for masks, partitions and factors."""
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
+from optimorph._core.roles import FIRST, SECOND, SLOW
 from optimorph._core.types import PyTree, Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE
 from optimorph._routing.name_rules import RULES, UNDECIDED
@@ -16,6 +18,9 @@ from optimorph._routing.names import by_name
 from optimorph._routing.resolve import resolve_leaves
 
 INTEGER = "integer"
+
+_MOMENT = re.compile(f"^({FIRST}|{SECOND}|{SLOW})/")
+"""What `compress_state` puts before the path of a leaf."""
 
 ROLES = tuple(sorted({rule.role for rule in RULES} | {"vector", INFERRED_HEAD, INTEGER, UNDECIDED_ROLE}))
 
@@ -40,7 +45,7 @@ def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
             "role_of('layers/0/kernel', (64, 64)), or roles('norm') for a mask."
         )
     if params is None:
-        role, spec = by_name(path.removeprefix("first/").removeprefix("second/"), tuple(shape))
+        role, spec = by_name(_MOMENT.sub("", path), tuple(shape))
         return UNDECIDED_ROLE if spec == UNDECIDED else role
     found = _roles_in(params)
     if path not in found:
