@@ -1,4 +1,4 @@
-"""The README's promises: its code runs, its numbers are those of the files it names."""
+"""README and documentation: their code runs, and their numbers are those of the recorded results."""
 
 import json
 import re
@@ -9,20 +9,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+}
+ALL = "\n".join(PAGES.values())
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURES = {*re.findall(r"\d[\d.,]*(?<![.,])(?= )", README), *re.findall(r"\d[\d.]* (?:ns|s|%)", README)}
-"""Every number in the README, alone and with its unit, whatever the words around it."""
-BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.S)
+FIGURES = {*re.findall(r"\d[\d.,]*(?<![.,])(?= )", ALL), *re.findall(r"\d[\d.]* (?:ns|s|%)", ALL)}
+"""Every number of the pages, alone and with its unit, whatever the words around it."""
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.S)
 
 
-@pytest.mark.parametrize("block", range(len(BLOCKS)))
-def test_code_runs(block, tmp_path, monkeypatch, capsys):
-    """Each block by itself, as printed; and it prints what is shown below it."""
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if BLOCK.search(text)])
+def test_code_runs(page, tmp_path, monkeypatch, capsys):
+    """The blocks of a page, from the first to the last; each prints what the page shows below it."""
     monkeypatch.chdir(tmp_path)  # where they write
-    code, shown = BLOCKS[block]
+    names = {}
     with jax.numpy_dtype_promotion("standard"):  # as users have it
-        exec(compile(code, f"README.md, block {block}", "exec"), {})
-    assert not shown or capsys.readouterr().out == shown
+        for number, (code, shown) in enumerate(BLOCK.findall(PAGES[page])):
+            exec(compile(code, f"{page}, block {number}", "exec"), names)
+            printed = capsys.readouterr().out
+            assert not shown or printed == shown
 
 
 def test_the_two_commands():
@@ -31,6 +38,10 @@ def test_the_two_commands():
         "pip install -e '.[race]' && optimorph race\n",
         "pip install -e '.[test]' && pytest\n",
     ]
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 220
 
 
 def test_the_race_table_is_the_recorded_one():
@@ -44,9 +55,9 @@ def test_the_race_table_is_the_recorded_one():
             f"| {row['optimizer_ms']:.1f} | {row['state_bytes_per_parameter']:.2f} "
             f"| {row['learning_rate']:.3g}{others} |"
         )
-        assert line in README
-    assert recorded["date"] in README
-    assert f"jax {recorded['versions']['jax']}" in README
+        assert line in ALL
+    assert recorded["date"] in ALL
+    assert f"jax {recorded['versions']['jax']}" in ALL
 
 
 def test_the_choice_is_that_of_the_recorded_races():
@@ -58,7 +69,7 @@ def test_the_choice_is_that_of_the_recorded_races():
         other = digits[name]
         assert (
             f"| {name} | {row['loss']:.3f} ± {row['spread']:.3f} "
-            f"| {other['loss']:.4f} ± {other['spread']:.4f} |" in README
+            f"| {other['loss']:.4f} ± {other['spread']:.4f} |" in ALL
         )
 
 
@@ -70,7 +81,7 @@ def test_the_cost_table_is_the_recorded_one():
             f"| {name} | {ms[0]:.2f} / {ms[1]:.2f} | {ms[1] / ms[0]:.2f} "
             f"| {seconds[0]:.2f} / {seconds[1]:.2f} | {state[0]:.2f} / {state[1]:.2f} |"
         )
-        assert line in README
+        assert line in ALL
 
 
 def test_the_accelerator_table_is_the_recorded_one():
@@ -80,8 +91,8 @@ def test_the_accelerator_table_is_the_recorded_one():
         cells = [f"{row['milliseconds']:.2f}"]
         for key, digits in (("compile_seconds", 1), ("state_bytes", 2), ("temporary_bytes", 2)):
             cells.append(f"{row[key]:.{digits}f}" if key in row else "-")
-        assert f"| {name} | {' | '.join(cells)} |" in README
-    assert recorded["device"] in README
+        assert f"| {name} | {' | '.join(cells)} |" in ALL
+    assert recorded["device"] in ALL
 
 
 def test_the_tables_of_what_is_compiled_are_the_recorded_ones():
@@ -101,13 +112,13 @@ def test_the_tables_of_what_is_compiled_are_the_recorded_ones():
                 cells(rows, lambda row: f"{row['temporary'] / 1e6:.0f}"),
                 cells(rows, work),
             )
-            assert f"| {mesh} | {layout} | {' | '.join(columns)} |" in README
+            assert f"| {mesh} | {layout} | {' | '.join(columns)} |" in ALL
     for name in recorded["chip"]["v5p"]:
         sides = (recorded["chip"][chip][name] for chip in ("v5p", "H100"))
         columns = (
             f"{work(row)}, {row['temporary'] / 1e6:.0f}, {row['compile_seconds']:.1f}" for row in sides
         )
-        assert f"| {name} | {' | '.join(columns)} |" in README
+        assert f"| {name} | {' | '.join(columns)} |" in ALL
 
 
 def test_the_polar_table_is_the_recorded_one():
@@ -119,7 +130,7 @@ def test_the_polar_table_is_the_recorded_one():
             f"| {name} | {ours:.1f} / {theirs:.1f} | {theirs / ours:.2f} | {share:.0f}% "
             f"| {row['temporary_bytes_per_byte']:.1f}x |"
         )
-        assert line in README
+        assert line in ALL
 
 
 def test_the_cost_of_probes_is_the_recorded_one():
@@ -143,7 +154,7 @@ def test_what_is_said_of_small_state_is_recorded():
         for way, row in rows.items() if "where" not in case else ():
             assert (
                 f"| {case}: {way} | {row['state']:.2f} | {row['temporaries']:.2f} | {row['ratio']:.2f} "
-                f"| {row['compile_seconds']:.2f} |" in README
+                f"| {row['compile_seconds']:.2f} |" in ALL
             )
     steps, seconds = recorded["costs"]["steps"], recorded["steps"]
     trip = sum(ns for name, ns in steps.items() if name.startswith(("decode", "encode")))
@@ -157,15 +168,15 @@ def test_what_is_said_of_small_state_is_recorded():
             assert (
                 f"| {task}: {name} | {wide['loss']:.4f} ± {wide['spread']:.4f} "
                 f"| {small['loss']:.4f} ± {small['spread']:.4f} "
-                f"| {wide['bytes']:.2f} / {small['bytes']:.2f} |" in README
+                f"| {wide['bytes']:.2f} / {small['bytes']:.2f} |" in ALL
             )
     for name, row in recorded["peers"].items():
         largest = " | ".join(f"{x:.3g}" for x in row["largest"].values())
-        assert f"| {name} | {row['bytes']:.2f} | {row['v']:.3g} | {largest} |" in README
-    assert f"jax {recorded['about']['costs']['versions']['jax']}" in README
+        assert f"| {name} | {row['bytes']:.2f} | {row['v']:.3g} | {largest} |" in ALL
+    assert f"jax {recorded['about']['costs']['versions']['jax']}" in ALL
 
 
-def test_pictures_and_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_and_files_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert "://" in target or ((ROOT / page).parent / target).exists(), target
