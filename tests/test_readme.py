@@ -3,9 +3,12 @@
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import pytest
+
+import optimorph as om
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +41,21 @@ def test_the_two_commands():
         "pip install -e '.[race]' && optimorph race\n",
         "pip install -e '.[test]' && pytest\n",
     ]
+
+
+def test_the_reference_has_every_public_name_once():
+    modules = [name for name in om.__all__ if isinstance(getattr(om, name), ModuleType)]
+    names = [f"optimorph.{name}" for name in {*om.__all__, "race"} - {*modules}]
+    for module in modules:
+        names += [f"optimorph.{module}.{name}" for name in getattr(om, module).__all__]
+    assert sorted(re.findall(r"^::: (\S+)$", ALL, re.M)) == sorted(names)
+
+
+def test_the_menu_has_every_page():
+    menu = (ROOT / "mkdocs.yml").read_text()
+    pages = [page.removeprefix("docs/") for page in PAGES if page != "README.md"]
+    notebooks = [f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")]
+    assert [page for page in pages + notebooks if page not in menu] == []
 
 
 def test_the_readme_is_short():
