@@ -51,6 +51,10 @@ def test_the_reference_has_every_public_name_once():
     assert sorted(re.findall(r"^::: (\S+)$", ALL, re.M)) == sorted(names)
 
 
+def test_the_citation_has_the_version():
+    assert f"\nversion: {om.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_the_menu_has_every_page():
     menu = (ROOT / "mkdocs.yml").read_text()
     pages = [page.removeprefix("docs/") for page in PAGES if page != "README.md"]
