@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import optimorph as om
-from optimorph._storage.moments import moments_of
+from optimorph._core.moments import moments_of
 from optimorph.codecs import Encoded, Nonneg8
 
 WHOLE = (768, 3072)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import optimorph as om
+from optimorph._core.moments import moments_of
 from optimorph._racing.palette import OPTIMIZERS
 from optimorph._racing.plot import SETTINGS
 from optimorph._racing.registry import make_optimizer, tuned_learning_rates
@@ -16,7 +17,6 @@ from optimorph._racing.tasks import digits, text
 from optimorph._racing.ticks import PlainLog
 from optimorph._racing.training import Entry, train_all
 from optimorph._routing.resolve import leaf_axes
-from optimorph._storage.moments import moments_of
 from optimorph.codecs import Nonneg8, Signed8
 
 SEEDS = 3

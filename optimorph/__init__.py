@@ -1,14 +1,15 @@
 """Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
 
-Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`,
-`add`, `mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`,
-`scale_by_learning_rate`, `hyperball`, `mean`, `keep_norm`, `cautious`, `dampen`, `extrapolate`, `in_float32`,
-`in_bfloat16`, `clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`,
+Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`, `add`,
+`mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`, `scale_by_learning_rate`,
+`hyperball`, `mean`, `keep_norm`, `factored`, `in_eigenbasis`, `cautious`, `dampen`, `extrapolate`,
+`in_float32`, `in_bfloat16`, `clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`,
 `skip_nonfinite`, `multi_steps`. They chain with optax's: `chain` is `optax.chain`, in which neighbours become
 one rule for one leaf.
 
 Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `ademamix`, `laprop`,
-`lion`, `mars_adamw`, `muon`, `muonh`, `normuon`, `adamuon`, `muon2`, `scion`.
+`lion`, `mars_adamw`, `muon`, `muonh`, `normuon`, `adamuon`, `muon2`, `scion`, `soap`, `klsoap`, `shampoo`,
+`soap_muon`.
 
 Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` gives matrices to one
 transform and other leaves to another; `partition` and `labels` route by the same rules, and `roles`,
@@ -54,6 +55,8 @@ from optimorph._recipes.normuon import normuon
 from optimorph._recipes.optimizers import adagrad, adam, adamw, nadam, nadamw, rmsprop, sgd
 from optimorph._recipes.route_matrices import route_matrices
 from optimorph._recipes.scion import scion
+from optimorph._recipes.soap import klsoap, shampoo, soap
+from optimorph._recipes.soap_muon import soap_muon
 from optimorph._routing.default_roles import not_roles, role_of, roles
 from optimorph._routing.partition import partition
 from optimorph._routing.rules import labels
@@ -74,7 +77,9 @@ from optimorph._transforms.cautious import cautious
 from optimorph._transforms.clip_by_global_norm import ClipState, clip_by_global_norm
 from optimorph._transforms.clip_leaf import clip_norm, clip_rms
 from optimorph._transforms.combine import AddState, DivideState, MixState, add, chain, divide, mix
+from optimorph._transforms.eigenbasis import EigenbasisState, in_eigenbasis
 from optimorph._transforms.extrapolate import ExtrapolateState, extrapolate
+from optimorph._transforms.factored import FactoredState, factored
 from optimorph._transforms.hyperball import hyperball
 from optimorph._transforms.in_bfloat16 import BFloat16State, in_bfloat16
 from optimorph._transforms.in_float32 import in_float32
@@ -111,8 +116,10 @@ __all__ = [
     "DebiasState",
     "DecayState",
     "DivideState",
+    "EigenbasisState",
     "EmaState",
     "ExtrapolateState",
+    "FactoredState",
     "LearningRateState",
     "MeanState",
     "MixState",
@@ -148,12 +155,15 @@ __all__ = [
     "divide",
     "ema",
     "extrapolate",
+    "factored",
     "hyperball",
     "in_bfloat16",
+    "in_eigenbasis",
     "in_float32",
     "inject_hyperparams",
     "join_weights",
     "keep_norm",
+    "klsoap",
     "labels",
     "laprop",
     "layouts",
@@ -188,9 +198,12 @@ __all__ = [
     "schedules",
     "scion",
     "sgd",
+    "shampoo",
     "sign",
     "skip_nonfinite",
     "slow_ema",
+    "soap",
+    "soap_muon",
     "split_weights",
     "square",
     "theory",

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optimorph import linalg
 from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer
 from optimorph._core.differences import check_state
+from optimorph._core.moments import moments_of
 from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role, holds, scalar
@@ -29,7 +30,6 @@ from optimorph._core.types import AxesRules, PyTree
 from optimorph._distributed.map_by_shape import map_by_shape
 from optimorph._distributed.shardings import explicit_axes
 from optimorph._routing.resolve import resolve_leaves, resolved_axes
-from optimorph._storage.moments import moments_of
 from optimorph.linalg import Axes
 
 

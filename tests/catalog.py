@@ -31,6 +31,7 @@ class Entry:
       real: the formula holds for real leaves only.
       positive: the input should not be negative (roots).
       together: the rule is one of all leaves, as mappings.
+      condition: how much more than others the formula magnifies rounding.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Entry:
     real: bool = False
     positive: bool = False
     together: bool = False
+    condition: float = 1.0
 
     @property
     def name(self) -> str:
@@ -182,6 +184,28 @@ TRANSFORMS = [
         matrices=True,
     ),
     Entry(
+        "factored",
+        lambda om: om.factored(0.9),
+        lambda: papers.factored(0.9),
+        matrices=True,
+        real=True,
+        positive=True,
+    ),
+    Entry(
+        "in_eigenbasis",
+        lambda om: om.in_eigenbasis(
+            om.divide(om.ema(0.8), by=om.chain(om.square(), om.ema(0.9), om.root(1e-2))),
+            decay=0.95,
+            every=3,
+            max_dim=5,
+            axes={"*": "io"},
+        ),
+        lambda: papers.soap(-1.0, 0.8, 0.9, 1e-2, every=3, beta=0.95, correct=False, max_dim=5),
+        matrices=True,
+        real=True,
+        condition=10,
+    ),
+    Entry(
         "scale_by_rules",
         lambda om: om.scale_by_rules(by_last_axis),
         lambda: lambda g, w: by_last_axis(None, g.shape) * g,
@@ -189,6 +213,7 @@ TRANSFORMS = [
     Entry("accumulate", lambda om: om.accumulate(), papers.accumulate),
     Entry("accumulate-initial", lambda om: om.accumulate(0.1), lambda: papers.accumulate(0.1)),
     Entry("debias", lambda om: om.debias(0.9), lambda: papers.debias(0.9)),
+    Entry("debias-power", lambda om: om.debias(0.9, power=0.5), lambda: papers.debias(0.9, power=0.5)),
     Entry("debias-ahead", lambda om: om.debias(0.9, ahead=1), lambda: papers.debias(0.9, 1)),
     Entry("root", lambda om: om.root(1e-2, 1e-3), lambda: papers.root(1e-2, 1e-3), real=True, positive=True),
     Entry(
@@ -449,6 +474,38 @@ RECIPES = [
         lambda: papers.muonh(0.02),
         matrices=True,
         real=True,
+    ),
+    Entry(
+        "soap",
+        lambda om: om.soap(0.1, eps=1e-2, every=4, max_dim=5, axes={"*": "io"}),
+        lambda: papers.soap(0.1, eps=1e-2, every=4, decay=0.01, max_dim=5),
+        matrices=True,
+        real=True,
+        condition=10,
+    ),
+    Entry(
+        "klsoap",
+        lambda om: om.klsoap(0.1, eps=1e-2, every=1, max_dim=5, axes={"*": "io"}),
+        lambda: papers.soap(0.1, 0.9, eps=1e-2, every=1, decay=0.01, kl=True, correct=False, max_dim=5),
+        matrices=True,
+        real=True,
+        condition=10,
+    ),
+    Entry(
+        "shampoo",
+        lambda om: om.shampoo(0.1, eps=1e-2, every=2, max_dim=5, axes={"*": "io"}),
+        lambda: papers.soap(0.1, 0.9, eps=1e-2, every=2, decay=0.01, sort=False, rank_one=True, max_dim=5),
+        matrices=True,
+        real=True,
+        condition=10,
+    ),
+    Entry(
+        "soap_muon",
+        lambda om: om.soap_muon(0.02, max_dim=5, weight_decay=0.2, axes={"*": "io"}),
+        lambda: papers.soap_muon(0.02, decay=0.2, max_dim=5),
+        matrices=True,
+        real=True,
+        condition=10,
     ),
     Entry(
         "muon",

@@ -15,6 +15,11 @@ TOLERANCE |= {half: rounding.eps(half) / 2 + TOLERANCE["float32"] for half in ("
 """Of the largest update; in half precision the arithmetic is that of float32, and its result is rounded."""
 
 
+def tolerance(entry, dtype):
+    """Of an entry's largest update."""
+    return TOLERANCE[dtype] * entry.condition
+
+
 def worst_error(transform, entry, dtype="float32", steps=STEPS, compiled=True):
     """The largest difference from the paper's updates in any leaf, over that leaf's largest update.
 

@@ -109,13 +109,13 @@ def accumulate(initial=0.0):
     return step
 
 
-def debias(beta, ahead=0):
+def debias(beta, ahead=0, power=1):
     t = 0
 
     def step(g, w):
         nonlocal t
         t += 1
-        return g / (1 - beta ** (t + ahead))
+        return g / (1 - beta ** (t + ahead)) ** power
 
     return step
 
@@ -786,3 +786,126 @@ def newton_schulz(g, rows, floor=0.0, add=0.0):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.T if g.shape[0] > g.shape[1] else x
+
+
+def orthogonal_iteration(p, q, sort, steps=1):
+    """Bases nearer to the eigenvectors of P, and the order of the columns before."""
+    order = np.arange(len(p))
+    p = p / (np.trace(p) / len(p) or 1.0)
+    for _ in range(steps):
+        by = np.argsort(-np.diag(q.T @ p @ q), kind="stable") if sort else np.arange(len(p))
+        q, order = q[:, by], order[by]
+        q = np.linalg.qr(p @ q + np.finfo(float).eps ** (2 / 3) * q)[0]
+    return q, order
+
+
+class Factors:
+    """L and R of the official SOAP and KL-SOAP, and their eigenbases; a side above `max_dim` has none."""
+
+    def __init__(self, beta, every, max_dim=np.inf, kl=False, sort=True, whole_first=False, clamp=None):
+        self.beta, self.every, self.max_dim = beta, every, max_dim
+        self.kl, self.sort, self.whole_first, self.clamp = kl, sort and not kl, whole_first, clamp
+        self.steps = -1
+
+    def start(self, g):
+        """The factors of the first gradient, and their bases from the identity."""
+        self.steps, weight = 0, 1.0 if self.whole_first else 1 - self.beta
+        n, m = g.shape
+        self.factors = [weight * g @ g.T / (m if self.kl else 1), weight * g.T @ g / (n if self.kl else 1)]
+        self.bases, self.values = [], []
+        for p in self.factors:
+            has_basis, q = len(p) <= self.max_dim, np.eye(len(p))
+            self.bases.append(orthogonal_iteration(p, q, self.sort, 8)[0] if has_basis else q)
+            self.values.append(np.full(len(p), 0.1 if has_basis else 1.0))
+
+    def into(self, x):
+        return self.bases[0].T @ x @ self.bases[1]
+
+    def back(self, x):
+        return self.bases[0] @ x @ self.bases[1].T
+
+    def update(self, g, m, v):
+        """One more gradient, and at times another basis, in which m and v are returned."""
+        self.steps += 1
+        before, b = self.bases, self.beta
+        n, width = g.shape
+        seen = [g @ g.T, g.T @ g]
+        if self.kl:
+            ql, qr = (q / np.sqrt(x) for q, x in zip(self.bases, self.values, strict=True))
+            seen = [g @ qr @ (g @ qr).T / width, g.T @ ql @ (g.T @ ql).T / n]
+            p2 = self.into(g) ** 2
+            means = [np.mean(p2 / self.values[1], axis=1), np.mean(p2.T / self.values[0], axis=1)]
+            for k, size in enumerate((n, width)):
+                if size <= self.max_dim:
+                    clamp = self.clamp or max(10, min(size, 4000))
+                    self.values[k] = np.maximum(b * self.values[k] + (1 - b) * means[k], clamp**-2.0)
+        self.factors = [b * p + (1 - b) * new for p, new in zip(self.factors, seen, strict=True)]
+        if self.steps % self.every:
+            return m, v
+        whole = before[0] @ m @ before[1].T
+        for k, p in enumerate(self.factors):
+            if len(p) <= self.max_dim:
+                q, order = orthogonal_iteration(p, self.bases[k], self.sort)
+                self.bases = [q if j == k else old for j, old in enumerate(self.bases)]
+                v = np.take(v, order, axis=k)
+        return self.into(whole), v
+
+
+def soap(
+    lr, b1=0.95, b2=0.95, eps=1e-8, decay=0.0, every=10, beta=None, correct=True, rank_one=False, **more
+):
+    """Adam in the eigenbasis; with `kl` KL-SOAP, with `rank_one` Shampoo."""
+    f = Factors(b2 if beta is None else beta, every, **more)
+    m = v = t = 0
+
+    def step(g, w):
+        nonlocal m, v, t
+        if f.steps < 0:
+            f.start(g)
+            return -lr * decay * w
+        t += 1
+        p = f.into(g)
+        m, v = b1 * m + (1 - b1) * p, b2 * v + (1 - b2) * p**2
+        if rank_one:
+            r = v / (1 - b2**t)
+            size = np.sqrt(r.mean(1, keepdims=True) * r.mean(0, keepdims=True) / r.mean()) + eps
+        else:
+            size = (np.sqrt(v) + eps) / (np.sqrt(1 - b2**t) if correct else 1)
+        u = f.back(m / (1 - b1**t if correct else 1) / size)
+        m, v = f.update(g, m, v)
+        return -lr * (u + decay * w)
+
+    return step
+
+
+def soap_muon(lr, mu=0.95, b2=0.9, eps=1e-12, every=1, decay=0.0, scale="keller", **factors):
+    """The Nesterov average in the eigenbasis of the gradient's factors, over its root mean square."""
+    f, momentum, v = Factors(b2, every, **factors), ema(mu, True), 0.0
+    end = chain(orthogonalize(), scale_by_shape(scale))
+
+    def step(g, w):
+        nonlocal v
+        u = momentum(g, w)
+        if f.steps < 0:
+            f.start(g)
+        else:
+            q = f.into(u)
+            v = b2 * v + (1 - b2) * q**2
+            u = f.back(q / (np.sqrt(v) + eps))
+            _, v = f.update(g, 0 * u, v)
+        return -lr * (end(u, w) + decay * w)
+
+    return step
+
+
+def factored(beta):
+    """Adafactor's average of squares, of a matrix."""
+    r = c = 0
+
+    def step(g, w):
+        nonlocal r, c
+        r = beta * r + (1 - beta) * g.mean(1)
+        c = beta * c + (1 - beta) * g.mean(0)
+        return np.outer(r, c) / r.mean()
+
+    return step

@@ -18,8 +18,8 @@ from float32 import Float32
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
+from optimorph._core.moments import OPTAX_FIELDS, moments_of
 from optimorph._storage import slabs
-from optimorph._storage.moments import OPTAX_FIELDS, moments_of
 from optimorph.codecs import BFloat16, Float8, Nonneg8, Signed8, Split16
 
 SHAPES = {"kernel": (37, 256), "bias": (130,)}

@@ -403,9 +403,8 @@ def test_injected_hyperparameters(entry):
     """`optax.inject_hyperparams` reads the recipes' signatures and the learning rate can be reset."""
     params = parameters(entry)
     factory = getattr(om, entry.name)
-    tx = optax.inject_hyperparams(factory, static_args=("axes",) if entry.name == "muon" else ())(
-        learning_rate=0.1
-    )
+    static = {"axes", "every", "max_dim"} & {*inspect.signature(factory).parameters}
+    tx = optax.inject_hyperparams(factory, static_args=tuple(sorted(static)))(learning_rate=0.1)
     with jax.numpy_dtype_promotion("standard"):
         state = tx.init(params)
         state.hyperparams["learning_rate"] = jnp.float32(0.0)

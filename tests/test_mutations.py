@@ -18,6 +18,9 @@ PARTS = [  # modules, functions, and the entries that run them, or else those of
     ("_transforms.*", "*", ""),
     ("_transforms.averages", "_lerp", "ema slow_ema"),
     ("_transforms.clip_leaf", "_clipped*", "clip_norm clip_rms mars_adamw"),
+    ("_transforms.eigenbasis", "*", "in_eigenbasis soap klsoap soap_muon"),
+    ("_distributed.factors", "*", "in_eigenbasis soap klsoap"),
+    ("linalg._kronecker", "*", "in_eigenbasis soap klsoap"),
     ("_transforms.combine", "_combined*", "divide add mix adam"),
     ("_transforms.combine", "chain* _chain* _merged _of_rules*", "chain adam compress_state muon"),
     ("_transforms.matrices", "module", "orthogonalize scale_by_shape route_matrices muon"),
@@ -39,7 +42,9 @@ PARTS = [  # modules, functions, and the entries that run them, or else those of
     ("_recipes.muon", "muon", ""),
     ("_recipes.muon2", "muon2", ""),
     ("_recipes.muonh", "muonh", ""),
-    ("_recipes.of_matrices", "of_matrices", "muon muonh normuon adamuon muon2"),
+    ("_recipes.soap", "*", ""),
+    ("_recipes.soap_muon", "*", ""),
+    ("_recipes.of_matrices", "of_matrices of_polar_factors", "muon muonh normuon adamuon muon2 soap"),
     ("_recipes.route_matrices", "routed*", "route_matrices muon"),
     ("linalg._newton_schulz", "_standard _by_gram _factor _quintic normalize", "orthogonalize"),
     ("linalg._polar_express", "polar_express", "orthogonalize"),
@@ -235,7 +240,7 @@ def a_formula_fails(package, tried):
     """In two steps, which are enough for most, in eight, or in half precision; or there is an error."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         return any(
-            not error(entry, package, dtype, steps) < formulas.TOLERANCE[dtype]
+            not error(entry, package, dtype, steps) < formulas.tolerance(entry, dtype)
             for dtype, steps in (("float64", 2), ("float64", 8), ("float16", 8))
             for entry in tried
         )

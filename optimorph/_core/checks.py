@@ -43,6 +43,7 @@ RANGES = {
     "momentum": _DECAY,
     "offset": _POSITIVE,
     "others_learning_rate": _RATE,
+    "power": _POSITIVE,
     "smoothness": _POSITIVE,
     "strong_convexity": _POSITIVE,
     "threshold": ("finite and above 0", lambda x: 0 < x < np.inf, "100.0"),

@@ -27,17 +27,17 @@ def execute_by_hints(
         x = jnp.pad(stack, [(0, empty), *[(0, 0)] * (stack.ndim - 1)])
         prefixes = [mesh.axis_names[: k + 1] for k in range(len(mesh.axis_names))]
         for names in prefixes:
-            x = _hint(x, mesh, names)
+            x = hint(x, mesh, names)
         batch = PartitionSpec(mesh.axis_names)
         y = jax.shard_map(f, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)(x)
         for names in [*prefixes[::-1], ()]:
-            y = _hint(y, mesh, names)
+            y = hint(y, mesh, names)
         return y[: len(stack)]
 
     return map_matrices(divided, forms, arrays, transpose=equivariant)
 
 
-def _hint(x: jax.Array, mesh: AbstractMesh, names: Sequence[str]) -> jax.Array:
+def hint(x: jax.Array, mesh: AbstractMesh, names: Sequence[str]) -> jax.Array:
     """The batch axis over these mesh axes; the other axes as the compiler likes."""
     free = itertools.repeat(PartitionSpec.UNCONSTRAINED, x.ndim - 1)
     return jax.lax.with_sharding_constraint(

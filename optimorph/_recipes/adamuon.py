@@ -4,7 +4,7 @@ from typing import Unpack
 
 from optimorph._core.types import Numeric, ScalarOrSchedule
 from optimorph._recipes.moments import identity, stored
-from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
+from optimorph._recipes.of_matrices import PolarArguments, of_polar_factors
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
 from optimorph._transforms.combine import chain, divide
@@ -24,7 +24,7 @@ def adamuon(
     weight_decay: ScalarOrSchedule = 0.01,
     weight_decay_form: str = "coupled",
     scale: Scale = "adamw_rms",
-    **arguments: Unpack[MatrixArguments],
+    **arguments: Unpack[PolarArguments],
 ) -> Recipe:
     """AdaMuon: the polar factor of the momentum's signs, divided by the root of its own second moment.
 
@@ -52,7 +52,7 @@ def adamuon(
       Si et al. 2025, "AdaMuon: Adaptive Muon optimizer", arXiv:2507.11005.
     """
     second = chain(square(), stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps))
-    return of_matrices(
+    return of_polar_factors(
         "adamuon",
         chain(ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")), sign()),
         divide(identity, by=second),  # (3)

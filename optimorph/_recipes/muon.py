@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from optimorph._core.types import Numeric, ScalarOrSchedule
-from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
+from optimorph._recipes.of_matrices import PolarArguments, of_polar_factors
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
 from optimorph._transforms.matrices import Scale
@@ -18,7 +18,7 @@ def muon(
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_form: str = "coupled",
     scale: Scale = "rms_to_rms",
-    **arguments: Unpack[MatrixArguments],
+    **arguments: Unpack[PolarArguments],
 ) -> Recipe:
     """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
 
@@ -56,7 +56,7 @@ def muon(
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
       arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.
     """
-    return of_matrices(
+    return of_polar_factors(
         "muon",
         ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
         learning_rate=learning_rate,

@@ -4,7 +4,7 @@ from typing import Unpack
 
 from optimorph._core.types import Numeric, ScalarOrSchedule
 from optimorph._recipes.moments import stored
-from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
+from optimorph._recipes.of_matrices import PolarArguments, of_polar_factors
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
 from optimorph._transforms.combine import chain, divide
@@ -23,7 +23,7 @@ def muon2(
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_form: str = "coupled",
     scale: Scale = "keller",
-    **arguments: Unpack[MatrixArguments],
+    **arguments: Unpack[PolarArguments],
 ) -> Recipe:
     """Muon²: the polar factor of the momentum over the root of the gradients' second moment.
 
@@ -46,7 +46,7 @@ def muon2(
     References:
       Muon² 2026, arXiv:2604.09967.
     """
-    return of_matrices(
+    return of_polar_factors(
         "muon2",
         divide(
             ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),

@@ -3,7 +3,7 @@
 from typing import Unpack
 
 from optimorph._core.types import Numeric, ScalarOrSchedule
-from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
+from optimorph._recipes.of_matrices import PolarArguments, of_polar_factors
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
 from optimorph._transforms.hyperball import hyperball
@@ -16,7 +16,7 @@ def muonh(
     *,
     nesterov: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,
-    **arguments: Unpack[MatrixArguments],
+    **arguments: Unpack[PolarArguments],
 ) -> Recipe:
     """MuonH: the polar factor of the momentum as a step that keeps the norm of every matrix.
 
@@ -38,7 +38,7 @@ def muonh(
     References:
       Wen et al. 2026, "Hyperball optimization", arXiv:2606.16899.
     """
-    return of_matrices(
+    return of_polar_factors(
         "muonh",
         ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
         learning_rate=learning_rate,

@@ -8,7 +8,7 @@ import optax
 from optimorph._core.rule import pointwise, transform
 from optimorph._core.types import Numeric, ScalarOrSchedule
 from optimorph._recipes.moments import identity
-from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
+from optimorph._recipes.of_matrices import PolarArguments, of_polar_factors
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._transforms.averages import ema
 from optimorph._transforms.combine import add, chain, divide
@@ -29,7 +29,7 @@ def normuon(
     weight_decay: ScalarOrSchedule = 0.0,
     weight_decay_form: str = "coupled",
     scale: Scale = "keller",
-    **arguments: Unpack[MatrixArguments],
+    **arguments: Unpack[PolarArguments],
 ) -> Recipe:
     """NorMuon: polar factors whose rows are divided by the root mean square that each has had so far.
 
@@ -58,7 +58,7 @@ def normuon(
     References:
       Li et al. 2025, "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, algorithm 1.
     """
-    return of_matrices(
+    return of_polar_factors(
         "normuon",
         ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
         keep_norm(divide(identity, by=_second_moment(average, b2, eps))),  # (1), (2)

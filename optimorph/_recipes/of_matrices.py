@@ -1,7 +1,7 @@
 """What the optimizers of matrices share: the end of the chain, other leaves, storage of the state."""
 
 from collections.abc import Callable, Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import optax
@@ -25,7 +25,6 @@ class MatrixArguments(TypedDict, total=False):
     """What all optimizers of matrices take, as `muon` says; None is as good as nothing."""
 
     mask: Mask | None
-    orthogonalizer: Callable[[jax.Array], jax.Array] | None
     axes: AxesRules | None
     others: optax.GradientTransformation | None
     others_learning_rate: ScalarOrSchedule | None
@@ -33,12 +32,17 @@ class MatrixArguments(TypedDict, total=False):
     nu_dtype: DTypeLike | None
     state: str | Rules | None
     shardings: Rules | None
+
+
+class PolarArguments(MatrixArguments, total=False):
+    """What those that take polar factors take besides."""
+
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None
     comm_dtype: DTypeLike | None
 
 
 def of_matrices(
     who: str,
-    average: optax.GradientTransformation,
     *words: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule,
@@ -46,7 +50,6 @@ def of_matrices(
     scale: Scale = None,
     last: optax.GradientTransformation | None = None,
     mask: Mask | None = None,
-    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
     axes: AxesRules | None = None,
     others: optax.GradientTransformation | None = None,
     others_learning_rate: ScalarOrSchedule | None = None,
@@ -54,20 +57,18 @@ def of_matrices(
     nu_dtype: DTypeLike | None = None,
     state: str | Rules | None = None,
     shardings: Rules | None = None,
-    comm_dtype: DTypeLike | None = None,
 ) -> Transform:
-    """average → orthogonalize → words → scale by shape → decay → learning rate; AdamW for other leaves.
+    """words → scale by shape → decay → learning rate; AdamW for other leaves.
 
-    Moments of the average and of the words are stored as `state` says.
+    Moments of the words are stored as `state` says.
 
     Args:
       who: the name of the recipe.
-      average: what is done to gradients.
-      words: what is done to polar factors.
+      words: what is done to the gradients of matrices.
       learning_rate: and all further arguments: those of `muon`.
       last: in place of the scale by shape, the weight decay and the learning rate of matrices.
     """
-    own_nu = SECOND in [kind for word in (average, *words) for kind in _moments(word)]
+    own_nu = SECOND in [kind for word in words for kind in _moments(word)]
     if others is not None and (others_learning_rate is not None or (nu_dtype is not None and not own_nu)):
         name = "nu_dtype" if others_learning_rate is None else "others_learning_rate"
         raise ValueError(
@@ -83,8 +84,6 @@ def of_matrices(
         return with_state_storage(who, word, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
     matrices = chain(
-        stored(average),
-        orthogonalize(orthogonalizer, comm_dtype=comm_dtype),
         *(stored(word) if _moments(word) else word for word in words),
         *([scale_by_shape(scale), *step] if last is None else [last]),
     )
@@ -109,6 +108,27 @@ def of_matrices(
         return tx.init(params)
 
     return tx.with_init(init)
+
+
+def of_polar_factors(
+    who: str,
+    average: optax.GradientTransformation,
+    *words: optax.GradientTransformation,
+    orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
+    comm_dtype: DTypeLike | None = None,
+    **arguments: Any,
+) -> Transform:
+    """`of_matrices`: average → orthogonalize → words.
+
+    Args:
+      who: the name of the recipe.
+      average: what is done to gradients.
+      words: what is done to polar factors.
+      orthogonalizer: and `comm_dtype`: those of `muon`.
+      arguments: those of `of_matrices`.
+    """
+    polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype)
+    return of_matrices(who, average, polar, *words, **arguments)
 
 
 def _moments(word: optax.GradientTransformation) -> list[str]:

@@ -11,6 +11,7 @@ import optax
 
 from optimorph._core.checks import check_flags, check_seed, check_transforms
 from optimorph._core.differences import check_state, other_state
+from optimorph._core.moments import Fields, map_moments, moments_of, unknown, with_moments
 from optimorph._core.numbers import cast_like, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
@@ -34,8 +35,8 @@ from optimorph._storage.encoding import (
     stored_codec,
     update_large,
 )
-from optimorph._storage.moments import Fields, map_moments, moments_of, unknown, with_moments
 from optimorph._storage.one_leaf import one_leaf_rule
+from optimorph._transforms.eigenbasis import NOT_IN_8_BITS, EigenbasisState
 from optimorph.codecs import Codec, Encoded
 
 WHO = "compress_state"
@@ -202,6 +203,7 @@ def _of_trees(
     def init(params):
         paths, scales = distinct_paths(WHO, params), []
         state = inner.init(params)
+        _check_bases(state)
         kinds = [kind for kind, _ in moments_of(state, fields)]
         _warn(rules, [named(kind, path) for kind in kinds for path in paths])
         _note(codec_of, kinds, paths, fields)
@@ -274,6 +276,15 @@ def _missing(updates: PyTree) -> set[str]:
     """The paths of leaves without a gradient."""
     flags = jax.tree.map(is_missing, updates, is_leaf=lambda x: x is None)
     return {path for path, gone in zip(leaf_paths(flags), jax.tree.leaves(flags), strict=True) if gone}
+
+
+def _check_bases(state: PyTree) -> None:
+    if any(isinstance(x, EigenbasisState) for x in jax.tree.leaves(state, is_leaf=_is_basis)):
+        raise ValueError(f"{WHO}: in_eigenbasis, as in soap, must not be inside: {NOT_IN_8_BITS}")
+
+
+def _is_basis(x: Any) -> bool:
+    return isinstance(x, EigenbasisState)
 
 
 def _warn(rules: Rules | None, moments: list[str]) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import optax
 
+from optimorph._core.moments import Fields, map_moments
 from optimorph._core.roles import Role, scalar
 from optimorph._core.rule import Rule
 from optimorph._core.types import PyTree
 from optimorph._storage.elementwise import NotElementwiseError
-from optimorph._storage.moments import Fields, map_moments
 
 
 def one_leaf_rule(

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optimorph._core.moments import Fields, map_moments, moments_of, with_moments
 from optimorph._core.paths import map_paths
 from optimorph._core.rounding import leaf_key
 from optimorph._core.rule import handed_down
 from optimorph._core.types import PyTree, Shape
 from optimorph._storage.compressed import CompressedState
 from optimorph._storage.encoding import CodecRule, decoded, encoded, initial, named, stored_codec
-from optimorph._storage.moments import Fields, map_moments, moments_of, with_moments
 from optimorph.codecs import Codec, Encoded
 
 

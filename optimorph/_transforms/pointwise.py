@@ -87,18 +87,19 @@ def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransform
     return transform("root", pointwise(lambda g: plus(jnp.sqrt(plus(g, eps_root)), eps)))  # (1)
 
 
-def debias(decay: Numeric, *, ahead: int = 0) -> optax.GradientTransformationExtraArgs:
+def debias(decay: Numeric, *, ahead: int = 0, power: Numeric = 1.0) -> optax.GradientTransformationExtraArgs:
     """Divide every update by the weight that an average from zero has gathered so far.
 
-        t ← t + 1                    (1)
-        u = g / (1 - β^(t + a))      (2)
+        t ← t + 1                      (1)
+        u = g / (1 - β^(t + a))^p      (2)
 
     Args:
       decay: β in [0, 1) of the average, a number, an array or a tracer.
       ahead: a, at least 0, the steps by which the average looks ahead (Nadam's first term: 1).
+      power: p, above 0. Behind `root` 1/2 corrects an average of squares.
 
     Raises:
-      ValueError: β outside [0, 1), when it is a concrete number; a negative, or no integer.
+      ValueError: β outside [0, 1), when it is a concrete number; a negative, or no integer; p not above 0.
 
     Equals:
       optax.tree.bias_correction(updates, decay, t)
@@ -109,11 +110,14 @@ def debias(decay: Numeric, *, ahead: int = 0) -> optax.GradientTransformationExt
     check_numbers("debias", decay=decay)
     if not is_integer(ahead, 0, 2**31):
         raise ValueError(f"debias: ahead must be an integer of at least 0, but is {ahead!r}. Type ahead=1.")
+    check_numbers("debias", power=power)
 
     def advance(state, leaves):
         count = increment(state.debias_count)  # (1)
         t = (count + ahead).astype(float)
-        return 1 - jnp.power(as_scalar(decay, t), t), DebiasState(count)
+        weight = 1 - jnp.power(as_scalar(decay, t), t)  # x^1 would cost an operation
+        weight = weight if type(power) is float and power == 1 else jnp.power(weight, as_scalar(power, t))
+        return weight, DebiasState(count)
 
     def update(g, state, leaf, weight):
         return g / as_scalar(weight, g), state  # (2)

@@ -158,6 +158,24 @@ class Axes:
             pieces = [jnp.concatenate(pieces[j : j + n], axis=k) for j in range(0, len(pieces), n)]
         return pieces[0]
 
+    def in_blocks(self, shape: Shape, size: int) -> "Axes":
+        """The spec of this shape's arrays with sides in blocks of at most `size`, as equal as may be.
+
+        The first axis of a side is divided; an axis of blocks stays as it is.
+        """
+        axes = list(_parse(self.spec))
+        for letter in "io":
+            side = [k for k, axis in enumerate(axes) if axis.letter == letter]
+            longest = math.prod(shape[k] // (len(axes[k].blocks) if axes[k].equal else 1) for k in side)
+            count = -(-longest // size)
+            k = side[0]
+            if count > 1 and len(axes[k].blocks) == 1:
+                count = min(count, shape[k])
+                part = -(-shape[k] // count)
+                whole, rest = divmod(shape[k], part)
+                axes[k] = Axis(letter, (1,) * whole if rest == 0 else (part,) * whole + (rest,))
+        return Axes("".join(map(str, axes)))
+
     def spread(self, f: Callable[[int, int], float], shape: Shape) -> np.ndarray:
         """f(inputs, outputs) of each element's matrix, broadcastable against an array of this shape."""
         spec, longer = _without_repetitions(self.spec, shape)

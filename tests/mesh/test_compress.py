@@ -13,8 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
+from optimorph._core.moments import moments_of
 from optimorph._storage import slabs
-from optimorph._storage.moments import moments_of
 from optimorph.codecs import Signed8
 
 SHAPES = {"up": (96, 1024), "down": (1024, 256), "stack": (4, 32, 1024), "bias": (256,)}

@@ -1,0 +1,65 @@
+"""SOAP and Muon in one: the polar factor of a momentum that is divided by its size in the eigenbasis."""
+
+from typing import Unpack
+
+from optimorph._core.types import Numeric, ScalarOrSchedule
+from optimorph._recipes.moments import identity, stored
+from optimorph._recipes.of_matrices import PolarArguments, of_polar_factors
+from optimorph._recipes.recipe import Recipe, recipe
+from optimorph._recipes.soap import EigenbasisArguments, basis
+from optimorph._transforms.averages import ema
+from optimorph._transforms.combine import chain, divide
+from optimorph._transforms.matrices import Scale
+from optimorph._transforms.pointwise import root, square
+
+
+class Arguments(PolarArguments, EigenbasisArguments, total=False):
+    """Those of `muon` and of `soap`."""
+
+
+@recipe
+def soap_muon(
+    learning_rate: ScalarOrSchedule,
+    momentum: Numeric = 0.95,
+    b2: Numeric = 0.9,
+    eps: Numeric = 1e-12,
+    *,
+    nesterov: bool = True,
+    every: int = 1,
+    max_dim: int | None = 10_000,
+    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay_form: str = "coupled",
+    scale: Scale = "keller",
+    **arguments: Unpack[Arguments],
+) -> Recipe:
+    """Muon in SOAP's basis: the momentum over its root mean square there, and of that the polar factor.
+
+        in_eigenbasis(identity / (square → ema → root), average=ema(nesterov)) → orthogonalize → Muon's end
+
+    The factors are those of the gradient. The first step is Muon's.
+
+    Args:
+      every: and `max_dim`, `factor_decay`, `spread`, `block_size`, `factor_dtype`: as those of `soap`.
+      scale: and all further arguments: as those of `muon`.
+
+    Raises:
+      ValueError: as `soap`.
+
+    Equals:
+      modded-nanogpt's track 3, record 44, of a matrix without its extras, from the same first basis, with
+        the polar factor computed alike
+    References:
+      Jordan et al., modded-nanogpt, track 3, records 44 to 46.
+    """
+    second = chain(square(), stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps))
+    average = ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype"))
+    quotient = divide(identity, by=second)
+    return of_polar_factors(
+        "soap_muon",
+        basis("soap_muon", quotient, b2, every, max_dim, arguments, average=average, skip_first=False),
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        weight_decay_form=weight_decay_form,
+        scale=scale,
+        **arguments,
+    )

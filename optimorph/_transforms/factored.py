@@ -1,0 +1,110 @@
+"""An average of squares in as many numbers as a matrix has rows and columns."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.checks import check_numbers
+from optimorph._core.numbers import as_scalar, common, full_like, stored_dtype
+from optimorph._core.roles import Role, holds, roles_of
+from optimorph._core.rule import Rule, transform
+from optimorph._core.types import AxesRules, Numeric, PyTree, Rules
+from optimorph._routing.resolve import AxesOfLeaves
+from optimorph.linalg import Axes
+
+
+class FactoredState(NamedTuple):
+    """The averages of rows and of columns.
+
+    Args:
+      rows, columns: `(*batch, n)` and `(*batch, m)` of leaves that read as `(*batch, n, m)`, those of several
+        stacks one after the other; of a leaf that is no matrix its average, and `(0,)`.
+    """
+
+    rows: PyTree
+    columns: PyTree
+    roles = holds(
+        rows=Role("averages of rows", tree=True, shaped=False),
+        columns=Role("averages of columns", tree=True, shaped=False),
+    )
+
+
+def factored(
+    decay: Numeric, axes: AxesRules | None = None, shardings: Rules | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Replace every matrix of squares by an average of rank one, from averages of its rows and columns.
+
+        r_i ← β r_i + (1 - β) mean_j g_ij        (1)
+        c_j ← β c_j + (1 - β) mean_i g_ij        (2)
+        u_ij = r_i c_j / mean r                  (3)
+
+    It takes the place of `ema` in a second moment: `chain(square(), factored(0.999), debias(0.999), root())`.
+    In an eigenbasis its root is that of Shampoo's factors. Leaves that are no matrices have an ordinary
+    average.
+
+    Args:
+      decay: β in [0, 1), a number, an array or a tracer.
+      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
+      shardings: those of the leaves over a mesh, as that of `muon`.
+
+    Raises:
+      ValueError: β outside [0, 1), when it is a concrete number; inside `compress_state`.
+
+    References:
+      Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235, algorithm 1.
+    """
+    who = "factored"
+    check_numbers(who, decay=decay)
+    own = AxesOfLeaves(who, axes, shardings)
+
+    def init(leaf):
+        form = own.axes_and_shardings(leaf.leaves)[0][leaf.index]
+        dtype = jnp.finfo(stored_dtype(None, jnp.result_type(leaf.weight))).dtype
+        if form is None:
+            return FactoredState(full_like(leaf.weight, 0.0, dtype).real, jnp.zeros((0,), dtype))
+        stacks = form.stacks(np.shape(leaf.weight))
+        sizes = [sum(stack[k] for stack in stacks) for k in (-2, -1)]
+        return FactoredState(*(jnp.zeros((*stacks[0][:-2], size), dtype) for size in sizes))
+
+    def advance(state, leaves):
+        return own.axes_and_shardings(leaves)[0], state
+
+    def update(g, state, leaf, forms):
+        if leaf.part:
+            raise ValueError(f"compress_state: put {who} outside, because means are those of whole matrices.")
+        form = forms[leaf.index]
+
+        def average(x, before):
+            x, before = common(x, before)
+            b = as_scalar(decay, before)
+            return b * before + (1 - b) * x
+
+        if form is None or np.size(g) == 0:
+            rows = average(g, state.rows)
+            return rows.astype(g.dtype), FactoredState(rows, state.columns)
+        stacks = form.matrices(g)
+        rows, columns = (
+            average(jnp.concatenate([jnp.mean(x, axis) for x in stacks], axis=-1), before)  # (1), (2)
+            for axis, before in ((-1, state.rows), (-2, state.columns))
+        )
+        return _outer(form, g.shape, rows, columns).astype(g.dtype), FactoredState(rows, columns)
+
+    return transform(who, Rule(roles_of(FactoredState), update, init=init, advance=advance))
+
+
+def _outer(form: Axes, shape: tuple[int, ...], rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """(3) of every stack."""
+    shapes: Any = form.stacks(shape)
+    found = []
+    for k in range(len(shapes)):
+        r, c = (
+            x[..., sum(s[side] for s in shapes[:k]) : sum(s[side] for s in shapes[: k + 1])]
+            for side, x in ((-2, rows), (-1, columns))
+        )
+        mean = jnp.mean(r, -1, keepdims=True)
+        r = r / jnp.where(mean > 0, mean, 1)
+        found.append(r[..., :, None] * c[..., None, :])
+    return form.array(found, shape)

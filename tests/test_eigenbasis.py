@@ -1,0 +1,269 @@
+"""In the eigenbasis of the gradient's factors: what does not matter, what it is good for, what it costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import rounding
+
+import optimorph as om
+from optimorph.linalg import Axes
+from optimorph.linalg._kronecker import orthogonal_iteration
+
+ADAM = om.divide(om.ema(0.9), by=om.chain(om.square(), om.ema(0.95), om.root(1e-2)))
+
+
+def drawn(seed, shape=(5, 5), dtype=np.float64):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def trained(tx, shapes, count=6, state=None, first=0):
+    """The updates of some steps, and the state."""
+    params = {name: drawn(99, shape) for name, shape in shapes.items()}
+    state = tx.init(params) if state is None else state
+    update, found = jax.jit(tx.update), []
+    for step in range(first, first + count):
+        gs = {name: drawn((step, k), shape) for k, (name, shape) in enumerate(shapes.items())}
+        updates, state = update(gs, state, params)
+        found.append(updates)
+    return found, state
+
+
+def with_bases(state, change):
+    """A state of `in_eigenbasis` in other bases."""
+    bases = (jax.tree.map(change, basis) for basis in (state.left_basis, state.right_basis))
+    return state._replace(**dict(zip(("left_basis", "right_basis"), bases, strict=True)))
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@rounding.in_float64
+def test_signs_and_order_of_eigenvectors_do_not_matter(kl):
+    """Of signs at any step; of the order before second moments know one."""
+    tx = om.in_eigenbasis(ADAM, decay=0.9, every=20, kl=kl, axes={"*": "io"})
+    _, state = trained(tx, {"w": (5, 5)}, 1)
+    want, _ = trained(tx, {"w": (5, 5)}, 4, state, 1)
+    for change in (lambda q: -q, lambda q: q * jnp.array([1.0, -1, 1, 1, -1]), lambda q: q[:, ::-1]):
+        got, _ = trained(tx, {"w": (5, 5)}, 4, with_bases(state, change), 1)
+        rounding.close(got, want, condition=1e3)
+
+
+@rounding.in_float64
+def test_first_moments_stay_in_the_parameters_basis():
+    """Whatever the bases are, the average is that of the gradients but for the first."""
+    tx = om.in_eigenbasis(ADAM, decay=0.9, every=1, axes={"*": "io"})
+    _, state = trained(tx, {"w": (5, 5)}, 6)
+    average = 0.0
+    for step in range(1, 6):
+        average = 0.9 * average + 0.1 * drawn((step, 0))
+    rounding.close(state.inner.signal.average["w"], average, condition=10)
+
+
+@rounding.in_float64
+def test_bases_are_those_of_the_factors():
+    """Orthogonal, and after many iterations eigenvectors, also of a singular matrix and of zero."""
+    full, half = drawn(0, (1, 6, 6)), drawn(1, (1, 6, 3))
+    for x in (full, half, jnp.zeros((1, 6, 6))):
+        p = x @ x.mT
+        q, _ = orthogonal_iteration(p, jnp.eye(6)[None], 2000, sort=True)
+        rounding.close(q.mT @ q, jnp.eye(6)[None], condition=10)
+        values = (q.mT @ p @ q)[0]
+        rounding.close(jnp.diag(values), jnp.linalg.eigvalsh(p)[0, ::-1], condition=1e3)
+        assert bool(jnp.all(jnp.abs(values - jnp.diag(jnp.diag(values))) <= 1e-9 * jnp.trace(p[0]) + 1e-30))
+
+
+@rounding.in_float64
+def test_order_of_columns_comes_with_the_bases():
+    p = jnp.diag(jnp.array([1.0, 3.0, 2.0]))[None]
+    q, order = orthogonal_iteration(p, jnp.eye(3)[None], sort=True)
+    assert order.tolist() == [[1, 2, 0]]
+    rounding.close(jnp.abs(q[0]), jnp.eye(3)[:, jnp.array([1, 2, 0])])
+
+
+@rounding.in_float64
+def test_blocks_are_matrices_of_their_own():
+    """Of equal sizes and of others: as if each were a leaf."""
+    tx = om.in_eigenbasis(ADAM, decay=0.9, every=2, block_size=4, max_dim=4, axes={"*": "io"})
+    plain = om.in_eigenbasis(ADAM, decay=0.9, every=2, max_dim=4, axes={"*": "io"})
+    for width, ends in ((8, [4]), (7, [4])):
+        params = {"w": drawn(0, (3, width))}
+        parts = dict(enumerate(jnp.split(params["w"], ends, axis=1)))
+        state, alone = tx.init(params), plain.init(parts)
+        for step in range(5):
+            g = drawn((1, step), (3, width))
+            u, state = tx.update({"w": g}, state, params)
+            v, alone = plain.update(dict(enumerate(jnp.split(g, ends, axis=1))), alone, parts)
+            rounding.close(u["w"][:, :3], jnp.concatenate([*v.values()], axis=1)[:, :3], condition=1e6)
+
+
+def test_blocks_of_axes():
+    for spec, shape, size, want in (
+        ("io", (8, 12), 4, "(2i)(3o)"),
+        ("io", (7, 12), 4, "(4+3 i)(3o)"),
+        ("io", (4, 4), 4, "io"),
+        ("bio", (3, 8, 4), 4, "b(2i)o"),
+        ("i(3o)", (4, 24), 4, "i(3o)"),
+        ("ioo", (4, 4, 2), 4, "i(2o)o"),
+    ):
+        assert Axes(spec).in_blocks(shape, size) == Axes(want)
+
+
+@rounding.in_float64
+def test_other_orientation_and_stacks():
+    """`oi` is the transpose of `io`, and a stack is several matrices."""
+    make = lambda spec: om.in_eigenbasis(ADAM, decay=0.9, every=2, axes={"*": spec})  # noqa: E731
+    upright, turned, stacked = (make(spec) for spec in ("io", "oi", "bio"))
+    params = {"w": drawn(0)}
+    many = {"w": jnp.stack([drawn(0)] * 2)}
+    states = upright.init(params), turned.init({"w": params["w"].T}), stacked.init(many)
+    for step in range(5):
+        g = drawn((2, step))
+        u, a = upright.update({"w": g}, states[0], params)
+        v, b = turned.update({"w": g.T}, states[1], {"w": params["w"].T})
+        w, c = stacked.update({"w": jnp.stack([g, 2 * g])}, states[2], many)
+        states = a, b, c
+        rounding.close(v["w"].T, u["w"], condition=1e6)
+        rounding.close(w["w"][0], u["w"], condition=1e6)
+
+
+@rounding.in_float64
+def test_a_spread_refresh():
+    """Every factor once in `every` steps; all in the first."""
+    shapes = {f"w{k}": (4, 4) for k in range(3)}
+    tx = om.in_eigenbasis(ADAM, decay=0.9, every=4, spread=True, axes={"*": "io"})
+    _, state = trained(tx, shapes, 1)
+    whole = om.in_eigenbasis(ADAM, decay=0.9, every=4, axes={"*": "io"})
+    _, other = trained(whole, shapes, 1)
+    rounding.close(state, other, condition=1e3)
+    changes = np.zeros(6, int)
+    for step in range(1, 9):
+        _, after = trained(tx, shapes, 1, state, step)
+        pairs = zip(_bases(after), _bases(state), strict=True)
+        changes += [int(not np.array_equal(a, b)) for a, b in pairs]
+        state = after
+    assert set(changes.tolist()) == {2}
+
+
+def _bases(state):
+    return [*state.left_basis.values(), *state.right_basis.values()]
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@rounding.in_float64
+def test_resumed(every):
+    """From any step, as if nothing had been in between."""
+    tx = om.soap(0.1, every=every, axes={"*": "io"})
+    want, _ = trained(tx, {"w": (5, 5)}, 13)
+    _, state = trained(tx, {"w": (5, 5)}, 7)
+    state = jax.tree.map(np.asarray, state)
+    got, _ = trained(tx, {"w": (5, 5)}, 6, state, 7)
+    rounding.close(got, want[7:])
+
+
+def quadratic(n=12):
+    """⟨W, A W B⟩ / 2: its curvature is the Kronecker product of A and B, in bases of their own."""
+    rng = np.random.default_rng(0)
+    qa, qb = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2))
+    values = np.logspace(0, -2, n)
+    a, b = (jnp.asarray(q @ np.diag(values) @ q.T) for q in (qa, qb))
+    return jax.jit(jax.value_and_grad(lambda w: jnp.sum(w * (a @ w @ b)) / 2))
+
+
+@rounding.in_float64
+def test_a_quadratic_whose_curvature_is_a_kronecker_product():
+    """SOAP comes to a hundredth of the loss that Adam leaves at the best of three rates."""
+    loss, start = quadratic(), {"w": drawn(3, (12, 12))}
+
+    def last(make):
+        found = []
+        for rate in (0.3, 0.1, 0.03):
+            tx = make(optax.linear_schedule(rate, 0.0, 200))
+
+            @jax.jit
+            def train(w, tx=tx):
+                def step(carry, _):
+                    w, state = carry
+                    updates, state = tx.update({"w": loss(w["w"])[1]}, state, w)
+                    return (optax.apply_updates(w, updates), state), None
+
+                (w, _), _ = jax.lax.scan(step, (w, tx.init(w)), None, 200)
+                return loss(w["w"])[0]
+
+            found.append(float(train(start)))
+        return min(found)
+
+    with jax.numpy_dtype_promotion("standard"):
+        adam = last(lambda rate: om.adam(rate, 0.9, 0.95))
+        axes = {"*": "io"}
+        soap = last(lambda rate: om.soap(rate, 0.9, every=5, weight_decay=0.0, axes=axes))
+    assert soap < adam / 100, (soap, adam)
+
+
+@pytest.mark.parametrize("name", ["soap", "klsoap", "shampoo", "soap_muon"])
+def test_bfloat16(name):
+    """Parameters, gradients, factors and moments in bfloat16: updates near those in float32."""
+    make, found = getattr(om, name), []
+    for kind, more in (
+        (np.float32, {}),
+        (jnp.bfloat16, {"factor_dtype": "bfloat16", "mu_dtype": "bfloat16"}),
+    ):
+        tx, params = make(0.1, every=2, axes={"*": "io"}, **more), {"w": drawn(0, (6, 6), kind)}
+        state, update = tx.init(params), jax.jit(tx.update)
+        for step in range(4):
+            updates, state = update({"w": drawn((4, step), (6, 6), kind)}, state, params)
+        assert updates["w"].dtype == kind
+        found.append(np.asarray(updates["w"], np.float32))
+    full, half = found
+    assert np.sum(full * half) > 0.5 * np.linalg.norm(full) * np.linalg.norm(half)
+
+
+def test_bytes_in_the_plan():
+    """Two moments, two factors and two bases of each side."""
+    shapes = {"layer": {"kernel": jax.ShapeDtypeStruct((16, 32), jnp.float32)}}
+    axes = {"*": "io"}
+    row = om.plan(shapes, om.soap(0.1, axes=axes))["layer/kernel"]
+    assert row.transform == "soap"
+    assert row.state_bytes == 4 * (2 * 16 * 32 + 2 * 16**2 + 2 * 32**2)
+    row = om.plan(shapes, om.soap(0.1, axes=axes, max_dim=16))["layer/kernel"]
+    assert row.state_bytes == 4 * (2 * 16 * 32 + 2 * 16**2)
+    row = om.plan(shapes, om.soap(0.1, axes=axes, factor_dtype="bfloat16", block_size=16))["layer/kernel"]
+    assert row.state_bytes == 4 * 2 * 16 * 32 + 2 * (2 * 2 * 16**2 + 2 * 2 * 16**2)
+
+
+def test_refusals():
+    params = {"w": jnp.ones((4, 4))}
+    with pytest.raises(ValueError, match=r"compress_state: in_eigenbasis.*8 bits are too few"):
+        om.compress_state(om.soap(0.1, axes={"*": "io"})).init(params)
+    with pytest.raises(ValueError, match=r"soap_muon: state must be None.*8 bits are too few"):
+        om.soap_muon(0.1, state="int8")
+    for name in ("every", "max_dim", "block_size"):
+        with pytest.raises(ValueError, match=f"in_eigenbasis: {name} must be an integer of at least 1"):
+            om.in_eigenbasis(ADAM, **{"decay": 0.9, name: 0})
+    tx = om.in_eigenbasis(ADAM, decay=0.9, axes={"*": "io"})
+    with pytest.raises(ValueError, match="in_eigenbasis: the optimizer state does not match"):
+        tx.update({"w": jnp.ones((4, 3))}, tx.init(params), {"w": jnp.ones((4, 3))})
+    with pytest.raises(ValueError, match="in_eigenbasis: the state must be a EigenbasisState"):
+        tx.update(params, (), params)
+
+
+def test_a_step_that_is_not_finite_is_left_out():
+    tx = om.skip_nonfinite(om.soap(0.1, axes={"*": "io"}))
+    params = {"w": drawn(0, dtype=np.float32)}
+    state = tx.init(params)
+    for step in range(3):
+        _, state = tx.update({"w": drawn((5, step), dtype=np.float32)}, state, params)
+    updates, after = tx.update({"w": jnp.full((5, 5), 1e30)}, state, params)
+    assert after.skipped == 1
+    assert not np.any(updates["w"])
+    for a, b in zip(jax.tree.leaves(after.inner), jax.tree.leaves(state.inner), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_decomposition_for_each_size():
+    """However many leaves there are."""
+    params = {f"w{k}": jnp.ones((8, 16)) for k in range(5)}
+    tx = om.soap(0.1, axes={"*": "io"})
+    text = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+    assert text.count("geqrf") + text.count(" qr[") in (0, 2)
+    program = jax.jit(tx.update).lower(params, tx.init(params), params).as_text()
+    assert program.count("lapack_sgeqrf") == 2
