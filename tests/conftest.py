@@ -1,6 +1,7 @@
 """Every test runs with types checked, dtypes strict, and all warnings errors."""
 
 import fnmatch
+import gc
 import os
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -27,6 +28,9 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+gc.set_threshold(200_000, 50, 100)  # compilation makes many objects and few cycles: a seventh of the time
 
 
 @pytest.fixture(scope="module")
