@@ -22,7 +22,8 @@ float32.
 8-bit state: `compress_state` stores moments in 8 bits, and so does `state="int8"` of every optimizer.
 
 A run that changes: `carry_state` keeps the state of another optimizer, also of optax, or of other
-parameters. `inject_hyperparams` is optax's, but rounds no number.
+parameters. `inject_hyperparams` is optax's, but rounds no number. `register_for_export` lets `jax.export`
+save programs that take states.
 
 Leaves of integers, booleans and random keys are not trained. Their gradient is None, or the float0 that
 `jax.grad(allow_int=True)` returns: the update is None and the state does not change.
@@ -57,6 +58,7 @@ from optimorph._recipes.route_matrices import route_matrices
 from optimorph._recipes.scion import scion
 from optimorph._recipes.soap import klsoap, shampoo, soap
 from optimorph._recipes.soap_muon import soap_muon
+from optimorph._register_for_export import register_for_export
 from optimorph._routing.default_roles import not_roles, role_of, roles
 from optimorph._routing.partition import partition
 from optimorph._routing.rules import labels
@@ -186,6 +188,7 @@ __all__ = [
     "plan",
     "probes",
     "qk_clip",
+    "register_for_export",
     "rmsprop",
     "role_of",
     "roles",

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
 from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer
-from optimorph._core.differences import check_state
+from optimorph._core.differences import checked_state
 from optimorph._core.moments import moments_of
 from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
@@ -184,7 +184,7 @@ def probe(
     def update(updates, state, params=None, **extra):
         if any(name.startswith("weight") or name == "update_to_weight" for name in metrics):
             check_params("probe", params, "it is asked for numbers about weights")
-        check_state("probe", state, ProbeState)
+        state = checked_state("probe", state, ProbeState)
         out, after = inner.update(updates, state.inner, params, **extra)
         names, forms = names_of(updates if params is None else params, state.inner, updates)
         if len(names) != state.values.shape[-1]:

@@ -68,7 +68,7 @@ def with_a_nan(every):
         leaves, tree = jax.tree.flatten(updates)
         for k, g in enumerate(leaves[:1]):
             leaves[k] = jnp.where((count + 1) % every == 0, jnp.nan, g).astype(jnp.result_type(g))
-        return tree.unflatten(leaves), count + 1
+        return tree.unflatten(leaves), jnp.int32(count) + 1
 
     return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
 

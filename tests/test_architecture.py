@@ -34,6 +34,7 @@ FLOORS = {
     "_carry_state": 5,
     "_state_slots": 5,
     "_inject_hyperparams": 5,
+    "_register_for_export": 5,
     "_plan": 6,
     "probes": 6,
     "__init__": 7,
@@ -149,7 +150,16 @@ TRANSFORMS = [
     for n in om.__all__
     if inspect.isfunction(getattr(om, n))
     and n not in ("apply_updates", "carry_state", "inject_hyperparams", "labels", "plan")
-    and n not in ("join_weights", "split_weights", "role_of", "roles", "not_roles", "qk_clip")
+    and n
+    not in (
+        "join_weights",
+        "split_weights",
+        "role_of",
+        "roles",
+        "not_roles",
+        "qk_clip",
+        "register_for_export",
+    )
 ]
 
 

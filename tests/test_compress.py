@@ -693,6 +693,22 @@ def test_the_state_keeps_its_form():
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.update, params, state, params)[1], state)
 
 
+@pytest.mark.parametrize("inner", [om.sgd(0.1, 0.9), optax.sgd(0.1, 0.9)], ids=["rule", "optax"])
+@pytest.mark.parametrize("name", ["TraceState.trac", "MomentumState.velocity"])
+def test_fields_of_no_state(inner, name):
+    state, field = name.split(".")
+    with pytest.warns(UserWarning, match=f"no state has the field '{name}'"):
+        om.compress_state(inner, fields={state: {field: "first"}}).init({"w": jnp.ones((2, 3))})
+
+
+def test_lowered_where_x64_is_off():
+    """What was traced in x64 mode, as a caller's context may end before the program is compiled."""
+    tx, params = om.adamw(0.1, state="int8"), {"w": jnp.ones((2, 64, 256))}
+    with jax.enable_x64(True):
+        traced = jax.jit(jax.vmap(tx.update)).trace(params, jax.vmap(tx.init)(params), params)
+    traced.lower()
+
+
 @pytest.mark.slow
 def test_vmap():
     """Over learning rates and over models, each as by itself."""

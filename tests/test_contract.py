@@ -381,6 +381,17 @@ def test_masks_of_recipes():
         assert np.all(updates["w"] < 0)
 
 
+@pytest.mark.parametrize("name", catalog.recipes_with("mask"))
+def test_masks_without_weight_decay(name):
+    """They are looked at all the same."""
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    for decay in ({}, {"weight_decay": 0.0}):
+        with pytest.raises(ValueError, match=r"'\*kernel'"):
+            getattr(om, name)(0.1, **decay, mask="*kernel").init(params)
+        with pytest.warns(UserWarning, match=r"no leaf matches the rule '\*kernel' of mask"):
+            getattr(om, name)(0.1, **decay, mask={"*kernel": False, "*": True}).init(params)
+
+
 def test_gradient_through_an_update():
     """Finite also where a matrix is zero, as in meta-learning; Adam wants eps_root > 0 there, as in optax."""
     params = {"w": jnp.zeros((2, 3))}

@@ -9,6 +9,7 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import catalog
 import equinox as eqx
@@ -256,6 +257,25 @@ def test_equinox():
 
 
 @pytest.mark.slow
+def test_exported_programs_can_be_saved():
+    params = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(3)}
+    tx = om.skip_nonfinite(om.inject_hyperparams(om.muon)(learning_rate=0.1, state="int8"))
+    state = tx.init(params)
+    for _ in range(2):
+        om.register_for_export(jax.eval_shape(tx.init, params))
+    update = jax.jit(tx.update)
+    saved = jax.export.export(update)(params, state, params).serialize()
+    found = jax.export.deserialize(bytearray(saved)).call(params, state, params)
+    jax.tree.map(np.testing.assert_array_equal, found, update(params, state, params))
+
+    class EmptyState(NamedTuple):
+        pass
+
+    EmptyState.__module__, EmptyState.__qualname__ = "optax.mine", "EmptyState"
+    with pytest.raises(ValueError, match=r"optax\.EmptyState"):
+        om.register_for_export(EmptyState())
+
+
 def test_haikus_dictionaries():
     """Modules' names with slashes, and in them `w`."""
 

@@ -367,6 +367,10 @@ CALLS = {
     "om.orthogonalize('jordan')": ["orthogonalize", "orthogonalizer", "'jordan'", "NewtonSchulz()"],
     "om.scale_by_shape({'*': 'keller'})": ["scale_by_shape", "scale", "'rms_to_rms'"],
     "om.adamw(0.1, weight_decay_form=['cautious'])": ["adamw", "weight_decay_form", "'coupled'"],
+    **{
+        f"om.compress_state(om.ema(0.9), fields={fields})": ["fields must say", "fields={'MyState': {"]
+        for fields in ("'first'", "{'A': 'first'}", "{'A': {'b': 'third'}}")
+    },
     "om.muon(0.1, axes='io')": ["muon", "axes={'*': 'io'}"],
     **{f"race({changed})": ["race", *words] for changed, words in RACES.items()},
 }

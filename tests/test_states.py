@@ -153,3 +153,21 @@ def with_equinox(blank, state):
     eqx.tree_serialise_leaves(file, state)
     file.seek(0)
     return eqx.tree_deserialise_leaves(file, blank)
+
+
+@pytest.mark.examples(*FEW)
+@every
+def test_restored_as_other_numbers(entry):
+    """Python's numbers and NumPy's float64, as JSON restores them, are as good as the arrays that were."""
+
+    def restored(x):
+        wide = np.asarray(x, np.float64 if x.dtype == jnp.float32 else x.dtype)
+        return wide if x.ndim else wide.item()
+
+    tx, params = entry.build(), parameters(entry)
+    _, state = tx.update(gradients(params), tx.init(params), params)
+    wanted = tx.update(gradients(params, 2), state, params)
+    found = tx.update(gradients(params, 2), jax.tree.map(restored, state), params)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert (x.dtype, jnp.asarray(x).weak_type) == (y.dtype, False)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))

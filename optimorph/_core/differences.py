@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph._core.checks import abbreviated, not_an_array
-from optimorph._core.numbers import is_array, is_missing, kind
+from optimorph._core.numbers import is_array, is_missing, kind, restored
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.types import PyTree
 
@@ -45,13 +45,14 @@ def difference(who: str, updates: PyTree, other: PyTree | None) -> ValueError:
     )
 
 
-def check_state(who: str, state: Any, kind: type) -> None:
-    """Refuse the state of another transformation in the place of a wrapper's own."""
+def checked_state(who: str, state: Any, kind: type) -> Any:
+    """A wrapper's own state, of arrays of JAX, however it was restored; refused if it is another's."""
     if not isinstance(state, kind):
         raise ValueError(
             f"{who}: the state must be a {kind.__name__}, but is a {type(state).__name__}. Type "
             "state = tx.init(params), with the whole optimizer as tx and not the one that it wraps."
         )
+    return jax.tree.map(restored, state)
 
 
 def other_state(who: str) -> ValueError:

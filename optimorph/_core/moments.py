@@ -1,13 +1,14 @@
 """Which arrays of an optimizer's state are moments, and of which kind."""
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.roles import AVERAGE, FIRST, SECOND, may_be_variance
+from optimorph._core.roles import AVERAGE, FIRST, SECOND, SLOW, may_be_variance
 from optimorph._core.types import PyTree
 
 Fields = Mapping[str, Mapping[str, str]]
@@ -96,6 +97,50 @@ def unknown(state: PyTree, size: int, fields: Fields | None = None) -> list[str]
 
     visit("", map_moments(lambda kind, moment: None, state, fields))
     return [name for name in found if name not in SUMS]
+
+
+def check_fields(who: str, fields: Any, rules: Any) -> None:
+    """Refuse what does not say which fields of which states are moments, and of which kind.
+
+    Only rules of codecs can be for another kind than those that this library has.
+
+    Raises:
+      ValueError: naming `who`.
+    """
+    held = [*fields.values()] if isinstance(fields, Mapping) else []
+    kinds = [kind for of_state in held if isinstance(of_state, Mapping) for kind in of_state.values()]
+    known = all(kind in (FIRST, SECOND, SLOW) or (rules and isinstance(kind, str)) for kind in kinds)
+    nested = isinstance(fields, Mapping) and all(isinstance(of_state, Mapping) for of_state in held)
+    if fields is not None and not (nested and known):
+        raise ValueError(
+            f"{who}: fields must say which fields of a state are {FIRST!r} or {SECOND!r} moments, but is "
+            f"{fields!r}. Type fields={{'MyState': {{'average': 'first'}}}}."
+        )
+
+
+def warn_unused_fields(who: str, state: PyTree, fields: Fields | None) -> None:
+    """Warn of fields that no state has, or of which a state says itself what they hold."""
+    there = {
+        (type(node).__name__, field)
+        for node in _states(state)
+        for field in {*node._fields} - {*getattr(node, "roles", ())}
+    }
+    for pair in [(name, field) for name, held in (fields or {}).items() for field in held]:
+        if pair not in there:
+            known = ", ".join(sorted(map(".".join, there))) or "none"
+            warnings.warn(
+                f"{who}: no state has the field {'.'.join(pair)!r} that fields names, or it says itself "
+                f"what it holds. The fields of which that is not known: {known}.",
+                stacklevel=3,
+            )
+
+
+def _states(tree: PyTree) -> Iterator[Any]:
+    """The states in a state, and those in them."""
+    for node in jax.tree.leaves(tree, is_leaf=_is_state):
+        if _is_state(node):
+            yield node
+            yield from _states(tuple(node))
 
 
 def _is_state(node: Any) -> bool:

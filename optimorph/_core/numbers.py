@@ -158,6 +158,15 @@ def stored_dtype(dtype: DTypeLike | None, own: DTypeLike) -> jnp.dtype:
     return stored
 
 
+def restored(x: Any) -> Any:
+    """A part of a state as an array of JAX, if JSON or NumPy has restored it as another; unchanged if not."""
+    if not isinstance(x, int | float | np.ndarray | np.generic) and not getattr(x, "weak_type", False):
+        return x
+    if isinstance(x, int) and not isinstance(x, bool):
+        return jnp.asarray(x, jnp.int32 if x < 1 << 31 else jnp.uint32)  # a count, or a seed
+    return jnp.asarray(x, jnp.result_type(x))
+
+
 def full_like(w: Any, value: Numeric = 0.0, dtype: DTypeLike | None = None) -> jax.Array:
     """A moment of the parameter `w`, with its shape and sharding, in `dtype` or else in float32 or wider."""
     return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))

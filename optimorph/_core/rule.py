@@ -23,6 +23,7 @@ from optimorph._core.numbers import (
     is_missing,
     is_trainable,
     kind,
+    restored,
     upcast,
 )
 from optimorph._core.paths import structure_paths
@@ -314,11 +315,16 @@ def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: 
         if not role.tree:
             if not hasattr(slots[j], "dtype") and not isinstance(slots[j], int | float):
                 raise other_state(who)
+            own = [slots[j]]
         else:
             try:
-                slots[j] = tree.flatten_up_to(slots[j])
+                own = tree.flatten_up_to(slots[j])
             except (ValueError, TypeError, KeyError) as error:
                 raise (difference(who, updates, slots[j]) if params is None else other_state(who)) from error
+        for k, x in enumerate(own):
+            if not isinstance(x, (jax.Array, *ABSENT)) or getattr(x, "weak_type", False):
+                own[k] = restored(x)
+        slots[j] = own if role.tree else own[0]
     return slots
 
 

@@ -100,10 +100,10 @@ def _lowering(platform: str) -> Any:
         target = _target(platform, ctx.module_context)
 
         def program(*operands):
-            with jax.enable_x64(x64):  # a program may be lowered outside the context in which it was traced
-                return [*f(about, target, *operands)]
+            return [*f(about, target, *operands)]
 
-        return mlir.lower_fun(program)(ctx, *operands)
+        with jax.enable_x64(x64):  # a program may be lowered outside the context in which it was traced
+            return mlir.lower_fun(program)(ctx, *operands)
 
     return lower
 

@@ -69,8 +69,15 @@ def of_matrices(
       last: in place of the scale by shape, the weight decay and the learning rate of matrices.
     """
     own_nu = SECOND in [kind for word in words for kind in _moments(word)]
-    if others is not None and (others_learning_rate is not None or (nu_dtype is not None and not own_nu)):
-        name = "nu_dtype" if others_learning_rate is None else "others_learning_rate"
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    for_adamw = {
+        "others_learning_rate": others_learning_rate is not None,
+        "nu_dtype": nu_dtype is not None and not own_nu,
+        "mask": mask is not None and last is not None,
+        "weight_decay": not no_decay and last is not None,
+    }
+    if others is not None and any(for_adamw.values()):
+        name = next(name for name, given in for_adamw.items() if given)
         raise ValueError(
             f"{who}: {name} is for the AdamW that others replaces. Type one of the two, such as "
             "others=optimorph.adamw(1e-3)."

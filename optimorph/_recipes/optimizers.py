@@ -10,11 +10,12 @@ does; `state` also takes its rules.
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.rule import pointwise, transform
+from optimorph._core.rule import Rule, pointwise, transform
 from optimorph._core.types import DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
 from optimorph._recipes.moments import identity, second_moment, stored
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._recipes.state_storage import with_state_storage
+from optimorph._routing.rules import check_mask
 from optimorph._transforms.averages import accumulate, ema
 from optimorph._transforms.averages import momentum as heavy_ball
 from optimorph._transforms.combine import add, chain, divide, mix
@@ -318,7 +319,14 @@ def _not_negative() -> optax.GradientTransformation:
 
 
 def _l2(weight_decay: ScalarOrSchedule | None, mask: Mask | None) -> optax.GradientTransformation:
-    return identity if weight_decay is None else add_decayed_weights(weight_decay, mask)
+    if weight_decay is not None:
+        return add_decayed_weights(weight_decay, mask)
+    rule = Rule(
+        optax.EmptyState(),
+        lambda g, s, leaf, now: (g, s),
+        begin=lambda leaves: check_mask("add_decayed_weights", mask, leaves),
+    )
+    return transform("add_decayed_weights", rule)
 
 
 def _dozat(b1: Numeric, mu_dtype: DTypeLike | None) -> optax.GradientTransformation:

@@ -10,8 +10,16 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_flags, check_seed, check_transforms
-from optimorph._core.differences import check_state, other_state
-from optimorph._core.moments import Fields, map_moments, moments_of, unknown, with_moments
+from optimorph._core.differences import checked_state, other_state
+from optimorph._core.moments import (
+    Fields,
+    check_fields,
+    map_moments,
+    moments_of,
+    unknown,
+    warn_unused_fields,
+    with_moments,
+)
 from optimorph._core.numbers import cast_like, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
@@ -101,13 +109,16 @@ def compress_state(
     check_transforms(WHO, inner)
     check_seed(WHO, seed)
     check_flags(WHO, elementwise=elementwise)
+    check_fields(WHO, fields, rules)
     codec_of = codec_rule(rules)
     if rule := rule_of(inner):
-        return transform(WHO, _compressed(rule, codec_of, rules, seed))
+        return transform(WHO, _compressed(rule, codec_of, rules, seed, fields))
     return _of_trees(optax.with_extra_args_support(inner), codec_of, rules, elementwise, seed, fields)
 
 
-def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int) -> Rule:
+def _compressed(
+    rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int, fields: Fields | None = None
+) -> Rule:
     """The rule with its moments encoded between steps.
 
     Args:
@@ -115,6 +126,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
       codec_of: which codec stores a moment.
       rules: as the user gave them.
       seed: of the noise.
+      fields: as the user gave them; the rule's state says itself what it holds.
     """
     kinds = [role.moment for role in rule.roles]
     moments = [j for j, kind in enumerate(kinds) if kind]
@@ -126,6 +138,7 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
         paths = distinct_paths(WHO, leaves.tree)
         _warn(rules, [named(kind, path) for kind in kinds if kind for path in paths])
         _note(codec_of, kinds, paths)
+        warn_unused_fields(WHO, rule.state, fields)
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:
                 if role.tree and role.shaped and not role.moment:
@@ -142,7 +155,8 @@ def _compressed(rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int)
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
-        after = state(rule.slots(inner), [None] * len(moments), shared.seed, increment(shared.count))
+        seed, count = jnp.uint32(shared.seed), increment(shared.count)
+        after = state(rule.slots(inner), [None] * len(moments), seed, count)
         return (now, _key(shared)), after
 
     def update(g, s, leaf, now):
@@ -207,6 +221,7 @@ def _of_trees(
         kinds = [kind for kind, _ in moments_of(state, fields)]
         _warn(rules, [named(kind, path) for kind in kinds for path in paths])
         _note(codec_of, kinds, paths, fields)
+        warn_unused_fields(WHO, state, fields)
         for name in unknown(state, SMALL, fields):
             _warn_unknown(name)
 
@@ -219,7 +234,7 @@ def _of_trees(
         return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        check_state(WHO, state, CompressedState)
+        state = checked_state(WHO, state, CompressedState)
         check_shapes(WHO, updates, params)
         trained = [jnp.result_type(g) for g in jax.tree.leaves(updates) if is_trainable(g)]
         for dtype in [dtype for dtype in trained if dtype.itemsize == 1]:
@@ -256,7 +271,9 @@ def _of_trees(
             after_codes.append(c)
             after_scales.append(s)
         after = with_moments(after, after_codes, fields)
-        return out, CompressedState(after, tuple(after_scales), state.seed, increment(state.count))  # (2)
+        return out, CompressedState(
+            after, tuple(after_scales), jnp.uint32(state.seed), increment(state.count)
+        )  # (2)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import AbstractMesh
 
 from optimorph._core.checks import check_dtypes, check_numbers, is_integer
-from optimorph._core.differences import check_state, other_state
+from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import map_moments
 from optimorph._core.numbers import (
     as_scalar,
@@ -194,7 +194,7 @@ def in_eigenbasis(
         return EigenbasisState(*states, jnp.zeros([], jnp.int32), *fields)
 
     def update(updates, state, params=None, **extra):
-        check_state(who, state, EigenbasisState)
+        state = checked_state(who, state, EigenbasisState)
         return in_the_compilers_hands(functools.partial(step, **extra), updates, state, params)
 
     def step(updates, state, params, **extra):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_seed, check_transforms
-from optimorph._core.differences import check_state
+from optimorph._core.differences import checked_state
 from optimorph._core.numbers import increment
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
@@ -60,7 +60,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         return BFloat16State(state, jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        check_state("in_bfloat16", state, BFloat16State)
+        state = checked_state("in_bfloat16", state, BFloat16State)
         check_shapes("in_bfloat16", updates, params)
         out, after = inner.update(updates, jax.tree.map(_widen, state.inner), params, **extra)  # (1)
         key = _key(state)
@@ -68,7 +68,8 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         rounded = [
             _rounded(new, leaf_key(key, path)) for path, new in zip(leaf_paths(after), leaves, strict=True)
         ]
-        return out, BFloat16State(structure.unflatten(rounded), state.seed, increment(state.count))
+        seed, count = jnp.uint32(state.seed), increment(state.count)
+        return out, BFloat16State(structure.unflatten(rounded), seed, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -82,7 +83,7 @@ def _rule(rule: Rule, seed: int) -> Rule:
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
-        return (now, _key(shared)), BFloat16State(inner, shared.seed, increment(shared.count))
+        return (now, _key(shared)), BFloat16State(inner, jnp.uint32(shared.seed), increment(shared.count))
 
     def update(g, state, leaf, now):
         now, key = now

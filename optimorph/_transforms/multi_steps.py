@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_dtypes, check_schedule, check_transforms, is_integer
-from optimorph._core.differences import check_state
+from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import (
     NotScalarError,
@@ -95,7 +95,7 @@ def multi_steps(
             raise ValueError(f"multi_steps: every_k: {error}") from error
 
     def update(updates, state, params=None, **extra):
-        check_state("multi_steps", state, MultiStepsState)
+        state = checked_state("multi_steps", state, MultiStepsState)
         gs, tree, _ = aligned("multi_steps", updates, state.mean)
         updates, count = tree.unflatten(gs), jnp.asarray(state.count) + 1
 

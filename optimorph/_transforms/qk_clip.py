@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_numbers, check_params
-from optimorph._core.differences import check_state
+from optimorph._core.differences import checked_state
 from optimorph._core.numbers import as_scalar, cast_like, is_absent, upcast, upcast_dtype
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned, arrays
@@ -128,7 +128,7 @@ def clip_attention_logits(
 
     def update(updates, state, params=None, *, attention_logits=None, **extra):
         check_params(who, params, "it multiplies some of them")
-        check_state(who, state, QKClipState)
+        state = checked_state(who, state, QKClipState)
         us, tree, ws = aligned(who, updates, params, strict=False)
         largest = state.observe(True, attention_logits).maxima
         for k, factor in _factors(who, axes, threshold, Leaves(tree, ws).paths, ws, largest).items():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import abbreviated, check_transforms, is_integer
-from optimorph._core.differences import check_state
+from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import increment, is_missing, is_trainable
 from optimorph._core.paths import leaf_paths
@@ -70,7 +70,7 @@ def skip_nonfinite(
         return SkipState(inner.init(params), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        check_state("skip_nonfinite", state, SkipState)
+        state = checked_state("skip_nonfinite", state, SkipState)
         out, after = inner.update(updates, state.inner, params, **extra)
         gradients_sound, updates_sound = _sound(updates), _sound(out)
         state_sound = _sound(after, jax.tree.leaves(state.inner))

@@ -13,7 +13,7 @@ from optimorph._core.numbers import as_float32, as_scalar, as_schedule, incremen
 from optimorph._core.roles import holds, roles_of, scalar
 from optimorph._core.rule import Rule, pointwise, rule_of, transform
 from optimorph._core.types import Mask, ScalarOrSchedule
-from optimorph._routing.rules import masked_leaves, warn_unused_mask
+from optimorph._routing.rules import check_mask, masked_leaves
 
 FORMS = ("coupled", "independent", "cautious", "corrected")
 
@@ -87,9 +87,7 @@ def add_decayed_weights(
 
     def begin(leaves):
         count = jnp.zeros([], jnp.int32)
-        if mask is not None and not never:
-            masked_leaves(who, mask, leaves)
-            warn_unused_mask(who, mask, leaves.paths)
+        check_mask(who, mask, leaves)
         return DecayState(count, as_float32(decay_at(count)))
 
     def advance(state, leaves):
