@@ -1,0 +1,236 @@
+"""The tables of README and documentation, from the recorded results: `python benchmarks/tables.py` writes them.
+
+A table stands below its mark, such as `<!-- table: race -->`, and ends at an empty line.
+"""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+_MARKED = re.compile(r"<!-- table: (\w+) -->\n+(?:\|.*\n)*\n*")
+
+
+def recorded(name):
+    """The results in a file, such as "race" or "digits/race"."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def filled(text):
+    """The text with every marked table as it should be."""
+    return _MARKED.sub(lambda mark: f"<!-- table: {mark[1]} -->\n\n{_markdown(TABLES[mark[1]]())}\n", text)
+
+
+def _markdown(rows):
+    """The first row has the titles."""
+    titles, *_ = rows = list(rows)
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(titles), *lines[1:]]) + "\n"
+
+
+def _pair(numbers, digits):
+    return " / ".join(f"{number:.{digits}f}" for number in numbers)
+
+
+def _loss(row, digits):
+    return f"{row['loss']:.{digits}f} ± {row['spread']:.{digits}f}"
+
+
+def race():
+    """Eight optimizers on text."""
+    yield (
+        "optimizer",
+        "validation loss, nats per character",
+        "steps/s",
+        "optimizer ms/step",
+        "state B/param",
+        "learning rate",
+    )
+    for row in recorded("race")["rows"]:
+        others = row["others_learning_rate"]
+        yield (
+            row["name"],
+            _loss(row, 3),
+            f"{row['steps_per_second']:.1f}",
+            f"{row['optimizer_ms']:.1f}",
+            f"{row['state_bytes_per_parameter']:.2f}",
+            f"{row['learning_rate']:.3g}" + ("" if others is None else f" / {others:.3g}"),
+        )
+
+
+def choice():
+    """The same optimizers on text and on digits."""
+    yield "optimizer", "text: nats per character", "digits: nats per picture"
+    digits = {row["name"]: row for row in recorded("digits/race")["rows"]}
+    for row in recorded("race")["rows"]:
+        yield row["name"], _loss(row, 3), _loss(digits[row["name"]], 4)
+
+
+def rates():
+    """The learning rates of both races."""
+    yield "optimizer", "text", "digits"
+    rates = tomllib.loads((ROOT / "optimorph" / "_racing" / "learning_rates.toml").read_text())
+    for name, text in rates["text"].items():
+        yield name, *(" / ".join(f"{x:g}" for x in task.values()) for task in (text, rates["digits"][name]))
+
+
+def updates():
+    """One update beside optax's, on a CPU."""
+    yield (
+        "update",
+        "ms, optimorph / optax",
+        "optax's time / ours",
+        "compile s",
+        "state B/param",
+        "PyTorch ms",
+    )
+    for name, row in recorded("optimizers")["rows"].items():
+        yield (
+            name,
+            _pair(row["ms"], 2),
+            f"{row['ms'][1] / row['ms'][0]:.2f}",
+            _pair(row["compile_seconds"], 2),
+            _pair(row["state_bytes_per_parameter"], 2),
+            f"{row['torch_ms']:.2f}" if row.get("torch_ms") else "-",
+        )
+
+
+def polar():
+    """The polar factor alone, on a CPU."""
+    yield (
+        "stack of matrices",
+        "ms, optimorph / optax",
+        "optax's time / ours",
+        "share of peak",
+        "temporary B / B of the stack",
+    )
+    results = recorded("polar")
+    for name, row in results["rows"].items():
+        ours, theirs = row["ms"]["optimorph"], row["ms"]["optax"]
+        yield (
+            name,
+            _pair((ours, theirs), 1),
+            f"{theirs / ours:.2f}",
+            f"{2e-4 * row['multiplications'] / ours / results['peak_gigaflops']:.0f}%",
+            f"{row['temporary_bytes_per_byte']:.1f}",
+        )
+
+
+def gpu():
+    """One update on a GPU."""
+    yield "update", "ms", "compile s", "state B/param", "temporary B/param"
+    for row in recorded("accelerator")["rows"]:
+        digits = {"compile_seconds": 1, "state_bytes": 2, "temporary_bytes": 2}
+        yield (
+            row["name"] + (", stacked layers" if row["stacked"] else ""),
+            f"{row['milliseconds']:.2f}",
+            *(f"{row[key]:.{places}f}" if key in row else "-" for key, places in digits.items()),
+        )
+
+
+def state_costs():
+    """Updates with state in fewer bytes."""
+    yield "update", "state B/param", "temporary B/param", "time / that of float32", "compile s"
+    for case, rows in recorded("state")["costs"]["updates"].items():
+        for way, row in rows.items() if "where" not in case else ():
+            numbers = (row[key] for key in ("state", "temporaries", "ratio", "compile_seconds"))
+            yield f"{case}: {way}", *(f"{number:.2f}" for number in numbers)
+
+
+def state_races():
+    """Losses with float32 and with 8-bit state."""
+    yield "task: optimizer", "loss, float32 state", "loss, 8-bit state", "state B/param"
+    for task, names in recorded("state")["races"].items():
+        for name, row in names.items():
+            wide, small = row["float32"], row["8 bits"]
+            yield f"{task}: {name}", _loss(wide, 4), _loss(small, 4), _pair((wide["bytes"], small["bytes"]), 2)
+
+
+def state_peers():
+    """8-bit AdamW of three libraries."""
+    yield (
+        "AdamW",
+        "state B/param",
+        "v / true v",
+        *(f"largest update: {kind}" for kind in ("sparse", "log-normal", "its square")),
+    )
+    for name, row in recorded("state")["peers"].items():
+        largest = (f"{x:.3g}" for x in row["largest"].values())
+        yield name, f"{row['bytes']:.2f}", f"{row['v']:.3g}", *largest
+
+
+def sharding():
+    """Muon over 8 CPU devices beside optax's."""
+    yield "layout", "Gflop", "least", "collectives", "MB sent", "least", "MB temporary", "compile s"
+    for layout, row in recorded("sharding")["rows"].items():
+        both, least = (row["optimorph"], row["optax"]), row["least"]
+        yield (
+            layout,
+            _pair((x["flops"] / 1e9 for x in both), 0),
+            f"{least['flops'] / 1e9:.0f}",
+            " / ".join(str(sum(x["collectives"].values())) for x in both),
+            _pair((x["sent"] / 1e6 for x in both), 1),
+            f"{least['sent'] / 1e6:.1f}",
+            _pair((x["temporary"] / 1e6 for x in both), 0),
+            _pair((x["compile_seconds"] for x in both), 1),
+        )
+
+
+def _work(row):
+    return f"{sum(row['mcycles'].values()):.2f}" if row["mcycles"] else str(row["kernels"])
+
+
+def meshes():
+    """Muon compiled for meshes of accelerators."""
+    yield "devices", "layout", "collectives", "Gflop", "MB temporary", "work"
+    for mesh in ("v5p 2x2x2", "v5p 4x4x4", "H100 x 8"):
+        for layout, ways in recorded("accelerators")["mesh"][mesh].items():
+            rows = [ways.get(way) for way in ("found", "given", "optax")]
+            cells = (
+                lambda row: sum(row["collectives"].values()),
+                lambda row: f"{row['gflop']:.0f}",
+                lambda row: f"{row['temporary'] / 1e6:.0f}",
+                _work,
+            )
+            yield (
+                mesh,
+                layout,
+                *(" / ".join("-" if row is None else str(cell(row)) for row in rows) for cell in cells),
+            )
+
+
+def chips():
+    """Updates of GPT-2 small compiled for one chip."""
+    yield "update", "v5p: M cycles, MB temporary, compile s", "H100: kernels, MB temporary, compile s"
+    chip = recorded("accelerators")["chip"]
+    for name in chip["v5p"]:
+        rows = (chip[kind][name] for kind in ("v5p", "H100"))
+        yield (
+            name,
+            *(f"{_work(x)}, {x['temporary'] / 1e6:.0f}, {x['compile_seconds']:.1f}" for x in rows),
+        )
+
+
+TABLES = {
+    table.__name__: table
+    for table in (
+        race,
+        choice,
+        rates,
+        updates,
+        polar,
+        gpu,
+        state_costs,
+        state_races,
+        state_peers,
+        sharding,
+        meshes,
+        chips,
+    )
+}
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
