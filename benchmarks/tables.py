@@ -1,6 +1,7 @@
-"""The tables of README and documentation, from the recorded results: `python benchmarks/tables.py` writes them.
+"""The tables of README and documentation: `python benchmarks/tables.py` writes them from recorded results.
 
-A table stands below its mark, such as `<!-- table: race -->`, and ends at an empty line.
+A table stands below its mark, such as `<!-- table: race -->`, and ends at an empty line. So does the sentence
+that says when and where a file of results was recorded, below a mark such as `<!-- recorded: race -->`.
 """
 
 import json
@@ -10,17 +11,41 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
-_MARKED = re.compile(r"<!-- table: (\w+) -->\n+(?:\|.*\n)*\n*")
+_MARKED = re.compile(r"<!-- (table|recorded): ([\w/]+) -->\n+(?:(?:\||Recorded ).*\n)*\n*")
 
 
 def recorded(name):
-    """The results in a file, such as "race" or "digits/race"."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    """The results in a file, such as "digits/race", or the conditions of a part, such as "state/costs"."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    file, part = name.split("/")
+    return recorded(file)["about"][part]
 
 
 def filled(text):
-    """The text with every marked table as it should be."""
-    return _MARKED.sub(lambda mark: f"<!-- table: {mark[1]} -->\n\n{_markdown(TABLES[mark[1]]())}\n", text)
+    """The text with everything below a mark as it should be."""
+
+    def below(mark):
+        kind, name = mark.groups()
+        content = _markdown(TABLES[name]()) if kind == "table" else _conditions(recorded(name))
+        return f"<!-- {kind}: {name} -->\n\n{content}\n"
+
+    return _MARKED.sub(below, text)
+
+
+def _conditions(results):
+    """When, on what and with which versions."""
+    versions, device = results["versions"], results.get("device", results.get("devices"))
+    if device == "cpu":
+        device = f"{results['cores']} CPU cores"
+    place = (
+        ""
+        if device is None
+        else f" on {device}".replace("NVIDIA", "one NVIDIA").replace(" forced", " CPU devices")
+    )
+    shown = [f"{name} {versions[name]}" for name in ("jax", "optax", "flax", "libtpu") if name in versions]
+    return f"Recorded {results['date']}{place}, with {', '.join(shown)}.\n"
 
 
 def _markdown(rows):
@@ -145,7 +170,12 @@ def state_races():
     for task, names in recorded("state")["races"].items():
         for name, row in names.items():
             wide, small = row["float32"], row["8 bits"]
-            yield f"{task}: {name}", _loss(wide, 4), _loss(small, 4), _pair((wide["bytes"], small["bytes"]), 2)
+            yield (
+                f"{task}: {name}",
+                _loss(wide, 4),
+                _loss(small, 4),
+                _pair((wide["bytes"], small["bytes"]), 2),
+            )
 
 
 def state_peers():
@@ -213,6 +243,21 @@ def chips():
         )
 
 
+def probes():
+    """What a measurement of probes costs."""
+    yield "metrics", "updates", "default or usual period", "share of the updates"
+    for name, row in recorded("probes")["rows"].items():
+        yield name, f"{row['look']:.1f}", f"{row['every']:,} steps", f"{100 * row['share']:.1f} %"
+
+
+def sweeps():
+    """Many learning rates, in three ways."""
+    yield "way", "compile s", "train s", "total s", "time / that of one vmap"
+    for name, row in recorded("vmap")["recipes"]["adamw"]["rows"].items():
+        seconds = (row[key] for key in ("compile_seconds", "train_seconds", "seconds"))
+        yield name, *(f"{number:.1f}" for number in seconds), f"{row['ratio']:.2f}"
+
+
 TABLES = {
     table.__name__: table
     for table in (
@@ -228,6 +273,8 @@ TABLES = {
         sharding,
         meshes,
         chips,
+        probes,
+        sweeps,
     )
 }
 
