@@ -9,14 +9,18 @@ import re
 import tomllib
 from pathlib import Path
 
+from optimorph._racing.comparisons import TARGET, losses_at_equal_seconds, steps_to_target
+from optimorph._racing.race_data import RaceData
+
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
 _MARKED = re.compile(r"<!-- (table|recorded): ([\w/]+) -->\n+(?:(?:\||Recorded ).*\n)*\n*")
 
 
 def recorded(name):
     """The results in a file, such as "digits/race", or the conditions of a part, such as "state/costs"."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
     file, part = name.split("/")
@@ -64,21 +68,25 @@ def _loss(row, digits):
 
 
 def race():
-    """Eight optimizers on text."""
+    """The optimizers of the race on text."""
     yield (
         "optimizer",
         "validation loss, nats per character",
-        "steps/s",
+        "the same at equal seconds",
+        f"steps to the loss of {TARGET}",
         "optimizer ms/step",
         "state B/param",
         "learning rate",
     )
+    found = RaceData.read(RESULTS / "race.json")
+    equal_seconds, to_target = losses_at_equal_seconds(found), steps_to_target(found)
     for row in recorded("race")["rows"]:
         others = row["others_learning_rate"]
         yield (
             row["name"],
             _loss(row, 3),
-            f"{row['steps_per_second']:.1f}",
+            f"{equal_seconds[row['name']]:.3f}",
+            to_target.get(row["name"], "-"),
             f"{row['optimizer_ms']:.1f}",
             f"{row['state_bytes_per_parameter']:.2f}",
             f"{row['learning_rate']:.3g}" + ("" if others is None else f" / {others:.3g}"),

@@ -77,7 +77,7 @@ def test_rows_are_those_of_the_plain_loop():
 
 def test_prints_as_a_table():
     shown = str(race({"adam": om.adam(0.05), "sgd": om.sgd(0.1)}, title="six to three", measure="error"))
-    for word in ("six to three: error", "adam", "sgd", "steps/s", "12"):
+    for word in ("six to three: error", "adam", "sgd", "update", "12"):
         assert word in shown
     assert "others" not in shown
 

@@ -30,9 +30,11 @@ from rich.console import Console
 
 from optimorph.__main__ import main
 from optimorph._racing import command, grids, result, training
+from optimorph._racing.comparisons import losses_at_equal_seconds, steps_to_target
 from optimorph._racing.display import plain_console, training_display
 from optimorph._racing.interrupt import STOPPING, stop_on_ctrl_c
 from optimorph._racing.options import DEFAULTS, USES, find_conflict
+from optimorph._racing.race_data import Curve
 from optimorph._racing.registry import (
     OPTIMIZERS,
     WITH_OTHERS,
@@ -42,7 +44,7 @@ from optimorph._racing.registry import (
 )
 from optimorph._racing.result import RaceResult, make_row
 from optimorph._racing.run import CompiledTask, Run
-from optimorph._racing.table import tables
+from optimorph._racing.table import table_rows, tables
 from optimorph._racing.tasks import digits, quadratic, text
 from optimorph._racing.training import Entry, train_all
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
@@ -207,6 +209,47 @@ def shown(width):
     return console.export_text()
 
 
+def race_of(curves, steps_per_second):
+    """A race of these losses at steps 0, 50 and 100, with one curve for each seed."""
+    rows = [
+        dataclasses.replace(
+            row_of(*((losses[-1], 100) for losses in seeds)),
+            name=name,
+            steps_per_second=steps_per_second[name],
+        )
+        for name, seeds in curves.items()
+    ]
+    curves = [
+        Curve(name, seed, [0, 50, 100], [0.0, 1.0, 2.0], losses)
+        for name, seeds in curves.items()
+        for seed, losses in enumerate(seeds)
+    ]
+    return RaceResult("custom", "race", "loss", 100, 2, True, {}, rows, curves)
+
+
+def test_losses_at_equal_seconds_and_steps_to_the_loss_of_adamw():
+    race = race_of(
+        {
+            "muon": [[4.0, 2.0, 1.0], [4.0, 2.4, 1.2]],
+            "adamw": [[4.0, 3.0, 2.0], [4.0, 3.0, 1.8]],
+            "sgd": [[4.0, 3.0, 2.5], [4.0, 3.0, 2.5]],
+            "blown": [[4.0, 3.0, math.nan], [4.0, 1.0, 1.0]],
+        },
+        {"muon": 25.0, "adamw": 40.0, "sgd": 50.0, "blown": 1e3},
+    )
+    found = losses_at_equal_seconds(race)  # after the 2 seconds of sgd: 50 and 80 steps of the others
+    assert found == pytest.approx({"muon": 2.2, "adamw": 2.34, "sgd": 2.5})
+    assert steps_to_target(race) == {"muon": 64, "adamw": 100}  # 50 + 50 (2.2 - 1.9) / (2.2 - 1.1)
+    assert not steps_to_target(race_of({"muon": [[4.0, 2.0, 1.0]]}, {"muon": 25.0}))
+    heads, *rows = table_rows(race)
+    assert "steps" not in heads  # all took 100
+    assert dict(zip(heads, rows[0], strict=True))["steps to\nadamw"] == "64"
+    assert dict(zip(heads, rows[2], strict=True))["steps to\nadamw"] == ""
+    assert dict(zip(heads, rows[3], strict=True))["final loss"] == "diverged"
+    longer = dataclasses.replace(race, steps=200)  # it was stopped
+    assert "steps" in next(table_rows(longer))
+
+
 def test_steps_per_second_are_those_of_the_median_step():
     run = run_of(2.0, 50)
     assert make_row(Entry("sgd", optax.identity(), None, [run])).steps_per_second == pytest.approx(1 / 0.11)
@@ -218,10 +261,10 @@ def test_steps_per_second_are_those_of_the_median_step():
 def test_the_table_is_whole_at_any_width(width):
     out = shown(width)
     assert "…" not in out
-    for word in ("2.214 ± 0.02", "0.02", "0.05", "250", "others"):
+    for word in ("2.214 ± 0.02", "0.02 / 0.05", "10.00", "B/param"):
         assert word in out
     heads = [line.split()[:1] for line in out.splitlines()].count(["optimizer"])
-    assert heads == (1 if width == 80 else 2 if width == 60 else heads)
+    assert heads == (2 if width == 40 else 1)
     assert max(map(len, out.splitlines())) <= width
 
 
@@ -234,8 +277,8 @@ def test_no_name_in_the_table_is_broken(width):
     for table in tables(RaceResult("custom", "race", "loss", 250, 1, True, {}, NAMED, []), width):
         console.print(table)
     lines = [line.split()[:1] for line in console.export_text().splitlines()]
-    first = [word[0] for word in lines if word and word[0].isalpha() and word[0] != "race:"]
-    assert set(first) - {"update", "state", "learning"} == {"optimizer", *OPTIMIZERS}
+    first = [word[0] for word in lines if word and word[0].isidentifier()]
+    assert set(first) - {"equal", "steps", "update", "state", "learning"} == {"optimizer", *OPTIMIZERS}
 
 
 def test_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(monkeypatch):

@@ -15,7 +15,7 @@ from optimorph._racing.palette import FAINT, INK, Style
 from optimorph._racing.race_data import Curve, Layer, RaceData, Trial
 from optimorph._racing.ticks import PlainLog
 
-MAX_LAYERS = 24  # layers whose spectra are plotted
+MAX_LAYERS = 8  # layers whose spectra are plotted
 SETTINGS: Any = {
     "axes.edgecolor": FAINT[0],
     "axes.labelcolor": INK[0],
@@ -41,7 +41,7 @@ def write_plot(path: Path, race: RaceData) -> None:
 
 def plot_losses(race: RaceData) -> Figure:
     """The loss over steps and over seconds, with a title above and a legend at the right."""
-    note = f" (mean of {race.seeds} seeds, their range shaded)" if race.seeds > 1 else ""
+    note = f" (mean of {race.seeds} seeds, each one a thin line)" if race.seeds > 1 else ""
     figure = Figure(layout="constrained")
     figure.suptitle(textwrap.fill(race.title + note, 90), x=0.01, horizontalalignment="left")
     over_steps, over_seconds = figure.subplots(1, 2, sharey=True)
@@ -76,6 +76,7 @@ def draw_losses(axes: Axes, race: RaceData, along: str) -> None:
     if _is_log(race, low, high):
         axes.set(yscale=PlainLog(), ylim=_log_limits(race.curves))
     else:
+        high = min(high, _highest_after_start(race))
         margin = 0.05 * max(high - low, 1e-3)
         axes.set(ylim=(low - margin, high + margin))
 
@@ -87,8 +88,7 @@ def _draw_mean(axes: Axes, curves: list[Curve], along: str, style: Style) -> Non
     x = np.mean([getattr(curve, along)[:length] for curve in curves], axis=0)
     axes.plot(x, losses.mean(axis=0), label=curves[0].optimizer, **style._asdict())
     if len(curves) > 1:
-        low, high = losses.min(axis=0), losses.max(axis=0)
-        axes.fill_between(x, low, high, color=style.color, alpha=0.15, linewidth=0)
+        axes.plot(x, losses.T, color=style.color, alpha=0.5, linewidth=0.6)
 
 
 def _is_log(race: RaceData, low: float, high: float) -> bool:
@@ -101,6 +101,15 @@ def _loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
     finite = [loss for curve in curves for loss in curve.losses if math.isfinite(loss)]
     firsts = [curve.losses[0] for curve in curves if math.isfinite(curve.losses[0])]
     return min(finite, default=0.0), max(firsts, default=1.0)
+
+
+def _highest_after_start(race: RaceData) -> float:
+    """The highest mean loss at 0.4 of the steps; the fall at the start would fill the axis otherwise."""
+    means = [
+        np.mean([np.interp(0.4 * c.steps[-1], c.steps, c.losses) for c in race.curves if c.optimizer == name])
+        for name in race.names
+    ]
+    return max(filter(math.isfinite, means), default=math.inf)
 
 
 def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:

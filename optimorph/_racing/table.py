@@ -7,39 +7,46 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from optimorph._racing.race_data import RaceData, Row
+from optimorph._racing.comparisons import TARGET, losses_at_equal_seconds, steps_to_target
+from optimorph._racing.race_data import RaceData
 
 HEADS = (
     "optimizer",
     "final loss",
     "steps",
-    "steps/s",
+    "equal\nseconds",
+    f"steps to\n{TARGET}",
     "update\nms",
     "state\nB/param",
     "learning\nrate",
-    "others",
 )
 
 
 def table_rows(race: RaceData, plus_minus: str = " ± ") -> Iterator[tuple[str, ...]]:
     """The column heads, then one row for each optimizer, without empty columns."""
-    rows = [HEADS, *(_cells(row, plus_minus) for row in race.rows)]
+    equal_seconds, to_target = losses_at_equal_seconds(race), steps_to_target(race)
+    rows = [HEADS]
+    for row in race.rows:
+        loss = f"{row.loss:.4g}" + (f"{plus_minus}{row.spread:.2g}" if row.seeds > 1 else "")
+        rates = [rate for rate in (row.learning_rate, row.others_learning_rate) if rate is not None]
+        rows += [
+            (
+                row.name,
+                "diverged" if row.diverged else loss,
+                "" if _equal_steps(race) else str(row.steps),
+                f"{equal_seconds[row.name]:.4g}" if row.name in equal_seconds else "",
+                str(to_target.get(row.name, "")),
+                f"{row.optimizer_ms:.2f}",
+                f"{row.state_bytes_per_parameter:.2f}",
+                " / ".join(f"{rate:.3g}" for rate in rates),
+            )
+        ]
     nonempty = [any(column) for column in zip(*rows[1:], strict=True)]
     return (tuple(itertools.compress(row, nonempty)) for row in rows)
 
 
-def _cells(row: Row, plus_minus: str) -> tuple[str, ...]:
-    loss = f"{row.loss:.4g}" + (f"{plus_minus}{row.spread:.2g}" if row.seeds > 1 else "")
-    return (
-        row.name,
-        "diverged" if row.diverged else loss,
-        str(row.steps),
-        f"{row.steps_per_second:.1f}",
-        f"{row.optimizer_ms:.2f}",
-        f"{row.state_bytes_per_parameter:.2f}",
-        "" if row.learning_rate is None else f"{row.learning_rate:.3g}",
-        "" if row.others_learning_rate is None else f"{row.others_learning_rate:.3g}",
-    )
+def _equal_steps(race: RaceData) -> bool:
+    return all(row.steps == race.steps for row in race.rows)
 
 
 def tables(race: RaceData, width: int, plus_minus: str = " ± ") -> Iterator[Table]:
@@ -76,11 +83,16 @@ def notes(race: RaceData) -> list[str]:
         lines += ["Stopped early: every row shows what was reached by then. No spectra were computed."]
     if race.rows[0].seeds > 1:
         lines += [f"Mean of {seeds} seeds ± their standard deviation."]
-    lines += ["Steps/s: from the median time of gradient and update, after a few untimed steps."]
+    if _equal_steps(race):
+        lines += [f"Every optimizer took {race.steps} steps."]
+    lines += ["Equal seconds: the loss when the fastest has taken all its steps, by median times of a step."]
+    if any(row.name == TARGET for row in race.rows):
+        lines += [
+            f"Steps to {TARGET}: until the mean loss is the final loss of {TARGET}; empty if it never is."
+        ]
     lines += ["Update ms: the median time of the optimizer's update, without the gradient."]
     if any(row.others_learning_rate is not None for row in race.rows):
-        lines += ["Learning rate: the peak of the schedule."]
-        lines += ["Others: the peak learning rate of embeddings, head and norms, where it is separate."]
+        lines += ["Learning rate: the peak of the schedule; after the slash, of embeddings, head and norms."]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return [*lines, f"{machine['cores']} cores, {machine['device']}, {machine['date']}; {versions}."]
 

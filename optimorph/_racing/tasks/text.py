@@ -11,21 +11,21 @@ from flax import nnx
 
 from optimorph._racing.task import Task
 
-LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
+LAYERS, WIDTH, HEAD, CONTEXT, BATCH = 4, 128, 32, 64, 12  # HEAD: the width of one attention head
 PIECE = 8192  # characters; of every 20 pieces, one is for tuning and one for validation
 
 
 class Attention(nnx.Module):
     """Causal multi-head self-attention."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        make = functools.partial(nnx.Linear, WIDTH, WIDTH, use_bias=False, rngs=rngs)
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        make = functools.partial(nnx.Linear, width, width, use_bias=False, rngs=rngs)
         self.query, self.key, self.value, self.out = make(), make(), make(), make()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(rows, WIDTH) → (rows, WIDTH)."""
-        split = (-1, CONTEXT, HEADS, WIDTH // HEADS)
-        q, k, v = (f(x).reshape(split) for f in (self.query, self.key, self.value))
+        """(rows, width) → (rows, width)."""
+        heads = (-1, CONTEXT, x.shape[-1] // HEAD, HEAD)
+        q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         return self.out(mixed.reshape(x.shape))
 
@@ -33,14 +33,14 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """Attention, then an MLP, each on a residual branch that a norm begins."""
 
-    def __init__(self, rngs: nnx.Rngs):
-        self.norm1, self.norm2 = nnx.LayerNorm(WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attention = Attention(rngs)
-        self.up = nnx.Linear(WIDTH, 4 * WIDTH, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(4 * WIDTH, WIDTH, use_bias=False, rngs=rngs)
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.norm1, self.norm2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.attention = Attention(width, rngs)
+        self.up = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(rows, WIDTH) → (rows, WIDTH)."""
+        """(rows, width) → (rows, width)."""
         x = x + self.attention(self.norm1(x))
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
 
@@ -48,26 +48,34 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """Characters → logits of the next characters. The head has its own weights."""
 
-    def __init__(self, vocabulary: int, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(vocabulary, WIDTH, rngs=rngs)
-        self.position_embed = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.List([Block(rngs) for _ in range(LAYERS)])
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, vocabulary, use_bias=False, rngs=rngs)
+    def __init__(self, vocabulary: int, rngs: nnx.Rngs, width: int = WIDTH):
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.position_embed = nnx.Embed(CONTEXT, width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, rngs) for _ in range(LAYERS)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """(batch, CONTEXT) → (batch, CONTEXT, vocabulary)."""
         x = self.embed(tokens) + self.position_embed(jnp.arange(CONTEXT))
-        x = x.reshape(-1, WIDTH)  # two axes: gradients of weights are then twice as fast as with three
+        x = x.reshape(-1, x.shape[-1])  # two axes: gradients of weights are then twice as fast as with three
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x)).reshape(*tokens.shape, -1)
 
 
-def task() -> Task:
-    """Predict the next character; 0.8 million parameters, about 1 MB of text."""
+def task(width: int = WIDTH) -> Task:
+    """Predict the next character; 0.8 million parameters at width 128, about 1 MB of text.
+
+    Args:
+      width: of the embeddings and the residual stream, a multiple of `HEAD`.
+    """
     parts, vocabulary = load_characters()
-    graph = nnx.graphdef(_model(vocabulary, 0))
+
+    def model(seed):
+        return GPT(vocabulary, nnx.Rngs(seed), width)
+
+    graph = nnx.graphdef(model(0))
 
     def loss(params, batch):
         tokens, following = batch
@@ -85,18 +93,14 @@ def task() -> Task:
 
     return Task(
         name="text",
-        title=f"character GPT ({LAYERS} layers, width {WIDTH}) on Shakespeare",
+        title=f"character GPT ({LAYERS} layers, width {width}) on Shakespeare",
         measure="validation loss (nats per character)",
-        init=lambda seed: nnx.state(_model(vocabulary, seed), nnx.Param),
+        init=lambda seed: nnx.state(model(seed), nnx.Param),
         loss=loss,
         batches=batches,
         held_out=held_out,
         steps=250,
     )
-
-
-def _model(vocabulary: int, seed: int) -> GPT:
-    return GPT(vocabulary, nnx.Rngs(seed))
 
 
 def _windows(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

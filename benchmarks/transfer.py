@@ -1,0 +1,238 @@
+"""Which learning rate is best at which width: the text model of `optimorph race` from 32 to 256 wide.
+
+    python benchmarks/transfer.py           # train what `results/transfer.json` does not have yet, and draw
+    python benchmarks/transfer.py --draw    # draw only
+
+The rate that is varied is that of the hidden matrices, by factors of two, until the best one has two tried
+rates on each side. Embeddings, head and norms have AdamW with one fixed rate at every width, so that a
+change of the best rate is one of the matrices. All seeds of a rate train at once, in one program for each
+optimizer and width that has the rate as an argument. Nothing decays. Every trained rate is written at once:
+what was trained is kept when the command is stopped.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import optimorph as om
+from optimorph._racing.palette import LIGHT
+from optimorph._racing.plot import SETTINGS
+from optimorph._racing.registry import B2
+from optimorph._racing.task import warmup_cosine
+from optimorph._racing.tasks import text
+from optimorph._routing.resolve import leaf_axes
+
+STEPS, SEEDS, OTHERS = 128, 3, 0.02
+WIDTHS = (32, 64, 128)
+COLORS = (LIGHT[3], LIGHT[4], LIGHT[7], LIGHT[1])
+RESULTS = Path(__file__).parent / "results" / "transfer.json"
+
+
+def adamw(rate, others):
+    """AdamW with a rate of its own for the leaves that `muon` takes for matrices."""
+    matrix = leaf_axes("adamw", None)
+    return om.partition(
+        lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
+        {"matrix": om.adamw(rate, b2=B2), "other": others},
+    )
+
+
+OPTIMIZERS = {
+    "adamw": (adamw, -9),
+    "muon, rms_to_rms": (lambda rate, others: om.muon(rate, others=others), -5),
+    "muonh": (lambda rate, others: om.muonh(rate, others=others), -3),
+    "muon, adamw_rms": (lambda rate, others: om.muon(rate, scale="adamw_rms", others=others), -5),
+    "normuon": (lambda rate, others: om.normuon(rate, others=others), -5),
+}
+"""Name → function (rate, transform of the other leaves) → optimizer; the power of 2 that is tried first."""
+
+
+Losses = dict[int, list[float]]
+"""Exponent of the rate, which is a power of 2 → the loss of every seed."""
+
+
+def trainer(make, task):
+    """A compiled function of a rate: the losses of all seeds on the tuning text."""
+    starts = [task.init(seed) for seed in range(SEEDS)]
+    streams = [itertools.islice(task.batches(seed), STEPS) for seed in range(SEEDS)]
+    batches = jax.tree.map(
+        lambda *x: np.stack(x), *[jax.tree.map(lambda *x: np.stack(x), *s) for s in streams]
+    )
+    start = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+    held_out = jax.tree.map(lambda *x: np.stack(x), *task.held_out("tuning"))
+
+    def train(rate, params, batches):
+        others = om.adamw(warmup_cosine(OTHERS, STEPS), b2=B2)
+        tx = make(warmup_cosine(rate, STEPS), others)
+
+        def step(carry, batch):
+            params, state = carry
+            updates, state = tx.update(jax.grad(task.loss)(params, batch), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
+        return jnp.mean(jax.lax.map(lambda batch: task.loss(params, batch), held_out))
+
+    program = jax.jit(jax.vmap(train, (None, 0, 0)))
+    return lambda rate: np.asarray(program(jnp.float32(rate), start, batches)).tolist()
+
+
+def next_exponent(losses: Losses, first: int, reach: int) -> int | None:
+    """The nearest rate that the best one still lacks, of `reach` on each side; None if it lacks none."""
+    if not losses:
+        return first
+    best = min(losses, key=lambda exponent: mean(losses[exponent]))
+    wanted = [best + sign * k for k in range(1, reach + 1) for sign in (-1, 1)]
+    return next((exponent for exponent in wanted if exponent not in losses), None)
+
+
+def mean(losses: list[float]) -> float:
+    """Of the seeds; infinity if any of them diverged."""
+    return float(np.mean(losses)) if np.all(np.isfinite(losses)) else math.inf
+
+
+def train(record):
+    """Train every optimizer at every width, the narrow ones first; write the record after each rate.
+
+    The neighbours of the best rates first, and the rates beside these when all have their neighbours.
+    """
+    firsts = {name: first for name, (_, first) in OPTIMIZERS.items()}
+    for reach, name, width in itertools.product((1, 2), OPTIMIZERS, WIDTHS):
+        curve = (
+            record["curves"].setdefault(name, {}).setdefault(str(width), {"cpu_seconds": 0.0, "losses": {}})
+        )
+        losses = {int(k): [x if x is not None else math.nan for x in v] for k, v in curve["losses"].items()}
+        run = None
+        while (exponent := next_exponent(losses, firsts[name], reach)) is not None:
+            began = time.process_time()
+            run = run or trainer(OPTIMIZERS[name][0], text.task(width))
+            losses[exponent] = run(2.0**exponent)
+            curve["losses"] = {str(k): [clean(x) for x in losses[k]] for k in sorted(losses)}
+            curve["cpu_seconds"] += time.process_time() - began
+            print(
+                f"{name:<18} width {width:<4} rate 2^{exponent:<4} loss {mean(losses[exponent]):.4f}",
+                flush=True,
+            )
+            RESULTS.write_text(json.dumps(record | machine(), indent=1) + "\n")
+        firsts[name] = min(losses, key=lambda exponent: mean(losses[exponent]))
+
+
+def clean(loss):
+    return round(loss, 5) if math.isfinite(loss) else None
+
+
+def machine():
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "flax")}
+        | {"optimorph": om.__version__},
+    }
+
+
+def vertex(losses: Losses) -> tuple[float, float]:
+    """The exponent of the best rate by a parabola through the lowest loss and its neighbours.
+
+    Mean and standard deviation of the seeds' own parabolas.
+    """
+    found = []
+    for seed in range(SEEDS):
+        curve = {exponent: each[seed] for exponent, each in losses.items() if math.isfinite(each[seed])}
+        inner = [k for k in curve if k - 1 in curve and k + 1 in curve]
+        best = min(inner, key=curve.__getitem__)
+        left, middle, right = (curve[best + k] for k in (-1, 0, 1))
+        found.append(best + (left - right) / (2 * (left - 2 * middle + right)))
+    return statistics.fmean(found), statistics.stdev(found)
+
+
+def curves_of(record) -> dict[str, dict[int, Losses]]:
+    """Optimizer → width → losses, of the curves that are complete."""
+    found = {}
+    for name, widths in record["curves"].items():
+        for width, curve in widths.items():
+            losses = {
+                int(k): [x if x is not None else math.nan for x in v] for k, v in curve["losses"].items()
+            }
+            if next_exponent(losses, 0, reach=1) is None:
+                found.setdefault(name, {})[int(width)] = losses
+    return found
+
+
+def draw(record):
+    """One panel for each optimizer with a curve for each width, its best rate marked by a larger dot."""
+    curves = curves_of(record)
+    best = [min(map(mean, losses.values())) for widths in curves.values() for losses in widths.values()]
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=(2.3 * len(curves) + 0.6, 3.6), layout="constrained")
+        panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for axes, (name, widths) in zip(panels, curves.items(), strict=True):
+            for (width, losses), color in zip(widths.items(), COLORS, strict=False):
+                exponents = sorted(losses)
+                means = [mean(losses[exponent]) for exponent in exponents]
+                axes.plot(exponents, means, "o-", color=color, markersize=3, label=f"width {width}")
+                lowest = min(losses, key=lambda exponent: mean(losses[exponent]))
+                axes.plot(lowest, mean(losses[lowest]), "o", color=color, markersize=9)
+                axes.axvline(vertex(losses)[0], color=color, linewidth=0.8, linestyle=":")
+            axes.set(title=name, xlabel="learning rate", ylim=(min(best) - 0.02, max(best) + 0.1))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"2^{exponent:.0f}"))
+            axes.grid()
+        panels[0].set(ylabel=f"loss after {STEPS} steps (nats per character)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
+
+
+def show(record):
+    """The best rates, as powers of two."""
+    table = Table(
+        title="best rate, as a power of 2: mean of the seeds ± standard deviation", box=box.SIMPLE_HEAD
+    )
+    curves = curves_of(record)
+    widths = sorted({width for each in curves.values() for width in each})
+    for head in ("optimizer", *map(str, widths), "octaves a doubling", "loss at the widest"):
+        table.add_column(head, justify="left" if head == "optimizer" else "right")
+    for name, each in curves.items():
+        found = {width: vertex(losses) for width, losses in each.items()}
+        slope = (
+            np.polyfit(np.log2(list(found)), [x for x, _ in found.values()], 1)[0] if len(found) > 1 else 0
+        )
+        cells = [f"{found[w][0]:.2f} ± {found[w][1]:.2f}" if w in found else "-" for w in widths]
+        table.add_row(name, *cells, f"{slope:+.2f}", f"{min(map(mean, each[max(each)].values())):.3f}")
+    Console(width=110).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--draw", action="store_true", help="draw the picture of the recorded losses only")
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"curves": {}}
+    setting = {"command": "python benchmarks/transfer.py", "steps": STEPS, "seeds": SEEDS, "others": OTHERS}
+    if changed := [key for key in setting if record.get(key, setting[key]) != setting[key]]:
+        parser.error(f"{RESULTS} was trained with other {', '.join(changed)}; move it away")
+    record |= setting
+    if not parser.parse_args().draw:
+        train(record)
+    show(record)
+    draw(record)
+
+
+if __name__ == "__main__":
+    main()
