@@ -32,7 +32,8 @@ from rich.progress import track
 from rich.table import Table
 
 import optimorph as om
-from optimorph._distributed.placement import Leaf, place
+from optimorph._distributed.groups import Leaf
+from optimorph._distributed.placement import place
 from optimorph.linalg import Axes, NewtonSchulz
 
 RESULTS = Path(__file__).parent / "results" / "sharding.json"

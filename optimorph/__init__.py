@@ -11,9 +11,10 @@ Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `ad
 `lion`, `mars_adamw`, `muon`, `muonh`, `normuon`, `adamuon`, `muon2`, `scion`, `soap`, `klsoap`, `shampoo`,
 `soap_muon`.
 
-Routing: `plan` shows what an optimizer does with every leaf. `route_matrices` gives matrices to one
-transform and other leaves to another; `partition` and `labels` route by the same rules, and `roles`,
-`not_roles` and `role_of` by what the default rules take leaves for.
+Routing: `plan` shows what an optimizer does with every leaf, and over a mesh what every device does, by the
+numbers of its `Hardware`. `route_matrices` gives matrices to one transform and other leaves to another;
+`partition` and `labels` route by the same rules, and `roles`, `not_roles` and `role_of` by what the default
+rules take leaves for.
 
 The end of a step: `qk_clip` keeps attention logits below a threshold. `apply_updates` can round bfloat16
 weights stochastically. `split_weights` and `join_weights` keep in one or two bytes what bfloat16 loses of
@@ -41,6 +42,7 @@ from optimorph import codecs, curvature, layouts, linalg, probes, rules, schedul
 from optimorph._apply_updates import apply_updates
 from optimorph._carry_report import CarryReport, CarryRow
 from optimorph._carry_state import carry_state
+from optimorph._distributed.hardware import Hardware
 from optimorph._inject_hyperparams import inject_hyperparams
 from optimorph._plan import Plan, PlanRow, plan
 from optimorph._recipes.adamh import adamh
@@ -122,6 +124,7 @@ __all__ = [
     "EmaState",
     "ExtrapolateState",
     "FactoredState",
+    "Hardware",
     "LearningRateState",
     "MeanState",
     "MixState",

@@ -130,7 +130,8 @@ def plan(
       optimizer: any transformation; by default `muon` with `arguments`.
       mesh: for an optimizer of matrices, also what each device of this mesh computes and sends. Leaves have
         the optimizer's `shardings`, or else their own; those without one are replicated.
-      arguments: of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`.
+      arguments: of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`,
+        and with a mesh on `shardings` and `divide`.
 
     Raises:
       ValueError: shardings that do not fit the mesh, a spec in place of rules for `axes`, a leaf that is not
@@ -185,7 +186,7 @@ def plan(
         )
     if mesh is not None and routes is not None:
         forms = [spec.axes for spec in specs]
-        over_mesh = plan_mesh(mesh, routes.match, paths, jax.tree.leaves(params), forms)
+        over_mesh = plan_mesh(mesh, routes.match, routes.divide, paths, jax.tree.leaves(params), forms)
     return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates, over_mesh)
 
 

@@ -56,6 +56,14 @@ REFUSED = {
     "array number": (lambda: om.momentum(jnp.float32(2.0)), ["momentum", "decay", "2.0"]),
     "lookahead as an array": (lambda: om.ema(0.9, lookahead=jnp.float32(2)), ["ema", "lookahead", "[0, 1)"]),
     "negative ahead": (lambda: om.debias(0.9, ahead=-1), ["debias", "ahead", "-1", "ahead=1"]),
+    "divide by no device": (
+        lambda: om.muon(0.1, divide="v99"),
+        ["orthogonalize", "divide", "'v99'", "'v5p'", "Hardware"],
+    ),
+    "hardware that does nothing": (
+        lambda: om.Hardware("tpu", flops=0.0, bytes_near=1e9, bytes_far=1e9, node=8),
+        ["Hardware", "flops", "0.0"],
+    ),
     "comm_dtype of no dtype": (
         lambda: om.orthogonalize(comm_dtype="half a byte"),
         ["orthogonalize", "comm_dtype", "'half a byte'", "comm_dtype='bfloat16'"],

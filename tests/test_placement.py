@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimorph._distributed.placement import Leaf, place
+from optimorph._distributed.groups import Leaf
+from optimorph._distributed.hardware import HARDWARE, Hardware
+from optimorph._distributed.placement import place
+from optimorph._distributed.roles import cost_of, division_of
 from optimorph.linalg import Axes, NewtonSchulz
 
 F32 = np.dtype(np.float32)
@@ -131,6 +134,52 @@ def test_a_tree_of_thousands_of_matrices_on_thousands_of_devices_is_planned_at_o
     assert plan.exchanges[0].batch_axes == ("e",)
 
 
+def on(hardware, mesh, leaves):
+    polar = NewtonSchulz()
+    return place(mesh, leaves, cost=cost_of(polar, hardware), division=division_of(polar, hardware))
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "most"), [("8B", 64, 1.1), ("405B", 1024, 1.3), ("405B", 4096, 1.6)]
+)
+def test_large_models_on_many_devices(model, devices, most):
+    """On v5p the busiest device computes little more than an even share; the bytes are worth it."""
+    width, hidden, keys, layers = {"8B": (4096, 14336, 1024, 32), "405B": (16384, 53248, 1024, 126)}[model]
+    columns, rows = ((), ("data",), ("model",)), ((), ("model",), ("data",))
+    shapes = [(width, width), (width, keys), (width, keys), (width, hidden), (width, hidden)]
+    leaves = [leaf((layers, *shape), "bio", columns) for shape in shapes]
+    leaves += [leaf((layers, *shape), "bio", rows) for shape in [(width, width), (hidden, width)]]
+    mesh = {"data": devices // 8, "model": 8}
+    whole, found = (on(hardware, mesh, leaves) for hardware in (None, HARDWARE["v5p"]))
+    assert found.flops <= most * found.least_flops
+    assert whole.divided == 0 < found.divided
+    without = cost_of(NewtonSchulz(), HARDWARE["v5p"])
+    before = place(mesh, leaves, cost=without)
+    seconds = before.flops / HARDWARE["v5p"].flops + before.sent / HARDWARE["v5p"].bytes_near
+    assert sum(found.seconds) < 0.9 * seconds
+
+
+def test_nothing_is_divided_where_sending_costs_more():
+    """Small matrices; also large ones, between nodes whose network is slow; and the plan is that without."""
+    few = [leaf((4, 4096, 14336), "bio", ((), ("y",), ("x",)))]
+    slow = Hardware("tpu", 459e12, 1e9, 1e9, 8)
+    for hardware, leaves in ((HARDWARE["v5p"], [leaf((4, 64, 256), "bio")]), (slow, few)):
+        found = on(hardware, MESH, leaves)
+        assert found.exchanges == place(MESH, leaves, cost=cost_of(NewtonSchulz(), hardware)).exchanges
+        assert (found.divided, found.collectives, found.inside) == (0, 0, 0.0)
+    assert on(HARDWARE["v5p"], MESH, few).divided == 4
+
+
+def test_whole_rounds_come_first():
+    """96 matrices for 64 owners: one round whole, and the rest in halves, each neighbours'."""
+    plan = on(HARDWARE["v5p"], {"d": 8, "m": 8}, [leaf((96, 4096, 14336), "bio", ((), ("d",), ("m",)))])
+    _, group = one(plan)
+    assert (group.slots, group.parts, group.part_slots) == (1, 2, 1)
+    assert plan.divided == 32
+    assert plan.sent == plan.least_sent
+    assert plan.inside == 5 * 3 * 4096**2 / 2 * 2  # R scattered, R and Z gathered, in five steps, bfloat16
+
+
 NAMES = ("x", "y", "z")
 
 
@@ -150,11 +199,26 @@ def problems(draw):
 
 
 @settings(deadline=None, max_examples=100)
-@given(problem=problems(), at_once=st.sampled_from([1, 2**14, 2**28]), equivariant=st.booleans())
-def test_every_matrix_has_one_place(problem, at_once, equivariant):
+@given(
+    problem=problems(),
+    at_once=st.sampled_from([1, 2**14, 2**28]),
+    equivariant=st.booleans(),
+    sent=st.sampled_from([None, 1e6, 1e30]),
+)
+def test_every_matrix_has_one_place(problem, at_once, equivariant, sent):
+    """Whole or in parts, whatever sending costs."""
     mesh, kinds = problem
     leaves = [leaf(shape, "bio", over) for shape, over in kinds]
-    plan = place(mesh, leaves, bytes_at_once=at_once, equivariant=equivariant)
+    hardware = None if sent is None else Hardware("cpu", 1e9, sent, sent, 8, 1e-30)
+    polar = NewtonSchulz()
+    plan = place(
+        mesh,
+        leaves,
+        cost=polar.flops,
+        bytes_at_once=at_once,
+        equivariant=equivariant,
+        division=division_of(polar, hardware),
+    )
     shards = [shard for exchange in plan.exchanges for group in exchange.groups for shard in group.shards]
     assert sorted(shard.leaf for shard in shards) == list(range(len(leaves)))
     assert all(shard.matrices == leaves[shard.leaf].shape[0] for shard in shards)
@@ -162,8 +226,10 @@ def test_every_matrix_has_one_place(problem, at_once, equivariant):
     for exchange in plan.exchanges:
         owners = math.prod(mesh[name] for name in (*exchange.all_to_all_axes, *exchange.replica_axes))
         seen = {k: [] for k in range(len(exchange.groups))}
-        for k, first, last in itertools.chain.from_iterable(exchange.rounds):
-            seen[k] += range(first, last)
+        for span in itertools.chain.from_iterable(exchange.rounds):
+            group = exchange.groups[span.group]
+            seen[span.group] += range(*group.matrices_of(span, owners))
+            assert owners % span.parts == 0 == group.local_shape[-1] % span.parts
         for k, group in enumerate(exchange.groups):
-            assert seen[k] == list(range(group.slots))
-            assert group.matrices <= group.slots * owners < group.matrices + owners
+            assert seen[k] == list(range(group.room(owners)))
+            assert group.matrices <= group.room(owners) < group.matrices + owners

@@ -275,3 +275,23 @@ def test_over_a_mesh(given, platform, mode, way):
         assert om.plan(params, om.adamw(0.1), mesh=mesh).over_mesh is None
     with pytest.raises(ValueError, match=r"plan: 'w0' has sharding .* the mesh has no 'fsdp', only \['data'"):
         om.plan(params, axes={"*": "io"}, shardings={"*": PartitionSpec("fsdp")}, mesh=mesh)
+
+
+def test_what_is_expected_of_known_devices():
+    """Seconds by the numbers of the devices, of a table or the user's; matrices that would idle are divided."""
+    device = AbstractDevice("TPU v5", None, "tpu")
+    mesh = AbstractMesh(
+        (4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device
+    )
+    params = {"w": jax.ShapeDtypeStruct((4, 4096, 14336), jnp.float32)}
+    found = om.plan(params, axes={"*": "bio"}, mesh=mesh)
+    whole = om.plan(params, axes={"*": "bio"}, mesh=mesh, divide="never").over_mesh
+    assert "4 matrices are each divided over several devices" in str(found)
+    assert "Expected at 459 Tflop/s and 200 GB/s, 6.25 between nodes" in str(found)
+    assert found.over_mesh.flops < 0.6 * whole.flops
+    assert whole.divided == 0
+    assert "Expected" not in str(whole)
+    slow = om.Hardware("tpu", flops=1e12, bytes_near=1e6, bytes_far=1e6, node=8)
+    given = om.plan(params, axes={"*": "bio"}, mesh=mesh, divide=slow).over_mesh
+    assert given.divided == 0
+    assert given.seconds[0] == given.flops / 1e12

@@ -1,6 +1,6 @@
 """The execution of a plan on one device of a mesh: local shards out, whole matrices in, and back.
 
-A piece is the local shard of a matrix.
+A piece is the local shard of a matrix, or a part of it where several devices share the matrix.
 """
 
 import functools
@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph._core.types import Shape
+from optimorph._distributed.groups import Group, LeafShard, Span
 from optimorph._distributed.map_by_shape import map_matrices, split
-from optimorph._distributed.placement import Exchange, Group, LeafShard, Placement
+from optimorph._distributed.placement import Exchange, Placement
 from optimorph._distributed.shardings import Names, devices
+from optimorph.linalg import NewtonSchulz
 from optimorph.linalg._axes import inverse
+from optimorph.linalg._shared_columns import Neighbours
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -57,16 +60,33 @@ def _compute(
     f: Function,
     equivariant: bool,
     to: str,
-    groups: Sequence[Group],
+    spans: Sequence[Span],
     pieces: Sequence[jax.Array],
 ) -> list[jax.Array]:
     """f of matrices: this replica's pieces `(owners, slots, *local_shape)` in, all replicas' out."""
+    groups = [exchange.groups[span.group].part(span.parts) for span in spans]
     received = _all_to_all(exchange, pieces)
     received = _all_gather(exchange, exchange.all_gather_axes, received, "varying")
     wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, received, strict=True)]
-    results = map_matrices(f, [group.form for group in groups], wholes, transpose=equivariant)
+    alone = [k for k, span in enumerate(spans) if span.parts == 1]
+    forms = [groups[k].form for k in alone]
+    mapped = map_matrices(f, forms, [wholes[k] for k in alone], transpose=equivariant)
+    found = dict(zip(alone, mapped, strict=True))
+    results = [
+        found[k] if k in found else _shared(sizes, exchange, f, group, span.parts, x)
+        for k, (group, span, x) in enumerate(zip(groups, spans, wholes, strict=True))
+    ]
     back = [_pieces(sizes, exchange, group, y) for group, y in zip(groups, results, strict=True)]
     return _all_gather(exchange, exchange.replica_axes, _all_to_all(exchange, back), to)
+
+
+def _shared(
+    sizes: Sizes, exchange: Exchange, f: Function, group: Group, parts: int, x: jax.Array
+) -> jax.Array:
+    """The own columns of f of matrices that so many owners share."""
+    assert isinstance(f, NewtonSchulz)  # only then has the plan divided matrices
+    names = (*exchange.replica_axes, *exchange.all_to_all_axes)
+    return f.of_columns(x, Neighbours(names, devices(sizes, names), parts, group.repeat))
 
 
 def _in_rounds(
@@ -75,23 +95,41 @@ def _in_rounds(
     """For each leaf the pieces of its results, from each round that computed some."""
     replicas = devices(sizes, exchange.replica_axes)
     owners = devices(sizes, exchange.all_to_all_axes)
-    packed = [_packed(group, replicas * owners * group.slots, shards) for group in exchange.groups]
+    count = replicas * owners
+    packed = [_packed(group, group.room(count), shards) for group in exchange.groups]
     results: dict[LeafShard, list[jax.Array]] = {s: [] for group in exchange.groups for s in group.shards}
     in_flight: list[list[jax.Array]] = []
-    for slots in exchange.rounds:
-        spans = [(replicas * owners * first, replicas * owners * last) for _, first, last in slots]
-        groups = [exchange.groups[g] for g, _, _ in slots]
+    for spans in exchange.rounds:
+        places = [exchange.groups[span.group].matrices_of(span, count) for span in spans]
         pieces = []
-        for (g, first, last), (i, j), group in zip(slots, spans, groups, strict=True):
-            x = packed[g][i:j].reshape(replicas, owners, last - first, *group.local_shape)
-            pieces.append(_own(x, exchange.replica_axes))
+        for span, (i, j) in zip(spans, places, strict=True):
+            x = _cut(packed[span.group][i:j], span.parts, count)
+            pieces.append(_own(x.reshape(replicas, owners, *x.shape[1:]), exchange.replica_axes))
         if len(in_flight) == PREFETCH:
             pieces, _ = jax.lax.optimization_barrier((pieces, in_flight.pop(0)))
-        in_flight.append(compute(groups, pieces))
-        for group, span, result in zip(groups, spans, in_flight[-1], strict=True):
-            for shard, part in _unpacked(group, span, result):
+        in_flight.append(compute(spans, pieces))
+        for span, place, result in zip(spans, places, in_flight[-1], strict=True):
+            x = _joined_parts(result.reshape(count, *result.shape[2:]), span.parts)
+            for shard, part in _unpacked(exchange.groups[span.group], place, x):
                 results[shard].append(part)
     return results.items()
+
+
+def _cut(x: jax.Array, parts: int, owners: int) -> jax.Array:
+    """Pieces `(matrices, rows, columns)` as those of each owner, `(owners, slots, rows, columns / parts)`."""
+    if parts == 1:
+        return x.reshape(owners, -1, *x.shape[1:])
+    x = x.reshape(owners // parts, -1, x.shape[1], parts, x.shape[2] // parts).transpose(0, 3, 1, 2, 4)
+    return x.reshape(owners, *x.shape[2:])
+
+
+def _joined_parts(x: jax.Array, parts: int) -> jax.Array:
+    """The inverse of `_cut`."""
+    if parts == 1:
+        return x.reshape(-1, *x.shape[2:])
+    owners, slots, rows, columns = x.shape
+    x = x.reshape(owners // parts, parts, slots, rows, columns).transpose(0, 2, 3, 1, 4)
+    return x.reshape(-1, rows, parts * columns)
 
 
 def _all_to_all(exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
@@ -207,7 +245,7 @@ def _to_shard(x: jax.Array, shard: LeafShard) -> jax.Array:
 
 
 def _unpacked(group: Group, span: tuple[int, int], x: jax.Array) -> Iterable[tuple[LeafShard, jax.Array]]:
-    """The pieces of each leaf, of those of a span, `(replicas, owners, slots, *local_shape)`."""
+    """The pieces of each leaf, of those of a span, `(matrices, *local_shape)`."""
     first, last = span
     ends = itertools.accumulate(shard.matrices for shard in group.shards)
     counts = [
@@ -215,5 +253,5 @@ def _unpacked(group: Group, span: tuple[int, int], x: jax.Array) -> Iterable[tup
         for shard, end in zip(group.shards, ends, strict=True)
     ]
     counts = [(shard, count) for shard, count in counts if count > 0]
-    parts = split(x.reshape(-1, *group.local_shape), [count for _, count in counts])
+    parts = split(x, [count for _, count in counts])
     return [(shard, part) for (shard, _), part in zip(counts, parts, strict=True)]

@@ -7,7 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optimorph._distributed.placement import Leaf, Placement, place
+from optimorph._distributed.groups import Leaf
+from optimorph._distributed.hardware import Hardware, hardware_for
+from optimorph._distributed.placement import Placement, place
+from optimorph._distributed.roles import cost_of, division_of
 from optimorph._distributed.shardings import Match, misfit, spec_of
 from optimorph.linalg import Axes, NewtonSchulz
 
@@ -23,6 +26,11 @@ class MeshPlan:
       flops: multiplications and additions of the busiest device, for five steps of `NewtonSchulz`.
       least_flops: those of a device if the matrices could be divided evenly.
       sent: bytes that a device sends, in float32.
+      divided: the number of matrices that are divided over several devices.
+      inside: bytes that a device sends within the iterations of those.
+      collectives: within these iterations.
+      hardware: by whose numbers they are divided; None if nothing is known of the devices.
+      seconds: expected by these numbers, of products and of sending, one after the other.
     """
 
     mesh: tuple[tuple[str, int], ...]
@@ -31,6 +39,11 @@ class MeshPlan:
     flops: float
     least_flops: float
     sent: float
+    divided: int = 0
+    inside: float = 0.0
+    collectives: int = 0
+    hardware: Hardware | None = None
+    seconds: tuple[float, float] = (0.0, 0.0)
 
     def __str__(self) -> str:
         """What happens, in words."""
@@ -42,16 +55,30 @@ class MeshPlan:
         }
         share = self.flops / max(self.least_flops, 1)
         platform = f" ({self.platform})" if self.platform else ""
-        return (
-            f"Over the mesh {axes}{platform} matrices are divided {ways[self.way]}.\n"
+        lines = [
+            f"Over the mesh {axes}{platform} matrices are divided {ways[self.way]}.",
             f"The busiest device computes {self.flops / 1e9:,.3g} Gflop ({share:.2f} of an even share) and "
-            f"sends {self.sent / 1e6:,.3g} MB."
-        )
+            f"sends {self.sent / 1e6:,.3g} MB.",
+        ]
+        if self.divided:
+            lines.append(
+                f"{self.divided:,} matrices are each divided over several devices, which send "
+                f"{self.inside / 1e6:,.3g} MB more in {self.collectives} collectives of the iteration."
+            )
+        if self.hardware is not None:
+            computing, sending = (seconds * 1e3 for seconds in self.seconds)
+            lines.append(
+                f"Expected at {self.hardware.flops / 1e12:,.3g} Tflop/s and "
+                f"{self.hardware.bytes_near / 1e9:,.3g} GB/s, {self.hardware.bytes_far / 1e9:,.3g} between "
+                f"nodes: {computing:,.3g} ms of products and {sending:,.3g} ms of sending."
+            )
+        return "\n".join(lines)
 
 
 def plan_mesh(
     mesh: Mesh | AbstractMesh,
     match: Match | None,
+    divide: str | Hardware,
     paths: Sequence[str],
     leaves: Sequence[Any],
     forms: Sequence[Axes | None],
@@ -61,6 +88,7 @@ def plan_mesh(
     Args:
       mesh: devices, or names and sizes alone.
       match: the user's rules of shardings, or None.
+      divide: what decides whether matrices are divided, as `hardware_for` says.
       paths: of the leaves.
       leaves: arrays or their shapes, with their shardings.
       forms: how leaves read as matrices; None for no matrix.
@@ -80,7 +108,6 @@ def plan_mesh(
             matrices.append(Leaf(leaf.shape, form, spec, jnp.dtype(jnp.float32)))
     if faults:
         raise ValueError("\n".join(faults))
-    found: Placement = place(sizes, matrices, cost=NewtonSchulz().flops)
     platform = _platform(mesh)
     explicit = all(kind is AxisType.Explicit for kind in mesh.axis_types)
     way = (
@@ -90,7 +117,22 @@ def plan_mesh(
         if platform == "tpu"
         else "custom_partitioning"
     )
-    return MeshPlan(tuple(sizes.items()), platform, way, found.flops, found.least_flops, found.sent)
+    hardware, method = hardware_for(divide, mesh), NewtonSchulz()
+    division = None if way == "hints" else division_of(method, hardware)
+    found: Placement = place(sizes, matrices, cost=cost_of(method, hardware), division=division)
+    return MeshPlan(
+        tuple(sizes.items()),
+        platform,
+        way,
+        found.flops,
+        found.least_flops,
+        found.sent,
+        found.divided,
+        found.inside,
+        found.collectives,
+        None if division is None else hardware,
+        found.seconds,
+    )
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str:

@@ -1,16 +1,14 @@
-"""The plan of an exchange: which device computes which matrices whole, from shapes alone.
+"""The plan of an exchange: which device computes which matrices, from shapes alone.
 
-Every matrix is computed whole by one owner. The mesh axes of a leaf have four roles. Batch axes shard the
-leaf's batch: its matrices are local already. The other axes that shard the leaf divide the matrices. Over
-all_to_all axes owners receive their local shards and send the results back; over all_gather axes every device
-receives all of them. Over replica axes the leaf is replicated: replicas split the matrices and all_gather the
-results. Where splitting saves nothing, replicas repeat the work. Roles are chosen for the fewest slots (1),
-then for the fewest bytes (2).
+Every matrix is computed whole by one owner, or divided over some owners where others would be idle. The mesh
+axes of a leaf have four roles. Batch axes shard the leaf's batch: its matrices are local already. The other
+axes that shard the leaf divide the matrices. Over all_to_all axes owners receive their local shards and send
+the results back; over all_gather axes every device receives all of them. Over replica axes the leaf is
+replicated: replicas split the matrices and all_gather the results. Where splitting saves nothing, replicas
+repeat the work. `roles` chooses.
 
-    matrices  M = those of one shape on a device's share of the batch axes
-    slots     k = ⌈M / (|all_to_all| |replica|)⌉ for each owner; the last ones may stay empty            (1)
-    sent      k (|all_to_all| |all_gather| - 1) local shards in, k (|all_to_all| - 1) back,
-              k |all_to_all| (|replica| - 1) to the replicas                                           (2)
+A matrix that is divided is cut into parts of its columns, which are sent as if each were a matrix: every
+local shard is cut into so many, and the parts of a matrix belong to owners that follow each other.
 
 Planning needs no device, and the names of mesh axes have no meaning.
 """
@@ -18,84 +16,18 @@ Planning needs no device, and the names of mesh axes have no meaning.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.types import Shape
-from optimorph._distributed.shardings import Names, Spec, devices, whole_shape
-from optimorph.linalg import Axes
+from optimorph._distributed.groups import Cost, Group, Leaf, Span, groups_of, in_order
+from optimorph._distributed.roles import Chooser, Division, Placed, Roles, shards_sent
+from optimorph._distributed.shardings import Names, devices
 
-Cost = Callable[[int, int], float]
-"""The cost of a matrix n x m."""
-
-Round = tuple[tuple[int, int, int], ...]
-"""What is exchanged and computed together: (group, first, last) for the slots [first, last) of a group."""
-
-
-class Leaf(NamedTuple):
-    """An array over a mesh: its global shape, how it reads as matrices, its sharding and its dtype."""
-
-    shape: Shape
-    form: Axes
-    spec: Spec
-    dtype: np.dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafShard:
-    """A leaf's local shard as local shards of matrices, `(matrices, *local_shape)`.
-
-    Args:
-      leaf: the leaf's index.
-      view: the local shard's shape with blocks as axes of their own.
-      order: the permutation of the view's axes that puts those that count matrices first.
-      matrices: their number; blocks that a shard boundary cuts count as one matrix.
-      local_shape: the shape of the local shard of a matrix.
-      transposed: whether matrices are transposed, so that none is taller than wide.
-    """
-
-    leaf: int
-    view: Shape
-    order: tuple[int, ...]
-    matrices: int
-    local_shape: Shape
-    transposed: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Matrices of one shape, sharded in the same way.
-
-    Args:
-      local_shape: the shape of the local shard of a matrix.
-      mesh_axes: the mesh axes that shard each axis of a matrix.
-      form: how whole matrices `(matrices, *axes)` read as such.
-      shards: the leaves that they come from.
-      slots: the number of matrices that each owner computes.
-    """
-
-    local_shape: Shape
-    mesh_axes: Spec
-    form: Axes
-    shards: tuple[LeafShard, ...]
-    slots: int = 0
-
-    @property
-    def matrices(self) -> int:
-        """Their number."""
-        return sum(shard.matrices for shard in self.shards)
-
-    def whole(self, mesh: Mapping[str, int]) -> Shape:
-        """The shape of a whole matrix."""
-        return whole_shape(mesh, self.mesh_axes, self.local_shape)
-
-    def cost(self, mesh: Mapping[str, int], cost: Cost) -> float:
-        """The cost of one matrix."""
-        stacks = self.form.stacks((1, *self.whole(mesh)))
-        return float(sum(math.prod(batch) * cost(min(n, m), max(n, m)) for *batch, n, m in stacks))
+Round = tuple[Span, ...]
+"""What is exchanged and computed together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +63,10 @@ class Placement:
       least_flops: those of a device if the work were divided evenly.
       sent: bytes that a device sends.
       least_sent: bytes that a device would send if no slot were empty.
+      divided: the number of matrices that are divided over several devices.
+      inside: bytes that a device sends within iterations, of matrices that are divided.
+      collectives: within iterations.
+      seconds: of computing and of sending, by the numbers of the hardware; 0 if these are not known.
     """
 
     mesh: tuple[tuple[str, int], ...]
@@ -139,6 +75,10 @@ class Placement:
     least_flops: float
     sent: float
     least_sent: float
+    divided: int
+    inside: float
+    collectives: int
+    seconds: tuple[float, float]
 
 
 def place(
@@ -149,6 +89,7 @@ def place(
     equivariant: bool = True,
     comm_dtype: np.dtype | None = None,
     bytes_at_once: int = 2**28,
+    division: Division | None = None,
 ) -> Placement:
     """The plan for leaves over a mesh.
 
@@ -160,123 +101,66 @@ def place(
         for polar factors; else owners receive the matrices unchanged.
       comm_dtype: the dtype of the data in collectives, if narrower than the leaf's.
       bytes_at_once: the most bytes of whole matrices that a device holds in one round; one may exceed it.
+      division: what decides whether matrices are divided; without it, and if not equivariant, none is.
     """
+    division = division if equivariant else None
     alike: dict[Any, list[Group]] = {}
-    for group, batch_axes, dtype in _groups(mesh, leaves, equivariant):
-        alike.setdefault((batch_axes, _in_order(mesh, group.mesh_axes), dtype), []).append(group)
-    placed: dict[Exchange, list[Group]] = {}
+    for group, batch_axes, dtype in groups_of(mesh, leaves, equivariant):
+        alike.setdefault((batch_axes, in_order(mesh, group.mesh_axes), dtype), []).append(group)
+    placed: dict[Exchange, list[Placed]] = {}
     least_flops = least_sent = 0.0
     for (batch_axes, axes, dtype), groups in alike.items():
-        owners = [name for name in mesh if name not in batch_axes]
+        owners = tuple(name for name in mesh if name not in batch_axes)
         sent_dtype = _sent_dtype(dtype, comm_dtype)
         for group in groups:
             least_flops += group.matrices * group.cost(mesh, cost) / devices(mesh, owners)
             least_sent += sent_dtype.itemsize * _least_sent(mesh, axes, owners, group)
-        for group in _merged(mesh, owners, groups, cost) if equivariant else groups:
-            all_to_all, all_gather, replica, slots = _roles(mesh, axes, owners, group)
-            exchange = Exchange(batch_axes, all_to_all, all_gather, replica, dtype, sent_dtype)
-            placed.setdefault(exchange, []).append(dataclasses.replace(group, slots=slots))
-    flops = sent = 0.0
-    for exchange, groups in placed.items():
-        for group in groups:
-            flops += group.slots * group.cost(mesh, cost)
-            axes = exchange.all_to_all_axes, exchange.all_gather_axes, exchange.replica_axes
-            numbers = group.slots * math.prod(group.local_shape) * _shards_sent(mesh, *axes)
-            sent += exchange.comm_dtype.itemsize * numbers
-    exchanges = (_in_rounds(mesh, exchange, groups, bytes_at_once) for exchange, groups in placed.items())
-    return Placement(tuple(mesh.items()), tuple(exchanges), flops, least_flops, sent, least_sent)
-
-
-def _groups(
-    mesh: Mapping[str, int], leaves: Sequence[Leaf], equivariant: bool
-) -> Iterable[tuple[Group, Names, np.dtype]]:
-    groups: dict[Any, list[LeafShard]] = {}
-    for index, leaf in enumerate(leaves):
-        if 0 in leaf.shape:
-            continue
-        shard, mesh_axes, form, batch_axes = _leaf_shard(mesh, leaf, index, equivariant)
-        groups.setdefault((shard.local_shape, mesh_axes, form, batch_axes, leaf.dtype), []).append(shard)
-    for (local_shape, mesh_axes, form, batch_axes, dtype), shards in groups.items():
-        yield Group(local_shape, mesh_axes, form, tuple(shards)), _in_order(mesh, [batch_axes]), dtype
-
-
-def _leaf_shard(
-    mesh: Mapping[str, int], leaf: Leaf, index: int, equivariant: bool
-) -> tuple[LeafShard, Spec, Axes, Names]:
-    """A leaf's shard, the mesh axes and form of its matrices, and its batch axes."""
-    sides = [*_sides(mesh, leaf)]
-    letters, sizes, over = ([side[k] for side in sides] for k in range(3))
-    view = tuple(size // devices(mesh, names) for size, names in zip(sizes, over, strict=True))
-    batch, rest, rows, columns = (
-        [k for k, letter in enumerate(letters) if chosen(letter)]
-        for chosen in (lambda x: x == "b", lambda x: x != "b", lambda x: x == "i", lambda x: x == "o")
+        chooser = Chooser(mesh, axes, owners, sent_dtype.itemsize, cost, division)
+        for found in map(chooser.placed, _merged(mesh, groups, chooser) if equivariant else groups):
+            exchange = Exchange(batch_axes, *found.roles, dtype, sent_dtype)
+            placed.setdefault(exchange, []).append(found)
+    exchanges = tuple(
+        _in_rounds(mesh, exchange, [found.group for found in members], bytes_at_once)
+        for exchange, members in placed.items()
     )
-    matrices, batch_axes = math.prod(view[k] for k in batch), _joined(over, batch)
-    if not equivariant or len(rows) + len(columns) < len(rest):
-        form = Axes("b" + "".join(letters[k] for k in rest))
-        shard = LeafShard(index, view, (*batch, *rest), matrices, tuple(view[k] for k in rest), False)
-        return shard, tuple(over[k] for k in rest), form, batch_axes
-    n, m = (math.prod(sizes[k] for k in side) for side in (rows, columns))
-    local_shape = tuple(math.prod(view[k] for k in side) for side in (rows, columns))
-    mesh_axes = _joined(over, rows), _joined(over, columns)
-    transposed = n > m or (n == m and mesh_axes > mesh_axes[::-1])  # so that more squares are sharded alike
-    if transposed:
-        local_shape, mesh_axes = local_shape[::-1], mesh_axes[::-1]
-    shard = LeafShard(index, view, (*batch, *rows, *columns), matrices, local_shape, transposed)
-    return shard, mesh_axes, Axes("bio"), batch_axes
+    loads = [found.load for members in placed.values() for found in members]
+    return Placement(
+        tuple(mesh.items()),
+        exchanges,
+        flops=sum(load.flops for load in loads),
+        least_flops=least_flops,
+        sent=sum(load.sent for load in loads),
+        least_sent=least_sent,
+        divided=sum(_divided(mesh, exchange) for exchange in exchanges),
+        inside=sum(load.inside for load in loads),
+        collectives=sum(
+            members[span.group].load.collectives
+            for exchange, members in zip(exchanges, placed.values(), strict=True)
+            for span in itertools.chain.from_iterable(exchange.rounds)
+            if span.parts > 1
+        ),
+        seconds=(
+            sum(load.computing for load in loads),
+            sum(load.sending + load.sharing for load in loads),
+        ),
+    )
 
 
-def _sides(mesh: Mapping[str, int], leaf: Leaf) -> Iterable[tuple[Any, ...]]:
-    """Every axis as (letter, size, mesh axes); equal blocks that no shard boundary cuts are a batch axis."""
-    for size, axis, names in zip(leaf.shape, leaf.form.parts, leaf.spec, strict=True):
-        blocks = len(axis.blocks)
-        divided = _block_axes(mesh, blocks, names) if axis.equal and blocks > 1 else None
-        if divided is None:
-            yield str(axis), size, names
-        else:
-            yield "b", blocks, divided[0]
-            yield axis.letter, size // blocks, divided[1]
+def _divided(mesh: Mapping[str, int], exchange: Exchange) -> int:
+    """The number of matrices of all devices that are divided."""
+    owners = devices(mesh, (*exchange.replica_axes, *exchange.all_to_all_axes))
+    shared = [group for group in exchange.groups if group.part_slots]
+    local = sum(group.matrices - group.slots * owners for group in shared)
+    return local * devices(mesh, exchange.batch_axes)
 
 
-def _block_axes(mesh: Mapping[str, int], blocks: int, names: Names) -> tuple[Names, Names] | None:
-    """The mesh axes over blocks, and those within each block; None if one mesh axis is both."""
-    for k, name in enumerate(names):
-        if blocks == 1:
-            return names[:k], names[k:]
-        if blocks % mesh[name]:
-            return None
-        blocks //= mesh[name]
-    return names, ()
-
-
-def _roles(
-    mesh: Mapping[str, int], axes: Names, owners: Sequence[str], group: Group
-) -> tuple[Names, Names, Names, int]:
-    """The all_to_all, all_gather and replica axes, and the slots: fewest slots (1), then fewest bytes (2)."""
-
-    def weight(all_to_all: Names, replica: Names) -> tuple[int, int]:
-        slots = _slots(mesh, (*all_to_all, *replica), group.matrices)
-        all_gather = tuple(name for name in axes if name not in all_to_all)
-        return slots, slots * _shards_sent(mesh, all_to_all, all_gather, replica)
-
-    idle = [name for name in owners if name not in axes]
-    pairs = itertools.product(_subsets(axes), _subsets(idle))
-    all_to_all, replica = min(pairs, key=lambda pair: weight(*pair))
-    all_gather = tuple(name for name in axes if name not in all_to_all)
-    return all_to_all, all_gather, replica, weight(all_to_all, replica)[0]
-
-
-def _merged(mesh: Mapping[str, int], owners: Sequence[str], groups: list[Group], cost: Cost) -> list[Group]:
-    """Groups of nearly equal shapes merged by padding, where that fills empty slots."""
-
-    def total(group: Group) -> float:
-        return _slots(mesh, owners, group.matrices) * group.cost(mesh, cost)
-
+def _merged(mesh: Mapping[str, int], groups: list[Group], chooser: Chooser) -> list[Group]:
+    """Groups of nearly equal shapes merged by padding, where that takes less: it fills empty slots."""
     merged: list[Group] = []
-    for group in sorted(groups, key=lambda group: group.cost(mesh, cost), reverse=True):
+    for group in sorted(groups, key=lambda group: group.cost(mesh, chooser.cost), reverse=True):
         for k, large in enumerate(merged):
             both = _padded(large, group)
-            if both is not None and total(both) < total(large) + total(group):
+            if both is not None and chooser.effort(both) < chooser.effort(large) + chooser.effort(group):
                 merged[k] = both
                 break
         else:
@@ -295,46 +179,29 @@ def _padded(a: Group, b: Group) -> Group | None:
 def _in_rounds(
     mesh: Mapping[str, int], exchange: Exchange, groups: Sequence[Group], bytes_at_once: int
 ) -> Exchange:
-    rounds: list[list[tuple[int, int, int]]] = [[]]
+    rounds: list[list[Span]] = [[]]
     room = bytes_at_once
     for index, group in enumerate(groups):
-        size, first = math.prod(group.whole(mesh)) * max(4, exchange.dtype.itemsize), 0
-        while first < group.slots:
-            if room < size and rounds[-1]:
-                rounds.append([])
-                room = bytes_at_once
-            count = min(group.slots - first, max(1, room // size))
-            rounds[-1].append((index, first, first + count))
-            room -= count * size
-            first += count
+        for parts, end in ((1, group.slots), (group.parts, group.part_slots)):
+            shape, first = group.part(parts).whole(mesh), 0
+            numbers = math.prod(shape) + (2 * shape[0] ** 2 if parts > 1 else 0)  # X; R and Z of all rows
+            size = numbers * max(4, exchange.dtype.itemsize)
+            while first < end:
+                if room < size and rounds[-1]:
+                    rounds.append([])
+                    room = bytes_at_once
+                count = min(end - first, max(1, room // size))
+                rounds[-1].append(Span(index, first, first + count, parts))
+                room -= count * size
+                first += count
     return dataclasses.replace(exchange, groups=tuple(groups), rounds=tuple(map(tuple, rounds)))
-
-
-def _slots(mesh: Mapping[str, int], owners: Iterable[str], matrices: int) -> int:
-    return -(-matrices // devices(mesh, owners))  # (1)
-
-
-def _shards_sent(mesh: Mapping[str, int], all_to_all: Names, all_gather: Names, replica: Names) -> int:
-    """The local shards that a device sends for each slot (2)."""
-    a, g, r = (devices(mesh, names) for names in (all_to_all, all_gather, replica))
-    return (a * g - 1) + (a - 1) + a * (r - 1)
 
 
 def _least_sent(mesh: Mapping[str, int], axes: Names, owners: Sequence[str], group: Group) -> float:
     """The numbers that a device would send if the matrices were divided evenly."""
     replica = tuple(name for name in owners if name not in axes)
-    shards = _shards_sent(mesh, axes, (), replica)
+    shards = shards_sent(mesh, Roles(axes, (), replica))
     return group.matrices / devices(mesh, owners) * math.prod(group.local_shape) * shards
-
-
-def _in_order(mesh: Mapping[str, int], spec: Iterable[Names]) -> Names:
-    """All mesh axes of a spec, in the mesh's order."""
-    used = {*itertools.chain.from_iterable(spec)}
-    return tuple(name for name in mesh if name in used)
-
-
-def _subsets(names: Sequence[str]) -> list[Names]:
-    return [subset for n in range(len(names) + 1) for subset in itertools.combinations(names, n)]
 
 
 def _sent_dtype(dtype: np.dtype, comm_dtype: np.dtype | None) -> np.dtype:
@@ -342,7 +209,3 @@ def _sent_dtype(dtype: np.dtype, comm_dtype: np.dtype | None) -> np.dtype:
     if comm_dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         return dtype
     return min(dtype, np.dtype(comm_dtype), key=lambda x: x.itemsize)
-
-
-def _joined(spec: Sequence[Names], axes: Iterable[int]) -> Names:
-    return tuple(itertools.chain.from_iterable(spec[k] for k in axes))

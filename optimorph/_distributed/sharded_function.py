@@ -24,9 +24,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._core.target import Target, for_target
 from optimorph._distributed.exchange import execute
+from optimorph._distributed.groups import Leaf
+from optimorph._distributed.hardware import AUTO, Hardware, hardware_for
 from optimorph._distributed.hints import execute_by_hints
 from optimorph._distributed.map_by_shape import map_matrices
-from optimorph._distributed.placement import Leaf, place
+from optimorph._distributed.placement import place
+from optimorph._distributed.roles import cost_of, division_of
 from optimorph._distributed.shardings import (
     Sharding,
     Spec,
@@ -51,6 +54,7 @@ class ShardedFunction:
         is f(x) padded with zeros, as for polar factors.
       comm_dtype: the dtype of the data in collectives, if narrower than the arrays'.
       bytes_at_once: the most bytes of whole matrices that a device holds in one round.
+      divide: what decides whether a matrix is divided over devices, as `hardware_for` says.
     """
 
     f: Callable[[jax.Array], jax.Array]
@@ -58,6 +62,7 @@ class ShardedFunction:
     equivariant: bool = True
     comm_dtype: jnp.dtype | None = None
     bytes_at_once: int = 2**28
+    divide: str | Hardware = AUTO
 
     def __call__(
         self, arrays: Sequence[jax.Array], shardings: Sequence[Sharding] | None = None
@@ -75,7 +80,8 @@ class ShardedFunction:
             if shardings is None:
                 raise ValueError("inside jax.shard_map arrays are local shards: shardings must be given")
             specs = [spec_of(sharding, x.ndim, manual) for sharding, x in zip(shardings, arrays, strict=True)]
-            return self._of_shards(manual, specs, arrays, "invarying")
+            mesh = jax.sharding.get_abstract_mesh()
+            return self._of_shards(manual, mesh, specs, arrays, "invarying")
         if shardings is not None:
             return self._over(mesh_of(shardings), shardings, arrays)
         eager = all(not isinstance(x, Tracer) and len(x.devices()) == 1 for x in arrays)
@@ -88,20 +94,27 @@ class ShardedFunction:
         return map_matrices(self.f, self.forms, arrays, transpose=self.equivariant)
 
     def _of_shards(
-        self, mesh: Mapping[str, int], specs: Sequence[Spec], shards: Sequence[jax.Array], to: str
+        self,
+        sizes: Mapping[str, int],
+        mesh: Mesh | AbstractMesh,
+        specs: Sequence[Spec],
+        shards: Sequence[jax.Array],
+        to: str,
     ) -> list[jax.Array]:
         """One device's program: from its local shards to those of the results."""
+        hardware = hardware_for(self.divide, mesh)
         leaves = [
-            Leaf(whole_shape(mesh, spec, x.shape), form, spec, np.dtype(x.dtype))
+            Leaf(whole_shape(sizes, spec, x.shape), form, spec, np.dtype(x.dtype))
             for spec, form, x in zip(specs, self.forms, shards, strict=True)
         ]
         plan = place(
-            mesh,
+            sizes,
             leaves,
-            cost=getattr(self.f, "flops", lambda n, m: 2.0 * n * n * m),
+            cost=cost_of(self.f, hardware),
             equivariant=self.equivariant,
             comm_dtype=self.comm_dtype,
             bytes_at_once=self.bytes_at_once,
+            division=division_of(self.f, hardware),
         )
         return execute(plan, self.f, shards, equivariant=self.equivariant, to=to)
 
@@ -114,7 +127,7 @@ class ShardedFunction:
         def body(*shards):
             sizes = manual_axes()  # without the mesh axes that a vmap is over
             local_specs = [spec_of(spec, x.ndim, sizes) for spec, x in zip(specs, shards, strict=True)]
-            return tuple(self._of_shards(sizes, local_specs, shards, "varying"))
+            return tuple(self._of_shards(sizes, mesh, local_specs, shards, "varying"))
 
         run = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
         return [*run(*arrays)]
@@ -197,7 +210,7 @@ def _custom_partitioned(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.
         def local_program(digest, *shards):
             specs = [spec_of(s, x.ndim, mesh.shape) for s, x in zip(shardings, shards, strict=True)]
             with jax.enable_x64(x64):  # the compiler calls this outside the caller's context
-                return tuple(task._of_shards(mesh.shape, specs, shards, "varying"))
+                return tuple(task._of_shards(mesh.shape, mesh, specs, shards, "varying"))
 
         replicated = NamedSharding(mesh, PartitionSpec())
         return mesh, local_program, tuple(shardings), (replicated, *shardings)

@@ -42,6 +42,7 @@ def muon(
         `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
         `jax.shard_map` it must be said of what leaves are shards; `P()` is whole.
       comm_dtype: the dtype of the data in collectives, as that of `orthogonalize`.
+      divide: when a matrix is divided over several devices, as that of `orthogonalize`.
 
     Raises:
       ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.

@@ -10,6 +10,7 @@ from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND
 from optimorph._core.rule import Transform, rule_of
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Rules, ScalarOrSchedule
+from optimorph._distributed.hardware import AUTO, NEVER, Hardware
 from optimorph._recipes.optimizers import adamw
 from optimorph._recipes.route_matrices import routed
 from optimorph._recipes.state_storage import with_state_storage
@@ -39,6 +40,7 @@ class PolarArguments(MatrixArguments, total=False):
 
     orthogonalizer: Callable[[jax.Array], jax.Array] | None
     comm_dtype: DTypeLike | None
+    divide: str | Hardware
 
 
 def of_matrices(
@@ -57,6 +59,7 @@ def of_matrices(
     nu_dtype: DTypeLike | None = None,
     state: str | Rules | None = None,
     shardings: Rules | None = None,
+    divide: str | Hardware = NEVER,
 ) -> Transform:
     """words → scale by shape → decay → learning rate; AdamW for other leaves.
 
@@ -105,7 +108,7 @@ def of_matrices(
             weight_decay_form=weight_decay_form,
             state=state,
         )
-    tx = routed(who, matrices, others, axes, shardings, names, scale)
+    tx = routed(who, matrices, others, axes, shardings, names, scale, divide)
 
     def init(params):
         paths = leaf_paths(params)
@@ -123,6 +126,7 @@ def of_polar_factors(
     *words: optax.GradientTransformation,
     orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
     comm_dtype: DTypeLike | None = None,
+    divide: str | Hardware = AUTO,
     **arguments: Any,
 ) -> Transform:
     """`of_matrices`: average → orthogonalize → words.
@@ -131,11 +135,11 @@ def of_polar_factors(
       who: the name of the recipe.
       average: what is done to gradients.
       words: what is done to polar factors.
-      orthogonalizer: and `comm_dtype`: those of `muon`.
+      orthogonalizer: and `comm_dtype` and `divide`: those of `muon`.
       arguments: those of `of_matrices`.
     """
-    polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype)
-    return of_matrices(who, average, polar, *words, **arguments)
+    polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide)
+    return of_matrices(who, average, polar, *words, divide=divide, **arguments)
 
 
 def _moments(word: optax.GradientTransformation) -> list[str]:

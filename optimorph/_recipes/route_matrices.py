@@ -14,6 +14,7 @@ from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
+from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._distributed.shardings import Match
 from optimorph._routing.leaf_spec import INFERRED_HEAD, LeafSpec
 from optimorph._routing.output_layer import has_no_name
@@ -33,6 +34,7 @@ class Routes:
       names: of the transformations of matrices and of other leaves.
       scale: of a matrix's update by its shape.
       match: the user's rules of shardings, or None.
+      divide: what decides whether matrices are divided over devices.
     """
 
     resolve: Resolve
@@ -40,6 +42,7 @@ class Routes:
     names: tuple[str, str]
     scale: Any = None
     match: Match | None = None
+    divide: str | Hardware = AUTO
 
 
 def route_matrices(
@@ -77,6 +80,7 @@ def routed(
     shardings: Rules | None,
     names: tuple[str, str] = ("matrices", "others"),
     scale: Any = None,
+    divide: str | Hardware = AUTO,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
     check_transforms(who, matrices, others)
@@ -139,7 +143,7 @@ def routed(
         ), after
 
     tx = Transform(init, update)
-    tx.routes = Routes(resolve, axes, names, scale, match)
+    tx.routes = Routes(resolve, axes, names, scale, match, divide)
     return tx
 
 

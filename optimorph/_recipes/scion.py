@@ -7,6 +7,7 @@ import jax
 import optax
 
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule, Shape
+from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._recipes.moments import identity
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._recipes.route_matrices import routed
@@ -42,6 +43,7 @@ def scion(
     state: str | Rules | None = None,
     shardings: Rules | None = None,
     comm_dtype: DTypeLike | None = None,
+    divide: str | Hardware = AUTO,
 ) -> Recipe:
     """Scion: of the average gradient the direction of unit norm that descends most, ρ times as long.
 
@@ -66,7 +68,7 @@ def scion(
       weight_decay_form: as that of `adamw`.
       axes: how leaves read as matrices, as that of `muon`; embeddings (vocabulary, width) are read as "oi",
         as a head that shares them, and heads by their names, weights as "oi" and all others as "io".
-      orthogonalizer, mask, mu_dtype, state, shardings, comm_dtype: as those of `muon`.
+      orthogonalizer, mask, mu_dtype, state, shardings, comm_dtype, divide: as those of `muon`.
 
     Raises:
       ValueError: as `muon`; at `init`, an unknown norm.
@@ -79,12 +81,13 @@ def scion(
     """
     average = with_state_storage("scion", ema(momentum, dtype=mu_dtype), state, linear, mu_dtype=mu_dtype)
     step = decay_and_step("scion", learning_rate, weight_decay, mask, weight_decay_form)
-    lmo = _lmo(norms, orthogonalize(orthogonalizer, comm_dtype=comm_dtype))
+    lmo = _lmo(norms, orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide))
     matrices, others = (
         chain(average, direction, scale_by_rules(_radius(radius)), *step)
         for direction in (lmo, _over_rms("io"))  # (2-5), (6)
     )
-    return routed("scion", matrices, others, _with_tables(axes), shardings, ("scion", "rms"))
+    names = ("scion", "rms")
+    return routed("scion", matrices, others, _with_tables(axes), shardings, names, divide=divide)
 
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:

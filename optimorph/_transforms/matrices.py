@@ -11,6 +11,7 @@ import optax
 from optimorph._core.checks import dtype_name
 from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
+from optimorph._distributed.hardware import AUTO, Hardware, check_divide
 from optimorph._distributed.sharded_function import ShardedFunction
 from optimorph._distributed.shardings import local_shard, local_shard_spec, manual_axes, shardings_of
 from optimorph._routing.resolve import AxesOfLeaves
@@ -34,6 +35,7 @@ def orthogonalize(
     *,
     comm_dtype: DTypeLike | None = None,
     bytes_at_once: int = 2**28,
+    divide: str | Hardware = AUTO,
 ) -> optax.GradientTransformation:
     """Replace every matrix by its polar factor: the same singular vectors, all singular values 1.
 
@@ -54,6 +56,11 @@ def orthogonalize(
       comm_dtype: the dtype of the data in collectives, if narrower than the gradients'. bfloat16 halves the
         bytes; each number is rounded to 8 bits before the iteration and once more after it.
       bytes_at_once: the most bytes of whole matrices that a device holds in one round, of two in flight.
+      divide: when a matrix is divided over several devices, of which each computes some columns, and which
+        send each other partial products. "auto": for the matrices that would leave devices idle, where that
+        takes less time by the published numbers of the mesh's devices; "v5e", "v5p", "v6e", "H100", "H200",
+        "cpu" or a `Hardware`: by those numbers; "never". `optimorph.plan(mesh=)` says what is expected. With
+        sharding hints no matrix is divided, nor by an orthogonalizer other than `linalg.NewtonSchulz`.
 
     Raises:
       ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides; at `update`,
@@ -77,6 +84,7 @@ def orthogonalize(
             f"{who}: comm_dtype must be one of {[*_COMM_DTYPES]}, but is {comm_dtype!r}. Type "
             "comm_dtype='bfloat16': a narrower exponent would lose small gradients."
         )
+    check_divide(who, divide)
     comm = None if comm_dtype is None else jnp.dtype(comm_dtype)
     own = AxesOfLeaves(who, axes, shardings)
 
@@ -94,7 +102,7 @@ def orthogonalize(
         matrices = [jnp.asarray(gs[k]) for k in chosen]
         paths = [leaves.paths[k] for k in chosen] if match is not None or manual_axes() else []
         given = shardings_of(who, match, paths, matrices)
-        sharded = ShardedFunction(polar, tuple(chosen.values()), equivariant, comm, bytes_at_once)
+        sharded = ShardedFunction(polar, tuple(chosen.values()), equivariant, comm, bytes_at_once, divide)
         factors = sharded(matrices, given) if matrices else []  # (1)
         for k, factor in zip(chosen, factors, strict=True):
             gs[k] = factor

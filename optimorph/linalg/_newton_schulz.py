@@ -25,6 +25,7 @@ from optimorph.linalg._coefficients import (
     checked_row,
 )
 from optimorph.linalg._polar_express import polar_express
+from optimorph.linalg._shared_columns import Neighbours, Work, normalize_columns, polar_of_columns, work
 from optimorph.linalg._symmetric import Symmetric, apply, blocked, combine, gram, identity, multiply
 
 Stack = Inexact[Array, "*batch n m"]
@@ -128,10 +129,23 @@ class NewtonSchulz:
         x = y.reshape(x.shape).astype(g.dtype)
         return with_type_of(x.mT.conj() if tall else x, g)
 
-    def flops(self, n: int, m: int) -> float:
+    def flops(self, n: int, m: int, platform: str = "") -> float:
         """Multiplications and additions for one float32 matrix n x m, n ≤ m, without blocks."""
-        restarts = _restarts(self, (n, m), self.dtype_on(jnp.dtype(jnp.float32), ""), False)
+        restarts = _restarts(self, (n, m), self.dtype_on(jnp.dtype(jnp.float32), platform), False)
         return 2.0 * operations((n, m), self.table.rows, restarts, False)
+
+    def of_columns(self, g: Stack, neighbours: Neighbours) -> Stack:
+        """The own columns of the factors of matrices n x m, n ≤ m, whose columns are divided over devices."""
+        x, largest = rescale(g)
+        x = normalize_columns(x, largest, neighbours)  # (1)
+        (y,) = for_target(_of_columns, (self, neighbours), x, results=1)
+        return y.astype(g.dtype)
+
+    def work(self, n: int, m: int, size: int, repeat: bool, platform: str = "") -> Work:
+        """What `of_columns` does for one float32 matrix that so many devices share."""
+        dtype = self.dtype_on(jnp.dtype(jnp.float32), platform)
+        restarts = _restarts(self, (n, m), dtype, False)
+        return work((n, m), self.table.rows, restarts, size, repeat, dtype.itemsize)
 
     def _iterations(self, target: Target, stack: jax.Array) -> list[jax.Array]:
         """(2) or (3) of normalized matrices, in the dtype and the form that suit the target."""
@@ -154,6 +168,15 @@ class NewtonSchulz:
             return jnp.dtype(self.dtype)
         fast = FAST_DTYPES.get(platform)
         return fast if fast is not None and own == jnp.float32 and _safe(self.table, fast) else own
+
+
+def _of_columns(about: tuple[NewtonSchulz, Neighbours], target: Target, x: jax.Array) -> list[jax.Array]:
+    """(2) or (3) of normalized matrices, of which x are the own columns, in the dtype for the target."""
+    method, neighbours = about
+    dtype, shape = method.dtype_on(x.dtype, target.platform), (x.shape[1], x.shape[2] * neighbours.size)
+    restarts = _restarts(method, shape, dtype, False)
+    y = polar_of_columns(x.astype(dtype), method.table.rows, restarts, method.precision, neighbours)
+    return [y.astype(x.dtype)]
 
 
 def normalize(g: jax.Array) -> jax.Array:

@@ -37,6 +37,9 @@ FORMS = [
     ]
 ]
 POLAR = NewtonSchulz(steps=2)
+FREE = om.Hardware("cpu", 1.0, 1e30, 1e30, 8, 1e-30)
+"""Devices for which sending takes no time: matrices are divided as finely as the work can be."""
+
 BLOCKS = {form: [axis.times * sum(axis.blocks) for axis in form.parts] for form in FORMS}
 
 
@@ -63,8 +66,13 @@ def trees(draw):
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=25, derandomize=True)
-@given(tree=trees(), mode=st.sampled_from([AxisType.Auto, AxisType.Explicit]), small=st.booleans())
-def test_any_leaves(tree, mode, small):
+@given(
+    tree=trees(),
+    mode=st.sampled_from([AxisType.Auto, AxisType.Explicit]),
+    small=st.booleans(),
+    divide=st.sampled_from(["auto", FREE]),
+)
+def test_any_leaves(tree, mode, small, divide):
     sizes, kinds = tree
     count = int(np.prod(sizes))
     names = NAMES[: len(sizes)]
@@ -73,7 +81,7 @@ def test_any_leaves(tree, mode, small):
     g = {f"w{k}": rng.standard_normal(shape) for k, (shape, _, _) in enumerate(kinds)}
     axes = {f"w{k}": form for k, (_, form, _) in enumerate(kinds)}
     at_once = 1 if small else 2**28
-    tx = om.orthogonalize(POLAR, axes, bytes_at_once=at_once)
+    tx = om.orthogonalize(POLAR, axes, bytes_at_once=at_once, divide=divide)
     places = {f"w{k}": NamedSharding(mesh, spec) for k, (_, _, spec) in enumerate(kinds)}
     update = jax.jit(lambda g: tx.update(g, optax.EmptyState())[0])
     got = update({n: jax.device_put(x, places[n]) for n, x in g.items()})

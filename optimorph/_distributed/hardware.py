@@ -1,0 +1,89 @@
+"""What devices can do: from this follows which matrices are divided over several of them."""
+
+import dataclasses
+
+from jax.sharding import AbstractMesh, Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What one device of a mesh can do.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      flops: multiplications and additions a second, in products of matrices in the dtype of the iteration.
+      bytes_near: bytes a second that it sends to devices of its node.
+      bytes_far: bytes a second that it sends to other nodes.
+      node: the number of devices of a node. Devices that follow each other in the mesh share one.
+      seconds: that a collective takes at least.
+
+    Raises:
+      ValueError: a number that is not positive.
+    """
+
+    platform: str
+    flops: float
+    bytes_near: float
+    bytes_far: float
+    node: int
+    seconds: float = 1e-5
+
+    def __post_init__(self):
+        """Refuse what no device is."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is not str and not value > 0:
+                raise ValueError(f"Hardware: {field.name} must be positive, but is {value!r}.")
+
+    def bytes_over(self, span: int) -> float:
+        """Bytes a second between devices of which the first and the last are so far apart in the mesh."""
+        return self.bytes_near if span <= self.node else self.bytes_far
+
+
+HARDWARE = {
+    # Peaks in bfloat16, and links to two neighbours along one axis of the torus: a quarter or a sixth of the
+    # bandwidth of a chip each. Between pods, the network of the data center. cloud.google.com/tpu/docs: v5e,
+    # v5p, v6e (197, 459, 918 Tflop/s; 200, 600, 400 GB/s each way; 25, 50, 100 Gb/s between pods).
+    "v5e": Hardware("tpu", 197e12, 100e9, 3.1e9, 256),
+    "v5p": Hardware("tpu", 459e12, 200e9, 6.25e9, 8960),
+    "v6e": Hardware("tpu", 918e12, 200e9, 12.5e9, 256),
+    # Peaks in float16 without sparsity, NVLink each way, and one 400 Gb/s port a GPU between nodes of eight:
+    # NVIDIA's data sheets of H100 SXM, H200 SXM and DGX H100.
+    "H100": Hardware("gpu", 989e12, 450e9, 50e9, 8, 2e-5),
+    "H200": Hardware("gpu", 989e12, 450e9, 50e9, 8, 2e-5),
+    # A few cores in float32 and their memory; not of any data sheet.
+    "cpu": Hardware("cpu", 100e9, 5e9, 1e9, 64, 2e-4),
+}
+"""Name → published numbers."""
+
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "NVIDIA H100": "H100",
+    "NVIDIA H200": "H200",
+    "cpu": "cpu",
+}
+"""How the kinds of devices begin → the name in the table."""
+
+
+AUTO, NEVER = "auto", "never"
+
+
+def hardware_for(divide: str | Hardware, mesh: Mesh | AbstractMesh) -> Hardware | None:
+    """What decides whether matrices are divided: "auto" for what is known of the mesh's devices; or None."""
+    if isinstance(divide, Hardware) or divide != AUTO:
+        return divide if isinstance(divide, Hardware) else HARDWARE.get(divide)
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    kind = "" if device is None else device.device_kind
+    return next((HARDWARE[name] for start, name in _KINDS.items() if kind.startswith(start)), None)
+
+
+def check_divide(who: str, divide: object) -> None:
+    """Refuse what `hardware_for` does not know."""
+    names = (AUTO, NEVER, *HARDWARE)
+    if not (isinstance(divide, Hardware) or (isinstance(divide, str) and divide in names)):
+        raise ValueError(
+            f"{who}: divide must be one of {', '.join(map(repr, names))}, or a Hardware, but is {divide!r}."
+        )
