@@ -72,9 +72,9 @@ AUTO, NEVER = "auto", "never"
 
 
 def hardware_for(divide: str | Hardware, mesh: Mesh | AbstractMesh) -> Hardware | None:
-    """What decides whether matrices are divided: "auto" for what is known of the mesh's devices; or None."""
-    if isinstance(divide, Hardware) or divide != AUTO:
-        return divide if isinstance(divide, Hardware) else HARDWARE.get(divide)
+    """The numbers given or named, or else those of the mesh's devices; None if these are not known."""
+    if isinstance(divide, Hardware) or divide in HARDWARE:
+        return divide if isinstance(divide, Hardware) else HARDWARE[divide]
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
     kind = "" if device is None else device.device_kind
     return next((HARDWARE[name] for start, name in _KINDS.items() if kind.startswith(start)), None)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._distributed.groups import Leaf
-from optimorph._distributed.hardware import Hardware, hardware_for
+from optimorph._distributed.hardware import NEVER, Hardware, hardware_for
 from optimorph._distributed.placement import Placement, place
 from optimorph._distributed.roles import cost_of, division_of
 from optimorph._distributed.shardings import Match, misfit, spec_of
@@ -29,7 +29,7 @@ class MeshPlan:
       divided: the number of matrices that are divided over several devices.
       inside: bytes that a device sends within the iterations of those.
       collectives: within these iterations.
-      hardware: by whose numbers they are divided; None if nothing is known of the devices.
+      hardware: the numbers of the devices; None if nothing is known of the devices.
       seconds: expected by these numbers, of products and of sending, one after the other.
     """
 
@@ -118,7 +118,7 @@ def plan_mesh(
         else "custom_partitioning"
     )
     hardware, method = hardware_for(divide, mesh), NewtonSchulz()
-    division = None if way == "hints" else division_of(method, hardware)
+    division = division_of(method, hardware, divide != NEVER and way != "hints")
     found: Placement = place(sizes, matrices, cost=cost_of(method, hardware), division=division)
     return MeshPlan(
         tuple(sizes.items()),
@@ -130,7 +130,7 @@ def plan_mesh(
         found.divided,
         found.inside,
         found.collectives,
-        None if division is None else hardware,
+        hardware,
         found.seconds,
     )
 

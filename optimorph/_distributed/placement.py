@@ -103,7 +103,8 @@ def place(
       bytes_at_once: the most bytes of whole matrices that a device holds in one round; one may exceed it.
       division: what decides whether matrices are divided; without it, and if not equivariant, none is.
     """
-    division = division if equivariant else None
+    if division is not None and not equivariant:
+        division = dataclasses.replace(division, work=None)
     alike: dict[Any, list[Group]] = {}
     for group, batch_axes, dtype in groups_of(mesh, leaves, equivariant):
         alike.setdefault((batch_axes, in_order(mesh, group.mesh_axes), dtype), []).append(group)

@@ -38,11 +38,12 @@ class Division:
     """What decides whether matrices are divided.
 
     Args:
-      work: (n, m, parts, repeat) → what a device does for one matrix that so many share.
+      work: (n, m, parts, repeat) → what a device does for one matrix that so many share; None if none is
+        divided, and only the time is asked.
       hardware: what devices can do.
     """
 
-    work: Callable[[int, int, int, bool], Work]
+    work: Callable[[int, int, int, bool], Work] | None
     hardware: Hardware
 
 
@@ -103,7 +104,7 @@ class Chooser:
       owners: those, and the ones over which the leaves are replicated.
       itemsize: that of numbers in collectives.
       cost: flops of one matrix.
-      division: what decides whether matrices are divided; None if none is.
+      division: what decides whether matrices are divided; None if nothing is known of the hardware.
     """
 
     mesh: Mapping[str, int]
@@ -125,7 +126,7 @@ class Chooser:
         choices = [Roles(a, tuple(name for name in self.axes if name not in a), r) for a, r in pairs]
         roles = min(choices, key=weight)
         whole = self._loaded(dataclasses.replace(group, slots=weight(roles)[0]), roles)
-        if self.division is None or group.form.spec != "bio":
+        if self.division is None or self.division.work is None or group.form.spec != "bio":
             return whole
         divided = [self._loaded(x, roles) for roles in choices for x in _divided(self.mesh, roles, group)]
         divided = [choice for choice in divided if choice.load.flops < whole.load.flops]
@@ -144,8 +145,9 @@ class Chooser:
         if division is None:
             return Placed(group, roles, Load(flops, sent))
         hardware, inside, collectives, sharing = division.hardware, 0.0, 0, 0.0
-        if group.part_slots:
-            work = division.work(*group.whole(mesh), group.parts, group.repeat)
+        if group.part_slots and division.work is not None:
+            n, m = group.whole(mesh)
+            work = division.work(n, m, group.parts, group.repeat)
             flops += group.part_slots * work.flops
             inside, collectives = group.part_slots * work.bytes, work.collectives
             sharing = inside / hardware.bytes_over(_extent(mesh, roles.owners, group.parts))
@@ -174,10 +176,12 @@ def cost_of(f: Callable[..., Any], hardware: Hardware | None) -> Cost:
     return getattr(f, "flops", lambda n, m: 2.0 * n * n * m)
 
 
-def division_of(f: Callable[..., Any], hardware: Hardware | None) -> Division | None:
-    """What decides, for a function of matrices; None if it is not known, or cannot be divided."""
-    if hardware is None or not isinstance(f, NewtonSchulz):
+def division_of(f: Callable[..., Any], hardware: Hardware | None, divide: bool = True) -> Division | None:
+    """What decides for a function of matrices, of which only `NewtonSchulz` can be divided."""
+    if hardware is None:
         return None
+    if not divide or not isinstance(f, NewtonSchulz):
+        return Division(None, hardware)
     return Division(functools.partial(f.work, platform=hardware.platform), hardware)
 
 
@@ -204,7 +208,7 @@ def _divided(mesh: Mapping[str, int], roles: Roles, group: Group) -> Iterable[Gr
 def _extent(mesh: Mapping[str, int], names: Names, count: int) -> int:
     """How far apart in the mesh the first and the last of some owners are that follow each other."""
     extent, stride, strides = 1, 1, {}
-    for name in reversed(mesh):
+    for name in reversed([*mesh]):
         strides[name], stride = stride, stride * mesh[name]
     for name in reversed(names):
         extent += (min(mesh[name], count) - 1) * strides[name]

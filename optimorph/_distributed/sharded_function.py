@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from optimorph._core.target import Target, for_target
 from optimorph._distributed.exchange import execute
 from optimorph._distributed.groups import Leaf
-from optimorph._distributed.hardware import AUTO, Hardware, hardware_for
+from optimorph._distributed.hardware import AUTO, NEVER, Hardware, hardware_for
 from optimorph._distributed.hints import execute_by_hints
 from optimorph._distributed.map_by_shape import map_matrices
 from optimorph._distributed.placement import place
@@ -114,7 +114,7 @@ class ShardedFunction:
             equivariant=self.equivariant,
             comm_dtype=self.comm_dtype,
             bytes_at_once=self.bytes_at_once,
-            division=division_of(self.f, hardware),
+            division=division_of(self.f, hardware, self.divide != NEVER),
         )
         return execute(plan, self.f, shards, equivariant=self.equivariant, to=to)
 
