@@ -10,8 +10,10 @@ import numpy as np
 from jax.core import Tracer
 
 from optimorph import _state_slots as kinds
+from optimorph._carry_leaves import Place
 from optimorph._carry_report import CONVERTED, DROPPED, FRESH, KEPT, CarryRow
 from optimorph._core.numbers import cast_like
+from optimorph._core.types import Shape
 from optimorph._state_slots import Part, Slot, is_known_zero, is_number
 from optimorph._storage.stored import Stored
 
@@ -52,10 +54,18 @@ class Origin(NamedTuple):
 
 
 class Match:
-    """Which arrays of the old state belong where in the new one."""
+    """Which arrays of the old state belong where in the new one.
 
-    def __init__(self, held: list[Slot], wanted: list[Slot], grown: bool, strict: bool):
-        self.held, self.wanted, self.grown, self.strict = held, wanted, grown, strict
+    Args:
+      held: those of the old state.
+      wanted: those of the new state.
+      fresh: the paths of leaves that begin anew.
+      place: path, and the shape of the old part → where it is in the new one, as an index; None if nowhere.
+      strict: whether a moment is no other kind of moment.
+    """
+
+    def __init__(self, held: list[Slot], wanted: list[Slot], fresh: set[str], place: Place, strict: bool):
+        self.held, self.wanted, self.fresh, self.place, self.strict = held, wanted, fresh, place, strict
         self.moments = {_key(slot): slot for slot in held if not slot.scalar}
         self.scalars: dict[str, list[Slot]] = {}
         for slot in held:
@@ -89,6 +99,8 @@ class Match:
 
     def _moment(self, slot: Slot) -> Origin:
         """Where a leaf's array comes from."""
+        if slot.moment and slot.path in self.fresh:
+            return Origin(FRESH, "as asked for")
         source = self.moments.get(_key(slot))
         also = ALSO.get(slot.kind)
         if source is None and also and not self.strict:
@@ -104,11 +116,15 @@ class Match:
         if old == new:
             return Origin(CONVERTED if why else KEPT, why, False, lambda start: copy(), False, (source,))
         larger = len(old) == len(new) and all(a <= b for a, b in zip(old, new, strict=True))
-        if not larger or not self.grown:
+        place = self.place(slot.path, old) if larger else None
+        if place is None:
             hint = ". Type grown=True to keep the old part" if larger else ""
             return Origin(FRESH, f"of shape {old} in the state, but tx wants {new}{hint}", slot.moment)
+        if (found := _shape_at(place, new)) != old:
+            why = f"of shape {old} in the state, but its place in {new} has shape {found}"
+            return Origin(FRESH, why, slot.moment)
         why = ", ".join([f"grown from {old} to {new}", *([why] if why else [])])
-        grow = functools.partial(_grown, source.array, slot.array)
+        grow = functools.partial(_grown, source.array, slot.array, place)
         return Origin(CONVERTED, why, slot.moment, grow, True, (source,))
 
     def _scalar(self, slot: Slot) -> Origin:
@@ -119,6 +135,8 @@ class Match:
             return self._correction(slot)
         parts = list(dict.fromkeys(source.part for new, source in self.kept if _inside(new.part, slot.part)))
         found = self._at(slot, slot.kind, parts)
+        if not found and slot.kind == kinds.WEIGHT and (count := self._at(slot, kinds.WINDOW, parts)):
+            return _of_counts(slot, count)._replace(fate=CONVERTED, why=f"of the {kinds.WINDOW}", sources=())
         if found or slot.kind not in SCHEDULES:
             return _of_counts(slot, found) if found else Origin(FRESH, "of tx")
         return self._other_count(slot, parts) or Origin(FRESH, "the state counts nothing")
@@ -173,7 +191,10 @@ class Match:
             own = slot.kind == kinds.STEPS and slot.home
             again = any(other.kind == slot.kind for other in self.wanted) and not own
             return NO_PLACE + _advice(slot), bool(used or not own) and not again
-        if slot.kind in (kinds.WINDOW, kinds.WINDOW_MEAN):
+        if slot.kind == kinds.WEIGHT and any(other.kind == kinds.WINDOW for other in self.wanted):
+            counts = [count.array for count in self.scalars[kinds.WINDOW]]
+            return "in tx the gradients have equal weights", not _all_equal([slot.array, *counts])
+        if slot.kind in (kinds.WINDOW, kinds.WEIGHT, kinds.WINDOW_MEAN):
             full = not all(is_known_zero(count.array) for count in self.scalars.get(kinds.WINDOW, []))
             why = "gradients of a window that is not full" if full else "the window is empty"
             return why, full and slot.kind == kinds.WINDOW_MEAN
@@ -235,10 +256,18 @@ def _copy(array: Any, like: Any) -> Any:
     return like.encoding(jnp.array(cast_like(_decoded(array), like)))
 
 
-def _grown(array: Any, like: Any, start: Any) -> Any:
-    """`start` with `array` in its first rows and columns."""
+def _grown(array: Any, like: Any, place: Any, start: Any) -> Any:
+    """`start` with `array` in its place."""
     whole, part = _decoded(start), _decoded(array)
-    return _copy(whole.at[tuple(map(slice, part.shape))].set(cast_like(part, whole)), like)
+    return _copy(whole.at[place].set(cast_like(part, whole)), like)
+
+
+def _shape_at(place: Any, shape: Shape) -> Shape | None:
+    """The shape of what is at a place in an array; None where there is no such place."""
+    try:
+        return np.broadcast_to(np.int8(0), shape)[place].shape
+    except IndexError:
+        return None
 
 
 def _change(source: Slot, slot: Slot) -> str:

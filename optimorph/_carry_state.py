@@ -1,6 +1,7 @@
 """The state of one optimizer as that of another: a run changes in mid-training."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,14 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._carry_leaves import (
+    WHO,
+    chosen,
+    leaves_of,
+    new_names,
+    places,
+    to_the_devices_of,
+    under_old_names,
+    with_name,
+)
 from optimorph._carry_match import Match
 from optimorph._carry_report import CarryReport
 from optimorph._core.checks import abbreviated
-from optimorph._core.types import PyTree
+from optimorph._core.types import Mask, PyTree
 from optimorph._state_slots import Slot, owners, slots
 from optimorph._storage.stored import Codecs, Stored, codecs_of, with_stored, without_stored
-
-WHO = "carry_state"
 
 
 def carry_state(
@@ -24,7 +33,9 @@ def carry_state(
     params: PyTree,
     *,
     written_by: optax.GradientTransformation | None = None,
-    grown: bool = False,
+    renamed: Mapping[str, str] | Callable[[str], str] | None = None,
+    fresh: Mask = False,
+    grown: bool | Mapping[str, Any] = False,
     strict: bool = False,
 ) -> tuple[PyTree, CarryReport]:
     """Go on with another optimizer, other parameters or other storage, and keep what the state knows.
@@ -65,18 +76,30 @@ def carry_state(
     both have are kept as they are in `state`, because they may have been set there. A window of `multi_steps`
     that is not full goes on in `multi_steps` and is dropped without it. Numbers of probes begin anew.
 
-    The arrays are copies, which may be donated. Inside `jax.jit` none is made: return the state alone. A
+    The arrays are copies, which may be donated. If they are on other devices than the parameters they are
+    moved there: moments are divided as their parameters are, and counts are on every device. On the same
+    devices each stays divided as it is. Inside `jax.jit` no report is made: return the state alone. A
     checkpoint must be restored into what its own `init` made, because its types say what it holds. One of
     version 0.1.0, where constant rates had no state, is restored into `tx.init(params)` with
-    `optax.EmptyState()` in place of `LearningRateState` and `DecayState`.
+    `optax.EmptyState()` in place of `LearningRateState` and `DecayState`; one of `multi_steps` that had no
+    weight with `weight=None`.
+
+    To begin some leaves anew in an optimizer that stays as it is:
+
+        state, _ = carry_state(state, tx, params, written_by=tx, fresh={"head/*": True, "*": False})
 
     Args:
       state: any state of an optimizer of this library or of optax.
       tx: the optimizer that the run goes on with.
       params: what `tx` is to update, or their shapes.
       written_by: the optimizer that made `state`; needed if `state` has moments in codes.
-      grown: where a leaf's axes have grown, keep the old part of its moments, which comes first, and begin
-        the rest anew. Otherwise a moment of another shape is fresh.
+      renamed: path in the state → path in the parameters, as a function or a mapping. A mapping has paths or
+        their beginnings, of which the first that matches is exchanged: `{"encoder": "backbone/encoder"}`.
+      fresh: leaves whose moments begin anew, as `add_decayed_weights` takes a mask.
+      grown: where a leaf's axes have grown, keep the old part of its moments and begin the rest anew. True:
+        the old part comes first. A mapping from patterns of paths says where it is, as a NumPy index:
+        `{"head/kernel": np.s_[:, 6:], "layers/*": np.s_[[0, 1, 3, 4]]}`. Otherwise a moment of another shape
+        is fresh.
       strict: refuse to lose anything that updates depend on, and to take a moment for one of another kind.
 
     Returns:
@@ -84,10 +107,13 @@ def carry_state(
 
     Raises:
       ValueError: with `strict`, arrays that `tx` wants and `state` lacks or the other way round, by path, or
-        that differ in shape; codes without `written_by`, or of other codecs; states whose types are lost.
+        that differ in shape; codes without `written_by`, or of other codecs; states whose types are lost;
+        new names that no leaf of the state or two leaves would have.
     """
     blank, codecs = codecs_of(tx, params)
-    held = slots(with_stored(state, _codecs_of_state(written_by, params)))
+    name = new_names(renamed, leaves_of(slots(state)))
+    before = params if renamed is None else under_old_names(params, leaves_of(slots(state)), name)
+    held = slots(with_stored(state, _codecs_of_state(written_by, before)))
     in_codes = [slot for slot in held if isinstance(slot.array, Stored) and not slot.array.readable]
     if in_codes and written_by is None:
         raise ValueError(
@@ -97,7 +123,9 @@ def carry_state(
         )
     stored = with_stored(blank, codecs)
     wanted = slots(stored)
-    match = Match(held, wanted, grown, strict)
+    move = to_the_devices_of(params)
+    held = [move(with_name(slot, name)) for slot in held]
+    match = Match(held, wanted, chosen(fresh, params), places(grown, params), strict)
     report = CarryReport(tuple(dict.fromkeys([*match.rows(), *match.dropped()])))
     if strict and report.lost:
         lines = [f"{row.name}: {row.why}" for row in report.lost]

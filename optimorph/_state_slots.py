@@ -22,9 +22,10 @@ FIRST, SECOND, MEAN = "first moment", "second moment", "mean of a centered RMSpr
 AVERAGE, VELOCITY, TOTAL = roles.AVERAGE.name, roles.VELOCITY.name, roles.TOTAL.name
 STEPS, DAMPED = "count for bias correction", "count for dampening"
 RATE, DECAY = "count of a learning rate schedule", "count of a decay schedule"
-WINDOW_MEAN, WINDOW, WINDOWS = (
+WINDOW_MEAN, WINDOW, WEIGHT, WINDOWS = (
     "mean of multi_steps",
     "gradients in the window of multi_steps",
+    "weight of the window of multi_steps",
     "steps of multi_steps",
 )
 SKIPPED, IN_A_ROW = "skipped steps", "consecutive skipped steps"

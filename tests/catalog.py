@@ -73,6 +73,28 @@ def with_a_nan(every):
     return optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), update)
 
 
+WEIGHTS = (2.0, 1.0, 0.0, 0.0, 3.0, 2.0, 1.0, 5.0)
+FLUSHED = (3, 4)
+
+
+def weighed(tx):
+    """Gives every gradient a weight, and ends windows."""
+
+    def update(updates, state, params=None):
+        count, inner = state
+        weight = jnp.asarray(WEIGHTS)[count % len(WEIGHTS)]
+        flush = jnp.isin(count % len(WEIGHTS), jnp.asarray(FLUSHED, jnp.int32))
+        updates, inner = tx.update(updates, inner, params, weight=weight, flush=flush)
+        return updates, (count + 1, inner)
+
+    return optax.GradientTransformation(lambda params: (jnp.zeros([], jnp.int32), tx.init(params)), update)
+
+
+def of_four(path, shape):
+    """A mask."""
+    return shape[-1:] == (4,)
+
+
 def of_matrices(params):
     """A mask."""
     return jax.tree.map(lambda w: jnp.ndim(w) == 2, params)
@@ -590,6 +612,13 @@ RECIPES = [
 ]
 
 MORE = [  # recipes under other arguments, which have no other states
+    Entry(
+        "multi_steps-weights",
+        lambda om: optax.chain(with_a_nan(3), weighed(om.multi_steps(om.ema(0.9), 3, maximum=of_four))),
+        lambda: papers.with_a_nan(
+            papers.multi_steps(papers.ema(0.9), 3, WEIGHTS, FLUSHED, lambda g: g.shape[-1:] == (4,)), 3
+        ),
+    ),
     Entry(
         "adamw-corrected-schedule",
         lambda om: om.adamw(linear(0.1, -0.004), eps=1e-2, weight_decay=0.2, weight_decay_form="corrected"),

@@ -167,18 +167,21 @@ def aligned(g, w):
     return np.where(np.real(g * np.conj(w)) >= 0, w, 0)
 
 
-def multi_steps(rule, k):
-    total, n, steps = 0.0, 0, 0
+def multi_steps(rule, k, weights=(1.0,), flushed=(), by_maximum=lambda g: False):
+    total, largest, weight, n, steps, t = 0.0, None, 0.0, 0, 0, 0
 
     def step(g, w):
-        nonlocal total, n, steps
-        if not np.all(np.isfinite(g)):
+        nonlocal total, largest, weight, n, steps, t
+        each, flush, t = weights[t % len(weights)], t % len(weights) in flushed, t + 1
+        if each > 0 and np.all(np.isfinite(g)):
+            total, weight = total + each * g, weight + each
+            largest = g if largest is None else np.maximum(largest, g)
+        n += each == 0 or bool(np.all(np.isfinite(g)))
+        if weight == 0 or not (flush or n >= (k(steps) if callable(k) else k)):
             return 0 * w
-        total, n = total + g, n + 1
-        if n < (k(steps) if callable(k) else k):
-            return 0 * w
-        mean, total, n, steps = total / n, 0.0, 0, steps + 1
-        return rule(mean, w)
+        found = largest if by_maximum(g) else total / weight
+        total, largest, weight, n, steps = 0.0, None, 0.0, 0, steps + 1
+        return rule(found, w)
 
     return step
 

@@ -29,6 +29,7 @@ FLOORS = {
     "theory": 3,
     "_storage": 4,
     "_recipes": 5,
+    "_carry_leaves": 5,
     "_carry_match": 5,
     "_carry_report": 5,
     "_carry_state": 5,

@@ -47,6 +47,7 @@ RANGES = {
     "smoothness": _POSITIVE,
     "strong_convexity": _POSITIVE,
     "threshold": ("finite and above 0", lambda x: 0 < x < np.inf, "100.0"),
+    "weight": ("finite and at least 0", lambda x: 0 <= x < np.inf, "1.0"),
     "weight_decay": _NOT_NEGATIVE,
 }
 """Every hyperparameter's range, by its name: the same name means the same thing everywhere."""

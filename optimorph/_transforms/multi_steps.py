@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_dtypes, check_schedule, check_transforms, is_integer
+from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, check_transforms, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import (
@@ -18,25 +18,30 @@ from optimorph._core.numbers import (
     full_like,
     increment,
     is_absent,
+    is_array,
+    is_trainable,
     upcast,
     with_type_of,
 )
 from optimorph._core.roles import Role, holds, scalar
-from optimorph._core.rule import aligned, arrays, map_updates
-from optimorph._core.types import DTypeLike, PyTree
+from optimorph._core.rule import Leaves, aligned, arrays, map_updates
+from optimorph._core.types import DTypeLike, Mask, PyTree
 from optimorph._distributed.shardings import manual_axes
+from optimorph._routing.rules import masked_leaves, warn_unused_mask
 
 
 class MultiStepsState(NamedTuple):
-    """The inner state, the mean of the gradients so far, how many they are, and the steps taken."""
+    """The inner state, the mean of the gradients so far, their number and weight, and the steps taken."""
 
     inner: Any
     mean: PyTree
     count: jax.Array
+    weight: jax.Array
     steps: jax.Array
     roles = holds(
         mean=Role("mean of multi_steps", tree=True),
         count=scalar("gradients in the window of multi_steps"),
+        weight=scalar("weight of the window of multi_steps"),
         steps=scalar("steps of multi_steps"),
     )
 
@@ -45,96 +50,127 @@ def multi_steps(
     inner: optax.GradientTransformation,
     every_k: int | Callable[[Any], Any],
     *,
+    maximum: Mask = False,
     accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Give a transformation the mean of every k gradients; between them the updates are zero.
 
-        n ← n + 1,  ḡ ← ḡ + (g - ḡ) / n          (1)
-        u, s ← inner(ḡ, s)  and  n, ḡ ← 0, 0      (2)  if n ≥ k
-        u ← 0                                     (3)  otherwise
+        n ← n + 1,  W ← W + w,  ḡ ← ḡ + (w / W) (g - ḡ)    (1)
+        u, s ← inner(ḡ, s)  and  n, W, ḡ ← 0, 0, 0         (2)  if n ≥ k, or to flush, and W > 0
+        u ← 0                                              (3)  otherwise
 
-    The numbers are those of `optax.MultiSteps`, and the rest is not. `inner` is computed at every kth
-    gradient alone, and sees their mean in float32 or wider, however narrow they are. With k = 1 it is `inner`
-    itself, without a buffer for the mean of one. And a gradient with a NaN or an infinity in it is left out
-    as if it had never come: the step waits for another in its place. (With k = 1 it reaches `inner`: put
-    `skip_nonfinite` around, whatever k is, and what is left out is counted as well.) Inside `jax.shard_map` a
-    gradient is left out on all devices if it is so on one: they step together. A leaf may be None in all k
-    gradients, or in none. A state inside with a method `observe(sound, **extra)` is handed the extra
-    arguments of the gradients between steps: `clip_attention_logits` keeps the largest logits.
+    Two more arguments may be given to `update`:
+
+        updates, state = tx.update(gradients, state, params, weight=tokens, flush=last)
+
+    `weight` is w, a number of at least 0; without it, 1. If a loss is a mean over tokens, and w their number,
+    ḡ is the gradient of the mean over all tokens of the k microbatches. With a weight of 0 a gradient counts
+    in n and is not looked at; with a traced weight that is negative or not finite it is left out. `flush`
+    ends the window here, for the last microbatch of an epoch. If there are no more gradients, flush with any
+    gradient of weight 0; an empty window makes no step.
+
+    Without these the numbers are those of `optax.MultiSteps`, and the rest is not. `inner` is computed only
+    where a step is due, and sees the mean in float32 or wider, however narrow the gradients are. With k = 1
+    it is `inner` itself, without a buffer for the mean of one. And a gradient with a NaN or an infinity in it
+    is left out as if it had never come: the step waits for another in its place. (With k = 1 it reaches
+    `inner`: put `skip_nonfinite` around, whatever k is, and what is left out is counted as well.) Inside
+    `jax.shard_map` a gradient is left out on all devices if it is so on one: they step together. A state
+    inside with a method `observe(sound, **extra)` is handed the extra arguments of the gradients between
+    steps: `clip_attention_logits` keeps the largest logits.
+
+    A gradient of None is one of zeros: some of the k may lack a leaf that others have. The update of a leaf
+    whose mean is exactly zero although its last gradient was None is zero, whatever `inner` makes of it, such
+    as weight decay. Leaves that are None in the parameters, or integers, stay None.
 
     Args:
       inner: any transformation.
       every_k: k, an integer of at least 1, or a function of the number of steps taken to one.
+      maximum: which leaves give `inner` the largest of their gradients, each number by itself, and not the
+        mean; as `add_decayed_weights` takes a mask. The largest magnitudes by which FP8 is scaled are such
+        leaves: `{"*amax*": True, "*": False}`. Their weights matter only in being 0 or not.
       accumulator_dtype: of the stored mean; float32 or the parameter's own dtype, whichever is wider. In
         bfloat16 it takes half the bytes and forgets what is below 1/512 of it.
 
     Raises:
-      ValueError: `every_k` below 1, or no integer.
+      ValueError: `every_k` below 1, or no integer; at `update`, a weight that is negative or no number.
 
     Equals:
       optax.MultiSteps(inner, every_k)
     References:
-      (1) Welford 1962, "Note on a method for calculating corrected sums of squares and products".
+      (1) Welford 1962, "Note on a method for calculating corrected sums of squares and products"; with
+      weights: West 1979, "Updating mean and variance estimates: an improved method".
     """
-    check_transforms("multi_steps", inner)
+    who = "multi_steps"
+    check_transforms(who, inner)
     _check_k(every_k)
-    check_dtypes("multi_steps", accumulator_dtype=accumulator_dtype)
+    check_dtypes(who, accumulator_dtype=accumulator_dtype)
     inner = optax.with_extra_args_support(inner)
     if not callable(every_k) and every_k == 1:
         return inner
     k_at = as_schedule(every_k)
 
     def init(params):
-        count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
-        return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, steps)
+        leaves, tree = arrays(who, params)
+        masked_leaves(who, maximum, Leaves(tree, leaves))
+        warn_unused_mask(who, maximum, Leaves(tree, leaves).paths)
+        count, weight, steps = jnp.zeros([], jnp.int32), jnp.zeros([], float), jnp.zeros([], jnp.int32)
+        return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, weight, steps)
 
     def k_now(state):
         try:
             return jnp.asarray(k_at(jnp.asarray(state.steps))).astype(jnp.int32)
         except NotScalarError as error:
-            raise ValueError(f"multi_steps: every_k: {error}") from error
+            raise ValueError(f"{who}: every_k: {error}") from error
 
-    def update(updates, state, params=None, **extra):
-        state = checked_state("multi_steps", state, MultiStepsState)
-        gs, tree, _ = aligned("multi_steps", updates, state.mean)
-        updates, count = tree.unflatten(gs), jnp.asarray(state.count) + 1
+    def update(updates, state, params=None, *, weight=1.0, flush=False, **extra):
+        state = checked_state(who, state, MultiStepsState)
+        check_numbers(who, weight=weight)
+        gs, tree, means = aligned(who, updates, state.mean)
+        largest = masked_leaves(who, maximum, Leaves(tree, means))
+        lacking = [g is None and is_array(m) for g, m in zip(gs, means, strict=True)]
+        pairs = zip(gs, means, lacking, largest, strict=True)
+        gs = [(jnp.asarray(m) if top else jnp.zeros_like(m)) if none else g for g, m, none, top in pairs]
+        updates = tree.unflatten(gs)
 
-        def add(g, mean):
-            if is_absent(g):
-                return mean
+        weight, before = jnp.asarray(weight, jnp.result_type(state.weight)), jnp.asarray(state.weight)
+        fit = (weight > 0) & jnp.isfinite(weight)
+        sound = _on_all_devices((_all_finite(updates) & fit) | (weight == 0))
+        added = sound & fit
+        total = jnp.where(added, before + weight, before)
+        share = weight / jnp.where(added, total, 1)
+
+        def add(g, mean, top):
             m = upcast(mean)
-            n = as_scalar(count, m)
             g = with_type_of(upcast(g).astype(m.dtype), m)
-            return m + (g / n - m / n)
+            w = as_scalar(share, m)
+            new = jnp.where(before == 0, g, jnp.maximum(g, m)) if top else m + (w * g - w * m)  # (1)
+            return jnp.where(added, new, m)
 
-        mean = jax.tree.map(add, updates, state.mean, is_leaf=is_absent)  # (1)
-        sound = _on_all_devices(_all_finite(updates))
-        due = sound & (count >= k_now(state))
+        mean = map_updates(who, add, updates, state.mean, tree.unflatten(largest))
+        count = jnp.asarray(state.count) + sound.astype(jnp.int32)
+        due = (total > 0) & ((count >= k_now(state)) | jnp.asarray(flush, bool))
+        due = _on_all_devices(due)
 
         def step():
-            g = map_updates(
-                "multi_steps", lambda g, m: with_type_of(m.astype(upcast(g).dtype), g), updates, mean
-            )
-            out, after = inner.update(g, state.inner, params, **extra)
-            out = map_updates("multi_steps", lambda g, u: with_type_of(cast_like(u, g), g), updates, out)
+            def narrow(g, u, m, none):
+                u = jnp.where(jnp.any(m != 0), u, jnp.zeros_like(u)) if none else u
+                return with_type_of(cast_like(u, g), g)
+
+            given = map_updates(who, lambda g, m: with_type_of(m.astype(upcast(g).dtype), g), updates, mean)
+            out, after = inner.update(given, state.inner, params, **extra)
+            out = map_updates(who, narrow, updates, out, mean, tree.unflatten(lacking))
             return out, jax.tree.map(with_type_of, after, state.inner)
 
         def wait():
             shapes, _ = jax.eval_shape(step)
-            nothing = map_updates(
-                "multi_steps", lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, shapes
-            )
-            return nothing, _observed(state.inner, sound, extra)
+            nothing = map_updates(who, lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, shapes)
+            return nothing, _observed(state.inner, added, extra)
 
         out, after = jax.lax.cond(due, step, wait)  # (2), (3)
-        kept = jax.tree.map(
-            lambda new, old: cast_like(jnp.where(due, 0, jnp.where(sound, new, upcast(old))), old),
-            mean,
-            state.mean,
-        )
-        n = jnp.where(due, 0, jnp.where(sound, count, state.count))
+        kept = jax.tree.map(lambda m, old: cast_like(jnp.where(due, 0, m), old), mean, state.mean)
+        count, weight = jnp.where(due, 0, count), jnp.where(due, 0, total)
         steps = jnp.where(due, increment(state.steps), state.steps)
-        return out, MultiStepsState(after, kept, n, steps)
+        return out, MultiStepsState(after, kept, count, weight, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -153,7 +189,9 @@ def _observed(state: Any, sound: jax.Array, extra: dict[str, Any]) -> Any:
 
 def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:
     leaves, tree = arrays("multi_steps", params)
-    return tree.unflatten(w if is_absent(w) else full_like(w, 0.0, dtype) for w in leaves)
+    return tree.unflatten(
+        full_like(w, 0.0, dtype) if is_trainable(w) else (w if is_absent(w) else None) for w in leaves
+    )
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -1,0 +1,127 @@
+"""What `carry_state` is told of leaves: their new names, which begin anew, where the old part is, devices."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optimorph._core.checks import check_flags
+from optimorph._core.paths import by_path, leaf_paths
+from optimorph._core.rule import Leaves, arrays
+from optimorph._core.types import Mask, PyTree, Shape
+from optimorph._routing.rules import first_match, masked_leaves, warn_unused, warn_unused_mask
+from optimorph._state_slots import HYPERPARAMETER, Slot
+from optimorph._storage.stored import Stored
+
+WHO = "carry_state"
+
+Place = Callable[[str, Shape], Any]
+"""Path, and the shape of the old part → where it is in the new leaf, as an index; None if it is nowhere."""
+
+
+def leaves_of(slots: list[Slot]) -> list[str]:
+    """The paths of the leaves that have arrays in a state."""
+    return list(dict.fromkeys(slot.path for slot in slots if slot.path and slot.kind != HYPERPARAMETER))
+
+
+def with_name(slot: Slot, name: Callable[[str], str]) -> Slot:
+    """An array of the state under the new path of its leaf."""
+    return slot._replace(path=name(slot.path)) if leaves_of([slot]) else slot
+
+
+def new_names(renamed: Any, paths: list[str]) -> Callable[[str], str]:
+    """Path in the state → path in the parameters."""
+    if renamed is None or callable(renamed):
+        return renamed or (lambda path: path)
+
+    def starts(path: str, old: str) -> bool:
+        return path == old or path.startswith(old + "/")
+
+    for old in renamed:
+        if not any(starts(path, old) for path in paths):
+            similar = difflib.get_close_matches(old, paths, 3, 0.3)
+            raise ValueError(
+                f"{WHO}: renamed has {old!r}, but no path of the state is this or begins so, up to a slash. "
+                f"Similar: {', '.join(map(repr, similar))}."
+            )
+
+    def name(path: str) -> str:
+        old = next((old for old in renamed if starts(path, old)), None)
+        return path if old is None else renamed[old] + path[len(old) :]
+
+    return name
+
+
+def under_old_names(params: PyTree, paths: list[str], name: Callable[[str], str]) -> dict[str, Any]:
+    """The parameters under the paths that the state has.
+
+    Raises:
+      ValueError: two leaves of the state that become one.
+    """
+    leaves, old = by_path(params), {}
+    for path in paths:
+        if (new := name(path)) in old:
+            raise ValueError(f"{WHO}: renamed gives both {old[new]!r} and {path!r} the path {new!r}.")
+        old[new] = path
+    return {path: leaves[new] for new, path in old.items() if new in leaves}
+
+
+def chosen(fresh: Mask, params: PyTree) -> set[str]:
+    """The paths of leaves that begin anew."""
+    values, structure = arrays(WHO, params)
+    leaves = Leaves(structure, values)
+    warn_unused_mask(WHO, fresh, leaves.paths)
+    return {path for path, so in zip(leaves.paths, masked_leaves(WHO, fresh, leaves), strict=True) if so}
+
+
+def places(grown: bool | Mapping[str, Any], params: PyTree) -> Place:
+    """Where the old part of a leaf is in the new one."""
+    if not isinstance(grown, Mapping):
+        check_flags(WHO, grown=grown)
+        return lambda path, old: tuple(map(slice, old)) if grown else None
+    warn_unused(WHO, "grown", dict.fromkeys(grown, True), leaf_paths(params))
+    found, first = [*map(_index, grown.values())], first_match(grown)
+    return lambda path, old: None if (k := first(path)) is None else found[k]
+
+
+def _index(place: Any) -> tuple[Any, ...]:
+    """An index as jax takes it: a list is one of an axis."""
+    axes = place if isinstance(place, tuple) else (place,)
+    return tuple(np.asarray(axis) if isinstance(axis, list) else axis for axis in axes)
+
+
+def _is_placed(x: Any) -> bool:
+    """Whether somebody chose the devices of an array."""
+    return isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+
+
+def to_the_devices_of(params: PyTree) -> Callable[[Slot], Slot]:
+    """Slots with arrays that are on the devices of the parameters: if they are on others, they are moved.
+
+    An array with the shape of its parameter is divided as that is, all else is on every device.
+    """
+    there = {path: x.sharding for path, x in by_path(params).items() if _is_placed(x)}
+    if not there:
+        return lambda slot: slot
+    one = next(iter(there.values()))
+    everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+    shapes = {path: np.shape(x) for path, x in by_path(params).items()}
+
+    def put(x: Any, path: str) -> Any:
+        if not _is_placed(x) or x.sharding.device_set == one.device_set:
+            return x
+        return jax.device_put(x, there.get(path, one) if x.shape == shapes.get(path) else everywhere)
+
+    def moved(slot: Slot) -> Slot:
+        array = slot.array
+        if not isinstance(array, Stored):
+            return slot._replace(array=put(array, slot.path))
+        codes, scales = put(array.codes, slot.path), put(array.scales, "")
+        return slot._replace(array=dataclasses.replace(array, codes=codes, scales=scales))
+
+    return moved
