@@ -549,8 +549,6 @@ def test_a_leaf_grows_anywhere():
     for place, shape in ((np.s_[:, 3:], r"\(4, 2\)"), (np.s_[[9]], "None")):
         with pytest.raises(ValueError, match=rf"'head', .* its place in \(4, 5\) has shape {shape}"):
             om.carry_state(state, tx, grown, grown={"head": place}, strict=True)
-    with pytest.raises(ValueError, match="carry_state: grown must be True or False"):
-        om.carry_state(state, tx, grown, grown=1)
 
 
 def test_a_window_of_weights_goes_on():
