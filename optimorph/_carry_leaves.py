@@ -14,7 +14,7 @@ from optimorph._core.checks import check_flags
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rule import Leaves, arrays
 from optimorph._core.types import Mask, PyTree, Shape
-from optimorph._routing.rules import first_match, masked_leaves, warn_unused, warn_unused_mask
+from optimorph._routing.rules import check_mask, first_match, masked_leaves, warn_unused
 from optimorph._state_slots import HYPERPARAMETER, Slot
 from optimorph._storage.stored import Stored
 
@@ -71,11 +71,13 @@ def under_old_names(params: PyTree, paths: list[str], name: Callable[[str], str]
     return {path: leaves[new] for new, path in old.items() if new in leaves}
 
 
-def chosen(fresh: Mask, params: PyTree) -> set[str]:
+def chosen(fresh: Mask | None, params: PyTree) -> set[str]:
     """The paths of leaves that begin anew."""
+    if fresh is None:
+        return set()
     values, structure = arrays(WHO, params)
     leaves = Leaves(structure, values)
-    warn_unused_mask(WHO, fresh, leaves.paths)
+    check_mask(WHO, fresh, leaves)
     return {path for path, so in zip(leaves.paths, masked_leaves(WHO, fresh, leaves), strict=True) if so}
 
 

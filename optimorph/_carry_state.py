@@ -34,7 +34,7 @@ def carry_state(
     *,
     written_by: optax.GradientTransformation | None = None,
     renamed: Mapping[str, str] | Callable[[str], str] | None = None,
-    fresh: Mask = False,
+    fresh: Mask | None = None,
     grown: bool | Mapping[str, Any] = False,
     strict: bool = False,
 ) -> tuple[PyTree, CarryReport]:

@@ -27,7 +27,7 @@ from optimorph._core.roles import Role, holds, scalar
 from optimorph._core.rule import Leaves, aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, Mask, PyTree
 from optimorph._distributed.shardings import manual_axes
-from optimorph._routing.rules import masked_leaves, warn_unused_mask
+from optimorph._routing.rules import check_mask, masked_leaves
 
 
 class MultiStepsState(NamedTuple):
@@ -50,7 +50,7 @@ def multi_steps(
     inner: optax.GradientTransformation,
     every_k: int | Callable[[Any], Any],
     *,
-    maximum: Mask = False,
+    maximum: Mask | None = None,
     accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Give a transformation the mean of every k gradients; between them the updates are zero.
@@ -108,11 +108,11 @@ def multi_steps(
     if not callable(every_k) and every_k == 1:
         return inner
     k_at = as_schedule(every_k)
+    by_maximum = False if maximum is None else maximum
 
     def init(params):
         leaves, tree = arrays(who, params)
-        masked_leaves(who, maximum, Leaves(tree, leaves))
-        warn_unused_mask(who, maximum, Leaves(tree, leaves).paths)
+        check_mask(who, maximum, Leaves(tree, leaves))
         count, weight, steps = jnp.zeros([], jnp.int32), jnp.zeros([], float), jnp.zeros([], jnp.int32)
         return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, weight, steps)
 
@@ -126,7 +126,7 @@ def multi_steps(
         state = checked_state(who, state, MultiStepsState)
         check_numbers(who, weight=weight)
         gs, tree, means = aligned(who, updates, state.mean)
-        largest = masked_leaves(who, maximum, Leaves(tree, means))
+        largest = masked_leaves(who, by_maximum, Leaves(tree, means))
         lacking = [g is None and is_array(m) for g, m in zip(gs, means, strict=True)]
         pairs = zip(gs, means, lacking, largest, strict=True)
         gs = [(jnp.asarray(m) if top else jnp.zeros_like(m)) if none else g for g, m, none, top in pairs]
