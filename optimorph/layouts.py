@@ -15,10 +15,11 @@ import numpy as np
 
 from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
-from optimorph._core.types import PyTree, Shape
+from optimorph._core.types import AxesRules, PyTree, Shape
+from optimorph._routing.leaf_spec import HEAD
 from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name, with_layers
-from optimorph._routing.resolve import by_siblings
+from optimorph._routing.resolve import resolve_leaves
 from optimorph.linalg import Axes
 
 __all__ = ["gpt_neox", "hf_flax_gpt2", "maxtext", "per_head", "t5x", "torch"]
@@ -95,21 +96,44 @@ def torch() -> Callable[[str, Shape], Any]:
     return rule
 
 
-def per_head(params: PyTree) -> dict[str, str]:
-    """Attention's matrices head by head, where the parameters' shapes have an axis of heads.
+def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
+    """Attention's matrices head by head, where the parameters have an axis of heads.
 
         muon(0.02, axes=per_head(params))
+        muon(0.02, axes=per_head(params, {"*/wq": "ioo", "*/wo": "iio"}))
+
+    The outputs of latent attention's `kv_b` (rank, heads, size) are a key and a value of each head: they are
+    two matrices where the output projection (heads, size of a value, width) tells the sizes. Heads that lie
+    in one axis with their sizes are blocks: type `i(12o)`.
 
     Args:
       params: arrays or their shapes.
+      axes: rules as those of `muon`, which are kept; the default rules decide all other leaves.
     """
     pairs = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
-    known = [(path, np.shape(x)) for path, x in pairs if is_trainable(x)]
-    found = {}
-    for (path, _), (axes, role, *_) in zip(known, by_siblings(*zip(*known, strict=True)), strict=True):
-        letters = [] if axes is None or role != "attention" else [axis.letter for axis in axes.parts]
-        side = next((letter for letter in "oi" if letters.count(letter) == 2), None)
-        if side is not None:
-            letters[letters.index(side)] = "b"
-            found[path] = "".join(letters)
+    known = {path: np.shape(x) for path, x in pairs if is_trainable(x)}
+    resolved = resolve_leaves("per_head", axes)([*known], [*known.values()])
+    specs = {path: spec for path, spec in zip(known, resolved, strict=True) if spec.unresolved is None}
+    outputs = {_module(path): known[path] for path, spec in specs.items() if spec.axes == Axes("iio")}
+    ruled = {path: spec for path, spec in specs.items() if spec.role == HEAD or spec.role.startswith("rule")}
+    found = {
+        path: HEAD if spec.role == HEAD else spec.axes for path, spec in ruled.items() if axes is not None
+    }
+    for path, spec in specs.items():
+        if spec.axes is not None and by_name(path, known[path])[0] == "attention":
+            letters = [axis.letter for axis in spec.axes.parts]
+            heads = [k for k, x in enumerate(letters) if x in "io" and x in letters[k + 1 :]]
+            parts = ["b" if k in heads else str(axis) for k, axis in enumerate(spec.axes.parts)]
+            if _KEY_AND_VALUE.search(path) and parts == [*"ibo"] and _module(path) in outputs:
+                size, value = known[path][-1], outputs[_module(path)][-2]
+                parts[-1] = f"({size - value}+{value} o)" if value < size else "o"
+            found |= {path: "".join(parts)} if heads else {}
     return found
+
+
+_KEY_AND_VALUE = re.compile(r"(^|/)w?kv_b(_proj)?(/kernel)?$")
+
+
+def _module(path: str) -> str:
+    """The module of attention, of a leaf that is the kernel of one of its layers."""
+    return re.sub(r"/[^/]+(/(kernel|weight|w))?$", "", path)

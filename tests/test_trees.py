@@ -199,3 +199,31 @@ def test_attention_per_head():
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
     found = by_layout(tree, om.layouts.per_head(params))
     assert [*found.values()] == ["bibo", "bbio", "-", "ibo", "io", "-"]
+
+
+def test_latent_attention_per_head():
+    """The keys and values of each head apart, by the output projection; the user's rules are kept."""
+    tree = {
+        "attn/wq_b/kernel": (24, 4, 12),
+        "attn/wkv_b/kernel": (16, 4, 14),
+        "attn/out/kernel": (4, 6, 32),
+        "attn/mine/wq": (32, 4, 8),
+        "attn/mine/k": (32, 32),
+        "last/kernel": (32, 5),
+    }
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    rules = {"attn/mine/wq": "ioo", "attn/mine/k": "i(4o)", "last/*": "head"}
+    found = by_layout(tree, om.layouts.per_head(params, rules))
+    assert [*found.values()] == ["ibo", "ib(8+6 o)", "bio", "ibo", "i(4o)", "-"]
+
+
+def test_questions_name_the_layout():
+    for path, shape, layout in (
+        ("transformer/h/0/attn/c_attn/kernel", (2304, 768), "hf_flax_gpt2()"),
+        ("layers/0/attention/query_key_value/kernel", (768, 2304), "gpt_neox(heads=12)"),
+        ("decoder/layers/mlp/wi_0/kernel", (64, 60, 256), "maxtext(scan_axis=1)"),
+    ):
+        params = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
+        assert f"axes=optimorph.layouts.{layout}" in str(om.plan(params))
+        rules = eval(f"om.layouts.{layout}")
+        assert om.plan(params, axes=rules)[path].unresolved is None

@@ -22,18 +22,22 @@ class LeafSpec(NamedTuple):
       unresolved: why no spec was found; None if the leaf is resolved.
       answers: of an unresolved leaf what to type, the likeliest first; of an inferred head None, and its spec
         as a matrix.
+      layout: of an unresolved leaf, what of `layouts` decides it.
     """
 
     axes: Axes | None
     role: str
     unresolved: str | None = None
     answers: tuple[str | None, ...] = ()
+    layout: str = ""
 
     def question(self, path: str) -> str | None:
         """Why the leaf is unresolved, and rules to type, one a line; None if it is resolved."""
         if self.unresolved is None:
             return None
         lines = [f"  axes={{{path!r}: {spec!r}}}  # {_meaning(spec)}" for spec in self.answers]
+        if self.layout:
+            lines.append(f"  axes=optimorph.layouts.{self.layout}  # for all leaves of such a model")
         return "\n".join([f"{path!r} {self.unresolved}. Type one of", *lines])
 
 

@@ -22,6 +22,7 @@ class NameRule(NamedTuple):
       shape_ok: a condition on the shape without batch axes; if it is false, the spec does not fit.
       batch_axes: whether `specs` include the batch axes; otherwise these are put in front.
       not_in: a regular expression; if the path contains a match, the rule does not match.
+      layout: of `layouts`, what decides leaves that the rule leaves `UNDECIDED`.
     """
 
     role: str
@@ -31,6 +32,7 @@ class NameRule(NamedTuple):
     shape_ok: Callable[[Shape], bool] = lambda shape: True
     batch_axes: bool = False
     not_in: str = "(?!)"
+    layout: str = ""
 
 
 def _convolution_rule(
@@ -143,6 +145,7 @@ def _three_before_heads(shape: Shape) -> bool:
     return shape[-3:-2] == (3,) != shape[-2:-1]
 
 
+_GPT2, _NEOX, _MAXTEXT = "hf_flax_gpt2()", "gpt_neox(heads=12)", "maxtext(scan_axis=1)"
 _WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
 _CONV = r"\w*conv\w*/"
@@ -220,7 +223,9 @@ RULES = (
     NameRule("head", _GENERIC + "weight", when=lambda s: _is_output(s[::-1]), not_in=_BLOCK),
     # the outputs of a distribution, of a policy, of a value
     NameRule(
-        "distribution", rf"(\w+_)?(mean|mu|log_?(std|var|sigma|scale))/{_WEIGHT}", when=lambda s: len(s) == 2
+        "distribution",
+        rf"(\w*(mean|log_?(std|var|sigma|scale))|(\w+_)?mu)/{_WEIGHT}",
+        when=lambda s: len(s) == 2,
     ),
     NameRule("head", r"(policy|value|actions?|q|advantage)/(kernel|w)", when=_is_output),
     NameRule("head", r"(policy|value|actions?|q|advantage)/weight", when=lambda s: _is_output(s[::-1])),
@@ -246,6 +251,9 @@ RULES = (
     # (*window, 1, out): depthwise, or the first convolution of grey images
     NameRule("one channel", _CONV + "([^/]+/)?" + _KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
     NameRule("one channel", _CONV + "([^/]+/)?weight", when=lambda s: len(s) > 2 and s[1] == 1),
+    NameRule("convolution", "kernel", ("iiio",), lambda s: s[:-2] == (1, 1), batch_axes=True),
+    # (window, channels), of a convolution of each channel by itself
+    NameRule("one channel", _CONV + _KERNEL, (UNDECIDED, None), lambda s: len(s) == 2 and 16 * s[0] <= s[1]),
     _convolution_rule(r"\w*conv\w*_transpose\w*/w", ("ioi", "iioi", "iiioi"), _convolution),
     _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _convolution),
     _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), _flipped(_convolution)),
@@ -262,17 +270,26 @@ RULES = (
     _maxtext_rule(
         "attention", _SCANNED + "self_attention_(local|global)/out/kernel", "ibio", _out_not_layers_first
     ),
-    NameRule("attention", _SCANNED_ATTENTION + "out/kernel", (UNDECIDED, "ibio"), _out_not_layers_first),
+    NameRule(
+        "attention",
+        _SCANNED_ATTENTION + "out/kernel",
+        (UNDECIDED, "ibio"),
+        _out_not_layers_first,
+        layout=_MAXTEXT,
+    ),
     NameRule("router", _SCANNED + r"\w*experts?/gate/kernel", (UNDECIDED, None), lambda s: len(s) == 3),
     _maxtext_rule("dense", _SCANNED_DENSE, "ibo"),
-    NameRule("dense", _SCANNED_DENSE, (UNDECIDED, "ibo"), _maybe_not_layers_first),
-    NameRule("experts", _SCANNED + r"(wi\w*|wo)", (UNDECIDED, "bbio"), _maybe_not_layers_first),
+    NameRule("dense", _SCANNED_DENSE, (UNDECIDED, "ibo"), _maybe_not_layers_first, layout=_MAXTEXT),
+    NameRule(
+        "experts", _SCANNED + r"(wi\w*|wo)", (UNDECIDED, "bbio"), _maybe_not_layers_first, layout=_MAXTEXT
+    ),
     NameRule(
         "dense",
         _SCANNED + "[^/]+",
         (UNDECIDED, "ibo", "iboo"),
         _maybe_not_layers_first,
         not_in="experts?/|attention[^/]*/out/",
+        layout=_MAXTEXT,
     ),
     # Levanter: heads are axes, and outputs come first
     NameRule("attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: _three_before_heads(s[:-1])),
@@ -287,9 +304,22 @@ RULES = (
         "h/0/(attn|crossattention)/(c_proj|q_attn)/kernel",
         (UNDECIDED, "oi"),
         lambda s: len(s) == 2,
+        layout=_GPT2,
     ),
-    NameRule("dense", "h/0/mlp/c_fc/kernel", (UNDECIDED, "oi"), lambda s: len(s) == 2 and s[0] > s[1]),
-    NameRule("dense", "h/0/mlp/c_proj/kernel", (UNDECIDED, "oi"), lambda s: len(s) == 2 and s[0] < s[1]),
+    NameRule(
+        "dense",
+        "h/0/mlp/c_fc/kernel",
+        (UNDECIDED, "oi"),
+        lambda s: len(s) == 2 and s[0] > s[1],
+        layout=_GPT2,
+    ),
+    NameRule(
+        "dense",
+        "h/0/mlp/c_proj/kernel",
+        (UNDECIDED, "oi"),
+        lambda s: len(s) == 2 and s[0] < s[1],
+        layout=_GPT2,
+    ),
     # Gemma: heads are the first axis, and gate and input, of which the inner width is the larger
     NameRule("attention", "q_einsum/(w|kernel)", ("oio",)),
     NameRule("attention", "(kv|qkv)_einsum/(w|kernel)", ("boio",)),
@@ -300,8 +330,8 @@ RULES = (
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
     NameRule("dense", rf"\w*(adaln|modulation)\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED, None)),
     # GPT-NeoX and BLOOM order query, key and value head by head
-    NameRule("attention", r"query_key_value(/(kernel|w))?", (UNDECIDED,), _fused(3)),
-    NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused(3, -2)),
+    NameRule("attention", r"query_key_value(/(kernel|w))?", (UNDECIDED,), _fused(3), layout=_NEOX),
+    NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused(3, -2), layout=_NEOX),
     NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), _fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), _fused(3)),
     NameRule("attention", _QKV + "/kernel", ("iboo",), _three_before_heads, batch_axes=True),
@@ -309,7 +339,7 @@ RULES = (
     NameRule(
         "attention", _QKV + "/kernel", ("iobo",), lambda s: s[-2:-1] == (3,) != s[-3:-2], batch_axes=True
     ),
-    NameRule("attention", "h/0/attn/c_attn/kernel", (UNDECIDED, "(3o)i"), _fused(3, -2)),
+    NameRule("attention", "h/0/attn/c_attn/kernel", (UNDECIDED, "(3o)i"), _fused(3, -2), layout=_GPT2),
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     NameRule(
         "attention", r"(query|key|value|[qkv]_proj|w?[qkv]|to_[qkv])/kernel", ("io", "ioo"), shape_ok=_heads
@@ -340,7 +370,6 @@ RULES = (
     NameRule("gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and _fused(3)(s)),
     NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
-    NameRule("convolution", "proj_(in|out)/kernel", ("iiio",), lambda s: s[:-2] == (1, 1)),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
     NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
     NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=_flipped(_maybe_convolution)),
@@ -354,6 +383,7 @@ RULES = (
     NameRule("dense", r"b\d*|g", (UNDECIDED, None)),
     NameRule("dense", "output_w", (UNDECIDED, "iio")),
     NameRule("dense", "weight_[vg]", (UNDECIDED, None)),  # of a weight norm
+    NameRule("dense", r"\w+_weight", ("oi",)),
     NameRule("dense", _MATRIX_NAME, ("io",)),
     NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays

@@ -35,16 +35,15 @@ def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, st
     return role, with_layers(spec, layers)
 
 
-def offers(path: str, shape: Shape, layers: int | None = None) -> list[str | None]:
-    """What the rule that leaves a leaf `UNDECIDED` takes for likely."""
-    found = _offers(_normal(path, layers), without_layers(shape, layers))
-    return [with_layers(spec, layers) for spec in found]
+def offers(path: str, shape: Shape, layers: int | None = None) -> tuple[list[str | None], str]:
+    """What the rule that leaves a leaf `UNDECIDED` takes for likely, and its layout."""
+    rule = _deciding(_normal(path, layers), without_layers(shape, layers))
+    return [with_layers(spec, layers) for spec in rule.specs if spec != UNDECIDED], rule.layout
 
 
 @lru_cache(maxsize=1 << 16)
-def _offers(path: str, shape: Shape) -> list[str | None]:
-    rule = next(rule for rule in RULES if _match(rule, path, shape) is not None)
-    return [spec for spec in rule.specs if spec != UNDECIDED]
+def _deciding(path: str, shape: Shape) -> NameRule:
+    return next(rule for rule in RULES if _match(rule, path, shape) is not None)
 
 
 def without_layers(shape: Shape, layers: int | None) -> Shape:
@@ -63,7 +62,7 @@ def with_layers(spec: str | None, layers: int | None) -> str | None:
 @lru_cache(maxsize=1 << 16)
 def _normal(path: str, layers: int | None) -> str:
     """A path as rules see it: where siblings tell of layers, their names do not."""
-    path = re.sub(r"\d+", "0", path.replace(".", "/"))
+    path = re.sub(r"\d+", "0", path.replace(".", "/").replace("/~/", "/"))  # Haiku's ~ is no module
     return path if layers is None else _ANY_STACK.sub(r"\g<0>0/", STACK.sub(r"\1blocks/0/", path))
 
 
@@ -83,6 +82,8 @@ def _match(rule: NameRule, path: str, shape: Shape) -> tuple[str, str | None] | 
     if rule.specs and sum(size > 1 for size in shape) < 2:
         return "vector", None
     specs = [] if UNDECIDED in rule.specs else _specs(rule, path, shape)
+    if len(specs) == 1 and all(1 in stack[-2:] for stack in Axes(specs[0]).stacks(shape)):
+        return "vector", None
     if (specs or not rule.batch_axes) and rule.when(shape):
         return rule.role, specs[0] if len(specs) == 1 else UNDECIDED
     return None

@@ -6,6 +6,7 @@ from itertools import islice
 
 from optimorph._core.types import Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
+from optimorph.linalg import Axes
 
 _ANY_LAYER = re.compile(
     r"(^|/)(dense|linear|lin|fc|layers?|hidden)[_/]?\d*/(kernel|weight|w)$", re.IGNORECASE
@@ -44,7 +45,7 @@ def with_output_layer(
     unnamed = [
         k
         for k, (path, spec) in enumerate(zip(paths, specs, strict=True))
-        if spec.role == "dense" and spec.axes is not None and len(shapes[k]) == 2 and has_no_name(path)
+        if spec.role == "dense" and spec.axes is not None and _is_one(spec.axes) and has_no_name(path)
     ]
     if not unnamed or any(spec.role == HEAD for spec in specs):
         return specs
@@ -97,6 +98,12 @@ def with_output_layer(
             cause = "may be the output layer, by its width"
             specs[k] = unresolved(paths[k], shapes[k], cause, first=answers)
     return specs
+
+
+def _is_one(axes: Axes) -> bool:
+    """Whether a leaf is one matrix, or one for each index of other axes."""
+    sides = [axis for axis in axes.parts if axis.letter != "b"]
+    return len(sides) == 2 and all(axis.whole for axis in sides)
 
 
 def _before(path: str, other: str) -> bool:

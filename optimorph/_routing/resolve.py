@@ -176,6 +176,6 @@ def _by_default(path: str, shape: Shape, layers: int | None, role: str, spec: st
     if spec != UNDECIDED:
         return LeafSpec(None if spec is None else axes_of(spec), role)
     one_layer = [with_layers(answer, layers) for answer in likely(path, without_layers(shape, layers))]
-    first = [*offers(path, shape, layers), *one_layer]
+    offered, layout = offers(path, shape, layers)
     cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"
-    return unresolved(path, shape, cause, first=first)
+    return unresolved(path, shape, cause, first=[*offered, *one_layer])._replace(layout=layout)
