@@ -18,19 +18,19 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
 
         w ← round(w + u)        (1)
 
-    The sum is in float32 or wider, and the parameters keep their dtype. Without a key this is
-    `optax.apply_updates`: every weight becomes the nearest number of its dtype, so that a bfloat16 weight
-    stands still under all updates below 1/512 of it, however many. With a key its rounding is right on
-    average, E[round(x)] = x, and small updates add up. Other dtypes are rounded to the nearest as ever.
+    The sum is computed in float32 or wider, and the parameters keep their dtype. Without a key every weight
+    becomes the nearest number of its dtype, as with `optax.apply_updates`. A bfloat16 weight then never
+    changes if each update is below 1/512 of it. With a key the rounding of bfloat16 weights is right on
+    average, E[round(x)] = x, so that small updates add up. Other dtypes are always rounded to the nearest.
 
-    Every leaf's noise is that of the key and the leaf's path, whatever the order of the leaves and however
-    they lie over a mesh. Give every step a key of its own: `jax.random.fold_in(key, step)`.
+    The noise depends on the key and on the path of the leaf, not on the order of the leaves or the mesh. Use
+    a new key for every step, such as `jax.random.fold_in(key, step)`.
 
     Args:
       params: the parameters.
-      updates: as a transformation returns them; where there is None, or float0, the parameters stay as they
-        are. Integers take integers alone: what is added to them would be cut to a whole number.
-      key: of `jax.random`.
+      updates: the updates that a transformation returned. Where they are None or float0, the parameters do
+        not change. Integer parameters take integer updates only.
+      key: a key of `jax.random`.
 
     Raises:
       ValueError: updates that are not those of the parameters, by path, or real ones of integers; what is

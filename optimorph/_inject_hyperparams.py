@@ -23,23 +23,25 @@ def inject_hyperparams(
     static_args: str | Iterable[str] = (),
     hyperparam_dtype: DTypeLike | None = None,
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
-    """Keep a recipe's numbers in the state, from which every step takes them anew.
+    """Keep the numbers of an optimizer in its state, where they can be changed between two steps.
 
         tx = inject_hyperparams(adamw)(learning_rate=schedule, weight_decay=0.1)
         state = tx.init(params)
         state.hyperparams["weight_decay"] = jnp.float32(0.05)
 
-    This is `optax.inject_hyperparams`, but for four things. optax rounds the numbers to the dtype of the
-    parameters, and b2 = 0.999 is 1 in bfloat16: here they are float32, or float64 where jax has it enabled.
-    Masks, axes, dtypes and orthogonalizers are not taken for schedules. NumPy's numbers, such as
-    `np.float32(0.1)`, are injected too. And the state of a schedule has another name than its number:
-    `optax.tree.get(state, "learning_rate")` is one number also where it is scheduled. Such a number is only
-    read, because every update takes the schedule's next one.
+    This is `optax.inject_hyperparams` with four differences:
+
+    - The numbers are float32, or float64 if jax has it enabled. optax rounds them to the dtype of the
+      parameters, and in bfloat16 b2 = 0.999 becomes 1.
+    - Masks, axes, dtypes and orthogonalizers are not mistaken for schedules.
+    - NumPy numbers, such as `np.float32(0.1)`, are injected too.
+    - `optax.tree.get(state, "learning_rate")` returns one number also if the learning rate has a schedule.
+      Setting that number has no effect, because every update takes the next value of the schedule.
 
     Args:
-      inner_factory: a recipe, of this library or of optax.
-      static_args: the names of further arguments that are functions but no schedules.
-      hyperparam_dtype: of the numbers in the state, if not as above; arrays keep their own.
+      inner_factory: a function that makes an optimizer, of this library or of optax.
+      static_args: the names of further arguments that are functions but not schedules.
+      hyperparam_dtype: the dtype of the numbers in the state. Arrays keep their own.
 
     Raises:
       ValueError: `hyperparam_dtype` narrower than float32; `static_args` that the factory does not have.

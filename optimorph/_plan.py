@@ -120,17 +120,17 @@ def plan(
     mesh: Mesh | AbstractMesh | None = None,
     **arguments: Any,
 ) -> Plan:
-    """What an optimizer does with every parameter.
+    """Show what an optimizer will do with every parameter, before the first step.
 
-        print(optimorph.plan(jax.eval_shape(init, key)))                    # of muon
-        print(optimorph.plan(params, optimorph.adamw(1e-3, state="int8")))  # of any optimizer
+        print(optimorph.plan(jax.eval_shape(init, key)))                    # for Muon
+        print(optimorph.plan(params, optimorph.adamw(1e-3, state="int8")))  # for any optimizer
 
     Args:
-      params: a tree of arrays or of `jax.ShapeDtypeStruct`; nothing is computed.
-      optimizer: any transformation; by default `muon` with `arguments`.
-      mesh: for an optimizer of matrices, also what each device of this mesh computes and sends. Leaves have
-        the optimizer's `shardings`, or else their own; those without one are replicated.
-      arguments: of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`,
+      params: a tree of arrays or of `jax.ShapeDtypeStruct`. Nothing is computed.
+      optimizer: any transformation. The default is `muon` with `arguments`.
+      mesh: if given, the plan of an optimizer of matrices also has what each device of this mesh computes and
+        sends. Leaves have the optimizer's `shardings`, or else their own. Leaves without one are replicated.
+      arguments: arguments of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`,
         and with a mesh on `shardings` and `divide`.
 
     Raises:

@@ -21,7 +21,7 @@ WHOLE = object()
 
 
 def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -> tuple[PyTree, PyTree]:
-    """float32 parameters as bfloat16 weights and residuals of 8 or 16 bits: 3 or 4 bytes for a parameter.
+    """Split float32 parameters into bfloat16 weights and residuals: 3 or 4 bytes for each parameter.
 
         θ', c = split(θ),  θ̂ = join(θ', c)
 
@@ -29,30 +29,29 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
         |θ̂ - θ| ≤ 129 · 2⁻²³ |θ|;  with a key twice that, and E[θ̂] = θ;  with 16 bits θ̂ = θ        (2)
         split(θ̂) = θ', c        (3)
 
-    With weights so stored there need be no other: the model computes with θ', and a step is
+    No float32 copy of the weights is then needed. The model computes with θ', and a step is
 
         params = join_weights(weights, residuals)
         updates, state = tx.update(gradients, state, params)
         weights, residuals = split_weights(apply_updates(params, updates), 8, key)
 
-    Under `jax.jit` the parameters are joined, moved and split leaf by leaf, and with weights and residuals
-    donated the new ones take their place. Make the state of the float32 parameters too, and give `update` the
-    joined ones: weight decay then sees what they are, and not what θ' is. Gradients of θ' are bfloat16, and
-    so are the updates made of them: 2⁻⁹ of an update is lost, not of a weight. Cast gradients to float32 to
-    keep that.
+    Under `jax.jit` the parameters are joined, updated and split leaf by leaf. If weights and residuals are
+    donated, the new ones take their place. Make the state from the float32 parameters, and give `update` the
+    joined parameters, so that weight decay acts on them and not on θ'. Gradients of θ' are bfloat16, which
+    loses 2⁻⁹ of an update. Cast the gradients to float32 to avoid that.
 
-    With 16 bits the parameters are those of float32, bit by bit. With 8 and without a key each stands still
-    under updates below 1/130,000 of it, where bfloat16 does below 1/512; with a key small updates add up. By
-    (3) an update of 0 changes nothing that it does not in float32, as the sign of -0. Infinities stay, NaN
-    stays one; the ends of the range, where 8 bits keep (2) less well, are told by `codecs.Split8`.
+    With 16 bits the parameters are those of float32, bit by bit. With 8 bits and without a key, updates below
+    1/130,000 of a weight are lost (in bfloat16 alone, those below 1/512). With a key small updates add up. By
+    (3) an update of 0 changes nothing. Infinities stay infinite and NaN stays NaN. `codecs.Split8` describes
+    the ends of the range, where 8 bits are less accurate than (2).
 
-    Every leaf's noise is that of the key and the leaf's path, as that of `apply_updates`. Give every step a
-    key of its own: `jax.random.fold_in(key, step)`.
+    The noise depends on the key and on the path of the leaf, as in `apply_updates`. Use a new key for every
+    step, such as `jax.random.fold_in(key, step)`.
 
     Args:
-      params: the parameters. Leaves of another dtype stay whole, with None for a residual.
-      bits: 8 or 16, of a residual.
-      key: of `jax.random`; with 16 bits nothing is left to chance.
+      params: the parameters. Leaves of other dtypes are not split; their residual is None.
+      bits: the size of a residual, 8 or 16.
+      key: a key of `jax.random`. With 16 bits nothing is random.
 
     Returns:
       Weights and residuals: two trees like the parameters, leaves of the same shape and sharding.
@@ -83,11 +82,13 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
 
 
 def join_weights(weights: PyTree, residuals: PyTree) -> PyTree:
-    """The parameters that `split_weights` split: float32, and as they are where there is no residual.
+    """Restore the float32 parameters that `split_weights` split.
+
+    Leaves without a residual are returned unchanged.
 
     Args:
-      weights: in bfloat16 where they were split.
-      residuals: of the same call.
+      weights: the weights that `split_weights` returned.
+      residuals: the residuals of the same call.
 
     Raises:
       ValueError: residuals that are not those of the weights, by path.

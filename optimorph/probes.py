@@ -108,25 +108,32 @@ def probe(
     axes: AxesRules | None = None,
     exact: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Watch a transformation: its updates stay what they are, and every k steps numbers are taken.
+    """Measure every leaf at every kth step. The updates do not change.
 
-    The numbers are in the state, one array for all of them, until the next are taken; `read` makes a
-    dictionary of them. Between, nothing is computed. Probes may stand around one another, each with metrics
-    and a period of its own. Around `multi_steps` a probe would see the steps between, where updates are zero:
-    put it inside, `multi_steps(probe(tx), k)`.
+    The numbers are one array in the state, and `read` returns them as a dictionary. Between two measurements
+    nothing is computed. Probes may be nested, each with its own metrics and period. Put a probe inside
+    `multi_steps`, as in `multi_steps(probe(tx), k)`: outside, it would see the zero updates between two
+    steps.
 
-    Sizes below 1e-19 or above 1e19, whose squares are no float32 numbers, are not measured right. A step from
-    weights that are all zero is infinitely larger than they are. Integers are left out, and a leaf without a
-    gradient has NaN.
+    Metrics of any leaf: "gradient_rms", "update_rms", "weight_rms" (root mean squares), "update_to_weight"
+    (the root mean square of the update, divided by that of the weight) and "cosine" (of the angle between the
+    gradient and the first moment or velocity).
+
+    Metrics of matrices, after "gradient_", "update_", "weight_" or "momentum_": "spectral_norm",
+    "rms_to_rms_norm", "stable_rank", "effective_rank", "top_energy", "orthogonality_error". They are
+    functions of `linalg`. For a leaf with several matrices the mean is taken.
+
+    Numbers below 1e-19 or above 1e19 are not measured correctly, because their squares are outside of
+    float32. If all weights of a leaf are zero, "update_to_weight" is infinite. Integers are left out. A leaf
+    without a gradient has NaN.
 
     Args:
       inner: any transformation, of this library or of optax.
-      metrics: names of `OF_LEAVES`, and of `OF_MATRICES` after "gradient_", "update_", "weight_" or
-        "momentum_". Of a leaf with several matrices, it is their mean.
-      every: k, an integer of at least 1; the first step is one of them.
-      axes: which leaves are matrices, and how, as that of `muon`.
-      exact: take singular values by decomposition also where Gram powers would do, whose norms are at most
-        0.4 % too small.
+      metrics: names of metrics. The default is all metrics of any leaf.
+      every: k, an integer of at least 1. The first step is measured.
+      axes: how leaves read as matrices, as in `muon`.
+      exact: whether to decompose matrices even for metrics that powers of the Gram matrix can give. Those
+        norms are at most 0.4 % too small.
 
     Raises:
       ValueError: an unknown metric, `every` below 1; at `init`, leaves that no rule decides, if matrices are
@@ -203,12 +210,12 @@ def probe(
 
 
 def read(state: PyTree) -> dict[str, Any]:
-    """All that a state has to say, as a flat dictionary: for any logger that takes names and numbers.
+    """The readings of a state as a flat dictionary, for any logger.
 
-    `path/metric` of every probe; `learning_rate` and `weight_decay`; `clip_norm` and `clip_factor`; `skipped`
-    and `consecutive_skips`; what `inject_hyperparams` injected. In a partition each has the part's name
-    before it, `matrix/learning_rate`. Numbers are Python's; of a state with further axes, as `jax.vmap` makes
-    them, arrays of NumPy's.
+    The keys are `path/metric` for every probe, `learning_rate` and `weight_decay`, `clip_norm` and
+    `clip_factor`, `skipped` and `consecutive_skips`, and the names of injected hyperparameters. In a
+    partition the name of the part comes first, as in `matrix/learning_rate`. The values are Python numbers.
+    If the state has further axes, as under `jax.vmap`, they are NumPy arrays.
     """
     found: dict[str, Any] = {}
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_speaks):

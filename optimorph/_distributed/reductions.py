@@ -16,7 +16,7 @@ from optimorph.linalg import Axes
 
 @dataclasses.dataclass(frozen=True)
 class Reduction:
-    """Over some sides of every matrix; of a leaf that is no matrix, over all of it.
+    """Over some sides of every matrix; of a leaf that is not a matrix, over all of it.
 
     Args:
       form: how the leaf reads as matrices; None if it is no matrix.

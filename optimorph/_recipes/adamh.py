@@ -24,10 +24,11 @@ def adamh(
     nu_dtype: DTypeLike | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """AdamH: Adam's direction as a step that keeps the norm of every matrix, and of every other leaf.
+    """AdamH: a step in Adam's direction that keeps the norm of every matrix and of every other leaf.
 
-    The learning rate is an angle, and there is no weight decay. `axes` and `shardings` are those of
-    `hyperball`. A number by itself keeps its absolute value: give scalars to another optimizer (`partition`).
+    The learning rate is the angle of a step. There is no weight decay. `axes` and `shardings` are as in
+    `hyperball`. A scalar parameter can only keep its absolute value, so give scalars to another optimizer
+    with `partition`.
 
     Equals:
       levanter.optim.AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps)

@@ -33,13 +33,13 @@ def adamuon(
         D = O / (√v + ε)                                  (3)
         u = √min(in, out) D / ‖D‖                         (4)
 
-    (4) is the norm of a polar factor, and with `scale="adamw_rms"` the root mean square of each update is
-    0.2. v is not debiased: (4) makes up for it.
+    (4) restores the norm of a polar factor. With `scale="adamw_rms"` the root mean square of each update is
+    0.2. The bias of v needs no correction, because (4) cancels it.
 
     Args:
       b2: of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
-      weight_decay_form: as that of `adamw`.
-      arguments: and `scale`: as those of `muon`.
+      weight_decay_form: as in `adamw`.
+      arguments: and `scale`: as in `muon`.
 
     Raises:
       ValueError: as `muon`.

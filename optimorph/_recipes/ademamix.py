@@ -27,13 +27,13 @@ def ademamix(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
 ) -> Recipe:
-    """AdEMAMix: AdamW with α times an average of many thousand gradients in the numerator.
+    """AdEMAMix: AdamW that adds α times a slow average, over many thousand gradients, to the numerator.
 
-    A long training lets α and b3 warm up, over all its steps T in the paper:
+    In a long run α and b3 should warm up. In the paper they do so over all T steps:
 
         ademamix(1e-3, b3=schedules.decay_warmup(0.9, 0.9999, T), alpha=schedules.linear_warmup(8.0, T))
 
-    The slow average is in float32 or wider, whatever `mu_dtype` and `state` say: see `slow_ema`.
+    The slow average is stored in float32 or wider, independently of `mu_dtype` and `state`: see `slow_ema`.
 
     Equals:
       optax.contrib.ademamix(learning_rate, b1, b2, b3, alpha, eps, eps_root, weight_decay=weight_decay,

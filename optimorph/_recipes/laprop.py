@@ -25,10 +25,10 @@ def laprop(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
 ) -> Recipe:
-    """LaProp: gradients are divided by their root mean square first, and averaged then.
+    """LaProp: gradients are divided by their root mean square first and averaged afterwards.
 
-    Adam averages before it divides. Here b1 and b2 may be chosen freely: the average never grows beyond what
-    single gradients have been.
+    Adam averages before it divides. In LaProp b1 and b2 may be chosen independently: the average of
+    normalized gradients is never larger than the largest of them.
 
     Equals:
       laprop.LaProp(lr=learning_rate, betas=(b1, b2), eps=eps), for a constant learning rate

@@ -23,8 +23,8 @@ def lion(
 ) -> Recipe:
     """Lion: the sign of an average that looks further ahead than the one it keeps.
 
-    Every weight moves by the learning rate, which should be three to ten times smaller than AdamW's, and the
-    decay as much larger.
+    Every weight moves by exactly the learning rate. Use a learning rate three to ten times smaller than that
+    of AdamW, and a weight decay three to ten times larger.
 
     Equals:
       optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)

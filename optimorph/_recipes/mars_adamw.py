@@ -30,11 +30,11 @@ def mars_adamw(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
 ) -> Recipe:
-    """MARS-AdamW: gradients extrapolated by γ, clipped to `max_norm` leaf by leaf, and then AdamW.
+    """MARS-AdamW: AdamW of gradients that are extrapolated by γ and clipped to `max_norm` leaf by leaf.
 
-    The published program has AdamW for leaves that are no matrices: give those to `adamw` by `partition`. The
-    previous gradient is stored in `mu_dtype`, or in float32 or wider whatever `state` is. `shardings` is that
-    of `clip_norm`.
+    The published program uses plain AdamW for leaves that are not matrices: use `partition` to give those to
+    `adamw`. The previous gradient is stored in `mu_dtype`, by default in float32 or wider; `state` does not
+    change that. `shardings` is as in `clip_norm`.
 
     Equals:
       AGI-Arena/MARS's MARS(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay,

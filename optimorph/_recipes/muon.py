@@ -20,32 +20,40 @@ def muon(
     scale: Scale = "rms_to_rms",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
-    """Muon: the polar factor of the average gradient, for matrices; AdamW for everything else.
+    """Muon: the polar factor of the average gradient, for matrices. AdamW updates all other leaves.
+
+        ema(nesterov) → orthogonalize → scale_by_shape → add_decayed_weights → scale_by_learning_rate
 
     Args:
-      orthogonalizer: a function of stacks of matrices; `linalg.NewtonSchulz()`, the default, takes five
-        Polar Express steps.
-      scale: of a matrix's update by its shape, as that of `scale_by_shape`: "rms_to_rms", "keller",
+      learning_rate: the learning rate of matrices, a number or a schedule.
+      momentum: β of the average gradient, in [0, 1).
+      nesterov: whether the average looks one step ahead.
+      weight_decay: the decay of matrices, and of other leaves if `others` is not given.
+      orthogonalizer: a function of stacks of matrices. The default `linalg.NewtonSchulz()` takes five steps
+        of Polar Express.
+      scale: how an update depends on the shape of its matrix, as in `scale_by_shape`: "rms_to_rms", "keller",
         "adamw_rms", a function (inputs, outputs) → factor, or None.
-      weight_decay_form: as that of `adamw`.
-      state: "int8" stores moments of large leaves in one byte each, the average of matrices linearly; or the
-        rules of `compress_state`.
-      axes: how leaves read as matrices, for those that the default rules do not know or get wrong: an
-        ordered mapping from path pattern (fnmatch, `*` crosses slashes; or a compiled regular expression) to
-        a spec of `linalg.Axes`, or to None for no matrix, the first match wins; or a function
-        (path, shape) → spec; or a tree of specs. The default rules know the names of Flax, Equinox, Haiku,
-        MaxText and Levanter: `plan` shows what becomes of every leaf.
-      others: the transform of the other leaves; without one `adamw(others_learning_rate)` with this
-        `weight_decay`, in this form, and this state.
-      others_learning_rate: of that AdamW; `learning_rate` without one.
-      shardings: how leaves lie over a mesh, which is found out where it is not said: a tree of
-        `jax.sharding.PartitionSpec` or `NamedSharding`, or a mapping or function as of `axes`. Inside
-        `jax.shard_map` it must be said of what leaves are shards; `P()` is whole.
-      comm_dtype: the dtype of the data in collectives, as that of `orthogonalize`.
-      divide: when a matrix is divided over several devices, as that of `orthogonalize`.
+      weight_decay_form: as in `adamw`.
+      state: "int8" stores the moments of large leaves in one byte for each number; the codes of matrices are
+        evenly spaced. It also takes the rules of `compress_state`.
+      axes: how leaves read as matrices, for leaves that the default rules do not know or read wrongly. It is
+        an ordered mapping from a path pattern to a spec of `linalg.Axes`, or to None for "not a matrix"; the
+        first match decides. A pattern is one of fnmatch, where `*` also matches slashes, or a compiled
+        regular expression. `axes` may also be a function (path, shape) → spec, or a tree of specs. The
+        default rules know the names of Flax, Equinox, Haiku, MaxText and Levanter. `plan` shows how every
+        leaf is read.
+      others: the transformation of the other leaves. The default is `adamw(others_learning_rate)` with the
+        same `weight_decay`, `weight_decay_form`, `mask` and `state`.
+      others_learning_rate: the learning rate of that AdamW; by default `learning_rate`.
+      shardings: the shardings of the leaves over a mesh: a tree of `jax.sharding.PartitionSpec` or
+        `NamedSharding`, or a mapping or function as for `axes`. They are found automatically if they are not
+        given, except inside `jax.shard_map`, where they are needed; `P()` means replicated.
+      comm_dtype: the dtype of the data in collectives, as in `orthogonalize`.
+      divide: when a matrix is divided over several devices, as in `orthogonalize`.
 
     Raises:
-      ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
+      ValueError: at `init`, if no rule decides how a leaf reads, or if a spec does not fit its leaf. The
+        message names all such leaves, and says what to type.
 
     Equals:
       torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),

@@ -25,18 +25,18 @@ def muon2(
     scale: Scale = "keller",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
-    """Muon²: the polar factor of the momentum over the root of the gradients' second moment.
+    """Muon²: the polar factor of the momentum, which is divided by the root of the gradients' second moment.
 
         v ← b2 v + (1 - b2) g²        (1)
         O = polar(m / (√v + ε))       (2)
 
-    m is the average of gradients, with `nesterov` one step ahead. Neither average is debiased: the scale of
-    what is made orthogonal is irrelevant.
+    m is the average of the gradients; with `nesterov` it looks one step ahead. The bias of neither average is
+    corrected, because the polar factor does not depend on the scale.
 
     Args:
       b2: of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
-      weight_decay_form: as that of `adamw`.
-      arguments: and `scale`: as those of `muon`.
+      weight_decay_form: as in `adamw`.
+      arguments: and `scale`: as in `muon`.
 
     Raises:
       ValueError: as `muon`.

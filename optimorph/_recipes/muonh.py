@@ -18,16 +18,16 @@ def muonh(
     weight_decay: ScalarOrSchedule = 0.0,
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
-    """MuonH: the polar factor of the momentum as a step that keeps the norm of every matrix.
+    """MuonH: a step along the polar factor of the momentum that keeps the norm of every matrix.
 
         ema(nesterov) → orthogonalize → hyperball(η)
 
-    The learning rate is an angle, and no weight decay is needed. Where a Muon has the learning rate η and the
-    decay λ, a learning rate near √(η λ) does as much here.
+    The learning rate is the angle of a step, and matrices need no weight decay. A learning rate near √(η λ)
+    corresponds to Muon with the learning rate η and the decay λ.
 
     Args:
-      weight_decay: of the AdamW for other leaves, with `mask`; matrices have none.
-      arguments: as those of `muon`.
+      weight_decay: the decay of the AdamW for other leaves, with `mask`. Matrices have none.
+      arguments: as in `muon`.
 
     Raises:
       ValueError: as `muon`.

@@ -31,7 +31,7 @@ def normuon(
     scale: Scale = "keller",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
-    """NorMuon: polar factors whose rows are divided by the root mean square that each has had so far.
+    """NorMuon: polar factors whose rows are divided by their running root mean squares.
 
         v_o ← b2 v_o + (1 - b2) mean_i O_io²        (1)
         u = ‖O‖ / ‖Ô‖ Ô,  Ô_io = O_io / (√v_o + ε)  (2)
@@ -45,8 +45,8 @@ def normuon(
       eps: ε; with `average="shorter"`, v is at least this and nothing is added to √v.
       average: "inputs", as in the paper; or "shorter", as in the speedruns of GPT-2 and NVIDIA's
         Emerging-Optimizers.
-      weight_decay_form: as that of `adamw`.
-      arguments: and `scale`: as those of `muon`.
+      weight_decay_form: as in `adamw`.
+      arguments: and `scale`: as in `muon`.
 
     Raises:
       ValueError: another `average`; as `muon`.

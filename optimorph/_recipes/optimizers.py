@@ -35,10 +35,12 @@ def sgd(
     mask: Mask | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """Gradient descent; with momentum Polyak's heavy ball, with `nesterov` Nesterov's accelerated gradient.
+    """Gradient descent.
 
-    `weight_decay` is L2 regularisation: it joins the gradient. The state holds a velocity if there is a
-    `momentum`, and a step count if there is a `dampening` of it.
+    With `momentum` it is Polyak's heavy ball, and with `nesterov` Nesterov's accelerated gradient.
+
+    `weight_decay` is L2 regularisation: λ w is added to the gradient. The state holds a velocity if
+    `momentum` is given, and a step count if `dampening` is given.
 
     Raises:
       ValueError: a number outside its range; `dampening` without `momentum`, or with `nesterov`.
@@ -76,9 +78,9 @@ def adagrad(
     mask: Mask | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """AdaGrad: the gradient over the root of the sum of all its squares.
+    """AdaGrad: the gradient, divided by the root of the sum of all squared gradients.
 
-    `weight_decay` is L2 regularisation: it joins the gradient.
+    `weight_decay` is L2 regularisation: λ w is added to the gradient.
 
     Equals:
       optax.adagrad(learning_rate, initial_accumulator_value, eps)
@@ -120,10 +122,10 @@ def rmsprop(
     mask: Mask | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """RMSprop: the gradient over its root mean square, or (`centered`) over its standard deviation.
+    """RMSprop: the gradient, divided by its root mean square; if `centered`, by its standard deviation.
 
-    `weight_decay` is L2 regularisation: it joins the gradient. As in optax the learning rate comes before
-    the momentum; with a constant one the order makes no difference.
+    `weight_decay` is L2 regularisation: λ w is added to the gradient. As in optax, the learning rate is
+    applied before the momentum. With a constant learning rate the order makes no difference.
 
     Raises:
       ValueError: a number outside its range; `centered` with a narrow `nu_dtype`.
@@ -169,10 +171,11 @@ def adam(
     mask: Mask | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """Adam: the average gradient over its root mean square, both corrected for their start at zero.
+    """Adam: the average gradient, divided by the root of the average squared gradient.
 
-    `weight_decay` is L2 regularisation: it joins the gradient, and the quotient rescales it weight by weight.
-    For decay that shrinks every weight alike see `adamw`.
+    Both averages start at zero and are corrected for that. `weight_decay` is L2 regularisation: λ w is added
+    to the gradient, so the division rescales the decay of each weight. In `adamw` every weight decays by the
+    same fraction.
 
     Equals:
       optax.adam(learning_rate, b1, b2, eps, eps_root)
@@ -207,7 +210,7 @@ def nadam(
 ) -> Recipe:
     """Nadam: Adam whose average gradient looks one step ahead.
 
-    `weight_decay` is L2 regularisation: it joins the gradient.
+    `weight_decay` is L2 regularisation: λ w is added to the gradient.
 
     Equals:
       optax.nadam(learning_rate, b1, b2, eps, eps_root)
@@ -242,19 +245,22 @@ def adamw(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
 ) -> Recipe:
-    """AdamW: Adam, and then every weight shrinks by the same fraction.
+    """AdamW: Adam with decoupled weight decay, which shrinks every weight by the same fraction.
 
-    L2 regularisation puts the decay before the quotient, AdamW puts it after:
+    L2 regularisation adds the decay before the division, AdamW adds it after the division:
 
         adam(η, weight_decay=λ)  = chain(add_decayed_weights(λ), divide(...), scale_by_learning_rate(η))
         adamw(η, weight_decay=λ) = chain(divide(...), add_decayed_weights(λ), scale_by_learning_rate(η))
 
-    `weight_decay_form` is "coupled", -η (u + λ w), as in PyTorch and optax; "independent", -η u - λ w, which
-    the learning rate leaves alone (give λ a schedule of its own); "cautious", which lets only those weights
-    decay that the step itself makes smaller; or "corrected", -η (u + λ η / max η w), whose decay falls with
-    the square of the learning rate, so that weights before a normalization keep their norms. max η is the
-    highest learning rate so far: during a warm-up the decay is coupled. For the maximum of the whole
-    schedule type weight_decay=lambda count: λ * schedule(count) / maximum, in the coupled form.
+    `weight_decay_form` says how the decay λ and the learning rate η act together:
+
+    - "coupled": -η (u + λ w), as in PyTorch and optax.
+    - "independent": -η u - λ w. The learning rate does not affect the decay; λ may have its own schedule.
+    - "cautious": as "coupled", but only for weights that the step itself makes smaller.
+    - "corrected": -η (u + λ η / max η w). The decay falls with the square of the learning rate, so that
+      weights before a normalization keep their norms. max η is the highest learning rate so far, so the decay
+      is coupled during a warm-up. For the maximum of the whole schedule use the coupled form with
+      weight_decay=lambda count: λ * schedule(count) / maximum.
 
     Equals:
       optax.adamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)
@@ -288,7 +294,7 @@ def nadamw(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
 ) -> Recipe:
-    """NadamW: Nadam, and then every weight shrinks by the same fraction, or as `adamw` has it.
+    """NadamW: Nadam with decoupled weight decay, whose forms are those of `adamw`.
 
     Equals:
       optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)

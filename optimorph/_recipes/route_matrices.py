@@ -56,18 +56,19 @@ def route_matrices(
 
         tx = route_matrices(chain(ema(0.95), orthogonalize(), scale_by_learning_rate(0.02)), adamw(1e-3))
 
-    How each leaf reads as matrices is resolved once in an update and handed down: `orthogonalize` and
-    `scale_by_shape` inside `matrices` take it from there, and need no `axes` of their own. The state is that
-    of `optax.partition`, with the parts "matrix" and "other".
+    `axes` is given once: `orthogonalize`, `scale_by_shape` and the other transforms inside `matrices` use it,
+    and need no `axes` of their own. The state is that of `optax.partition`, with the parts "matrix" and
+    "other".
 
     Args:
       matrices: the transformation of matrices; it runs in float32 or wider.
       others: the transformation of other leaves.
-      axes: how leaves read as matrices, as that of `muon`.
-      shardings: how leaves lie over a mesh, as that of `muon`.
+      axes: how leaves read as matrices, as in `muon`.
+      shardings: the shardings of the leaves over a mesh, as in `muon`.
 
     Raises:
-      ValueError: at `init`, all leaves that no rule decides and specs that do not fit, with some that do.
+      ValueError: at `init`, if no rule decides how a leaf reads, or if a spec does not fit its leaf. The
+        message names all such leaves, and says what to type.
     """
     return routed("route_matrices", matrices, others, axes, shardings)
 

@@ -45,7 +45,7 @@ def scion(
     comm_dtype: DTypeLike | None = None,
     divide: str | Hardware = AUTO,
 ) -> Recipe:
-    """Scion: of the average gradient the direction of unit norm that descends most, ρ times as long.
+    """Scion: steps in the direction of steepest descent for a norm that depends on the kind of leaf.
 
         w ← (1 - η) w - η ρ lmo(m)                      (1)
 
@@ -53,22 +53,22 @@ def scion(
         lmo(m) = sign(m) / in                           (3)  "sign"
         lmo(m) = m / (in (rms_i(m) + ε))                (4)  "row": the weights of each output
         lmo(m) = m / (in (rms_o(m) + ε))                (5)  "column": the weights of each input
-        lmo(m) = m / (rms(m) + ε)                       (6)  "rms": of a leaf that is no matrix
+        lmo(m) = m / (rms(m) + ε)                       (6)  "rms": of a leaf that is not a matrix
 
-    ε is 1e-8. With `weight_decay=1`, the default, no weight leaves the ball of radius ρ; with 0 there is no
-    ball.
+    m is the average gradient and ε is 1e-8. lmo(m) has norm 1. With `weight_decay=1`, the default, every leaf
+    stays in the ball of radius ρ; with 0 the norm is not bounded.
 
     Args:
-      momentum: β of the average; that of the published program is 1 - β.
-      norms: the norm of each matrix, by rules as those of `labels`; by default, and where none matches,
-        "sign" for embeddings and heads, "spectral" for other matrices.
-      radius: ρ, a number, or rules with one for each leaf as those of `scale_by_rules`; by default, and where
-        none matches, 3000 for embeddings and heads, 50 for all other leaves.
-      weight_decay: λ in the place of 1 in 1 - η.
-      weight_decay_form: as that of `adamw`.
-      axes: how leaves read as matrices, as that of `muon`; embeddings (vocabulary, width) are read as "oi",
+      momentum: β of the average. The argument of the published program is 1 - β.
+      norms: the norm of each matrix, by rules as in `labels`. Where no rule matches, it is "sign" for
+        embeddings and heads, and "spectral" for other matrices.
+      radius: ρ, a number, or rules with a number for each leaf as in `scale_by_rules`. Where no rule matches,
+        it is 3000 for embeddings and heads, and 50 for all other leaves.
+      weight_decay: λ in 1 - λ η; (1) has λ = 1.
+      weight_decay_form: as in `adamw`.
+      axes: how leaves read as matrices, as in `muon`; embeddings (vocabulary, width) are read as "oi",
         as a head that shares them, and heads by their names, weights as "oi" and all others as "io".
-      orthogonalizer, mask, mu_dtype, state, shardings, comm_dtype, divide: as those of `muon`.
+      orthogonalizer, mask, mu_dtype, state, shardings, comm_dtype, divide: as in `muon`.
 
     Raises:
       ValueError: as `muon`; at `init`, an unknown norm.

@@ -186,7 +186,7 @@ def attention_modules(paths: Sequence[str], leaves: Sequence[Any]) -> dict[str, 
 def attention_of(
     who: str, axes: AxesRules | None, members: Members, paths: Sequence[str], leaves: Sequence[Any]
 ) -> Attention | None:
-    """One of these modules; None if it has a leaf that is no matrix.
+    """One of these modules; None if it has a leaf that is not a matrix.
 
     Raises:
       ValueError: naming `who` and a leaf whose axes do not tell the two parts of latent attention, or have

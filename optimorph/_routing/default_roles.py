@@ -26,15 +26,15 @@ ROLES = tuple(sorted({rule.role for rule in RULES} | {"vector", INFERRED_HEAD, I
 
 
 def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
-    """What the default rules take a leaf for: "norm", "embedding", "dense", ...
+    """The role of a leaf by the default rules: "norm", "embedding", "dense", ...
 
         partition(lambda path, shape: "slow" if role_of(path, shape) == "embedding" else "fast", {...})
 
     Args:
-      path: the leaf's keys, joined by slashes; of a moment, as `compress_state` names it, those of its leaf.
+      path: the leaf's keys, joined by slashes. The path of a moment, as `compress_state` names it, works too.
       shape: the leaf's shape.
-      params: all parameters, for roles that depend on the other leaves, as that of a head that widths tell.
-        Without them names and shapes decide alone.
+      params: all parameters, for roles that depend on other leaves, such as a head that is found by its
+        widths. Without them only names and shapes decide.
 
     Raises:
       ValueError: a shape that is not one, or a path that is not in `params`.
@@ -55,12 +55,12 @@ def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
 
 
 def roles(*names: Any) -> Callable[..., Any]:
-    """A mask and a rule that selects the leaves of some roles, as the column "role" of `plan` shows them.
+    """Select the leaves of some roles, as a mask or as a rule. The column "role" of `plan` shows the roles.
 
         adamw(1e-3, weight_decay=0.1, mask=not_roles("norm", "bias", "vector", "embedding"))
 
-    As a mask it knows the whole tree, as `plan` does. As a rule, of `labels` or `partition` for example,
-    it knows paths and shapes. "head" selects an inferred head too.
+    As a mask it sees the whole tree, as `plan` does. As a rule, for `labels` or `partition`, it sees one path
+    and shape at a time. "head" also selects a head that is inferred from the widths.
 
     Args:
       names: roles.
@@ -72,7 +72,7 @@ def roles(*names: Any) -> Callable[..., Any]:
 
 
 def not_roles(*names: Any) -> Callable[..., Any]:
-    """A mask and a rule that selects all other leaves than `roles(*names)`.
+    """Select all leaves except those of some roles, as a mask or as a rule: the opposite of `roles(*names)`.
 
     Args:
       names: roles.

@@ -24,7 +24,7 @@ def partition(
     where the tree's objects change, as inside `nnx.jit`, and with callable modules.
 
     Args:
-      rules: as those of `labels`: pattern → name, or (path, shape) → name, or a tree of names.
+      rules: as in `labels`: pattern → name, or (path, shape) → name, or a tree of names.
       transforms: name → transformation.
 
     Raises:

@@ -34,7 +34,7 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
     Args:
       who: the function that errors name.
       find_output: whether an output layer without a telling name is inferred or asked for.
-      rules: pattern → spec, or (path, shape) → spec, or a tree of specs, as those of `labels`. The spec None
+      rules: pattern → spec, or (path, shape) → spec, or a tree of specs, as in `labels`. The spec None
         means "not a matrix", "head" the output layer.
 
     Raises:

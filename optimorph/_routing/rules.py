@@ -107,7 +107,7 @@ def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
 
 
 def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
-    """A function from a tree to the tree of its leaves' labels, by rules.
+    """A function that labels every leaf of a tree by rules.
 
         optax.masked(inner, labels({"*bias": False, "*": True}))
 

@@ -66,27 +66,27 @@ def compress_state(
         tx = compress_state(optimorph.adamw(1e-3))                  # 2.06 bytes a parameter instead of 8
         tx = compress_state(optax.adamw(1e-3), elementwise=True)
 
-    The updates are those of s' before it is encoded. By default first moments and velocities become `Signed8`
-    and second moments `Nonneg8`, for leaves of at least two axes and 4096 numbers. Embeddings, biases, norms
-    and vectors are not compressed, and neither are slow averages and anything else in a state. Rules change
-    that:
+    The updates are computed from s' before it is encoded. By default first moments and velocities become
+    `Signed8` and second moments `Nonneg8`, for leaves of at least two axes and 4096 numbers. Embeddings,
+    biases, norms and vectors are not compressed. Slow averages and everything else in a state are not
+    compressed either. Rules change that:
 
         rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
         rules={"first/*embed*": Signed8(), "second/*embed*": Nonneg8()}      # embeddings too
 
-    Memory: large leaves are updated slab by slab and in place, so that at most one slab of a moment is
-    decoded at a time. Chains of this library's transforms that work leaf by leaf need no argument for that.
-    Other transformations need `elementwise=True`, which is right if each number of the update depends on the
-    gradient, parameter and moments at the same position alone: for optax's `adam` and its like, but not for
-    clipping by a norm, which belongs outside. It is checked when the update is traced. Without it all
-    moments are decoded, updated and encoded at once.
+    Large leaves are updated slab by slab and in place, so that at most one slab of a moment is decoded at a
+    time. Chains of this library's elementwise transforms do this without an argument. Other transformations
+    need `elementwise=True`. It is valid if each number of the update depends only on the gradient, the
+    parameter and the moments at the same position, as in optax's `adam`. It is not valid for clipping by a
+    norm, which must be in front of `compress_state`. This is checked when the update is traced. Without it
+    all moments are decoded, updated and encoded at once.
 
     The noise of stochastic codecs depends on the seed, the step, the leaf's path and the position in the
-    leaf: a resumed run repeats to the bit, and one on another mesh except for its compiler's rounding. Codes
-    and scales have the parameters' shardings; encoding needs no communication where shards hold whole
-    blocks. Moments of complex numbers and float64 are not compressed. A leaf without a gradient keeps its
-    state. A non-finite number makes its block NaN, and so do gradients above 1.8e19, whose squares are
-    infinite: clip in front, or put `skip_nonfinite` around.
+    leaf. So a resumed run repeats bit by bit; on another mesh it does so up to the compiler's rounding. Codes
+    and scales have the shardings of the parameters, and encoding needs no communication if shards hold whole
+    blocks. Moments in float64 or of complex numbers are not compressed. A leaf without a gradient keeps its
+    state. A number that is not finite makes its block NaN, and so does a gradient above 1.8e19, whose square
+    is infinite: clip in front, or put `skip_nonfinite` around.
 
     Args:
       inner: any transformation, of this library or of optax, whose moments start as one number everywhere.

@@ -67,15 +67,15 @@ def ema(
         u = (1 - β) g + β m        (3)  nesterov: one step ahead
         u = (1 - α) g + α m        (4)  lookahead, with m before (1): Lion's
 
-    An average that starts at zero is too small by the factor 1 - β^t: `debias` divides that out.
+    An average that starts at zero is too small by the factor 1 - β^t. `debias` divides by this factor.
 
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
       nesterov: return (3) instead of (2).
       lookahead: α in [0, 1): return (4) instead of (2).
       initial: m before the first step, at least 0.
-      dtype: of the stored average; float32 or the parameter's own dtype, whichever is wider. float16
-        has no numbers above 65504.
+      dtype: the dtype of the stored average. The default is float32, or the parameter's dtype if that is
+        wider. float16 has no numbers above 65504.
 
     Raises:
       ValueError: β or α outside [0, 1) or `initial` negative, when they are concrete numbers; `nesterov`
@@ -110,18 +110,19 @@ def ema(
 
 
 def slow_ema(decay: ScalarOrSchedule, alpha: ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:
-    """Replace every update by a multiple of a slow moving average; both may warm up.
+    """Replace every update by a multiple of a slow moving average; both may warm up over the steps.
 
         m ← (1 - β(t)) g + β(t) m        (1)
         u = α(t) m                       (2)
 
-    t is the number of updates before this one. The average is in float32 or wider, and `compress_state` does
-    not compress it by default: where β = 0.9999, a step changes it by less than bfloat16 or 8 bits can tell.
-    Noise of stochastic rounding would add up over 1 / (1 - β) steps.
+    t is the number of updates before this one. The average is stored in float32 or wider, and
+    `compress_state` does not compress it by default: with β = 0.9999 a step changes it by less than the
+    spacing of numbers in bfloat16 or 8 bits, and the noise of stochastic rounding would add up over 1 / (1 -
+    β) steps.
 
     Args:
       decay: β in [0, 1), a number, an array, a tracer or a schedule, such as `schedules.decay_warmup`.
-      alpha: α at least 0, the same, such as `schedules.linear_warmup`.
+      alpha: α at least 0, a number, an array, a tracer or a schedule, such as `schedules.linear_warmup`.
 
     Raises:
       ValueError: β or α outside its range, when it is a concrete number.
@@ -167,8 +168,8 @@ def momentum(
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
       nesterov: return (3) instead of (2).
-      dtype: of the stored velocity; float32 or the parameter's own dtype, whichever is wider. float16
-        has no numbers above 65504.
+      dtype: the dtype of the stored velocity. The default is float32, or the parameter's dtype if that is
+        wider. float16 has no numbers above 65504.
 
     Raises:
       ValueError: β outside [0, 1), when it is a concrete number.
@@ -214,8 +215,8 @@ def accumulate(
 
     Args:
       initial: s before the first step, at least 0, a number, an array or a tracer.
-      dtype: of the stored sum; float32 or the parameter's own dtype, whichever is wider. float16
-        has no numbers above 65504.
+      dtype: the dtype of the stored sum. The default is float32, or the parameter's dtype if that is wider.
+        float16 has no numbers above 65504.
 
     Raises:
       ValueError: `initial` negative, when it is a concrete number.

@@ -21,13 +21,13 @@ def cautious(
         φ = [u g > 0]                     (1)
         u ← φ u / max(mean(φ), 10⁻³)      (2)
 
-    Around the quotient of AdamW, before weight decay and the learning rate, this is cautious AdamW. It keeps
-    about the size of a leaf's update. The mean is that of a whole leaf: over a mesh it takes an all-reduce of
-    one number for each leaf that is divided.
+    Around the division of AdamW, before weight decay and the learning rate, this is cautious AdamW. The
+    division by the mean roughly keeps the size of a leaf's update. The mean is taken over a whole leaf: over
+    a mesh this takes an all-reduce of one number for each sharded leaf.
 
     Args:
       inner: any transformation to a direction of ascent; the state is its own.
-      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+      shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     References:
       Liang et al. 2024, "Cautious optimizers: improving training with one line of code", arXiv:2411.16085.

@@ -26,24 +26,25 @@ class ClipState(NamedTuple):
 
 
 def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
-    """Shorten the updates to a norm of at most `max_norm`, that of all leaves as one vector.
+    """Scale the updates so that their norm, taken over all leaves, is at most `max_norm`.
 
         ‖g‖ = √(Σ |gₖ|²)                  (1)
         u = g min(1, max_norm / ‖g‖)      (2)
 
-    The squares are those of g / 2^e in float32 or wider, with 2^e within a factor of 4 of the largest |gₖ|:
-    none overflows, those that vanish do not count, zero stays zero, and what is short enough is returned to
-    the bit. A norm above the largest float32 number is reported as that number.
+    The norm is computed in float32 or wider. Before they are squared, the updates are divided by a power of 2
+    near the largest |gₖ|, so no square overflows. Updates whose norm is small enough are returned bit by bit.
+    A norm above the largest float32 number is reported as that number.
 
-    With a NaN or an infinity among them no factor is right: all updates pass as they are, the norm is
-    reported as what it is and the factor as 1, and `skip_nonfinite` around the sentence sees the fault.
+    If an update is NaN or infinite, all updates pass unchanged. The state then has the true norm and a factor
+    of 1, and `skip_nonfinite` around the optimizer leaves the step out.
 
-    In front of `muon` or `partition` the norm is that of all leaves, whatever becomes of each; inside, that
-    of one group. Inside `jax.shard_map` it is that of a device's own shards, which are all it sees. Over
-    a mesh it takes two all-reduces of scalars for all leaves that the same axes divide.
+    In front of `muon` or `partition` the norm is that of all leaves; inside, it is that of one group. Inside
+    `jax.shard_map` it is that of the shards of one device. Over a mesh it takes two all-reduces of scalars
+    for all leaves that are sharded over the same axes.
 
     Args:
-      max_norm: above 0, a number, an array or a tracer, in units of the gradient; infinity measures only.
+      max_norm: above 0, a number, an array or a tracer, in units of the gradient. With infinity the norm is
+        only measured.
 
     Raises:
       ValueError: `max_norm` not above 0, when it is a concrete number.

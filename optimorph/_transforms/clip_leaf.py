@@ -16,16 +16,17 @@ from optimorph._routing.rules import lookup_if_given
 
 
 def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
-    """Shorten the update of each leaf to a norm of at most `max_norm`.
+    """Scale the update of each leaf so that its norm is at most `max_norm`.
 
         u = g min(1, max_norm / ‖g‖)        (1)
 
-    ‖·‖ is that of a whole leaf, in float32 or wider, of numbers of any size. Over a mesh it takes two
-    all-reduces of one number for each leaf that is divided. A leaf with a NaN or an infinity passes as it is.
+    ‖·‖ is the norm of a whole leaf. It is computed in float32 or wider and does not overflow. Over a mesh it
+    takes two all-reduces of one number for each sharded leaf. A leaf with a NaN or an infinity passes
+    unchanged.
 
     Args:
       max_norm: above 0, a number, an array or a tracer.
-      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+      shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:
       ValueError: `max_norm` not above 0, when it is a concrete number; inside `compress_state`, which belongs
@@ -39,19 +40,20 @@ def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.Gradie
 
 
 def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
-    """Shorten the update of each leaf to a root mean square of at most `max_rms`.
+    """Scale the update of each leaf so that its root mean square is at most `max_rms`.
 
         u = g min(1, max_rms / rms(g))        (1)
 
-    After the quotient of AdamW this is StableAdamW, which the second moment's lag does not upset:
+    After the division of AdamW this is StableAdamW. It limits the updates when gradients grow faster than
+    their second moment:
 
         chain(divide(chain(ema(b1), debias(b1)), by=...), clip_rms(), add_decayed_weights(λ), ...)
 
-    rms(·) is that of a whole leaf: see `clip_norm`.
+    rms(·) is taken over a whole leaf, as the norm of `clip_norm` is.
 
     Args:
       max_rms: above 0, a number, an array or a tracer.
-      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+      shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:
       ValueError: as `clip_norm`.

@@ -41,9 +41,10 @@ class MixState(NamedTuple):
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`optax.chain`, in which neighbours that work leaf by leaf become one rule for one leaf.
+    """Apply transformations one after another; the same as `optax.chain`, with the same state.
 
-    The state is that of `optax.chain`: a tuple with the state of each.
+    Neighbouring transforms of this library that work leaf by leaf are merged into one function of one leaf.
+    Between them the updates stay in float32 or wider, and `compress_state` can work through a leaf in slabs.
 
     Args:
       transforms: transformations in the order in which they are applied.
@@ -86,11 +87,10 @@ def divide(
 
         u = signal(g) / max(by(g), 64 √tiny)        (1)
 
-    where tiny is the least number of which the dtype keeps all digits: a smaller root is that of a mean
-    square that underflowed. So 0 / 0 is 0, and with ε = 0 the smallest gradients give no infinite updates.
+    tiny is the smallest normal number of the dtype. A root below this bound belongs to a mean square that
+    underflowed. So 0 / 0 is 0, and very small gradients give no infinite updates, even with ε = 0.
 
-    Both sides are computed in float32 or wider and only their quotient is rounded to the gradient's dtype:
-    the square of a small float16 number would be zero.
+    Both sides are computed in float32 or wider, and only the quotient is rounded to the gradient's dtype.
 
     Args:
       signal: the numerator's transformation.
@@ -141,8 +141,8 @@ def mix(
 
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
-      first: what β weighs.
-      second: what 1 - β weighs.
+      first: the transformation with the weight β.
+      second: the transformation with the weight 1 - β.
 
     Raises:
       ValueError: β outside [0, 1), when it is a concrete number.

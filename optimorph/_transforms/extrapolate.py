@@ -25,13 +25,15 @@ def extrapolate(
 
         u = g + γ β / (1 - β) (g - p),  p ← g        (1)
 
-    Where the average `ema(β)` follows, γ = 1 would make up for its delay, and a small γ reduces its variance.
-    With β = 1/2 and γ = 1 it is the optimistic gradient 2 g - p. Before the first update p is 0.
+    In front of the average `ema(β)`, γ = 1 compensates the delay of the average, and a small γ reduces its
+    variance. With β = 1/2 and γ = 1 the result is the optimistic gradient 2 g - p. Before the first update p
+    is 0.
 
     Args:
       gamma: γ at least 0, a number, an array or a tracer.
-      decay: β in [0, 1), the same.
-      dtype: of the stored gradient; float32 or the parameter's own dtype, whichever is wider.
+      decay: β in [0, 1), a number, an array or a tracer.
+      dtype: the dtype of the stored gradient. The default is float32, or the parameter's dtype if that is
+        wider.
 
     Raises:
       ValueError: γ or β outside its range, when it is a concrete number.

@@ -19,25 +19,25 @@ from optimorph._transforms.step import LearningRateState
 def hyperball(
     learning_rate: ScalarOrSchedule, axes: AxesRules | None = None, shardings: Rules | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Turn a direction of ascent into a step that keeps the norm of every matrix; the last of a chain.
+    """Turn a direction of ascent into a step that keeps the norm of every matrix. It is the last of a chain.
 
         x = w - η ‖w‖ u / ‖u‖          (1)
         w ← ‖w‖ x / ‖x‖                (2)
 
-    It takes the place of the learning rate and of weight decay. The scale of u is irrelevant, and a small η
-    is the angle of a step that is orthogonal to w. ‖·‖ is the Frobenius norm of each matrix, in float32 or
-    wider; a leaf that is no matrix has one norm. ‖x‖² = ‖w‖² - 2 s ⟨w, u⟩ + s² ‖u‖² needs three sums, and
-    over a mesh all_reduces of five numbers a matrix.
+    It replaces the learning rate and the weight decay. The scale of u has no effect. If u is orthogonal to w,
+    a small η is the angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf
+    that is not a matrix has one norm. Over a mesh this takes all-reduces of five numbers for each matrix.
 
-    A matrix of zeros has no norm to keep: it takes the step -η u, and keeps the norm that it then has. A
-    matrix whose u is zero stays. A number by itself keeps its absolute value, so that it does not train. η
-    should be far below 1: where ‖x‖ is nearly 0, rounding decides the norm. The norm of bfloat16 weights is
-    kept on average, with `apply_updates(key=)`.
+    A matrix of zeros takes the step -η u, and keeps the norm that it then has. A matrix whose u is zero does
+    not change. A scalar parameter only keeps its absolute value, so it does not train. η should be far below
+    1: if ‖x‖ is nearly 0, rounding decides the norm. The norm of bfloat16 weights is kept on average, with
+    `apply_updates(key=)`.
 
     Args:
-      learning_rate: η, at least 0, a number, an array, a tracer or a schedule. The last one is in the state.
-      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
-      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+      learning_rate: η, at least 0, a number, an array, a tracer or a schedule. The last value is in the
+        state.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its axes count.
+      shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:
       ValueError: η negative, when it is a concrete number; at `update`, params missing; inside

@@ -30,18 +30,18 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         u, s' = inner(g, widen(s))        (1)
         s ← round(s'),  E[round(s')] = s'        (2)
 
-    An average with β = 0.999 moves by a thousandth of the way to its goal in a step, and a bfloat16 number
-    by 1/256 of itself or not at all. Rounded to the nearest, the average stops before half of the way.
-    Rounded stochastically it arrives, with a relative noise of about 1/256 √((1 - β) / 2) for slow averages.
-    The updates are those of s' before it is rounded.
+    In one step an average with β = 0.999 covers a thousandth of the distance to its limit, but two
+    neighbouring bfloat16 numbers differ by 1/256. Rounded to the nearest, the average stops before it has
+    covered half of the distance. Rounded stochastically it reaches the limit, with a relative noise of about
+    1/256 √((1 - β) / 2) for slow averages. The updates are computed from s' before it is rounded.
 
-    The noise depends on the seed, the step and the leaf's path, which are all kept: a run repeats to the
-    bit, resumed or on another mesh. Under `jax.vmap` all runs have the same noise. Arrays of real numbers
-    are stored in bfloat16, float64 by way of float32. Scalars, integers and complex numbers are not changed.
+    The noise depends on the seed, the step and the leaf's path, which are all kept. So a run repeats bit by
+    bit, also when it is resumed or moved to another mesh. Under `jax.vmap` all runs have the same noise.
+    Arrays of real numbers are stored in bfloat16. Scalars, integers and complex numbers are not changed.
 
     Args:
-      inner: any transformation; of a recipe, ask for `nu_dtype="bfloat16"`.
-      seed: of the noise, an integer in [0, 2³²); that of a state which is restored goes on.
+      inner: any transformation. Optimizers of this library have `nu_dtype="bfloat16"` for the same purpose.
+      seed: the seed of the noise, an integer in [0, 2³²). A restored state keeps its own seed.
 
     Raises:
       ValueError: another seed.

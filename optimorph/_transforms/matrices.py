@@ -41,26 +41,29 @@ def orthogonalize(
 
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
 
-    Over a mesh each device computes a share of the matrices, and the updates have the gradients' shardings.
-    These are found on any mesh, which need not be named: from the types of arrays over `Explicit` mesh axes;
-    from the compiler over `Auto` axes; on TPUs, and in exported programs, sharding hints divide the work
-    instead, with more collectives than with `shardings`. `optimorph.plan(mesh=)` says which way is taken.
+    Over a mesh each device computes a share of the matrices, and the updates have the shardings of the
+    gradients. The mesh is found automatically: over `Explicit` mesh axes from the types of arrays, over
+    `Auto` axes from the compiler. On TPUs over `Auto` axes, and in exported programs, sharding hints divide
+    the work instead, with more collectives than with `shardings`. `optimorph.plan(mesh=)` prints which way is
+    taken.
 
     Args:
       orthogonalizer: a function of stacks `(batch, inputs, outputs)`: `linalg.NewtonSchulz()`, the default,
         `linalg.Exact()`, or your own. It sees all matrices of one shape and dtype, whatever their leaves, as
         one stack, and must treat each by itself.
-      axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through. Inside
+      axes: how leaves read as matrices, as in `muon`; a leaf that is not a matrix passes through. Inside
         `route_matrices` its axes and shardings count.
-      shardings: those of the leaves over a mesh, as that of `muon`.
+      shardings: the shardings of the leaves over a mesh, as in `muon`.
       comm_dtype: the dtype of the data in collectives, if narrower than the gradients'. bfloat16 halves the
         bytes; each number is rounded to 8 bits before the iteration and once more after it.
-      bytes_at_once: the most bytes of whole matrices that a device holds in one round, of two in flight.
-      divide: when a matrix is divided over several devices, of which each computes some columns, and which
-        send each other partial products. "auto": for the matrices that would leave devices idle, where that
-        takes less time by the published numbers of the mesh's devices; "v5e", "v5p", "v6e", "H100", "H200",
-        "cpu" or a `Hardware`: by those numbers; "never". `optimorph.plan(mesh=)` says what is expected. With
-        sharding hints no matrix is divided, nor by an orthogonalizer other than `linalg.NewtonSchulz`.
+      bytes_at_once: how many bytes of whole matrices a device may hold in one round. Two rounds are in
+        flight.
+      divide: when a matrix is divided over several devices. Each of them computes some of its columns, and
+        they exchange partial products. "auto" divides the matrices that would leave devices idle, if that
+        takes less time by the published numbers of the mesh's devices. "v5e", "v5p", "v6e", "H100", "H200",
+        "cpu" or a `Hardware` use the numbers of that device. "never" divides no matrix.
+        `optimorph.plan(mesh=)` prints what is expected. Only `linalg.NewtonSchulz` divides matrices, and
+        sharding hints do not.
 
     Raises:
       ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides; at `update`,
@@ -124,8 +127,8 @@ def scale_by_shape(
 
     Args:
       scale: a name, None, or a function of two integers.
-      axes: how leaves read as matrices, as that of `muon`; a leaf that is no matrix passes through.
-      shardings: those of the leaves over a mesh, as that of `muon`; the shape is that of whole matrices.
+      axes: how leaves read as matrices, as in `muon`; a leaf that is not a matrix passes through.
+      shardings: the shardings of the leaves over a mesh, as in `muon`; the shape is that of whole matrices.
 
     Raises:
       ValueError: an unknown name; at `init`, a spec that does not fit its leaf, a leaf that no rule decides.

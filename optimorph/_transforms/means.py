@@ -43,15 +43,15 @@ def mean(
 
         chain(square(), mean("i", ema(0.95)), root())       # a second moment for each output
 
-    `inner` sees one number for each mean, and so its state is as small. Each matrix of a stack and each block
-    of a fused kernel has its own means; a leaf that is no matrix has one. Over a mesh the means of whole
-    matrices are taken, by all_reduces of one number a mean.
+    `inner` sees one number for each mean, so its state is small. Each matrix of a stack and each block of a
+    fused kernel has its own means. A leaf that is not a matrix has one mean. Over a mesh the means are those
+    of whole matrices, by all-reduces of one number for each mean.
 
     Args:
       over: the sides of matrices, "i" (inputs), "o" (outputs) or "io".
-      inner: what is done to the means, leaf by leaf; nothing without one.
-      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
-      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+      inner: a transformation of the means, leaf by leaf. By default the means are returned.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its axes count.
+      shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
       where: (inputs, outputs) → whether a matrix has means; 0 in the place of the others. All of them without
         one. A leaf of n numbers that is no matrix has n inputs and one output.
 
@@ -107,18 +107,18 @@ def mean(
 def keep_norm(
     inner: optax.GradientTransformation, axes: AxesRules | None = None, shardings: Rules | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Give what a transformation makes of every matrix the norm that the matrix had.
+    """Apply a transformation and then restore the norm of every matrix.
 
         u = ‖g‖ / ‖inner(g)‖ inner(g)        (1)
 
-    ‖·‖ is the Frobenius norm of each matrix, in float32 or wider, by sums of squares, which must be numbers
-    there; a leaf that is no matrix has one norm. A matrix of zeros stays. Over a mesh the norms are those of
-    whole matrices, by all_reduces of two numbers a matrix.
+    ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; the sum of squares must not overflow. A
+    leaf that is not a matrix has one norm. A matrix of zeros does not change. Over a mesh this takes
+    all-reduces of two numbers for each matrix.
 
     Args:
       inner: any transformation.
-      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
-      shardings: those of the leaves inside `jax.shard_map`, as that of `muon`.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its axes count.
+      shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:
       ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides.

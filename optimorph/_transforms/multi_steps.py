@@ -53,7 +53,7 @@ def multi_steps(
     maximum: Mask | None = None,
     accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Give a transformation the mean of every k gradients; between them the updates are zero.
+    """Take one step for the mean of k gradients. Between two steps the updates are zero.
 
         n ← n + 1,  W ← W + w,  ḡ ← ḡ + (w / W) (g - ḡ)    (1)
         u, s ← inner(ḡ, s)  and  n, W, ḡ ← 0, 0, 0         (2)  if n ≥ k, or to flush, and W > 0
@@ -63,33 +63,36 @@ def multi_steps(
 
         updates, state = tx.update(gradients, state, params, weight=tokens, flush=last)
 
-    `weight` is w, a number of at least 0; without it, 1. If a loss is a mean over tokens, and w their number,
-    ḡ is the gradient of the mean over all tokens of the k microbatches. With a weight of 0 a gradient counts
-    in n and is not looked at; with a traced weight that is negative or not finite it is left out. `flush`
-    ends the window here, for the last microbatch of an epoch. If there are no more gradients, flush with any
-    gradient of weight 0; an empty window makes no step.
+    `weight` is w, a number of at least 0; the default is 1. If a loss is a mean over tokens and w is their
+    number, ḡ is the gradient of the mean over all tokens of the k microbatches. A gradient of weight 0 counts
+    in n but is not used. A traced weight that is negative or not finite leaves its gradient out. `flush` ends
+    the window at once, for the last microbatch of an epoch. If there are no more gradients, flush with any
+    gradient of weight 0. An empty window makes no step.
 
-    Without these the numbers are those of `optax.MultiSteps`, and the rest is not. `inner` is computed only
-    where a step is due, and sees the mean in float32 or wider, however narrow the gradients are. With k = 1
-    it is `inner` itself, without a buffer for the mean of one. And a gradient with a NaN or an infinity in it
-    is left out as if it had never come: the step waits for another in its place. (With k = 1 it reaches
-    `inner`: put `skip_nonfinite` around, whatever k is, and what is left out is counted as well.) Inside
-    `jax.shard_map` a gradient is left out on all devices if it is so on one: they step together. A state
-    inside with a method `observe(sound, **extra)` is handed the extra arguments of the gradients between
-    steps: `clip_attention_logits` keeps the largest logits.
+    Without these arguments the updates are those of `optax.MultiSteps`, with these differences:
 
-    A gradient of None is one of zeros: some of the k may lack a leaf that others have. The update of a leaf
-    whose mean is exactly zero although its last gradient was None is zero, whatever `inner` makes of it, such
-    as weight decay. Leaves that are None in the parameters, or integers, stay None.
+    - `inner` is computed only where a step is due. It sees the mean in float32 or wider.
+    - With k = 1 it is `inner` itself, without a buffer.
+    - A gradient with a NaN or an infinity is left out, and the step waits for another gradient. With k = 1
+      such a gradient reaches `inner`. `skip_nonfinite` around `multi_steps` works for every k and counts the
+      gradients that are left out. Inside `jax.shard_map` a gradient is left out on all devices if it is on
+      one.
+    - Extra arguments of the gradients between two steps are given to the method `observe(sound, **extra)` of
+      a state inside, if it has one: `clip_attention_logits` keeps the largest logits this way.
+
+    A gradient of None counts as zeros, so some of the k gradients may lack a leaf that others have. If the
+    mean of a leaf is exactly zero and its last gradient was None, its update is zero, whatever `inner`
+    returns, such as weight decay. Leaves that are None in the parameters, or integers, stay None.
 
     Args:
       inner: any transformation.
       every_k: k, an integer of at least 1, or a function of the number of steps taken to one.
-      maximum: which leaves give `inner` the largest of their gradients, each number by itself, and not the
-        mean; as `add_decayed_weights` takes a mask. The largest magnitudes by which FP8 is scaled are such
-        leaves: `{"*amax*": True, "*": False}`. Their weights matter only in being 0 or not.
-      accumulator_dtype: of the stored mean; float32 or the parameter's own dtype, whichever is wider. In
-        bfloat16 it takes half the bytes and forgets what is below 1/512 of it.
+      maximum: which leaves give `inner` the elementwise largest of their gradients instead of the mean; it
+        takes what the mask of `add_decayed_weights` takes. The largest magnitudes by which FP8 is scaled are
+        such
+        leaves: `{"*amax*": True, "*": False}`. Of their weights only matters whether they are 0.
+      accumulator_dtype: the dtype of the stored mean. The default is float32, or the parameter's dtype if
+        that is wider. In bfloat16 the mean takes half the bytes, and changes below 1/512 of it are lost.
 
     Raises:
       ValueError: `every_k` below 1, or no integer; at `update`, a weight that is negative or no number.

@@ -32,11 +32,12 @@ def square() -> optax.GradientTransformationExtraArgs:
 
         u = |g|²        (1)
 
-    In float32, and so for bfloat16 too, (1) is zero where |g| < 1e-19, which is as good as the true square
-    beside any ε ≥ 1e-16, and infinite where |g| > 1.8e19. An average or a sum of squares stays infinite from
-    then on: AdaGrad, RMSprop, Adam and their like make no more updates but those of weight decay, and a
-    centered RMSprop has NaN for a variance. `skip_nonfinite` around the sentence leaves such a step out,
-    `clip_by_global_norm` in front of it makes it an ordinary one, and float64 has no such limit below 1e154.
+    Squares are computed in float32 or wider. In float32 (1) is zero where |g| < 1e-19, which makes no
+    difference beside any ε ≥ 1e-16. It is infinite where |g| > 1.8e19, and an average or a sum of squares
+    then stays infinite: AdaGrad, RMSprop and Adam no longer move that weight except by weight decay, and a
+    centered RMSprop becomes NaN. `skip_nonfinite` around the optimizer leaves such a step out.
+    `clip_by_global_norm` in front of the optimizer makes it an ordinary step. float64 has this limit only at
+    1e154.
 
     References:
       Duchi, Hazan & Singer 2011, "Adaptive subgradient methods", algorithm 1 (diagonal).
@@ -64,9 +65,9 @@ def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransform
 
         u = √(g + ε_root) + ε        (1)
 
-    The updates should not be negative, as second moments are not. The derivative of √g is infinite at 0: a
-    gradient through the optimizer (meta-learning) is NaN where a weight never had a gradient, as of a dead
-    unit. Type eps_root=1e-8 there.
+    The updates must not be negative; second moments are not. The derivative of √g is infinite at 0. So a
+    gradient through the optimizer, as in meta-learning, is NaN for a weight that never had a gradient. Use
+    eps_root=1e-8 in that case.
 
     Args:
       eps: ε, at least 0, outside the root, in units of the gradient.
@@ -88,7 +89,7 @@ def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransform
 
 
 def debias(decay: Numeric, *, ahead: int = 0, power: Numeric = 1.0) -> optax.GradientTransformationExtraArgs:
-    """Divide every update by the weight that an average from zero has gathered so far.
+    """Correct the bias of an average that started at zero.
 
         t ← t + 1                      (1)
         u = g / (1 - β^(t + a))^p      (2)
@@ -96,7 +97,7 @@ def debias(decay: Numeric, *, ahead: int = 0, power: Numeric = 1.0) -> optax.Gra
     Args:
       decay: β in [0, 1) of the average, a number, an array or a tracer.
       ahead: a, at least 0, the steps by which the average looks ahead (Nadam's first term: 1).
-      power: p, above 0. Behind `root` 1/2 corrects an average of squares.
+      power: p, above 0. After `root`, p = 1/2 corrects an average of squares.
 
     Raises:
       ValueError: β outside [0, 1), when it is a concrete number; a negative, or no integer; p not above 0.

@@ -63,7 +63,7 @@ def qk_clip(
       max_logits: S `(*layers, heads)` of a module: the largest logit q·k/√d before the softmax, over the
         batch, all positions and all devices. A mapping from the module's path, or a tree with the modules'
         own nesting, as Flax sows it. Modules that are not in it stay as they are.
-      axes: how leaves read as matrices, as that of `muon`; a module with a None is left alone. The heads are
+      axes: how leaves read as matrices, as in `muon`; a module with a None is left alone. The heads are
         the first of several outputs `ioo`, or a batch axis `ibo`, or else equal blocks of the outputs, as
         many as S has. The two parts of a head of latent attention are blocks: `io(128+64 o)` of a query,
         `io(128+128 o)` of key and value.
@@ -92,7 +92,7 @@ def qk_clip(
 def clip_attention_logits(
     threshold: Numeric = 100.0, axes: AxesRules | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`qk_clip` as the last transform of an optimizer, which is given the logits with the gradients.
+    """`qk_clip` as the last transform of an optimizer. `update` takes the logits as an extra argument.
 
         u ← f(w + u) - w        (1)  with f = qk_clip
 

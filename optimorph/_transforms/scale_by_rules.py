@@ -15,7 +15,7 @@ from optimorph._routing.rules import NO_MATCH, lookup, warn_unused
 
 
 def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
-    """Multiply the updates of each leaf by a factor of its own: learning rates by leaf, role or layer.
+    """Multiply the updates of each leaf by its own factor, for learning rates by leaf, role or layer.
 
         u = f g        (1)
 

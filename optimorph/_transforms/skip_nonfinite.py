@@ -31,29 +31,28 @@ class SkipState(NamedTuple):
 def skip_nonfinite(
     inner: optax.GradientTransformation, max_consecutive: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Leave out every step in which a NaN or an infinity is among the gradients, or comes of them.
+    """Leave out every step in which a gradient, an update or the new state is NaN or infinite.
 
         u, s' = inner(g, s)
         u, s ← u, s'        (1)  if g and u are finite, and s' is wherever s was
         u, s ← 0, s         (2)  otherwise
 
-    A skipped step changes no weight, no moment and no count of `inner`'s: schedules wait. (1) asks for u and
-    s' as well because finite gradients may give neither: the square of 1e25 is infinite, and would stay in a
-    second moment for ever. Numbers in s that were not finite before, such as a best loss so far, may stay so.
-    It belongs around the whole sentence: weight decay outside of it would not be skipped.
+    A skipped step changes no weight, no moment and no count of `inner`, so schedules wait. u and s' are
+    checked as well, because finite gradients may lead to infinite moments: the square of 1e25 is infinite in
+    float32. Numbers in s that were not finite before, such as a best loss so far, may stay so. Put it around
+    the whole optimizer: weight decay outside of it would not be skipped.
 
-    Whether a step is skipped is one boolean for all leaves, which over a mesh takes one all-reduce for all
-    leaves that the same axes divide; under `jax.vmap` it is one for every run. States are chosen by a select,
-    which the compiler can fuse with the arithmetic before it, and not by a branch, which it cannot; a branch
-    would save time in the steps that are skipped alone. Inside `jax.shard_map` each device sees its own
-    shards, and may skip what others do not.
+    One boolean decides for all leaves. Over a mesh it takes one all-reduce for all leaves that are sharded
+    over the same axes. Under `jax.vmap` each run has its own boolean. Inside `jax.shard_map` each device sees
+    only its own shards, so one device may skip a step that others take. The state is chosen by a select
+    instead of a branch, because the compiler can fuse a select with the arithmetic before it.
 
     Args:
       inner: any transformation.
-      max_consecutive: how many steps in a row may be skipped, at least 0; without it, any number. One more
-        raises an error on the host, which needs a callback in the program: such a program is not kept in the
-        persistent compilation cache and cannot be exported. The error comes with the results of that step,
-        which are lost.
+      max_consecutive: how many steps in a row may be skipped, at least 0. With None, the default, it is any
+        number. One more raises an error on the host. This needs a callback in the program, and a program with
+        a callback is not kept in the persistent compilation cache and cannot be exported. The results of the
+        step that raises the error are lost.
 
     Raises:
       ValueError: `max_consecutive` no integer, or negative.

@@ -54,9 +54,9 @@ def add_decayed_weights(
         u = g + λ w                  (1)
         u = g + λ w [g w ≥ 0]        (2)  cautious: where the descent itself shrinks the weight
 
-    What it means depends on where it stands. Before the quotient it is the gradient of (λ/2)‖w‖², L2
-    regularisation, and the quotient rescales it weight by weight; after the quotient it is decoupled decay,
-    the same fraction of every weight:
+    Its meaning depends on its place in the chain. Before the division of Adam it is the gradient of
+    (λ/2)‖w‖²: L2 regularisation, which the division rescales for each weight. After the division it is
+    decoupled decay, which shrinks every weight by the same fraction:
 
         l2_adam = chain(add_decayed_weights(λ), scale_by_adam, scale_by_learning_rate(η))
         adamw   = chain(scale_by_adam, add_decayed_weights(λ), scale_by_learning_rate(η))
@@ -64,11 +64,11 @@ def add_decayed_weights(
         scale_by_adam = divide(chain(ema(b1), debias(b1)), by=chain(square(), ema(b2), debias(b2), root(ε)))
 
     Args:
-      weight_decay: λ, at least 0, a number, an array, a tracer or a schedule. The constant 0 asks for no
-        params. The last one is in the state, in float32: `probes.read` shows it.
-      mask: which leaves decay, as `optax.masked` takes it, or rules, `{"*norm*": False, "*": True}`; all of
-        them without one.
-      cautious: add (2) instead of (1); of complex numbers, where Re(g w̄) ≥ 0.
+      weight_decay: λ, at least 0, a number, an array, a tracer or a schedule. With the constant 0 `update`
+        needs no params. The last value is in the state, in float32: `probes.read` shows it.
+      mask: which leaves decay: what `optax.masked` takes, or rules such as `{"*norm*": False, "*": True}`. By
+        default all leaves decay.
+      cautious: use (2) instead of (1). For complex numbers the condition is Re(g w̄) ≥ 0.
 
     Raises:
       ValueError: λ negative, when it is a concrete number; at `update`, params missing.
@@ -117,8 +117,8 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
 
     Args:
       learning_rate: η, at least 0, a number, an array, a tracer, or a schedule, which is called with the
-        number of updates before this one. The last one is in the state, in float32: `probes.read` shows it,
-        but setting it there has no effect. `inject_hyperparams` makes a rate that can be set.
+        number of updates before this one. The last value is in the state, in float32: `probes.read` shows it,
+        but setting it there has no effect. `inject_hyperparams` makes a learning rate that can be set.
 
     Raises:
       ValueError: η negative, when it is a concrete number.
