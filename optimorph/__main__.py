@@ -33,12 +33,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and run the command; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments parser = Parser(prog="optimorph",
-    description="Optimizers for JAX, as chains of small gradient transformations.")
-    parser.add_argument("--version", action="version", version=f"optimorph {version('optimorph')}") commands =
-    parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser) parsers =
-    {name: commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()} chosen = next((name
-    for name in arguments if name in COMMANDS), None) try:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = Parser(prog="optimorph", description="Optimizers for JAX, from gradient descent to Muon.")
+    parser.add_argument("--version", action="version", version=f"optimorph {version('optimorph')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    parsers = {name: commands.add_parser(name, help=about) for name, (_, about) in COMMANDS.items()}
+    chosen = next((name for name in arguments if name in COMMANDS), None)
+    try:
         if chosen is None:
             parser.parse_args(arguments)  # help, or an error
             return 2
