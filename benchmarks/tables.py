@@ -109,6 +109,36 @@ def rates():
         yield name, *(" / ".join(f"{x:g}" for x in task.values()) for task in (text, rates["digits"][name]))
 
 
+def widths():
+    """The best learning rates of hidden matrices, as powers of two."""
+    best = recorded("transfer")["best"]
+    columns = sorted({width for each in best.values() for width in each}, key=int)
+    yield "optimizer", *(f"width {width}" for width in columns), "steps of the grid, first to last"
+    for name, each in best.items():
+        grid = [each[width]["on_grid"] for width in columns if width in each]
+        cells = [each.get(width) for width in columns]
+        yield (
+            name,
+            *(f"{x['exponent']:.1f} ± {x['spread']:.1f}" if x else "-" for x in cells),
+            f"{grid[-1] - grid[0]:+d}",
+        )
+
+
+def pytorch():
+    """A training in PyTorch and in JAX."""
+    yield (
+        "optimizer",
+        "largest difference, 20 steps",
+        "200 steps",
+        "by one rounding error: 20 steps",
+        "200 steps",
+        "last loss, JAX / PyTorch",
+    )
+    for name, row in recorded("torch_training")["cases"].items():
+        keys = ("largest_in_20_steps", "largest", "noise_in_20_steps", "noise")
+        yield name, *(f"{row[key]:.1e}" for key in keys), _pair((row["last_jax"], row["last_torch"]), 4)
+
+
 def updates():
     """One update beside optax's, on a CPU."""
     yield (
@@ -272,6 +302,8 @@ TABLES = {
         race,
         choice,
         rates,
+        widths,
+        pytorch,
         updates,
         polar,
         gpu,

@@ -28,7 +28,6 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -149,19 +148,26 @@ def machine():
     }
 
 
-def vertex(losses: Losses) -> tuple[float, float]:
-    """The exponent of the best rate by a parabola through the lowest loss and its neighbours.
+def vertex(losses: dict[int, float]) -> float:
+    """The exponent of the best rate by a parabola through the lowest loss and its neighbours."""
+    best = min(losses, key=losses.__getitem__)
+    if best - 1 not in losses or best + 1 not in losses:
+        return best
+    left, middle, right = (losses[best + k] for k in (-1, 0, 1))
+    return best + (left - right) / (2 * (left - 2 * middle + right))
 
-    Mean and standard deviation of the seeds' own parabolas.
-    """
-    found = []
-    for seed in range(SEEDS):
-        curve = {exponent: each[seed] for exponent, each in losses.items() if math.isfinite(each[seed])}
-        inner = [k for k in curve if k - 1 in curve and k + 1 in curve]
-        best = min(inner, key=curve.__getitem__)
-        left, middle, right = (curve[best + k] for k in (-1, 0, 1))
-        found.append(best + (left - right) / (2 * (left - 2 * middle + right)))
-    return statistics.fmean(found), statistics.stdev(found)
+
+def summary(losses: Losses) -> dict[str, float]:
+    """The best rate, as a power of two: of the mean loss on the grid, and by each seed's own parabola."""
+    finite = {exponent: each for exponent, each in losses.items() if np.all(np.isfinite(each))}
+    found = [vertex({exponent: each[seed] for exponent, each in finite.items()}) for seed in range(SEEDS)]
+    best = min(finite, key=lambda exponent: mean(finite[exponent]))
+    return {
+        "on_grid": best,
+        "exponent": statistics.fmean(found),
+        "spread": statistics.stdev(found),
+        "loss": mean(finite[best]),
+    }
 
 
 def curves_of(record) -> dict[str, dict[int, Losses]]:
@@ -189,9 +195,9 @@ def draw(record):
                 exponents = sorted(losses)
                 means = [mean(losses[exponent]) for exponent in exponents]
                 axes.plot(exponents, means, "o-", color=color, markersize=3, label=f"width {width}")
-                lowest = min(losses, key=lambda exponent: mean(losses[exponent]))
-                axes.plot(lowest, mean(losses[lowest]), "o", color=color, markersize=9)
-                axes.axvline(vertex(losses)[0], color=color, linewidth=0.8, linestyle=":")
+                found = summary(losses)
+                axes.plot(found["on_grid"], found["loss"], "o", color=color, markersize=9)
+                axes.axvline(found["exponent"], color=color, linewidth=1, linestyle=":")
             axes.set(title=name, xlabel="learning rate", ylim=(min(best) - 0.02, max(best) + 0.1))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"2^{exponent:.0f}"))
@@ -201,22 +207,15 @@ def draw(record):
         figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
 
 
-def show(record):
+def show(best):
     """The best rates, as powers of two."""
-    table = Table(
-        title="best rate, as a power of 2: mean of the seeds ± standard deviation", box=box.SIMPLE_HEAD
-    )
-    curves = curves_of(record)
-    widths = sorted({width for each in curves.values() for width in each})
-    for head in ("optimizer", *map(str, widths), "octaves a doubling", "loss at the widest"):
+    widths = sorted({width for each in best.values() for width in each}, key=int)
+    table = Table(title="best rate, as a power of 2: mean of the seeds ± standard deviation")
+    for head in ("optimizer", *widths):
         table.add_column(head, justify="left" if head == "optimizer" else "right")
-    for name, each in curves.items():
-        found = {width: vertex(losses) for width, losses in each.items()}
-        slope = (
-            np.polyfit(np.log2(list(found)), [x for x, _ in found.values()], 1)[0] if len(found) > 1 else 0
-        )
-        cells = [f"{found[w][0]:.2f} ± {found[w][1]:.2f}" if w in found else "-" for w in widths]
-        table.add_row(name, *cells, f"{slope:+.2f}", f"{min(map(mean, each[max(each)].values())):.3f}")
+    for name, each in best.items():
+        cells = (each.get(width) for width in widths)
+        table.add_row(name, *(f"{x['exponent']:.2f} ± {x['spread']:.2f}" if x else "-" for x in cells))
     Console(width=110).print(table)
 
 
@@ -230,7 +229,13 @@ def main():
     record |= setting
     if not parser.parse_args().draw:
         train(record)
-    show(record)
+    record = json.loads(RESULTS.read_text())
+    record["best"] = {
+        name: {str(width): summary(losses) for width, losses in widths.items()}
+        for name, widths in curves_of(record).items()
+    }
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    show(record["best"])
     draw(record)
 
 

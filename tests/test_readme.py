@@ -9,6 +9,8 @@ import pytest
 import tables
 
 import optimorph as om
+from optimorph._racing.comparisons import losses_at_equal_seconds, steps_to_target
+from optimorph._racing.race_data import RaceData
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -82,6 +84,18 @@ def sentences():
     apart = {row["name"]: row for row in digits["rows"]}
     muon, adamw = apart["muon"], apart["adamw"]
     assert abs(muon["loss"] - adamw["loss"]) < muon["spread"], "level with Muon"
+    level = " and ".join(f"{x['loss']:.4f} ± {x['spread']:.4f}" for x in (adamw, muon))
+    yield "docs/guides/choosing.md", f"level with Muon: {level}"
+    found = RaceData.read(tables.RESULTS / "race.json")
+    lead = rows["adamw"]["loss"] - rows["muon"]["loss"]
+    seconds = losses_at_equal_seconds(found)
+    steps = f"after {steps_to_target(found)['muon']} of {race['steps']} steps, and ends {lead:.3f} lower"
+    yield "docs/guides/choosing.md", steps
+    left = f"{seconds['adamw'] - seconds['muon']:.3f}"
+    yield "docs/guides/choosing.md", f"{left} of that lead is left at equal seconds"
+    wide, small = (state["races"]["text"]["muon"][kind] for kind in ("float32", "8 bits"))
+    saved = f"at {small['loss']:.4f} instead of {wide['loss']:.4f}, with {small['bytes']:.2f} instead of"
+    yield "docs/guides/choosing.md", f"{saved} {wide['bytes']:.2f} bytes"
 
     fsdp = tables.recorded("sharding")["rows"]["FSDP, largest axis"]
     ours, theirs = (

@@ -42,7 +42,7 @@ def write_html(path: Path, race: RaceData) -> None:
 
 def _losses(race: RaceData) -> str:
     heads, *rows = table_rows(race)
-    shaded = " Means over the seeds, their range shaded." if race.seeds > 1 else ""
+    seeds = " Means over the seeds; each seed is a thin line." if race.seeds > 1 else ""
     plots = [
         inline_svg(
             plot.make_figure(plot.draw_losses, WIDE, race, along),
@@ -55,7 +55,7 @@ def _losses(race: RaceData) -> str:
     return _section(
         "curves",
         "The loss",
-        _figure(race, names, plots, f"{race.measure}, best first.{shaded}"),
+        _figure(race, names, plots, f"{race.measure}, best first.{seeds}"),
         _table(race, heads, rows, " ".join(notes(race)[:-1]), bold=len(leaders(race.rows))),
     )
 

@@ -1,6 +1,7 @@
 """Plots of a race: losses, learning rates and spectra, in the light colours of the palette."""
 
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,11 +106,11 @@ def _loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
 
 def _highest_after_start(race: RaceData) -> float:
     """The highest mean loss at 0.4 of the steps; the fall at the start would fill the axis otherwise."""
-    means = [
-        np.mean([np.interp(0.4 * c.steps[-1], c.steps, c.losses) for c in race.curves if c.optimizer == name])
-        for name in race.names
-    ]
-    return max(filter(math.isfinite, means), default=math.inf)
+    losses: dict[str, list[float]] = {}
+    for curve in race.curves:
+        loss = np.interp(0.4 * curve.steps[-1], curve.steps, curve.losses)
+        losses.setdefault(curve.optimizer, []).append(float(loss))
+    return max(filter(math.isfinite, map(statistics.fmean, losses.values())), default=math.inf)
 
 
 def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
