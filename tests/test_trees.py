@@ -65,8 +65,8 @@ def test_few_leaves_of_public_models_are_asked():
     root = Path(__file__).parent.parent
     for page in ("README.md", "docs/guides/routing.md"):
         text = " ".join((root / page).read_text().split())
-        assert f"{len(found)} leaves of {len(TREES)} public models" in text
-        assert f"ask about {asked}" in text
+        assert f"{len(found)} leaves of {len(TREES)} public models" in text, page
+        assert f"ask about {asked}" in text, page
 
 
 @pytest.mark.parametrize(
