@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from optimorph import _state_slots as kinds
 from optimorph._carry_leaves import Place
@@ -259,7 +260,9 @@ def _copy(array: Any, like: Any) -> Any:
 def _grown(array: Any, like: Any, place: Any, start: Any) -> Any:
     """`start` with `array` in its place."""
     whole, part = _decoded(start), _decoded(array)
-    return _copy(whole.at[place].set(cast_like(part, whole)), like)
+    own = jax.typeof(whole).sharding
+    explicit = AxisType.Explicit in own.mesh.axis_types
+    return _copy(whole.at[place].set(cast_like(part, whole), out_sharding=own if explicit else None), like)
 
 
 def _shape_at(place: Any, shape: Shape) -> Shape | None:

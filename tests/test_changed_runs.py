@@ -195,6 +195,42 @@ def test_hyperparameters():
     )
 
 
+# Numbers
+
+
+def test_numbers_of_a_plain_recipe():
+    """They are not in the state: another recipe goes on with it, and a traced rate needs one program."""
+    params, state = begun(om.adamw(0.1, weight_decay=0.1))
+    assert jax.tree.structure(om.adamw(catalog.linear(0.1, 0.1)).init(params)) == jax.tree.structure(state)
+    traces = []
+
+    @jax.jit
+    def step(params, state, g, rate, decay):
+        traces.append(0)
+        updates, state = om.adamw(rate, weight_decay=decay).update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    found, there = params, state
+    for seed, rate, decay in ((5, 0.03, 0.2), (6, 0.01, 0.0)):
+        found, there = step(found, there, tree(seed), rate, decay)
+        params, state = train(om.adamw(rate, weight_decay=decay), params, state, [seed])
+    assert len(traces) == 1
+    rounding.close((found, there), (params, state))
+
+
+def test_schedules_restart_and_shift():
+    """The count goes on, and the schedule is another function of it."""
+    first = catalog.linear(0.1, 0.1)
+    params, state = begun(om.muon(first, axes={"bias": None, "*": "io"}), 4)
+    restarted = om.muon(lambda t: first(t - 4), axes={"bias": None, "*": "io"})
+    joined = om.muon(optax.join_schedules([first, first], [4]), axes={"bias": None, "*": "io"})
+    ends = [train(tx, params, state, [5, 6])[0] for tx in (restarted, joined)]
+    rounding.close(ends[0], ends[1], condition=ecosystem.CONDITION)
+    for k in range(2):
+        params, state = train(om.muon(first(k), axes={"bias": None, "*": "io"}), params, state, [5 + k])
+    rounding.close(ends[0], params, condition=ecosystem.CONDITION)
+
+
 # Precision
 
 
