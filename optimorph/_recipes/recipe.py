@@ -17,13 +17,16 @@ P = ParamSpec("P")
 def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
     """Check the numbers, and at every update the trees, under the recipe's own name.
 
-    The keys of `**arguments: Unpack[SomeTypedDict]` become arguments by name, each None by default.
+    The keys of `**arguments: Unpack[SomeTypedDict]` become arguments by name, each None by default: a None is
+    as good as no argument, also where its own default is another.
     """
+    own = inspect.signature(make).parameters
     make.__signature__ = _explicit(make)  # pyright: ignore[reportFunctionMemberAccess]
 
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Recipe:
-        inner, who = checked(make)(*args, **kwargs), make.__name__
+        given: Any = {name: value for name, value in kwargs.items() if value is not None or name in own}
+        inner, who = checked(make)(*args, **given), make.__name__
         rule = rule_of(inner)
         return inner if rule is None else transform(who, rule, strict=True)
 
