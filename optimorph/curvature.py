@@ -1,4 +1,4 @@
-"""The extreme curvatures of a loss, from products with its Hessian alone: what `theory` asks for."""
+"""The largest and the smallest eigenvalue of a loss's Hessian, which `theory` needs."""
 
 import functools
 import operator
@@ -46,18 +46,19 @@ def extremes(
     where there are fewer parameters or the v run out, and then all is known: v₁ is random. Beyond (3) there
     is rounding, some 1e-6 of the largest in size in float32: conditions above 1e5 ask for float64.
 
-    Every v is made orthogonal to all before it, so `steps` copies of the parameters are kept, in float32 or
-    wider, which is what the loss is given as well. It is compiled once for each loss and set of shapes: give
-    the same function again, not a new lambda, and let data come through `args`.
+    Every v is made orthogonal to all previous ones, so `steps` copies of the parameters are kept, in float32
+    or wider. The loss is called with parameters of that dtype too. The program is compiled once for each loss
+    and set of shapes. So pass the same function again instead of a new lambda, and pass data through `args`.
 
-    What is found goes to theory, the largest on the safe side, for beyond it steps diverge:
+    `theory` makes a learning rate from them. Add the error to the largest eigenvalue, because steps diverge
+    if it is underestimated:
 
         found = curvature.extremes(loss, params, batch)
         best = theory.polyak(float(found.largest + found.largest_error), float(found.smallest))
         tx = sgd(best.learning_rate, best.momentum)
 
-    Where the Hessian is not positive definite `smallest` is not above 0, and theory refuses it with its own
-    error. Where it is singular, `smallest` is rounding on either side of 0, and no condition means anything.
+    If the Hessian is not positive definite, `smallest` is not above 0, and `theory` raises an error. If the
+    Hessian is singular, `smallest` is rounding noise around 0 and the condition number has no meaning.
 
     Args:
       loss: a function of params and args, `loss(params, *args)`, to one real number, twice differentiable.

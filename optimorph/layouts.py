@@ -37,7 +37,7 @@ _MAXTEXT = {
 
 
 def maxtext(scan_axis: int | None = 1) -> Patterns:
-    """MaxText's decoder layers.
+    """Rules for the decoder layers of MaxText.
 
     Args:
       scan_axis: the axis that counts the layers of a scan, `param_scan_axis` of MaxText's configuration; None
@@ -50,7 +50,7 @@ def maxtext(scan_axis: int | None = 1) -> Patterns:
 
 
 def t5x(scan_axis: int | None = 1) -> Patterns:
-    """T5X's layers, whose heads are one axis with their sizes.
+    """Rules for the layers of T5X, in which heads and their sizes are one axis.
 
     Args:
       scan_axis: the axis that counts the layers of a scan, `param_scan_axis` of the configuration; None for
@@ -61,7 +61,7 @@ def t5x(scan_axis: int | None = 1) -> Patterns:
 
 
 def hf_flax_gpt2() -> Patterns:
-    """GPT-2 of Hugging Face's Flax, whose outputs come first, unlike those of its other models."""
+    """Rules for GPT-2 of Hugging Face's Flax, whose kernels have outputs first, unlike its other models."""
     return {
         "*crossattention/c_attn/kernel": "(2o)i",
         "*attn/c_attn/kernel": "(3o)i",
@@ -72,7 +72,7 @@ def hf_flax_gpt2() -> Patterns:
 
 
 def gpt_neox(heads: int) -> Patterns:
-    """GPT-NeoX and BLOOM, which order query, key and value head by head.
+    """Rules for GPT-NeoX and BLOOM, which order query, key and value head by head.
 
     Args:
       heads: their number. The queries of all heads are one matrix, as are keys and values.
@@ -84,7 +84,7 @@ def gpt_neox(heads: int) -> Patterns:
 
 
 def torch() -> Callable[[str, Shape], Any]:
-    """PyTorch's order, outputs before inputs, for every leaf that the default rules take for a matrix."""
+    """A rule for PyTorch's order: all matrices of the default rules have outputs before inputs."""
 
     def rule(path: str, shape: Shape) -> Any:
         _, spec = by_name(re.sub(r"(^|[./])(kernel|w)$", r"\1weight", path), shape)

@@ -1,4 +1,4 @@
-"""What a transform of your own is made of: a rule for one leaf.
+"""Make your own transform from a rule for one leaf.
 
     class SignState(NamedTuple):
         average: Any
@@ -15,9 +15,9 @@
 
         return transform("sign_of_average", Rule(roles_of(SignState), update, init=init))
 
-`transform` adds what is the same for all: trees, missing and masked leaves, upcasts and downcasts, errors
-that name the leaf. `optimorph.chain` merges neighbours that are rules. From the roles of a state follow its
-storage in 8 bits, what probes read, and the conversion of states.
+`transform` adds what all transforms share: trees, missing and masked leaves, upcasts and downcasts, and
+errors that name the leaf. `optimorph.chain` merges neighbouring rules. The roles of a state say how it is
+stored in 8 bits, what probes read, and how `carry_state` converts it.
 """
 
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, common, full_like, increment

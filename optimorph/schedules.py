@@ -1,4 +1,4 @@
-"""Step sizes, factors and decays as functions of the step count, beside those that optax has."""
+"""Schedules that optax does not have: step sizes, factors and decays as functions of the step count."""
 
 import math
 
@@ -16,7 +16,7 @@ def robbins_monro(initial_value: Numeric, exponent: Numeric = 1.0, offset: Numer
         a(t) = a₀ / (1 + t / c)^p        (1)
         Σ a(t) = ∞,  Σ a(t)² < ∞         (2)  for 1/2 < p ≤ 1
 
-    Under (2) stochastic approximation finds the root of a function that is seen only through noise.
+    Under (2) stochastic approximation converges to the root of a function that is measured with noise.
 
     Args:
       initial_value: a₀ above 0, the first step.
@@ -39,7 +39,7 @@ def robbins_monro(initial_value: Numeric, exponent: Numeric = 1.0, offset: Numer
 
 @checked
 def linear_warmup(final_value: Numeric, steps: int) -> Schedule:
-    """A number that grows linearly from 0, of which the first step has a share.
+    """A number that grows linearly to its final value; the first step has a T-th of it.
 
         a(t) = min(1, (t + 1) / T) a        (1)
 

@@ -1,4 +1,4 @@
-"""What the theory of quadratics promises: the best step size and momentum, and how fast they contract.
+"""Step sizes and momenta from the theory of quadratic losses, and how fast they converge.
 
 A quadratic's Hessian has its eigenvalues in [μ, L]; R = L/μ is its condition number. After k steps the error
 is about ρᵏ times the first: 1 / ln(1/ρ) steps for every factor e.

@@ -101,7 +101,7 @@ def as_schedule(value: ScalarOrSchedule) -> Schedule:
 
 
 def as_float32(value: Numeric) -> jax.Array:
-    """A number as states keep it for people to read: an array of its own, which may be donated."""
+    """A number as a float32 array, as states keep it for `probes.read`."""
     return jnp.array(value, jnp.float32, copy=True)
 
 

@@ -21,7 +21,7 @@ class Role:
     """What a field of a state holds.
 
     Args:
-      name: as messages say it.
+      name: the name of the field in messages.
       moment: "first", "second" or "slow" (a first moment of so many steps that one of them is lost in fewer
         bytes) if the field holds a tree of moments shaped like the parameters; "" if not.
       tree: whether the field holds a tree with arrays for each parameter; if not, it holds scalars.

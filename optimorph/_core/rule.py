@@ -49,7 +49,7 @@ def handed(name: str) -> Any:
 
 
 class Leaves:
-    """What a rule may know of all leaves at once."""
+    """What a rule knows about all leaves at once."""
 
     def __init__(self, structure: Any, values: Sequence[Any]):
         """Of parameters, or without them of gradients."""
@@ -67,12 +67,12 @@ class Leaves:
 
 
 class Leaf(NamedTuple):
-    """What a rule may know of a leaf besides its gradient.
+    """What a rule knows about a leaf besides its gradient.
 
     Args:
       weight: the parameter, in its own dtype; None if `update` was called without parameters.
-      index: which leaf of the tree it is.
-      leaves: all of them.
+      index: the position of the leaf in the tree.
+      leaves: all leaves.
       part: whether the arrays are a part of the leaf.
     """
 
@@ -102,8 +102,8 @@ class Rule:
         now, shared = advance(shared, leaves)           once in a step, for all leaves
         u, s        = update(g, s, leaf, now)           for each leaf
 
-    Shared are scalars: counts, seeds and readings. s are the leaf's own arrays: moments. Both have the
-    structure of `state`, with None for what belongs to the other. Gradients and updates are in float32 or
+    `shared` holds scalars: counts, seeds and readings. `s` holds the leaf's own arrays: moments. Both have
+    the structure of `state`, with None in the places of the other. Gradients and updates are in float32 or
     wider.
 
     Args:

@@ -15,7 +15,7 @@ from optimorph._core.types import Numeric
 
 
 class ClipState(NamedTuple):
-    """The last step's norm before clipping, and the factor it was clipped by; float32 scalars, to be read."""
+    """The norm before clipping and the factor of clipping in the last step: float32 scalars, only readings."""
 
     norm: jax.Array
     factor: jax.Array

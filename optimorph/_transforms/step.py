@@ -19,7 +19,7 @@ FORMS = ("coupled", "independent", "cautious", "corrected")
 
 
 class DecayState(NamedTuple):
-    """The number of updates; and the last decay (before it, the first one), which is only read."""
+    """The number of updates, and the last decay, which is only a reading."""
 
     decay_count: jax.Array
     last_weight_decay: jax.Array
@@ -37,7 +37,7 @@ class CorrectedDecayState(NamedTuple):
 
 
 class LearningRateState(NamedTuple):
-    """The number of updates; and the last rate (before it, the first one), which is only read."""
+    """The number of updates, and the last learning rate, which is only a reading."""
 
     count: jax.Array
     last_learning_rate: jax.Array

@@ -198,15 +198,15 @@ class Signed8(BlockCodec):
 
 @dataclasses.dataclass(frozen=True)
 class Nonneg8(BlockCodec):
-    """One byte for nonnegative numbers by whose roots one divides: second moments. Rounding is stochastic.
+    """One byte for nonnegative numbers such as second moments. Rounding is stochastic.
 
         x = s (c / 256)²,  c = 1 ... 256                          (1)
         E[decoded] = x for x ≥ s / 65536, and |√decoded - √x| ≤ √s / 256        (2)
 
-    s is the largest x of the block. There is no code for zero: numbers below s / 65536 become s / 65536,
-    since an update divided by the root of 0 is as large as eps allows, while one divided by √s / 256 is
+    s is the largest x of the block. There is no code for zero: numbers below s / 65536 become s / 65536. An
+    update divided by the root of 0 would be as large as eps allows, but an update divided by √s / 256 is
     small. Rounding is stochastic because an average with β = 0.999 moves by less than half the distance to
-    the next code: rounded to the nearest it would never change, and rounded up it would never fall.
+    the next code. Rounded to the nearest it would never change, and rounded up it would never fall.
 
     A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A negative or non-finite number makes
     its own block NaN.

@@ -26,7 +26,7 @@ _MAX_VALUE = 2.5
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
-    """A table of steps, checked on construction.
+    """A table with the coefficients of every step, checked on construction.
 
         p(σ) = a σ + b σ³ + c σ⁵ in every step                     (1)
         sign-safe: a + b σ² + c σ⁴ > 0 for every σ within reach     (2)

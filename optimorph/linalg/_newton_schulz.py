@@ -46,7 +46,7 @@ PRESETS: dict[str, Callable[[int], Coefficients]] = {
 
 @dataclasses.dataclass(frozen=True)
 class NewtonSchulz:
-    """The polar factor by matrix products alone: the limit in which every singular value is 1.
+    """The polar factor by matrix products alone, which move every singular value towards 1.
 
         X ← G / ‖G‖F                                                       (1)
         X ← a X + (b R + c R²) X,  R = X Xᴴ, for each row of the table     (2)
@@ -57,7 +57,7 @@ class NewtonSchulz:
         Q ← Q (a + Z),  R ← (a + Z) R (a + Z),  Z = b R + c R²;  at the end  X ← Q X      (3)
 
     and restarts from X before rounding matters. R has the size of the smaller side. The result does not
-    depend on scale: polar(cG) = polar(G) for c > 0, however large or small; the polar factor of zero is zero.
+    depend on the scale of G: polar(cG) = polar(G) for every c > 0. The polar factor of zero is zero.
 
     Shapes:
       `(*batch, n, m)` in, the same out; each matrix independently.

@@ -29,7 +29,7 @@ def polar_express(
     safety: float = 0.02,
     cushion: float = _CUSHION,
 ) -> Coefficients:
-    """The table whose every step is the best polynomial for the interval that the previous steps leave.
+    """Make a table in which every step is the best polynomial for the interval after the previous steps.
 
         p = argmin max |1 - p(σ)|, σ in [max(l, κ u), u], p odd of the degree      (1)
         l ← p(l),  u ← 2 - l;  at first l = lower, u = 1                            (2)

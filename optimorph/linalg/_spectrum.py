@@ -44,7 +44,7 @@ class Spectrum:
 def spectrum(x: Stack | Spectrum) -> Spectrum:
     """All singular values of every matrix, by singular value decomposition.
 
-    Each is accurate to a few roundings of the largest, 1e-6 σ₁ in float32: smaller values are noise. A
+    The error of each is a few roundings of the largest, about 1e-6 σ₁ in float32. Smaller values are noise. A
     `Spectrum` is returned unchanged.
     """
     if isinstance(x, Spectrum):
@@ -58,7 +58,7 @@ def spectrum(x: Stack | Spectrum) -> Spectrum:
 
 
 def spectral_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
-    """The largest singular value, ‖W‖₂ = σ₁: the most that W stretches a vector.
+    """The largest singular value, ‖W‖₂ = σ₁: the largest factor by which W stretches a vector.
 
         σ₁² ≈ tr Aᵏ⁺¹ / tr Aᵏ,  A = W Wᴴ or Wᴴ W, the smaller; k = 2¹⁰ by squaring A ten times      (1)
         σ₁ r^(-1/(2k + 2)) ≤ √(1) ≤ σ₁                                                              (2)
@@ -87,7 +87,7 @@ def spectral_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
 
 
 def rms_to_rms_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
-    """The most that W multiplies the root mean square of a vector.
+    """The largest factor by which W multiplies the root mean square of a vector.
 
         max rms(x W) / rms(x) = √(inputs / outputs) ‖W‖₂        (1)
 
@@ -149,7 +149,7 @@ def top_energy(x: Stack | Spectrum, k: int) -> Numbers:
 
         Σ σⱼ² over j ≤ k / Σ σⱼ²        (1)
 
-    The best approximation of rank k keeps this share; that of zero is 0.
+    The best approximation of rank k keeps this share. For a matrix of zeros it is 0.
 
     Args:
       k: at least 1.
@@ -167,7 +167,7 @@ def top_energy(x: Stack | Spectrum, k: int) -> Numbers:
 
 
 def orthogonality_error(x: Stack | Spectrum) -> Numbers:
-    """The distance of W from multiples of orthogonal matrices: the sine of its angle to its polar factor.
+    """The relative distance of W from the nearest multiple of an orthogonal matrix.
 
         min ‖W - c Q‖F / ‖W‖F over c and Q with orthonormal rows or columns = √(Σ (σ - σ̄)² / Σ σ²)        (1)
 
