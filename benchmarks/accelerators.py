@@ -1,7 +1,7 @@
 """Updates compiled for TPUs and GPUs that are not there: what each device would do.
 
     pip install 'jax[tpu]' 'jax[cuda12]'
-    python benchmarks/accelerators.py [mesh] [chip]
+    python benchmarks/accelerators.py [mesh] [chip] [large]
 
 Nothing is run. The compilers of v5e, v5p, v6e and H100 say what one device sends, computes and holds; on TPUs
 also how many cycles each operation takes, without communication.
@@ -9,6 +9,8 @@ also how many cycles each operation takes, without communication.
 mesh: one update of Muon for the 84 matrices of a transformer (12 layers of width 768) in four layouts: by
 sharding hints or `custom_partitioning` ("found"), by the exchange (`shardings=`, "given"), and optax's.
 chip: one update of GPT-2 small on one device: AdamW, moments in bfloat16 and in 8 bits, Muon, beside optax's.
+large: one update of Muon for Llama-3-8B on 64 v5p, with matrices whole and divided over devices, beside what
+is expected from published numbers.
 
 A target whose compiler is not installed is left out. Written to `benchmarks/results/accelerators.json`, part
 by part, with a picture, `accelerators.png`.
@@ -135,6 +137,29 @@ def on_chips(console):
     return rows
 
 
+def large(console):
+    """Way → counts, with what the plan expects."""
+    if not targets.available("v5p"):
+        return {}
+    mesh, rows = targets.mesh_of("v5p:4x4x4", dict(zip(NAMES, (8, 8), strict=True))), {}
+    shapes = sharding.llama_8b()
+    places = {name: NamedSharding(mesh, P(None, *sharding.crossed(name, s))) for name, s in shapes.items()}
+    leaves = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    for way, divide in {"whole": "never", "divided": "auto"}.items():
+        tx = om.muon(0.02, axes={"*": "bio"}, shardings=places, divide=divide)
+        plan = om.plan(leaves, tx, mesh=mesh).over_mesh
+        expected = {
+            "gflop": plan.flops / 1e9,
+            "least_gflop": plan.least_flops / 1e9,
+            "sent": plan.sent + plan.inside,
+            "collectives": plan.collectives,
+            "milliseconds": [1e3 * seconds for seconds in plan.seconds],
+        }
+        rows[way] = counted(tx, shapes, places, mesh) | {"expected": expected}
+        console.print("Llama-3-8B, v5p 4x4x4", way, _in_words(rows[way]), expected, soft_wrap=True)
+    return rows
+
+
 def _in_words(row):
     work = ", ".join(f"{count:.2f} M cycles of {kind}" for kind, count in row["mcycles"].items())
     return (
@@ -209,7 +234,7 @@ def draw(found, path):
     figure.savefig(path, dpi=150)
 
 
-PARTS = {"mesh": over_meshes, "chip": on_chips}
+PARTS = {"mesh": over_meshes, "chip": on_chips, "large": large}
 
 
 def main():
@@ -234,6 +259,9 @@ def main():
     for mesh, layouts in found.get("mesh", {}).items():
         sides = [(f"{layout}, {way}", row) for layout, ways in layouts.items() for way, row in ways.items()]
         console.print(table(f"Muon, 84 matrices, {mesh}: one device", sides))
+    console.print(table("Muon, Llama-3-8B, 64 v5p: one device", found.get("large", {}).items()))
+    for way, row in found.get("large", {}).items():
+        console.print(way, "sends", f"{row['sent'] / 1e6:.0f} MB; expected", row["expected"], soft_wrap=True)
     for chip, sides in found.get("chip", {}).items():
         console.print(table(f"GPT-2 small, one {chip}", sides.items()))
     draw(found, RESULTS.with_suffix(".png"))

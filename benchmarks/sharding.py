@@ -33,7 +33,9 @@ from rich.table import Table
 
 import optimorph as om
 from optimorph._distributed.groups import Leaf
+from optimorph._distributed.hardware import HARDWARE
 from optimorph._distributed.placement import place
+from optimorph._distributed.roles import cost_of, division_of
 from optimorph.linalg import Axes, NewtonSchulz
 
 RESULTS = Path(__file__).parent / "results" / "sharding.json"
@@ -162,42 +164,64 @@ def least(layout, shapes):
 
 def simulated():
     """Plans for meshes of thousands: (model, devices) → flops and bytes of a device, and how evenly."""
-    rows = {}
+    rows, polar, hardware = {}, NewtonSchulz(), HARDWARE["v5p"]
+    models = {"Llama-3-8B, 64 devices": llama(64, llama_8b())}
     for devices in (1024, 4096, 16384):
-        for name, (mesh, leaves) in {
-            "Llama-3-405B": llama(devices),
-            "1 T mixture of experts": experts(devices),
-            "its experts alone": (experts(devices)[0], experts(devices)[1][:3]),
-        }.items():
+        mixture = experts(devices)
+        models |= {
+            f"Llama-3-405B, {devices} devices": llama(devices),
+            f"1 T mixture of experts, {devices} devices": mixture,
+            f"its experts alone, {devices} devices": (mixture[0], mixture[1][:3]),
+        }
+    for name, (mesh, leaves) in models.items():
+        for way, divide in {"": False, ", divided": True}.items():
             started = time.perf_counter()
-            plan = place(mesh, leaves, cost=NewtonSchulz().flops)
-            rows[f"{name}, {devices} devices"] = {
+            division = division_of(polar, hardware, divide)
+            plan = place(mesh, leaves, cost=cost_of(polar, hardware), division=division)
+            rows[name + way] = {
                 "mesh": mesh,
                 "matrices": sum(math.prod(leaf.shape[:-2]) for leaf in leaves),
+                "divided": plan.divided,
                 "flops": plan.flops,
                 "worst_over_mean": plan.flops / plan.least_flops,
                 "sent": plan.sent,
                 "sent_over_least": plan.sent / plan.least_sent,
+                "sent_inside": plan.inside,
+                "collectives_inside": plan.collectives,
+                "milliseconds": [1e3 * seconds for seconds in plan.seconds],
                 "rounds": sum(len(exchange.rounds) for exchange in plan.exchanges),
                 "plan_seconds": time.perf_counter() - started,
             }
     return rows
 
 
-def llama(devices):
-    """126 layers of width 16384: FSDP over all but 8, which are tensor parallel."""
-    mesh, width, keys, hidden = {"data": devices // 8, "model": 8}, 16384, 1024, 53248
-    columns, rows = ((), ("data",), ("model",)), ((), ("model",), ("data",))
-    shapes = {
-        "query": ((126, width, width), columns),
-        "key": ((126, width, keys), columns),
-        "value": ((126, width, keys), columns),
-        "out": ((126, width, width), rows),
-        "gate": ((126, width, hidden), columns),
-        "up": ((126, width, hidden), columns),
-        "down": ((126, hidden, width), rows),
+def llama_8b():
+    """The matrices of Llama-3-8B, its 32 layers stacked."""
+    return llama_shapes(32, 4096, 1024, 14336)
+
+
+def llama_shapes(layers, width, keys, hidden):
+    """Name → shape."""
+    return {
+        "query": (layers, width, width),
+        "key": (layers, width, keys),
+        "value": (layers, width, keys),
+        "out": (layers, width, width),
+        "gate": (layers, width, hidden),
+        "up": (layers, width, hidden),
+        "down": (layers, hidden, width),
     }
-    return mesh, [Leaf(shape, Axes("bio"), spec, F32) for shape, spec in shapes.values()]
+
+
+def llama(devices, shapes=None):
+    """FSDP over all but 8, which are tensor parallel; without shapes, 126 layers of width 16384."""
+    mesh = {"data": devices // 8, "model": 8}
+    columns, rows = ((), ("data",), ("model",)), ((), ("model",), ("data",))
+    shapes = llama_shapes(126, 16384, 1024, 53248) if shapes is None else shapes
+    return mesh, [
+        Leaf(shape, Axes("bio"), rows if name in ROW_PARALLEL else columns, F32)
+        for name, shape in shapes.items()
+    ]
 
 
 def experts(devices):
@@ -232,18 +256,25 @@ def table(rows):
 
 
 def paper(rows):
-    out = Table(title="planned, from shapes alone", box=box.SIMPLE_HEAD, title_justify="left")
-    for head in ("model", "matrices", "Tflop", "worst / mean", "GB sent", "over least", "rounds"):
+    out = Table(
+        title="planned for v5p, from shapes alone: ms of products + sending by published numbers",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    heads = ("model", "matrices", "divided", "Tflop", "worst / mean", "GB sent", "over least", "inside", "ms")
+    for head in heads:
         out.add_column(head, justify="left" if head == "model" else "right")
     for name, row in rows.items():
         out.add_row(
             name,
             f"{row['matrices']:,}",
+            f"{row['divided']:,}",
             f"{row['flops'] / 1e12:.1f}",
             f"{row['worst_over_mean']:.2f}",
             f"{row['sent'] / 1e9:.2f}",
             f"{row['sent_over_least']:.2f}",
-            f"{row['rounds']}",
+            f"{row['sent_inside'] / 1e9:.2f}",
+            " + ".join(f"{part:.0f}" for part in row["milliseconds"]),
         )
     return out
 

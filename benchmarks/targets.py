@@ -102,6 +102,7 @@ def counted(program):
     return {
         "collectives": dict(found.collectives),
         "in_loops": found.in_loops,
+        "sent": found.sent,
         "gflop": (cost.get("flops", 0) or found.flops) / 1e9,
         "temporary": memory.temp_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
