@@ -246,6 +246,51 @@ def sharding():
         )
 
 
+def planned():
+    """Plans for large models, with matrices whole and divided."""
+    yield "model", "matrices", "divided", "worst / mean", "GB sent", "inside", "ms of products + sending"
+    rows = recorded("sharding")["planned"]
+    for name, whole in rows.items():
+        if ", divided" in name or "alone" in name:
+            continue
+        both = (whole, rows[f"{name}, divided"])
+        yield (
+            name,
+            f"{whole['matrices']:,}",
+            f"{both[1]['divided']:,}",
+            _pair((x["worst_over_mean"] for x in both), 2),
+            _pair((x["sent"] / 1e9 for x in both), 2),
+            _pair((x["sent_inside"] / 1e9 for x in both), 2),
+            " / ".join(" + ".join(f"{part:.0f}" for part in x["milliseconds"]) for x in both),
+        )
+
+
+def large():
+    """Llama-3-8B compiled for 64 v5p, beside what the plan expects."""
+    yield (
+        "matrices",
+        "Gflop",
+        "planned",
+        "MB sent",
+        "planned",
+        "collectives",
+        "M cycles",
+        "ms planned",
+    )
+    for way, row in recorded("accelerators")["large"].items():
+        expected, cycles = row["expected"], row["mcycles"]
+        yield (
+            way,
+            f"{row['gflop']:,.0f}",
+            f"{expected['gflop']:,.0f}",
+            f"{row['sent'] / 1e6:,.0f}",
+            f"{expected['sent'] / 1e6:,.0f}",
+            sum(row["collectives"].values()),
+            f"{cycles['products']:.1f} + {cycles['rest']:.1f}",
+            f"{expected['milliseconds'][0]:.1f}",
+        )
+
+
 def _work(row):
     return f"{sum(row['mcycles'].values()):.2f}" if row["mcycles"] else str(row["kernels"])
 
@@ -311,6 +356,8 @@ TABLES = {
         state_races,
         state_peers,
         sharding,
+        planned,
+        large,
         meshes,
         chips,
         probes,

@@ -122,9 +122,13 @@ def sentences():
         yield "docs/benchmarks.md", f"{small:.1f} s instead of {wide:.1f} s with {label}"
     plans = tables.recorded("sharding")["planned"]
     worst = {name: f"{plan['worst_over_mean']:.2f}" for name, plan in plans.items()}
-    yield "docs/benchmarks.md", f"has {worst['1 T mixture of experts, 1024 devices']} times the mean work"
-    llama = [worst[f"Llama-3-405B, {devices} devices"] for devices in (1024, 4096)]
-    yield "docs/benchmarks.md", f"is {llama[0]} on 1,024 devices and {llama[1]} on 4,096"
+    llama = [worst[f"Llama-3-405B, 4096 devices{way}"] for way in ("", ", divided")]
+    yield (
+        "docs/benchmarks.md",
+        f"{llama[0]} times an even share with whole matrices, and {llama[1]} times with",
+    )
+    large = tables.recorded("accelerators")["large"]["divided"]["expected"]
+    yield "docs/benchmarks.md", f"An even share is {large['least_gflop']:,.0f} Gflop."
 
 
 def test_sentences_are_those_of_the_recorded_results():

@@ -71,12 +71,11 @@ def _compute(
     alone = [k for k, span in enumerate(spans) if span.parts == 1]
     forms = [groups[k].form for k in alone]
     mapped = map_matrices(f, forms, [wholes[k] for k in alone], transpose=equivariant)
-    found = dict(zip(alone, mapped, strict=True))
-    results = [
-        found[k] if k in found else _shared(sizes, exchange, f, group, span.parts, x)
-        for k, (group, span, x) in enumerate(zip(groups, spans, wholes, strict=True))
-    ]
-    back = [_pieces(sizes, exchange, group, y) for group, y in zip(groups, results, strict=True)]
+    results = dict(zip(alone, mapped, strict=True))
+    for k, span in enumerate(spans):
+        if span.parts > 1:
+            results[k] = _shared(sizes, exchange, f, groups[k], span.parts, wholes[k])
+    back = [_pieces(sizes, exchange, group, results[k]) for k, group in enumerate(groups)]
     return _all_gather(exchange, exchange.replica_axes, _all_to_all(exchange, back), to)
 
 

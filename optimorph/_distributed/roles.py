@@ -10,7 +10,7 @@ Roles are chosen for the fewest slots (1), then for the fewest bytes (2):
 
 Where owners would stay idle, matrices may be divided: ⌊M / P⌋ rounds are of whole matrices, and each further
 matrix is shared by g owners that follow each other, each of which has some of its columns. That is done where
-it takes less time by published numbers (`hardware`):
+it takes clearly less time by published numbers (`hardware`):
 
     part slots  ⌈(M mod P) g / P⌉                                                       (3)
     seconds     flops / flops a second + bytes / bytes a second + collectives           (4)
@@ -31,6 +31,9 @@ from optimorph.linalg._shared_columns import Work
 
 MOST_PARTS = 64
 """The most devices that share a matrix."""
+
+WORTH = 0.9
+"""The most time that dividing may take, as a share of that without: published numbers are rough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +133,8 @@ class Chooser:
             return whole
         divided = [self._loaded(x, roles) for roles in choices for x in _divided(self.mesh, roles, group)]
         divided = [choice for choice in divided if choice.load.flops < whole.load.flops]
-        return min([whole, *divided], key=lambda choice: choice.load.seconds)
+        best = min([whole, *divided], key=lambda choice: choice.load.seconds)
+        return best if best.load.seconds < WORTH * whole.load.seconds else whole
 
     def effort(self, group: Group) -> float:
         """What merging groups should lessen: flops, or seconds with what is sent within iterations."""
