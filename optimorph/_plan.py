@@ -29,6 +29,7 @@ from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
 from optimorph._routing.resolve import by_siblings
 from optimorph._routing.rules import unused
+from optimorph._transforms.eigenbasis import EigenbasisState
 from optimorph._transforms.matrices import SCALES
 from optimorph.linalg import Axes
 
@@ -236,7 +237,8 @@ def _state_bytes(
     """Path → bytes of the state's arrays that belong to the leaf. Scalars such as counts belong to no leaf.
 
     Unresolved leaves are left out, because the optimizer would refuse them. In a tree of more than a thousand
-    leaves, those whose paths differ only in numbers are measured once.
+    leaves, those whose paths differ only in numbers are measured once, and always where a state has stacks of
+    the matrices of several leaves.
     """
     leaves = [leaf for leaf in zip(paths, shapes, specs, strict=True) if leaf[2].unresolved is None]
     many = len(leaves) > _EXACT
@@ -245,17 +247,31 @@ def _state_bytes(
     )
     params = {group[0][0]: group[0][1] for group in groups}
     own = {group[0][0]: group[0][2] for group in groups}
-    with (
-        warnings.catch_warnings(action="ignore"),
-        handed_down(leaf_specs=own),
-    ):  # the plan reports unused rules
-        state = jax.eval_shape(optimizer.init, params)
+
+    def state_of(params):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            handed_down(leaf_specs=own),
+        ):  # the plan reports unused rules
+            return jax.eval_shape(optimizer.init, params)
+
+    state = state_of(params)
+    if any(map(_is_stacked, jax.tree.leaves(state, is_leaf=_is_stacked))):
+        alike = group_by(leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]))
+        alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]: group[0][1]})) for group in alike}
+        sizes = {path: sum(x.size * x.dtype.itemsize for x in xs if x.ndim) for path, xs in alone.items()}
+        return {path: sizes[group[0][0]] for group in alike for path, *_ in group}
     count = dict.fromkeys(params, 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         if own := [key for key in keys if key in count]:
             count[own[-1]] += leaf.size * leaf.dtype.itemsize
     return {path: count[group[0][0]] for group in groups for path, *_ in group}
+
+
+def _is_stacked(node: Any) -> bool:
+    """Whether a state has one array for the matrices of several leaves."""
+    return isinstance(node, EigenbasisState)
 
 
 def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:

@@ -1,17 +1,14 @@
 """A sentence spoken in another basis: that of the eigenvectors of the gradient's running factors."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh
 
-from optimorph._core.checks import check_dtypes, check_numbers, is_integer
+from optimorph._core.checks import check_dtypes, check_flags, check_numbers, check_transforms, is_integer
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import map_moments
 from optimorph._core.numbers import (
@@ -27,12 +24,25 @@ from optimorph._core.numbers import (
 from optimorph._core.roles import FIRST, SECOND, Role, holds, scalar
 from optimorph._core.rule import Leaves, aligned, arrays, handed_down
 from optimorph._core.types import AxesRules, DTypeLike, Numeric, PyTree, Rules
-from optimorph._distributed.evenly import divided_like, evenly, in_the_compilers_hands, mesh_in_use, together
-from optimorph._distributed.factors import Layout, layout_of, refreshed
+from optimorph._distributed.bases import refreshed
 from optimorph._distributed.shardings import local_shard_spec, manual_axes
+from optimorph._distributed.stacks import (
+    Slots,
+    Stack,
+    divided_like,
+    filled,
+    from_owners,
+    in_the_compilers_hands,
+    mesh_in_use,
+    mesh_of,
+    placed,
+    to_owners,
+)
 from optimorph._routing.resolve import AxesOfLeaves
+from optimorph.linalg import Axes
 from optimorph.linalg._kronecker import (
     Kronecker,
+    first_factors,
     permuted,
     rotated,
     rotated_back,
@@ -51,25 +61,29 @@ NOT_IN_8_BITS = (
 class EigenbasisState(NamedTuple):
     """The states inside, how many updates there have been, factors, bases, and with `kl` eigenvalues.
 
+    All matrices of one size n x m, of whatever leaf, are a stack `(slots, n, m)` under the key "nxm". Over a
+    mesh the number of slots is a multiple of its devices, each of which owns as many.
+
     Args:
-      inner: of the sentence. First moments are in the parameter's basis, second moments in the eigenbasis.
+      inner: of the sentence, of the stacks and of the leaves that are no matrices. First moments are in the
+        parameter's basis, second moments in the eigenbasis.
       average: of the transformation in front of it.
       basis_count: int32.
-      left, right: L `(*batch, n, n)` and R `(*batch, m, m)` of leaves that read as `(*batch, n, m)`; of
-        matrices of several sizes in a leaf one below the other; None of leaves that are no matrices.
+      left, right: L `(slots, n, n)` and R `(slots, m, m)`; `(slots, 0, 0)` of sides without a factor.
       left_basis, right_basis: of their eigenvectors, in columns.
-      left_values, right_values: `(*batch, n)` and `(*batch, m)`; None without `kl`.
+      left_values, right_values: `(slots, n)` and `(slots, m)`; None without `kl`.
     """
 
     inner: Any
     average: Any
     basis_count: Any
-    left: PyTree
-    right: PyTree
-    left_basis: PyTree
-    right_basis: PyTree
-    left_values: PyTree = None
-    right_values: PyTree = None
+    left: Any
+    right: Any
+    left_basis: Any
+    right_basis: Any
+    left_values: Any = None
+    right_values: Any = None
+    averages = holds(inner="", average="")
     roles = holds(
         basis_count=scalar("count of in_eigenbasis"),
         left=Role("left factor", tree=True, shaped=False),
@@ -158,40 +172,45 @@ def in_eigenbasis(
             raise ValueError(
                 f"{who}: {name} must be an integer of at least 1, but is {value!r}. Type {name}=10."
             )
+    check_flags(who, kl=kl, sort=sort, skip_first=skip_first, spread=spread, whole_first=whole_first)
+    check_transforms(who, inner, *([] if average is None else [average]))
     sort = sort and not kl
     inner, before = map(optax.with_extra_args_support, (inner, average or optax.identity()))
     own = AxesOfLeaves(who, axes, shardings)
 
-    def read(leaves: Leaves) -> tuple[list[Layout | None], dict[str, Any]]:
-        """How the factors of every leaf lie, and what the transformations inside may know of leaves."""
+    def read(leaves: Leaves) -> Slots:
+        """Where the matrices of the leaves are."""
         forms, match = own.axes_and_shardings(leaves)
-        found = [
-            None
-            if form is None or not is_trainable(x) or not np.size(x)
-            else layout_of(form, np.shape(x), max_dim, block_size)
-            for form, x in zip(forms, leaves.values, strict=True)
-        ]
-        return found, {
-            "matrix_axes": [None if layout is None else layout.form for layout in found],
-            "shardings": match,
+        _check_manual(who, leaves, forms, match)
+        found = {
+            k: form if block_size is None else form.in_blocks(np.shape(x), block_size)
+            for k, (form, x) in enumerate(zip(forms, leaves.values, strict=True))
+            if form is not None and is_trainable(x) and np.size(x)
         }
+        return Slots.of(found, leaves.values)
 
     def init(params):
         leaves, tree = arrays(who, params)
         own.check(Leaves(tree, leaves))
-        layouts, facts = read(Leaves(tree, leaves))
-        with handed_down(**facts):
-            states = inner.init(params), before.init(params)
-        made = [
-            _NOTHING
-            if layout is None
-            else _evenly(layout.zeros(stored_dtype(dtype, jnp.result_type(w)), kl), w)
-            for layout, w in zip(layouts, leaves, strict=True)
-        ]
-        columns = zip(*made, strict=True) if made else [()] * len(Kronecker._fields)
-        fields = [tree.unflatten(column) for column in columns]
-        fields[4:] = fields[4:] if kl else [None, None]
-        return EigenbasisState(*states, jnp.zeros([], jnp.int32), *fields)
+        slots = read(Leaves(tree, leaves))
+        mesh = mesh_of([leaves[k] for k in slots.forms])
+        counts = {key: filled(count, mesh) for key, count in slots.counts.items()}
+        kinds = slots.dtypes(leaves)
+
+        def zeros(key):
+            kind = stored_dtype(None, kinds[key])
+            return jnp.zeros((counts[key], *slots.size(key)), kind)
+
+        stacks = {key: placed(zeros(key), mesh) for key in counts}
+        known = _Known(tree, slots)
+        with handed_down(matrix_axes=known.forms, shardings=None):
+            states = (tx.init(known.joined(leaves, stacks)) for tx in (inner, before))
+            states = [*states]
+        made = {
+            key: first_factors(x, max_dim, stored_dtype(dtype, kinds[key]), kl) for key, x in stacks.items()
+        }
+        made = jax.tree.map(lambda x: placed(x, mesh), made)
+        return EigenbasisState(*states, jnp.zeros([], jnp.int32), *_fields(made, kl))
 
     def update(updates, state, params=None, **extra):
         state = checked_state(who, state, EigenbasisState)
@@ -199,176 +218,153 @@ def in_eigenbasis(
 
     def step(updates, state, params, **extra):
         gs, tree, ws = aligned(who, updates, params, strict=False)
-        leaves = Leaves(tree, gs if params is None else ws)
-        layouts, facts = read(leaves)
-        _check_manual(who, leaves, facts)
-        columns = _columns(who, tree, state, layouts)
-        wide = [g if is_absent(g) else upcast(g) for g in gs]
-        here = {k: layout for k, layout in enumerate(layouts) if layout is not None and not is_absent(gs[k])}
-        bases = _Matrices.of(tree, here, columns, wide)
+        slots = read(Leaves(tree, gs if params is None else ws))
+        old = _kept(who, slots, state)
+        known, there = _Known(tree, slots), {k: gs[k] for k in slots.forms if not is_absent(gs[k])}
+        mesh = mesh_in_use([*there.values()])
+        wide = {k: upcast(g) for k, g in there.items()}
+        counts = {key: len(k.left) for key, k in old.items()}
+        g = to_owners(mesh, slots.stacked(wide, counts))
+        now = {key: jax.tree.map(lambda x, like=g[key]: _in_precision(x, like), k) for key, k in old.items()}
         first = state.basis_count == 0
 
-        signal, averaged = before.update(tree.unflatten(wide), state.average, params, **extra)
-        held = bases.moments(FIRST, rotated, state.inner)
-        with handed_down(**facts):
-            out, after = inner.update(bases.map(rotated, signal), held, None, **extra)  # (1)
-        out, after = bases.map(rotated_back, out), bases.moments(FIRST, rotated_back, after)
+        others = [x if is_absent(x) else upcast(x) for x in gs]
+        with handed_down(matrix_axes=known.forms, shardings=None):
+            signal, averaged = before.update(known.joined(others, g), state.average, None, **extra)
+            held = known.moments(FIRST, _into, now, state.inner)
+            out, after = inner.update(known.map(_into, now, signal), held, None, **extra)  # (1)
+        out, after = known.map(_back, now, out), known.moments(FIRST, _back, now, after)
         started = jax.tree.map(jnp.zeros_like, signal) if skip_first else signal
         out, after = _where(first, started, out), _where(first, state.inner, after)
 
         b = as_scalar(decay, jnp.zeros([], float))
         weight = jnp.where(first, 1, 1 - b) if whole_first else jnp.asarray(1 - b)
 
-        def learn(k, g):  # (2), (3); (5)-(7)
+        def learn(k, x):  # (2), (3); (5)-(7)
             if kl:
-                return with_gradient_kl(k, g, weight, first, largest_inverse_root)
-            return with_gradient(k, g, weight)
+                return with_gradient_kl(k, x, weight, first, largest_inverse_root)
+            return with_gradient(k, x, weight)
 
-        learned = bases.learned(learn, wide)
-        learned, orders = learned.refreshed(state.basis_count, every, sort=sort, spread=spread)  # (4)
+        learned = {key: learn(now[key], x) for key, x in g.items()}
+        learned, orders = refreshed(mesh, learned, state.basis_count, every, sort=sort, spread=spread)  # (4)
         if sort:
             due = (state.basis_count % every == 0) | spread
-            order = functools.partial(orders.moments, SECOND, lambda order, x: permuted(x, *order))
-            order = functools.partial(_in_dtypes, order)
-            after = jax.lax.cond(due, order, lambda same: same, after)
-        out = tree.flatten_up_to(out)
-        told, after = divided_like(([out[k] for k in here], after), ([gs[k] for k in here], state.inner))
-        for k, u in zip(here, told, strict=True):
-            out[k] = u
-        out = [g if is_absent(g) else cast_like(u, g) for g, u in zip(gs, out, strict=True)]
-        fields = learned.stored(columns, gs)
-        return tree.unflatten(out), EigenbasisState(after, averaged, increment(state.basis_count), *fields)
+            after = jax.lax.cond(
+                due,
+                lambda same: known.moments(SECOND, lambda order, x: permuted(x, *order), orders, same),
+                lambda same: same,
+                after,
+            )
+        learned = jax.tree.map(lambda x, was: x.astype(was.dtype), learned, old)
+        missing = slots.missing(there)
+        after, averaged, learned = (
+            _where_missing(missing, was, new)
+            for was, new in ((state.inner, after), (state.average, averaged), (old, learned))
+        )
+
+        matrices = slots.unstacked(from_owners(mesh, out["stacks"]))
+        found, told = tree.flatten_up_to(out["others"]), [matrices[k] for k in there]
+        told = told if mesh is None else divided_like(told, [*there.values()])
+        for k, u in zip(there, told, strict=True):
+            found[k] = u
+        found = [g if is_absent(g) else cast_like(u, g) for g, u in zip(gs, found, strict=True)]
+        count = increment(state.basis_count)
+        return tree.unflatten(found), EigenbasisState(after, averaged, count, *_fields(learned, kl))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Matrices:
-    """The leaves that are matrices, and for each stack of theirs its factors, or something else.
-
-    Args:
-      tree: the structure of all leaves.
-      layouts: of the leaves that are matrices, by their index.
-      kinds: the dtypes in which they are computed.
-      own: what there is of each stack.
-      mesh: over which they are computed, if one is known.
-    """
+class _Known(NamedTuple):
+    """The tree that transformations inside see: stacks of matrices, and the other leaves."""
 
     tree: Any
-    layouts: dict[int, Layout]
-    kinds: dict[int, Any]
-    own: Mapping[int, Sequence[Any]]
-    mesh: AbstractMesh | None
+    slots: Slots
 
-    @classmethod
-    def of(cls, tree: Any, layouts: dict[int, Layout], columns: list[Any], gs: list[Any]) -> "_Matrices":
-        """With the factors in the columns of a state."""
-        kinds = {k: np.promote_types(upcast_dtype(columns[0][k].dtype), gs[k].dtype) for k in layouts}
-        own = {
-            k: layout.split(Kronecker(*(c and _in_precision(c[k], kinds[k]) for c in columns)))
-            for k, layout in layouts.items()
-        }
-        return cls(tree, layouts, kinds, own, mesh_in_use([gs[k] for k in layouts]))
+    @property
+    def forms(self) -> list[Axes | None]:
+        """How its leaves read as matrices."""
+        return [None] * self.tree.num_leaves + [Axes("bio")] * len(self.slots.parts)
 
-    def map(self, f: Callable[..., jax.Array], tree: PyTree) -> PyTree:
-        """A tree of leaves with `f(own, stack)` of every stack."""
-        leaves = self.tree.flatten_up_to(tree)
-        there = [k for k in self.layouts if hasattr(leaves[k], "dtype")]
-        made = self._of_stacks(f, {k: _in_precision(leaves[k], self.kinds[k]) for k in there})
-        for k in there:
-            leaves[k] = self.layouts[k].form.array(made[k], np.shape(leaves[k]))
-        return self.tree.unflatten(leaves)
+    def joined(self, leaves: list[Any], stacks: Stack) -> PyTree:
+        """The tree, of all leaves and of the stacks."""
+        others = [None if k in self.slots.forms else x for k, x in enumerate(leaves)]
+        return {"others": self.tree.unflatten(others), "stacks": stacks}
 
-    def _of_stacks(self, f: Callable[..., Any], arrays: dict[int, jax.Array]) -> dict[int, list[Any]]:
-        """`f(own, stack)` of every stack of the leaves."""
-        stacks = {k: self.layouts[k].form.matrices(x) for k, x in arrays.items()}
-        items = [(own, x) for k, each in stacks.items() for own, x in zip(self.own[k], each, strict=True)]
-        made = iter(together(self.mesh, f, items, [x.shape[:-2] for _, x in items]))
-        return {k: [next(made) for _ in each] for k, each in stacks.items()}
+    def map(self, f: Any, own: dict[str, Any], tree: PyTree) -> PyTree:
+        """A tree with `f(own, stack)` of every stack."""
+        stacks = {key: f(own[key], x) if hasattr(x, "dtype") else x for key, x in tree["stacks"].items()}
+        return {**tree, "stacks": stacks}
 
-    def moments(self, kind: str, f: Callable[..., jax.Array], state: PyTree) -> PyTree:
+    def moments(self, kind: str, f: Any, own: dict[str, Any], state: PyTree) -> PyTree:
         """A state with `map` of its moments of this kind."""
-        return map_moments(lambda own, m: self.map(f, m) if own == kind else m, state)
-
-    def learned(self, f: Callable[..., Kronecker], gs: list[Any]) -> "_Matrices":
-        """With `f(own, stack of the gradient)` of every stack."""
-        arrays = {k: gs[k].astype(self.kinds[k]) for k in self.layouts}
-        return dataclasses.replace(self, own=self._of_stacks(f, arrays))
-
-    def refreshed(self, *args: Any, **options: Any) -> "tuple[_Matrices, _Matrices]":
-        """With newer bases, and the orders of their columns, by `factors.refreshed`."""
-        stacks = [stack for k in self.layouts for stack in self.own[k]]
-        made = []
-        for found in map(iter, refreshed(self.mesh, stacks, *args, **options)):
-            own = {k: [next(found) for _ in self.own[k]] for k in self.layouts}
-            made.append(dataclasses.replace(self, own=own))
-        return made[0], made[1]
-
-    def stored(self, columns: list[Any], gs: list[Any]) -> list[PyTree]:
-        """The trees of a state, from the columns of the one before; None where it has none."""
-        for k, layout in self.layouts.items():
-            made = layout.joined(self.own[k])
-            kept = Kronecker(*(c and x.astype(c[k].dtype) for c, x in zip(columns, made, strict=True)))
-            for column, x in zip(columns, _evenly(kept, gs[k]), strict=True):
-                if column is not None:
-                    column[k] = x
-        return [None if column is None else self.tree.unflatten(column) for column in columns]
+        return map_moments(lambda found, m: self.map(f, own, m) if found == kind else m, state)
 
 
-def _evenly(arrays: Kronecker, like: Any) -> Kronecker:
-    """The arrays of a leaf, divided evenly over its mesh."""
-    return jax.tree.map(lambda x: evenly(x, like), arrays)
-
-
-def _check_manual(who: str, leaves: Leaves, facts: dict[str, Any]) -> None:
-    """Refuse local shards of matrices inside `jax.shard_map`; whole ones, and stacks of them, may pass."""
+def _check_manual(who: str, leaves: Leaves, forms: Any, match: Any) -> None:
+    """Refuse local shards of matrices inside `jax.shard_map`; whole ones may pass."""
     if not manual_axes():
         return
-    forms, match = facts["matrix_axes"], facts["shardings"]
     for path, x, form in zip(leaves.paths, leaves.values, forms, strict=True):
         if form is None or is_absent(x):
             continue
         spec = None if match is None else local_shard_spec(who, match)(path, np.shape(x))[0]
-        if spec is None or any(
-            names and axis.letter != "b" for names, axis in zip(spec, form.parts, strict=True)
-        ):
+        if spec is None or any(spec):
             raise ValueError(
                 f"{who}: inside jax.shard_map {path!r} has shape {np.shape(x)}, which may be a local shard, "
                 "but factors are those of whole matrices. Call update outside of jax.shard_map; or of leaves "
-                "that are whole there, or divided along their stacks, type shardings={'*': P()}."
+                "that are whole there, type shardings={'*': P()}."
             )
 
 
-_NOTHING = Kronecker(None, None, None, None)
-"""Of a leaf that is no matrix."""
-
-
-def _columns(who: str, tree: Any, state: EigenbasisState, layouts: list[Layout | None]) -> list[Any]:
-    """The fields of a state that are trees, as lists of leaves; None of those that it has not.
+def _kept(who: str, slots: Slots, state: EigenbasisState) -> dict[str, Kronecker]:
+    """What a state has of each size of matrix.
 
     Raises:
-      ValueError: naming `who`, if they are not those of these parameters.
+      ValueError: naming `who`, if it is not of these matrices.
     """
-    fields = state[-len(Kronecker._fields) :]
-    try:
-        columns = [None if x is None else tree.flatten_up_to(x) for x in fields]
-        for k, layout in enumerate(layouts):
-            if layout is not None:
-                layout.check(Kronecker(*(c and c[k] for c in columns)))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise other_state(who) from error
-    return columns
+    fields = [x for x in state[-len(Kronecker._fields) :] if x is not None]
+    if not all({*x} == {*slots.parts} for x in fields):
+        raise other_state(who)
+    kept = {key: Kronecker(*(x[key] for x in fields)) for key in slots.parts}
+    for key, count in slots.counts.items():
+        if len(kept[key].left) < count:
+            raise other_state(who)
+    return kept
 
 
-def _in_precision(x: jax.Array, dtype: Any) -> jax.Array:
-    """An array in this precision; real ones stay real."""
-    return jnp.asarray(x).astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
+def _fields(kept: dict[str, Kronecker], kl: bool) -> list[Any]:
+    """The fields of a state, from what it has of each size of matrix."""
+    fields = [{key: k[j] for key, k in kept.items()} for j in range(len(Kronecker._fields))]
+    return fields if kl else [*fields[:4], None, None]
 
 
-def _in_dtypes(f: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
-    """f of a state, with the dtypes of before."""
-    return jax.tree.map(lambda new, old: new.astype(old.dtype), f(state), state)
+def _into(k: Kronecker, x: jax.Array) -> jax.Array:
+    return rotated(k, _in_precision(x, k.left_basis))
+
+
+def _back(k: Kronecker, x: jax.Array) -> jax.Array:
+    return rotated_back(k, _in_precision(x, k.left_basis))
+
+
+def _in_precision(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A stored array in the precision of another; real ones stay real."""
+    dtype = jnp.promote_types(upcast_dtype(x.dtype), like.dtype)
+    return x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
 
 
 def _where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y.astype(x.dtype)), a, b)
+
+
+def _where_missing(missing: dict[str, np.ndarray], old: PyTree, new: PyTree) -> PyTree:
+    """Arrays of the slots whose gradient is missing as they were."""
+
+    def keep(path, old, new):
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        gone = next((missing[key] for key in keys if key in missing), None)
+        if gone is None or not new.ndim:
+            return new
+        gone = np.pad(gone, (0, len(new) - len(gone)))
+        return jnp.where(gone.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+    return jax.tree_util.tree_map_with_path(keep, old, new) if missing else new

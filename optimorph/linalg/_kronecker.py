@@ -10,6 +10,9 @@ import jax.numpy as jnp
 FIRST_STEPS = 8
 """Of orthogonal iteration, for the first bases, which start from the identity."""
 
+FIRST_VALUE = 0.1
+"""Every tracked eigenvalue before the second step."""
+
 _product = functools.partial(jnp.matmul, precision="highest")
 
 
@@ -28,6 +31,24 @@ class Kronecker(NamedTuple):
     right_basis: Any
     left_values: Any = None
     right_values: Any = None
+
+
+def first_factors(stack: jax.Array, max_dim: int | None, dtype: Any, tracked: bool) -> Kronecker:
+    """Of a stack `(batch, n, m)`: factors of 0, and bases that are the identity.
+
+    Args:
+      stack: its shape counts.
+      max_dim: sides that are longer have no factor.
+      dtype: of factors and bases.
+      tracked: whether there are eigenvalues.
+    """
+    count, *sizes = stack.shape
+    sizes = [n if max_dim is None or n <= max_dim else 0 for n in sizes]
+    factors = [jnp.zeros((count, n, n), dtype) for n in sizes]
+    bases = [jnp.array(jnp.broadcast_to(jnp.eye(n, dtype=dtype), (count, n, n))) for n in sizes]
+    real = jnp.finfo(dtype).dtype
+    values = [jnp.full((count, n), FIRST_VALUE, real) if tracked else None for n in sizes]
+    return Kronecker(*factors, *bases, *values)
 
 
 def rotated(k: Kronecker, x: jax.Array) -> jax.Array:

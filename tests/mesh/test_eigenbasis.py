@@ -1,40 +1,118 @@
-"""In an eigenbasis: over a mesh the same numbers as on one device, and factors that are divided evenly."""
+"""In an eigenbasis: over a mesh the same numbers as on one device, one exchange for each size of matrix."""
 
+import functools
+import re
+
+import hlo
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import rounding
+import sharding
 import trees
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import optimorph as om
 
-AXES = {"bias": None, "*": "io"} | {k: v for k, v in trees.AXES.items() if k != "*"}
 FULL_RANK = {"every": 2, "max_dim": 16, "axes": trees.AXES}
 """Of longer sides the first gradients do not tell all eigenvectors; only rounding errors would."""
+TX = om.soap(0.1, eps=1e-2, **FULL_RANK)
 
 
-def steps(tx, place, dtype=np.float64, count=4):
-    params = place(trees.drawn(0, dtype))
-    state, update = tx.init(params), jax.jit(tx.update)
-    for seed in range(count):
-        updates, state = update(place(trees.drawn(1 + seed, dtype)), state, params)
+def steps(place, count=4, state=None, first=0):
+    params = place(trees.drawn(0, np.float64))
+    state, update = TX.init(params) if state is None else state, jax.jit(TX.update)
+    for seed in range(first, first + count):
+        updates, state = update(place(trees.drawn(1 + seed, np.float64)), state, params)
         params = optax.apply_updates(params, updates)
-    return params, updates, state
+    return updates, state
 
 
-EXPLICIT = [(layout, 8, AxisType.Explicit) for layout in trees.LAYOUTS]
-AUTO = [(layout, 8, AxisType.Auto) for layout in trees.LAYOUTS]
+def of_the_same_slots(state, other):
+    """Without the slots that are there to fill a mesh."""
+    return jax.tree.map(lambda x, y: np.asarray(x)[: len(y)] if jnp.ndim(x) else x, state, other)
 
 
-@pytest.mark.examples("fsdp x tensor-8-AxisType.Auto", "mixed-8-AxisType.Explicit")
-@pytest.mark.parametrize(("layout", "devices", "mode"), AUTO + EXPLICIT)
+LAYOUTS = ("replicated", "tensor", "fsdp x tensor", "mixed")
+
+
+@pytest.mark.examples("auto-mixed")
+@pytest.mark.parametrize("layout", LAYOUTS)
 @rounding.in_float64
-def test_in_every_layout(layout, devices, mode):
-    places = trees.shardings(layout, devices, mode)
-    tx = om.soap(0.1, eps=1e-2, **FULL_RANK)
-    got, want = (steps(tx, place) for place in (lambda tree: trees.put(tree, places), trees.on_one))
+def test_as_on_one_device(layout, mode):
+    """The same updates, where the gradients are, and states whose slots are at their owners."""
+    places = trees.shardings(layout, 8, mode)
+    got, state = steps(lambda tree: trees.put(tree, places), 3)
+    want, whole = steps(trees.on_one, 3)
     rounding.close(got, want, condition=1e5)
-    for name, x in got[1].items():
+    rounding.close(of_the_same_slots(state, whole), whole, condition=1e5)
+    for name, x in got.items() if mode == AxisType.Explicit else ():
         assert x.sharding.is_equivalent_to(places[name], x.ndim), (name, x.sharding)
+    for x in jax.tree.leaves(optax.tree.get(state, "left_basis")):
+        assert not x.size or x.sharding.shard_shape(x.shape)[0] == len(x) / 8
+
+
+@pytest.mark.slow
+@rounding.in_float64
+def test_resumed_on_another_mesh():
+    """A state of eight devices goes on over four, over three that do not divide it, and on one."""
+    places = trees.shardings("fsdp, last axis", 8, AxisType.Auto)
+    _, state = steps(lambda tree: trees.put(tree, places), 3)
+    want, _ = steps(trees.on_one, 2, jax.tree.map(np.asarray, state), 3)
+    for devices in (4, 3):
+        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        everywhere = NamedSharding(mesh, P())
+        place = functools.partial(jax.device_put, device=everywhere)
+        got, _ = steps(place, 2, jax.tree.map(np.asarray, state), 3)
+        rounding.close(got, want, condition=1e5)
+
+
+SHAPES = sharding.transformer(width=16)
+
+
+@pytest.mark.examples("auto-FSDP 4 x TP 2")
+@pytest.mark.parametrize("layout", ["FSDP, last axis", "FSDP 4 x TP 2"])
+def test_collectives_and_decompositions(layout, mode):
+    """Of 84 matrices in three sizes: gradients go to the owners and updates back, and QR is of own slots."""
+    places = sharding.shardings(layout, SHAPES, mode)
+    params = jax.tree.map(lambda s, p: jax.device_put(jnp.zeros(s), p), SHAPES, places, is_leaf=_is_shape)
+    tx, everywhere = om.soap(0.1, axes={"*": "io"}), NamedSharding(params["layer0"]["up"].sharding.mesh, P())
+
+    def described(x):
+        place = x.sharding if len(x.sharding.device_set) > 1 else everywhere
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    state = jax.tree.map(described, tx.init(params))
+    program = jax.jit(tx.update, donate_argnums=1).lower(params, state, params).compile()
+    found, exchanged = hlo.counted(program), sum(x.nbytes for x in jax.tree.leaves(params))
+    if layout == "FSDP, last axis":  # where "out" lies as the other matrices of its size do
+        assert found.collectives == {"all-to-all": 6}
+        assert found.sent <= 1.1 * 2 * exchanged / sharding.DEVICES
+    assert found.sent <= 4 * exchanged / sharding.DEVICES
+    shapes = re.findall(r"lapack_sgeqrf.*?operand_layout_constraints={f32\[(\d+),(\d+),", program.as_text())
+    assert sorted(shapes) == [("17", "16"), ("5", "64")]  # of (48 + 48 + 24 + 16) / 8, and of (24 + 16) / 8
+
+
+def _is_shape(x):
+    return isinstance(x, tuple)
+
+
+def test_inside_shard_map():
+    """Whole matrices pass, and what may be local shards is refused."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.eye(8)}
+
+    def inside(spec, **arguments):
+        tx = om.in_eigenbasis(om.ema(0.9), decay=0.9, axes={"*": "io"}, **arguments)
+        state = tx.init(params)
+        return jax.shard_map(
+            lambda g: tx.update(g, state)[0], mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )(params)
+
+    assert inside(P(), shardings={"*": P()})["w"].shape == (8, 8)
+    for arguments in ({}, {"shardings": {"*": P("data")}}):
+        with pytest.raises(ValueError, match=r"in_eigenbasis: inside jax.shard_map 'w' has shape"):
+            inside(P("data"), **arguments)
