@@ -201,6 +201,25 @@ def test_an_average_of_weights(dtype):
     rounding.close(held[0].average / (1 - 0.99**40), expected, units=20, dtype="float32")
 
 
+@pytest.mark.slow
+@rounding.in_float32
+def test_documented_errors_of_averages_of_bfloat16_weights():
+    """If this fails, optax has mended its average, and the guide says too much."""
+    steps = np.random.default_rng(0).standard_normal((1001, 1000)) * np.r_[1, [1e-3] * 1000][:, None]
+    walk = jnp.asarray(np.cumsum(steps, axis=0)[1:], jnp.bfloat16)
+    expected = mean_of(walk, 0.999)
+
+    def error(tx):
+        state, _ = jax.lax.scan(lambda state, w: (tx.update(w, state)[1], None), tx.init(walk[0]), walk)
+        held = next(x for x in jax.tree.leaves(state) if x.ndim)
+        return np.max(np.abs(np.float64(held) / (1 - 0.999**1000) - expected)) / np.max(np.abs(expected))
+
+    assert error(om.ema(0.999)) < 1e-5
+    with jax.numpy_dtype_promotion("standard"):
+        assert 1e-4 < error(optax.ema(0.999, accumulator_dtype=jnp.float32)) < 1e-3
+        assert error(optax.ema(0.999)) > 0.5
+
+
 @rounding.in_float32
 def test_the_weights_to_evaluate_of_a_schedule_free_run():
     """The mean of z, around an optimizer with 8-bit state and with split weights."""
