@@ -86,10 +86,11 @@ def weighed(tx):
 
     def update(updates, state, params=None):
         count, inner = state
-        weight = jnp.asarray(WEIGHTS)[count % len(WEIGHTS)]
-        flush = jnp.isin(count % len(WEIGHTS), jnp.asarray(FLUSHED, jnp.int32))
+        now = jnp.asarray(count) % len(WEIGHTS)
+        weight = sum(jnp.where(now == k, w, 0.0) for k, w in enumerate(WEIGHTS))
+        flush = functools.reduce(jnp.logical_or, [now == k for k in FLUSHED])
         updates, inner = tx.update(updates, inner, params, weight=weight, flush=flush)
-        return updates, (count + 1, inner)
+        return updates, (jnp.asarray(count, jnp.int32) + 1, inner)
 
     return optax.GradientTransformation(lambda params: (jnp.zeros([], jnp.int32), tx.init(params)), update)
 

@@ -116,8 +116,9 @@ def multi_steps(
     def init(params):
         leaves, tree = arrays(who, params)
         check_mask(who, maximum, Leaves(tree, leaves))
-        count, weight, steps = jnp.zeros([], jnp.int32), jnp.zeros([], float), jnp.zeros([], jnp.int32)
-        return MultiStepsState(inner.init(params), _zeros(params, accumulator_dtype), count, weight, steps)
+        mean, weight = _zeros(params, accumulator_dtype), jnp.zeros([], real_dtype(params))
+        count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return MultiStepsState(inner.init(params), mean, count, weight, steps)
 
     def k_now(state):
         try:
