@@ -16,6 +16,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -58,9 +59,9 @@ def their_muon(params):
 
 
 CASES = {
-    "AdamW, float64": (our_adamw, their_adamw, np.float64),
     "AdamW, float32": (our_adamw, their_adamw, np.float32),
     "Muon, float32": (our_muon, their_muon, np.float32),
+    "AdamW, float64": (our_adamw, their_adamw, np.float64),
 }
 
 
@@ -157,22 +158,28 @@ def compare(ours, theirs, dtype):
 
 def main():
     torch.set_num_threads(1)
-    found = {name: compare(*case) for name, case in CASES.items()}
-    table = Table(title=f"largest difference of the training loss, torch {torch.__version__}")
-    for head in ("", "20 steps", f"{STEPS} steps", "noise, 20", f"noise, {STEPS}", "last 20: jax", "torch"):
-        table.add_column(head, justify="right" if head else "left")
-    for name, case in found.items():
-        keys = ("largest_in_20_steps", "largest", "noise_in_20_steps", "noise")
-        lasts = (f"{case[key]:.5f}" for key in ("last_jax", "last_torch"))
-        table.add_row(name, *(f"{case[key]:.1e}" for key in keys), *lasts)
-    Console(width=110).print(table)
     versions = {
         name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax", "flax", "torch")
     }
-    about = {"command": "python benchmarks/torch_training.py", "date": datetime.date.today().isoformat()}
-    RESULTS.write_text(
-        json.dumps(about | {"steps": STEPS, "versions": versions, "cases": found}, indent=1) + "\n"
-    )
+    found = {
+        "command": "python benchmarks/torch_training.py",
+        "date": datetime.date.today().isoformat(),
+        "device": "cpu",
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "steps": STEPS,
+        "cases": {},
+    }
+    table = Table(title=f"largest difference of the training loss, torch {torch.__version__}")
+    for head in ("", "20 steps", f"{STEPS} steps", "noise, 20", f"noise, {STEPS}", "last 20: jax", "torch"):
+        table.add_column(head, justify="right" if head else "left")
+    for name, arguments in CASES.items():
+        found["cases"][name] = case = compare(*arguments)
+        keys = ("largest_in_20_steps", "largest", "noise_in_20_steps", "noise")
+        lasts = (f"{case[key]:.5f}" for key in ("last_jax", "last_torch"))
+        table.add_row(name, *(f"{case[key]:.1e}" for key in keys), *lasts)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":

@@ -198,10 +198,12 @@ def _list(console: Console, condition: float) -> int:
 
 
 def _parse_optimizers(text: str) -> list[str]:
+    if text.strip() == "all":
+        return list(OPTIMIZERS)
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [""]:
         if name not in OPTIMIZERS:
-            raise BadInput(f"no optimizer is called {name!r}; the optimizers are {', '.join(OPTIMIZERS)}")
+            raise BadInput(f"no optimizer is called {name!r}; type all, or some of {', '.join(OPTIMIZERS)}")
     return list(dict.fromkeys(names))
 
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from optimorph._racing.registry import WITH_OTHERS, LearningRates
+from optimorph._racing.registry import OTHERS_OF, WITH_OTHERS, LearningRates, recorded_learning_rates
 
 Grid = dict[str, tuple[float, ...]]
 
@@ -15,7 +15,14 @@ _TEXT: Grid = {
     "rmsprop": (5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02),
     "adam": (5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02),
     "adamw": (2.5e-4, 5e-4, 1e-3, 2e-3, 5e-3),
+    "ademamix": (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3),
+    "mars_adamw": (5e-4, 1e-3, 2e-3, 5e-3, 0.01),
     "muon": (0.01, 0.02, 0.05, 0.1),
+    "muonh": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "normuon": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "adamuon": (2e-3, 5e-3, 0.01, 0.02, 0.05),
+    "muon2": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "scion": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
     "others": (0.01, 0.02, 0.05, 0.1, 0.2),
 }
 
@@ -23,7 +30,14 @@ _DIGITS: Grid = _TEXT | {
     "rmsprop": (1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05),
     "adam": (2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1),
     "adamw": (2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
+    "ademamix": (2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1),
+    "mars_adamw": (5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
     "muon": (0.02, 0.05, 0.1, 0.2),
+    "muonh": (0.05, 0.1, 0.2, 0.5, 1.0),
+    "normuon": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "adamuon": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "muon2": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "scion": (2e-5, 5e-5, 1e-4, 2e-4, 5e-4),
     "others": (0.005, 0.01, 0.02, 0.05, 0.1),
 }
 
@@ -32,23 +46,37 @@ _QUADRATIC: Grid = {
     "rmsprop": (2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1),
     "adam": (5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
     "adamw": (5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
+    "ademamix": (5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
+    "mars_adamw": (5e-3, 0.01, 0.02, 0.05, 0.1, 0.2),
     "muon": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "muonh": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "normuon": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "adamuon": (0.01, 0.02, 0.05, 0.1, 0.2),
+    "muon2": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "scion": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
     "others": (0.01,),  # the only leaf is a matrix
 }
 
 GRIDS = {"text": _TEXT, "digits": _DIGITS, "quadratic": _QUADRATIC}
-"""Task → optimizer → learning rates; `others` is the second rate of every optimizer that has one."""
+"""Task → optimizer → learning rates; `others` is the second rate of `adamw` and `muon`."""
 
 
 def grid(name: str, task: str) -> Iterator[LearningRates]:
     """The learning rates that a sweep of an optimizer tries."""
-    others = GRIDS[task]["others"] if name in WITH_OTHERS else (None,)
-    return (LearningRates(*pair) for pair in itertools.product(GRIDS[task][name], others))
+    pairs = itertools.product(GRIDS[task][name], others_grid(name, task))
+    return (LearningRates(*pair) for pair in pairs)
+
+
+def others_grid(name: str, task: str) -> tuple[float | None, ...]:
+    """The second rates that a sweep tries; None if the optimizer has none."""
+    if name in OTHERS_OF:
+        return (recorded_learning_rates(task)[OTHERS_OF[name]].others,)
+    return GRIDS[task]["others"] if name in WITH_OTHERS else (None,)
 
 
 def at_edge(name: str, rates: LearningRates, task: str) -> bool:
     """Whether a rate is the lowest or highest of its grid, so that a better one may lie outside."""
-    axes = [(rates.learning_rate, GRIDS[task][name]), (rates.others, GRIDS[task]["others"])]
+    axes = [(rates.learning_rate, GRIDS[task][name]), (rates.others, others_grid(name, task))]
     return any(len(values) > 1 and rate in (values[0], values[-1]) for rate, values in axes)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from optimorph._racing.registry import OPTIMIZERS
+from optimorph._racing.registry import DEFAULT
 
 USES = {
     "a race": ("task", "optimizers", "steps", "seeds", "lr", "condition", "out"),
@@ -14,7 +14,7 @@ USES = {
 
 DEFAULTS = {
     "task": "text",
-    "optimizers": ",".join(OPTIMIZERS),
+    "optimizers": ",".join(DEFAULT),
     "seeds": "1",
     "condition": "1000",
     "out": "race-results",
@@ -23,13 +23,13 @@ DEFAULTS = {
 
 OPTIONS = {
     "task": ("NAME", "what to train: text, digits or quadratic (default: text)"),
-    "optimizers": ("A,B", "optimizers that race (default: all)"),
+    "optimizers": ("A,B", f"optimizers that race, or all (default: {', '.join(DEFAULT)})"),
     "steps": ("N", "training steps (default: the task's)"),
     "seeds": ("N", "training runs of each optimizer (default: 1)"),
     "lr": (
         "NAME=VALUE",
-        "peak learning rate of an optimizer, such as adamw=0.005; adamw.others and muon.others set that of "
-        "embeddings, head and norms (default: tuned)",
+        "peak learning rate of an optimizer, such as adamw=0.005, or of its embeddings, head and norms, such "
+        "as adamw.others=0.1 (default: tuned)",
     ),
     "condition": ("R", "condition number of the quadratic (default: 1000)"),
     "out": ("DIR", "folder of the results (default: race-results)"),

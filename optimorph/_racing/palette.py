@@ -22,20 +22,22 @@ class Style(NamedTuple):
 
 _ALL = [Style(LIGHT[-1 - k % 8], DASHES[(k + k // 8) % 4]) for k in range(32)]
 
-OPTIMIZERS: dict[str, Style] = dict(
-    zip(("muon", "adamw", "adam", "rmsprop", "adagrad", "nesterov", "momentum", "sgd"), _ALL, strict=False)
-)
+_NAMES = (
+    *("muon", "adamw", "adam", "rmsprop", "adagrad", "nesterov", "momentum", "sgd"),
+    *("scion", "ademamix", "muon2", "adamuon", "normuon", "muonh", "mars_adamw"),
+)  # each row has every colour at most once, and so has the default race
+OPTIMIZERS: dict[str, Style] = dict(zip(_NAMES, _ALL, strict=False))
 """Name → its style in every plot of the project."""
 
 
 def styles(names: Sequence[str]) -> dict[str, Style]:
     """Name → style.
 
-    A name in `OPTIMIZERS` has the style given there. The other names get the 24 remaining styles in turn;
+    A name in `OPTIMIZERS` has the style given there. The other names get the remaining styles in turn;
     styles whose colour is not in use come first.
     """
     fixed = {name: OPTIMIZERS[name] for name in names if name in OPTIMIZERS}
     used = {style.color for style in fixed.values()}
-    free = sorted(_ALL[8:], key=lambda style: style.color in used)
+    free = sorted(_ALL[len(OPTIMIZERS) :], key=lambda style: style.color in used)
     others = [name for name in names if name not in OPTIMIZERS]
     return fixed | {name: free[k % len(free)] for k, name in enumerate(others)}

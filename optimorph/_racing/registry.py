@@ -11,7 +11,7 @@ import optimorph as om
 from optimorph._racing.task import Task
 from optimorph._routing.resolve import leaf_axes
 
-B2 = 0.99  # of adam, adamw and muon's adamw; a short training needs a shorter average than 0.999 gives
+B2 = 0.99  # for 0.999, and for AdEMAMix's 0.9999: a short training needs a shorter average
 
 
 class LearningRates(NamedTuple):
@@ -24,36 +24,71 @@ class LearningRates(NamedTuple):
         return f"{self.learning_rate:.3g}" + ("" if self.others is None else f" / {self.others:.3g}")
 
 
-def _adamw(rate, others, task):
-    """AdamW with `muon`'s two groups of leaves, so that both optimizers have the same two rates to tune."""
-    matrix = leaf_axes("adamw", None)
-    return om.partition(
-        lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
-        {
-            "matrix": om.adamw(rate, b2=B2, weight_decay=task.weight_decay),
-            "other": om.adamw(others, b2=B2, weight_decay=0.0),
-        },
+Make = Callable[[Any, Any, Task], optax.GradientTransformation]
+"""Function (schedule, schedule of the other leaves, task) → optimizer."""
+
+
+def _alone(recipe: Callable[..., Any], **arguments: Any) -> Make:
+    """A recipe for all leaves."""
+    return lambda rate, others, task: recipe(rate, **arguments)
+
+
+def _beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Make:
+    """A recipe for the leaves that `muon` takes for matrices, and AdamW for the others."""
+
+    def make(rate, others, task):
+        matrix = leaf_axes("race", None)
+        return om.partition(
+            lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
+            {
+                "matrix": recipe(rate, weight_decay=task.weight_decay, **arguments),
+                "other": _adamw_of_others(others),
+            },
+        )
+
+    return make
+
+
+def _of_matrices(recipe: Callable[..., Any]) -> Make:
+    """A recipe that gives matrices to one transform itself, and the others to the AdamW that it is given."""
+    return lambda rate, others, task: recipe(
+        rate, weight_decay=task.weight_decay, others=_adamw_of_others(others)
     )
 
 
-def _muon(rate, others, task):
-    adamw = om.adamw(others, b2=B2, weight_decay=0.0)
-    return om.muon(rate, weight_decay=task.weight_decay, others=adamw)
+def _adamw_of_others(rate: Any) -> optax.GradientTransformation:
+    return om.adamw(rate, b2=B2, weight_decay=0.0)
 
 
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": lambda rate, others, task: om.sgd(rate),
+OPTIMIZERS: dict[str, Make] = {
+    "sgd": _alone(om.sgd),
     "momentum": lambda rate, others, task: om.sgd(rate, task.momentum["momentum"]),
     "nesterov": lambda rate, others, task: om.sgd(rate, task.momentum["nesterov"], nesterov=True),
-    "adagrad": lambda rate, others, task: om.adagrad(rate),
-    "rmsprop": lambda rate, others, task: om.rmsprop(rate),
-    "adam": lambda rate, others, task: om.adam(rate, b2=B2),
-    "adamw": _adamw,
-    "muon": _muon,
+    "adagrad": _alone(om.adagrad),
+    "rmsprop": _alone(om.rmsprop),
+    "adam": _alone(om.adam, b2=B2),
+    "adamw": _beside_adamw(om.adamw, b2=B2),
+    "ademamix": _beside_adamw(om.ademamix, b2=B2, b3=B2),
+    "mars_adamw": _beside_adamw(om.mars_adamw),
+    "muon": _of_matrices(om.muon),
+    "muonh": _of_matrices(om.muonh),
+    "normuon": _of_matrices(om.normuon),
+    "adamuon": _of_matrices(om.adamuon),
+    "muon2": _of_matrices(om.muon2),
+    "scion": _alone(om.scion),
 }
-"""Name → function (schedule, schedule of the other leaves, task) → optimizer."""
+"""Name → its optimizer."""
 
-WITH_OTHERS = ("adamw", "muon")
+DEFAULT = ("sgd", "momentum", "rmsprop", "adam", "adamw", "muon", "muonh", "normuon")
+"""The optimizers of a race that names none."""
+
+OTHERS_OF = {
+    **dict.fromkeys(("ademamix", "mars_adamw"), "adamw"),
+    **dict.fromkeys(("muonh", "normuon", "adamuon", "muon2"), "muon"),
+}
+"""Optimizer → the one whose tuned rate of the other leaves it has, as both have the same AdamW for them."""
+
+WITH_OTHERS = ("adamw", "muon", *OTHERS_OF)
 """The optimizers that have a second learning rate."""
 
 
@@ -65,6 +100,12 @@ def make_optimizer(name: str, task: Task, rates: LearningRates, steps: int) -> o
 
 def tuned_learning_rates(task: Task) -> dict[str, LearningRates]:
     """Name → learning rates: those of `task.theory` where given, otherwise those of `learning_rates.toml`."""
+    theory = {name: LearningRates(rate) for name, rate in task.theory.items()}
+    found = recorded_learning_rates(task.name) | theory
+    return {name: found[name] for name in OPTIMIZERS}
+
+
+def recorded_learning_rates(task: str) -> dict[str, LearningRates]:
+    """Name → the learning rates in `learning_rates.toml` for a task."""
     text = importlib.resources.files("optimorph._racing").joinpath("learning_rates.toml").read_text()
-    table = tomllib.loads(text)[task.name] | {name: {"learning_rate": r} for name, r in task.theory.items()}
-    return {name: LearningRates(**table[name]) for name in OPTIMIZERS}
+    return {name: LearningRates(**rates) for name, rates in tomllib.loads(text)[task].items()}
