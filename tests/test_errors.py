@@ -192,6 +192,7 @@ def test_gradients_that_are_not_the_states(tx):
 SCHEDULES = [(name, argument) for name, argument in NUMBERS if argument in SCHEDULED]
 
 
+@pytest.mark.examples("adamw-*", "muon-*", "ema-*", "scale_by_learning_rate-*", "hyperball-*")
 @pytest.mark.parametrize(("name", "argument"), SCHEDULES, ids=["-".join(pair) for pair in SCHEDULES])
 def test_schedules_that_are_none(name, argument):
     """The function that makes a schedule, and functions of the count that return no number."""

@@ -65,6 +65,7 @@ def test_a_tall_matrix():
     np.testing.assert_allclose(run(tx, flipped[0], flipped[1:])["w"], expected, atol=6e-11)
 
 
+@pytest.mark.examples("i(4+1+1 o)--1-normuon", "ioo---adamuon", "bio---muon2")
 @each
 @pytest.mark.parametrize(
     ("spec", "shape", "cut"),

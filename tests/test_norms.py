@@ -132,6 +132,7 @@ def test_the_figures_of_the_docstring():
         assert figure == pytest.approx(1 - r ** (-power / 2050), abs=5e-5)
 
 
+@pytest.mark.slow
 def test_the_bound_is_not_idle():
     """The worst spectrum is more than half of the way to it; those of the docstring are exact."""
     with jax.enable_x64(True):
@@ -216,7 +217,7 @@ def test_derivatives_of_gram_powers():
 
 
 seeds = given(st.integers(0, 10**6), st.sampled_from([(5, 9), (9, 5), (6, 6)]))
-often = settings(deadline=None, max_examples=15)
+often = settings(deadline=None, max_examples=8)
 
 
 @pytest.mark.examples("spectral_norm", "rms_to_rms_norm")

@@ -26,7 +26,16 @@ ENTRIES = [
     catalog.Entry("in_bfloat16-optax", lambda om: om.in_bfloat16(optax.scale_by_adam()), None),
 ]
 every = pytest.mark.parametrize("entry", ENTRIES, ids=[entry.id for entry in ENTRIES])
-FEW = "adamw", "muon", "sgd-momentum", "probe", "int8", "clip_by_global_norm-always", "multi_steps", "skip_nonfinite"
+FEW = (
+    "adamw",
+    "muon",
+    "sgd-momentum",
+    "probe",
+    "int8",
+    "clip_by_global_norm-always",
+    "multi_steps",
+    "skip_nonfinite",
+)
 
 WRAPPERS = {
     "alone": lambda tx: tx,
