@@ -1,33 +1,31 @@
-"""Optimizers for JAX that read like the mathematics, from gradient descent to Muon.
+"""Optimizers for JAX, from gradient descent to Muon, as chains of small gradient transformations.
 
 Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`, `add`,
 `mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`, `scale_by_learning_rate`,
 `hyperball`, `mean`, `keep_norm`, `factored`, `in_eigenbasis`, `cautious`, `dampen`, `extrapolate`,
 `in_float32`, `in_bfloat16`, `clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`,
-`skip_nonfinite`, `multi_steps`. They chain with optax's: `chain` is `optax.chain`, in which neighbours become
-one rule for one leaf.
+`skip_nonfinite`, `multi_steps`. `chain` joins them, and takes transformations of optax too.
 
 Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `ademamix`, `laprop`,
 `lion`, `mars_adamw`, `muon`, `muonh`, `normuon`, `adamuon`, `muon2`, `scion`, `soap`, `klsoap`, `shampoo`,
 `soap_muon`.
 
-Routing: `plan` shows what an optimizer does with every leaf, and over a mesh what every device does, by the
-numbers of its `Hardware`. `route_matrices` gives matrices to one transform and other leaves to another;
-`partition` and `labels` route by the same rules, and `roles`, `not_roles` and `role_of` by what the default
-rules take leaves for.
+Routing: `plan` shows what an optimizer does with every leaf, and what every device of a mesh computes and
+sends, by the numbers of its `Hardware`. `route_matrices` gives matrices to one transform and other leaves to
+another. `partition` and `labels` route leaves by path and shape, and `roles`, `not_roles` and `role_of` by
+their roles.
 
-The end of a step: `qk_clip` keeps attention logits below a threshold. `apply_updates` can round bfloat16
-weights stochastically. `split_weights` and `join_weights` keep in one or two bytes what bfloat16 loses of
-float32.
+Weights: `qk_clip` keeps attention logits below a threshold. `apply_updates` can round bfloat16 weights
+stochastically. `split_weights` and `join_weights` store float32 weights as bfloat16 and one or two bytes.
 
-8-bit state: `compress_state` stores moments in 8 bits, and so does `state="int8"` of every optimizer.
+8-bit state: `compress_state` stores moments in 8 bits, as does the argument `state="int8"` of optimizers.
 
-A run that changes: `carry_state` keeps the state of another optimizer, also of optax, or of other
-parameters. `inject_hyperparams` is optax's, but rounds no number. `register_for_export` lets `jax.export`
+Changing a run: `carry_state` continues with another optimizer, also from optax, or with other parameters.
+`inject_hyperparams` keeps hyperparameters in the state, in float32. `register_for_export` lets `jax.export`
 save programs that take states.
 
 Leaves of integers, booleans and random keys are not trained. Their gradient is None, or the float0 that
-`jax.grad(allow_int=True)` returns: the update is None and the state does not change.
+`jax.grad(allow_int=True)` returns. Their update is None, and their state does not change.
 
 Modules: `linalg` (polar factors, norms), `codecs` (numbers in fewer bytes), `rules` (transforms of your
 own), `layouts` (how parameters of known frameworks read as matrices), `schedules`, `theory`, `curvature`,

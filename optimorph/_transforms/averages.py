@@ -93,7 +93,7 @@ def ema(
     check_dtypes("ema", dtype=dtype)
     check_flags("ema", nesterov=nesterov)
     if nesterov and lookahead is not None:
-        raise ValueError("ema: nesterov and lookahead are two forms of one thing. Type one of them.")
+        raise ValueError("ema: nesterov and lookahead exclude each other. Type one of them.")
 
     def update(g, state, leaf, now):
         x, before = common(g, state.average)
