@@ -103,6 +103,26 @@ LAYOUTS = {
             )
         ],
     ),
+    "head by head": (
+        {"query_key_value/kernel": (MODEL, HEADS * 3 * SIZE), "query_key_value/bias": (HEADS * 3 * SIZE,)},
+        {"*": "i(4~3 o)"},
+        lambda p: [
+            dense(
+                p["query_key_value/kernel"].reshape(MODEL, HEADS, 3, SIZE)[:, :, k],
+                p["query_key_value/bias"].reshape(HEADS, 3, SIZE)[:, k],
+            )
+            for k in (0, 1)
+        ],
+    ),
+    "group by group": (
+        {"wqkv/weight": (2 * 4 * SIZE, MODEL)},
+        {"*": "(2~(2+1+1) o)i"},
+        lambda p: [
+            dense(by_heads(group[:, :, part].reshape(MODEL, -1), heads))
+            for group in [p["wqkv/weight"].T.reshape(MODEL, 2, 4, SIZE)]
+            for part, heads in ((slice(2), 4), (slice(2, 3), 2))
+        ],
+    ),
     "all in one, an axis of three": (
         {"qkv/kernel": (MODEL, 3, HEADS, SIZE)},
         None,
@@ -120,7 +140,7 @@ LAYOUTS = {
     ),
 }
 every = pytest.mark.parametrize("layout", LAYOUTS)
-SHARED = ("grouped", "grouped, heads in one axis", "Levanter", "layers second")
+SHARED = ("grouped", "grouped, heads in one axis", "Levanter", "layers second", "group by group")
 """Whose keys serve two heads."""
 
 
@@ -138,7 +158,7 @@ def attention(layout):
     return params, axes, largest
 
 
-@pytest.mark.examples("Flax", "grouped", "all in one", "Equinox", "layers second")
+@pytest.mark.examples("Flax", "grouped", "all in one", "Equinox", "layers second", "group by group")
 @every
 def test_logits_are_at_most_the_threshold(layout):
     """Those above are the threshold, to the last digits, unless a key that heads share makes them less."""

@@ -26,7 +26,8 @@ def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Recipe:
         given: Any = {name: value for name, value in kwargs.items() if value is not None or name in own}
-        inner, who = checked(make)(*args, **given), make.__name__
+        build_checked: Callable[..., Recipe] = checked(make)
+        inner, who = build_checked(*args, **given), make.__name__
         rule = rule_of(inner)
         return inner if rule is None else transform(who, rule, strict=True)
 

@@ -17,7 +17,7 @@ from optimorph.linalg._axes import Axes, Axis
 _ROLES = {
     "query": "query|query_proj|q|q_proj|wq|w_q|to_q",
     "key": "key|key_proj|k|k_proj|wk|w_k|to_k",
-    "fused": "qkv|wqkv|w_qkv|qkv_proj|to_qkv|c_attn",
+    "fused": "qkv|wqkv|w_qkv|qkv_proj|to_qkv|c_attn|query_key_value",
     "latent_query": "wq_b|q_b_proj",
     "latent_key": "wkv_b|kv_b_proj",
 }
@@ -42,14 +42,16 @@ class Part(NamedTuple):
 
     Args:
       path: of the leaf.
-      shape: of the part.
+      shape: of the part; repeated blocks are an axis of repetitions and one of blocks.
       axes: its axes; those of a bias are the outputs.
+      leaf: the shape of the leaf.
       latent: whether each head has two parts.
     """
 
     path: str
     shape: Shape
     axes: tuple[Axis, ...]
+    leaf: Shape
     latent: bool = False
 
     @property
@@ -65,10 +67,13 @@ class Part(NamedTuple):
     def heads(self, lead: int) -> int | None:
         """How many heads it has; None if its axes do not tell."""
         _, own, last = self.positions(lead)
-        blocks = len(self.axes[last].blocks)
-        if own:
-            return math.prod(self.shape[k] for k in own)
-        return None if self.latent or blocks == 1 else blocks
+        blocks = 1 if self.latent else len(self.axes[last].blocks)
+        return math.prod(self.shape[k] for k in own) * blocks if own or blocks > 1 else None
+
+    def of_leaf(self, factor: jax.Array) -> jax.Array:
+        """A factor of all of the leaf, so that it broadcasts against the leaf."""
+        whole = self.shape == self.leaf
+        return factor if whole else jnp.broadcast_to(factor, self.shape).reshape(self.leaf)
 
     def without(self, axis: int, size: int | None = None, blocks: int = 1) -> "Part":
         """Without an axis, or with `size` of it in `blocks` blocks."""
@@ -98,7 +103,8 @@ class Part(NamedTuple):
         heads, size, blocks = gamma.shape[-1], self.shape[last], self.axes[last].blocks
         self.check(gamma)
         powers, blocks = (_PARTS[role], blocks) if self.latent else (_WHOLE, (1,))
-        width = size // heads if not own else size if self.latent else 1
+        in_last = heads // math.prod(self.shape[k] for k in own)
+        width = size // in_last if self.latent or in_last > 1 else 1
         pieces = [
             jnp.broadcast_to(power(gamma)[..., None], (*gamma.shape, width * n // sum(blocks)))
             for power, n in zip(powers, blocks, strict=True)
@@ -151,7 +157,7 @@ class Attention(NamedTuple):
         self.parts()[0].check(gamma)
         gammas = {"query": gamma, "key": self._of_keys(gamma)}
         return {
-            k: _fused(part, gammas) if role == "fused" else part.spread(gammas[role], role)
+            k: part.of_leaf(_fused(part, gammas) if role == "fused" else part.spread(gammas[role], role))
             for k, (role, part) in self.leaves.items()
         }
 
@@ -189,8 +195,7 @@ def attention_of(
     """One of these modules; None if it has a leaf that is not a matrix.
 
     Raises:
-      ValueError: naming `who` and a leaf whose axes do not tell the two parts of latent attention, or have
-        repeated blocks.
+      ValueError: naming `who` and a leaf whose axes do not tell the two parts of latent attention.
     """
     form, kernels, found = leaf_axes(who, axes), {}, {}
     for k, (role, bias) in sorted(members.items(), key=lambda leaf: leaf[1][1]):  # biases come last
@@ -198,11 +203,6 @@ def attention_of(
         spec = None if bias else form(path, shape)
         if spec is None and not bias:
             return None
-        if spec is not None and any(axis.times != 1 for axis in spec.parts):
-            raise ValueError(
-                f"{who}: {path!r} is read as {spec.spec!r}, and heads are not found in repeated blocks. Type "
-                f"axes={{{path!r}: None}} to leave this attention alone, or reshape it to one axis of heads."
-            )
         part = _bias(kernels.get(role), path, shape) if spec is None else _part(who, role, path, shape, spec)
         kernels.setdefault(role, part)
         if part is not None:
@@ -219,7 +219,8 @@ def attention_of(
 
 
 def _part(who: str, role: str, path: str, shape: Shape, axes: Axes) -> Part:
-    part = Part(path, shape, axes.parts)
+    axes, longer = axes.without_repetitions(shape)
+    part = Part(path, longer, axes.parts, shape)
     *_, own, last = part.positions(0)
     two = len(part.axes[last].blocks) == 2
     if role.startswith("latent") and not two:
@@ -235,8 +236,10 @@ def _bias(kernel: Part | None, path: str, shape: Shape) -> Part | None:
     """Of the outputs of a kernel; None without one."""
     if kernel is None:
         return None
-    kept = [axis for axis in kernel.axes if axis.letter != "i"]
-    return kernel._replace(path=path, shape=shape, axes=tuple(kept)) if len(kept) == len(shape) else None
+    kept = [k for k, axis in enumerate(kernel.axes) if axis.letter != "i"]
+    axes, sizes = (tuple(of[k] for k in kept) for of in (kernel.axes, kernel.shape))
+    same = math.prod(sizes) == math.prod(shape)
+    return kernel._replace(path=path, shape=sizes, axes=axes, leaf=shape) if same else None
 
 
 def _thirds(part: Part) -> tuple[int, list[Part], bool]:
@@ -248,7 +251,10 @@ def _thirds(part: Part) -> tuple[int, list[Part], bool]:
                 part.shape[k] * sum(axis.blocks[j * n // 3 : (j + 1) * n // 3]) // sum(axis.blocks)
                 for j in range(3)
             ]
-            return k, [part.without(k, size, n // 3) for size in sizes], False
+            heads = [n // 3] * 3
+            if not axis.equal and "o" in [other.letter for other in part.axes[:k]]:
+                heads = [block // min(axis.blocks) for block in axis.blocks]  # of a group
+            return k, [part.without(k, *each) for each in zip(sizes, heads, strict=True)], False
     for k in reversed(range(len(part.axes))):
         if part.axes[k].letter == "b" and part.shape[k] == 3:
             return k, [part.without(k)] * 3, True

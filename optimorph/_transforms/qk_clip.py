@@ -65,8 +65,9 @@ def qk_clip(
         own nesting, as Flax sows it. Modules that are not in it stay as they are.
       axes: how leaves read as matrices, as in `muon`; a module with a None is left alone. The heads are
         the first of several outputs `ioo`, or a batch axis `ibo`, or else equal blocks of the outputs, as
-        many as S has. The two parts of a head of latent attention are blocks: `io(128+64 o)` of a query,
-        `io(128+128 o)` of key and value.
+        many as S has. Query, key and value side by side are `i(3o)` or `i(36o)` where the queries of all
+        heads come first, `i(12~3 o)` head by head, and `i(8~(4+1+1) o)` group by group. The two parts of a
+        head of latent attention are blocks: `io(128+64 o)` of a query, `io(128+128 o)` of key and value.
       threshold: τ above 0, in units of logits.
 
     Returns:

@@ -131,6 +131,11 @@ class Axes:
                 return f"an axis of {size} does not divide into {parts}"
         return None
 
+    def without_repetitions(self, shape: Shape) -> tuple["Axes", Shape]:
+        """The axes and shape with an axis of repetitions and one of blocks where both are in one."""
+        spec, longer = _without_repetitions(self.spec, shape)
+        return Axes(spec), longer
+
     def stacks(self, shape: Shape) -> tuple[Shape, ...]:
         """The shapes `(*batch, inputs, outputs)` of an array's stacks: one, unless blocks are unequal."""
         spec, shape = _without_repetitions(self.spec, shape)
