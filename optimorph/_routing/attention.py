@@ -219,8 +219,8 @@ def attention_of(
 
 
 def _part(who: str, role: str, path: str, shape: Shape, axes: Axes) -> Part:
-    axes, longer = axes.without_repetitions(shape)
-    part = Part(path, longer, axes.parts, shape)
+    parts, longer = axes.laid_out(shape)
+    part = Part(path, longer, parts, shape)
     *_, own, last = part.positions(0)
     two = len(part.axes[last].blocks) == 2
     if role.startswith("latent") and not two:

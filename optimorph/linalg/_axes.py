@@ -131,37 +131,32 @@ class Axes:
                 return f"an axis of {size} does not divide into {parts}"
         return None
 
-    def without_repetitions(self, shape: Shape) -> tuple["Axes", Shape]:
-        """The axes and shape with an axis of repetitions and one of blocks where both are in one."""
-        spec, longer = _without_repetitions(self.spec, shape)
-        return Axes(spec), longer
+    def laid_out(self, shape: Shape) -> tuple[tuple[Axis, ...], Shape]:
+        """The axes and shape with an axis of repetitions and one of blocks in the place of both in one."""
+        return _laid_out(self.spec, shape)
 
     def stacks(self, shape: Shape) -> tuple[Shape, ...]:
         """The shapes `(*batch, inputs, outputs)` of an array's stacks: one, unless blocks are unequal."""
-        spec, shape = _without_repetitions(self.spec, shape)
-        return tuple(_view(spec, piece).stack for piece in _pieces(spec, shape))
+        axes, longer = _laid_out(self.spec, shape)
+        return tuple(_view(axes, piece).stack for piece in _pieces(axes, longer))
 
     def matrices(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The array as stacks `(*batch, inputs, outputs)`."""
-        spec, shape = _without_repetitions(self.spec, x.shape)
-        if spec != self.spec:
-            return Axes(spec).matrices(x.reshape(shape))
-        pieces = [x]
-        for k, axis in _unequal(self.spec):
-            ends = list(itertools.accumulate(_sizes(axis, x.shape[k])))[:-1]
+        axes, longer = _laid_out(self.spec, x.shape)
+        pieces = [x.reshape(longer)]
+        for k, axis in _unequal(axes):
+            ends = list(itertools.accumulate(_sizes(axis, longer[k])))[:-1]
             pieces = [part for piece in pieces for part in jnp.split(piece, ends, axis=k)]
-        return tuple(self._stack(piece) for piece in pieces)
+        return tuple(_stack(axes, piece) for piece in pieces)
 
     def array(self, stacks: Sequence[jax.Array], shape: Shape) -> jax.Array:
         """The array of this shape whose `matrices` are the stacks."""
-        spec, longer = _without_repetitions(self.spec, shape)
-        if spec != self.spec:
-            return Axes(spec).array(stacks, longer).reshape(shape)
-        pieces = [self._unstack(*pair) for pair in zip(stacks, _pieces(self.spec, shape), strict=True)]
-        for k, axis in reversed(_unequal(self.spec)):
+        axes, longer = _laid_out(self.spec, shape)
+        pieces = [_unstack(axes, *pair) for pair in zip(stacks, _pieces(axes, longer), strict=True)]
+        for k, axis in reversed(_unequal(axes)):
             n = len(axis.blocks)
             pieces = [jnp.concatenate(pieces[j : j + n], axis=k) for j in range(0, len(pieces), n)]
-        return pieces[0]
+        return pieces[0].reshape(shape)
 
     def in_blocks(self, shape: Shape, size: int) -> "Axes":
         """The spec of this shape's arrays with sides in blocks of at most `size`, as equal as may be.
@@ -183,19 +178,14 @@ class Axes:
 
     def spread(self, f: Callable[[int, int], float], shape: Shape) -> np.ndarray:
         """f(inputs, outputs) of each element's matrix, broadcastable against an array of this shape."""
-        spec, longer = _without_repetitions(self.spec, shape)
-        if spec != self.spec:
-            values = Axes(spec).spread(f, longer)
-            return values if values.size == 1 else np.broadcast_to(values, longer).reshape(shape)
-        sizes = [
-            [1] if axis.equal else _sizes(axis, size)
-            for size, axis in zip(shape, _parse(self.spec), strict=True)
-        ]
+        axes, longer = _laid_out(self.spec, shape)
+        sizes = [[1] if axis.equal else _sizes(axis, size) for size, axis in zip(longer, axes, strict=True)]
         values = np.array([f(*stack[-2:]) for stack in self.stacks(shape)])
         values = values.reshape([len(blocks) for blocks in sizes])
         for k, blocks in enumerate(sizes):
             values = np.repeat(values, blocks, axis=k)
-        return values
+        one = longer == shape or values.size == 1
+        return values if one else np.broadcast_to(values, longer).reshape(shape)
 
     def reduce(self, f: Callable[..., jax.Array], x: jax.Array, letters: str = "io") -> jax.Array:
         """A reduction over some sides of every matrix: each of their axes keeps a number for each block.
@@ -207,11 +197,14 @@ class Axes:
           x: the array.
           letters: the sides: "i", "o" or "io".
         """
-        spec, longer = _without_repetitions(self.spec, x.shape)
-        if spec != self.spec:
-            return Axes(spec).reduce(f, x.reshape(longer), letters)
-        sides = [(k, axis.blocks) for k, axis in enumerate(_parse(self.spec)) if axis.letter in letters]
-        x = f(x, axis=tuple(k for k, blocks in sides if len(blocks) == 1), keepdims=True, initial=0)
+        axes, longer = _laid_out(self.spec, x.shape)
+        sides = [(k, axis.blocks) for k, axis in enumerate(axes) if axis.letter in letters]
+        x = f(
+            x.reshape(longer),
+            axis=tuple(k for k, blocks in sides if len(blocks) == 1),
+            keepdims=True,
+            initial=0,
+        )
         for k, blocks in sides:
             if len(blocks) > 1:
                 ends = np.cumsum(blocks)[:-1] * (x.shape[k] // sum(blocks))
@@ -221,41 +214,37 @@ class Axes:
 
     def repeat(self, y: jax.Array, shape: Shape) -> jax.Array:
         """What `reduce` left of an array of this shape, so that it broadcasts against that array."""
-        spec, longer = _without_repetitions(self.spec, shape)
-        if spec != self.spec:
-            return jnp.broadcast_to(Axes(spec).repeat(y, longer), longer).reshape(shape)
-        for k, (axis, size) in enumerate(zip(_parse(self.spec), shape, strict=True)):
+        axes, longer = _laid_out(self.spec, shape)
+        for k, (axis, size) in enumerate(zip(axes, longer, strict=True)):
             if 1 < len(axis.blocks) == y.shape[k] < size:
                 pairs = zip(jnp.split(y, len(axis.blocks), axis=k), _sizes(axis, size), strict=True)
                 parts = [jnp.broadcast_to(x, (*x.shape[:k], n, *x.shape[k + 1 :])) for x, n in pairs]
                 y = jnp.concatenate(parts, axis=k)
-        return y
+        return y if longer == shape else jnp.broadcast_to(y, longer).reshape(shape)
 
     def counts(self, shape: Shape, letters: str = "io") -> np.ndarray:
         """How many numbers of an array of this shape each number that `reduce` leaves is of."""
-        spec, longer = _without_repetitions(self.spec, shape)
-        if spec != self.spec:
-            return Axes(spec).counts(longer, letters)
-        counts = np.ones([1] * len(shape))
-        for k, (axis, size) in enumerate(zip(_parse(self.spec), shape, strict=True)):
+        axes, longer = _laid_out(self.spec, shape)
+        counts = np.ones([1] * len(longer))
+        for k, (axis, size) in enumerate(zip(axes, longer, strict=True)):
             if axis.letter in letters:
-                counts = counts * np.reshape(_sizes(axis, size), (-1, *[1] * (len(shape) - 1 - k)))
+                counts = counts * np.reshape(_sizes(axis, size), (-1, *[1] * (len(longer) - 1 - k)))
         return counts
-
-    def _stack(self, piece: jax.Array) -> jax.Array:
-        view = _view(self.spec, piece.shape)
-        return piece.reshape(view.sizes).transpose(view.order).reshape(view.stack)
-
-    def _unstack(self, stack: jax.Array, piece: Shape) -> jax.Array:
-        view = _view(self.spec, piece)
-        return (
-            stack.reshape([view.sizes[k] for k in view.order]).transpose(inverse(view.order)).reshape(piece)
-        )
 
 
 def inverse(order: Sequence[int]) -> list[int]:
     """The inverse of a permutation."""
     return sorted(range(len(order)), key=order.__getitem__)
+
+
+def _stack(axes: tuple[Axis, ...], piece: jax.Array) -> jax.Array:
+    view = _view(axes, piece.shape)
+    return piece.reshape(view.sizes).transpose(view.order).reshape(view.stack)
+
+
+def _unstack(axes: tuple[Axis, ...], stack: jax.Array, piece: Shape) -> jax.Array:
+    view = _view(axes, piece)
+    return stack.reshape([view.sizes[k] for k in view.order]).transpose(inverse(view.order)).reshape(piece)
 
 
 class _View(NamedTuple):
@@ -267,10 +256,10 @@ class _View(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _view(spec: str, piece: Shape) -> _View:
+def _view(axes: tuple[Axis, ...], piece: Shape) -> _View:
     """Every axis of equal blocks becomes two, (block, within); the order is batch, inputs, outputs."""
     letters, sizes = "", ()
-    for size, axis in zip(piece, _parse(spec), strict=True):
+    for size, axis in zip(piece, axes, strict=True):
         n = len(axis.blocks) if axis.equal else 1
         letters += axis.letter if n == 1 else "b" + axis.letter
         sizes += (size,) if n == 1 else (n, size // n)
@@ -280,33 +269,30 @@ def _view(spec: str, piece: Shape) -> _View:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _without_repetitions(spec: str, shape: Shape) -> tuple[str, Shape]:
-    """The spec and shape with an axis of repetitions and one of blocks in the place of both in one."""
-    letters, sizes = "", ()
+def _laid_out(spec: str, shape: Shape) -> tuple[tuple[Axis, ...], Shape]:
+    """The axes and sizes, with an axis of repetitions and one of blocks in the place of both in one."""
+    axes, sizes = [], []
     for size, axis in zip(shape, _parse(spec), strict=True):
         times = axis.repetitions(size)
         if axis.times == 1:
-            letters, sizes = letters + str(axis), (*sizes, size)
+            axes, sizes = [*axes, axis], [*sizes, size]
         else:
-            outer = axis.letter if axis.interleaved else "b"
-            letters += outer + str(Axis(axis.letter, axis.blocks))
-            sizes += (times, size // times if times else 0)
-    return (letters, sizes) if len(sizes) > len(shape) else (spec, shape)
+            axes += [Axis(axis.letter if axis.interleaved else "b", (1,)), Axis(axis.letter, axis.blocks)]
+            sizes += [times, size // times if times else 0]
+    return (*axes,), (*sizes,)
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _pieces(spec: str, shape: Shape) -> tuple[Shape, ...]:
+def _pieces(axes: tuple[Axis, ...], shape: Shape) -> tuple[Shape, ...]:
     """The shapes of the parts of an array that unequal blocks make: one, unless blocks are unequal."""
-    sizes = [
-        [size] if axis.equal else _sizes(axis, size) for size, axis in zip(shape, _parse(spec), strict=True)
-    ]
+    sizes = [[size] if axis.equal else _sizes(axis, size) for size, axis in zip(shape, axes, strict=True)]
     return tuple(itertools.product(*sizes))
 
 
 @functools.cache
-def _unequal(spec: str) -> tuple[tuple[int, Axis], ...]:
+def _unequal(axes: tuple[Axis, ...]) -> tuple[tuple[int, Axis], ...]:
     """The axes of unequal blocks, with their positions."""
-    return tuple((k, axis) for k, axis in enumerate(_parse(spec)) if not axis.equal)
+    return tuple((k, axis) for k, axis in enumerate(axes) if not axis.equal)
 
 
 @functools.cache
