@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +17,18 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from optimorph._core.checks import not_an_array
-from optimorph._core.numbers import is_array, kind
+from optimorph._core.numbers import is_array
 from optimorph._core.paths import distinct_paths
 from optimorph._core.rule import handed_down
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
+from optimorph._routing.default_roles import INTEGER
 from optimorph._routing.grouping import glob_of, group_by, table, without_numbers
 from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
-from optimorph._routing.resolve import by_siblings
+from optimorph._routing.resolve import by_siblings, resolve_trained
 from optimorph._routing.rules import unused
 from optimorph._transforms.eigenbasis import EigenbasisState
 from optimorph._transforms.matrices import SCALES
@@ -193,15 +194,12 @@ def plan(
 
 def _specs(routes: Routes | None, paths: list[str], leaves: list[jax.ShapeDtypeStruct]) -> list[LeafSpec]:
     """How the leaves read as matrices; of an optimizer that does not route, their roles alone."""
-    is_integer = functools.cache(lambda dtype: kind(jax.ShapeDtypeStruct((), dtype)) == "integer")
-    trained = [k for k, leaf in enumerate(leaves) if not is_integer(leaf.dtype)]
-    known = [paths[k] for k in trained], [leaves[k].shape for k in trained]
-    if routes is None:
-        found = [LeafSpec(None, spec.role) for spec in by_siblings(*known)]
-    else:
-        found = routes.resolve(*known)
-    specs = dict(zip(trained, found, strict=True))
-    return [specs.get(k, LeafSpec(None, "integer")) for k in range(len(leaves))]
+
+    def roles(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+        return [LeafSpec(None, spec.role) for spec in by_siblings(paths, shapes)]
+
+    resolve = roles if routes is None else routes.resolve
+    return resolve_trained(resolve, paths, leaves, LeafSpec(None, INTEGER))
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -223,7 +221,7 @@ def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
 def _transform(routes: Routes | None, spec: LeafSpec) -> str:
     if spec.unresolved is not None:
         return "?"
-    if spec.role == "integer":
+    if spec.role == INTEGER:
         return "none"
     return "optimizer" if routes is None else routes.names[spec.axes is None]
 

@@ -12,6 +12,7 @@ import jax
 import mutants
 import numpy as np
 import pytest
+import test_qk_clip
 
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
     ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
@@ -157,9 +158,10 @@ UNSEEN = {
         "_distributed.reductions: reduction: letters [123] *",
         "_distributed.reductions: reduction: for *",
         "linalg._axes: Axes.reduce: f [01] without initial",
-        "linalg._axes: Axes.reduce: if 1 always",
+        "linalg._axes: Axes.reduce: if 0 always",
         "linalg._axes: Axes.reduce: Mult 0 left",
-        "linalg._axes: Axes.repeat: if 1 always",
+        "linalg._axes: Axes.repeat: if 0 always",
+        "linalg._axes: Axes.repeat: if 1 never",
         "_recipes.scion: _radius: if 0 never",
         "_recipes.scion: _lmo.norm: if 1 never",
         "_recipes.scion: _radius.own: if 0 never",
@@ -208,11 +210,8 @@ UNSEEN = {
         "_recipes.route_matrices: routed.init: handed_down 0 without matrix_axes",
     ],
     "repeated blocks, which no entry has: test_means and test_hyperball see it; or the tree is read again": [
-        "linalg._axes: Axes.reduce: if 0 never",
-        "linalg._axes: Axes.reduce: letters 0 ignored",
-        "linalg._axes: Axes.repeat: if 0 never",
-        "linalg._axes: Axes.counts: if 0 never",
-        "linalg._axes: Axes.counts: letters 0 ignored",
+        "linalg._axes: Axes.repeat: if 1 always",
+        "linalg._axes: Axes.repeat: Eq 0 opposite",
         "_routing.resolve: AxesOfLeaves.of: if 0 always",
     ],
 }
@@ -265,6 +264,30 @@ def test_changed_operation(name):
     mutant, names = ALL[name]
     with mutants.package(mutant) as package:
         assert a_formula_fails(package, entries(mutant, names)), mutant.difference()
+
+
+CLIPPING = [
+    ("_transforms.qk_clip", "_factors clip_attention_logits.update QKClipState.observe"),
+    ("_routing.attention", "Part.spread Attention._of_keys _thirds"),
+]
+CLIPPED = {str(each): each for modules, functions in CLIPPING for each in found(modules, functions)}
+NO_CLIPPING_CHANGES = {
+    "_transforms.qk_clip: _factors: if 0 never",  # all modules have logits
+    "_transforms.qk_clip: _factors: where 1 only 1",  # a division whose result is not used
+    "_routing.attention: Attention._of_keys: if 1 never",  # heads of queries have an axis, those of keys none
+    "_routing.attention: Attention._of_keys: if 2 never",  # an error
+    "_routing.attention: Attention._of_keys: max 0 only 0",  # before an error
+    "_routing.attention: Part.spread: USub 1 gone",  # layers of latent attention
+    "_routing.attention: Part.spread: if 1 always",  # one number for many that are the same
+    "_routing.attention: _thirds: for 5 late",  # the last axis is not the one of three
+}
+
+
+@pytest.mark.examples("_transforms.qk_clip: _factors: Div 0 left")
+@pytest.mark.parametrize("name", sorted({*CLIPPED} - NO_CLIPPING_CHANGES))
+def test_changed_clipping(name):
+    with mutants.package(CLIPPED[name]) as package:
+        assert test_qk_clip.is_wrong(package), CLIPPED[name].difference()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import rounding
 
 import optimorph as om
 
-TAU, MODEL, HEADS, SIZE, LAYERS = 3.0, 6, 4, 5, 2
+TAU, MODEL, HEADS, SIZE, LAYERS = 3.0, 8, 4, 7, 2
 pytestmark = pytest.mark.usefixtures("float64")
 
 
@@ -116,7 +116,7 @@ LAYOUTS = {
     ),
     "group by group": (
         {"wqkv/weight": (2 * 4 * SIZE, MODEL)},
-        {"*": "(2~(2+1+1) o)i"},
+        {"*": f"(~({2 * SIZE}+{SIZE}+{SIZE}) o)i"},
         lambda p: [
             dense(by_heads(group[:, :, part].reshape(MODEL, -1), heads))
             for group in [p["wqkv/weight"].T.reshape(MODEL, 2, 4, SIZE)]
@@ -380,7 +380,54 @@ def test_axes_that_do_not_tell_the_heads():
     half = latent | {"wq/kernel": latent["wq_b/kernel"]}
     half.pop("wq_b/kernel")
     with pytest.raises(ValueError, match="of 'wq/kernel' and 'wkv_b/kernel' only one has two parts"):
-        om.qk_clip(half, {"": jnp.ones(HEADS)}, {"wkv_b*": "io(3+2 o)", "*": "ioo"})
+        om.qk_clip(half, {"": jnp.ones(HEADS)}, {"wkv_b*": "io(3+4 o)", "*": "ioo"})
     three = drawn({"query": (3, 4, 2), "key": (3, 3, 2)})
     with pytest.raises(ValueError, match="'key' has 3 heads, which 4 heads of queries cannot share"):
         om.qk_clip(three, {"": jnp.ones(4)}, {"*": "ioo"})
+
+
+LATENT = (
+    ({"a/wq_b": (3, 4, 6), "a/wkv_b": (2, 4, 7)}, {"*wq_b": "io(4+2 o)", "*": "io(3+4 o)"}),
+    ({"a/wq_b": (3, 24), "a/wkv_b": (2, 28)}, {"*wq_b": "i(4*(4+2) o)", "*": "i(4*(3+4) o)"}),
+)
+
+
+BY_SHAPE = "layers second", "grouped, heads in one axis", "all in one"
+
+
+def clipped(package):
+    """What a package makes of a few layouts, of latent attention, and of gradients between steps."""
+    found = []
+    for layout in (*BY_SHAPE, "group by group", "heads first", "all in one, an axis of three"):
+        params, axes, largest = attention(layout)
+        before = largest(params)
+        tau = float(jnp.median(before))
+        found.append(package.qk_clip(params, {"block/attn": before}, axes, tau))
+        found.append([*package.clip_attention_logits(tau, axes).init(params).maxima.values()])
+    tx = package.clip_attention_logits(tau, axes)
+    state = tx.init(params)
+    for sound, logits in ((True, before), (True, before / 2), (False, 9 * before), (True, before * jnp.nan)):
+        state = state.observe(sound, {"block/attn": logits})
+        found.append(state.maxima["block/attn"])
+    gradients = params | {"block/mlp/up/kernel": None}
+    odd = before.at[..., :2].set([jnp.inf, -5.0])
+    for logits in (odd, jnp.full_like(before, tau)):
+        updates, after = tx.update(gradients, state, params, attention_logits={"block/attn": logits})
+        found += [updates, jnp.exp(after.maxima["block/attn"])]
+    without = {name: None if "qkv" in name else w for name, w in params.items()}
+    found.append(tx.update(without, state, params)[0])
+    maxima = jnp.array([1.0, 5.0, 9.0, 2.0])
+    return found + [package.qk_clip(drawn(shapes), {"a": maxima}, axes, 3.0) for shapes, axes in LATENT]
+
+
+def is_wrong(package):
+    """Whether a package clips otherwise than it should, or not at all."""
+    with jax.enable_x64(True):
+        try:
+            found, wanted = jax.tree.leaves(clipped(package)), jax.tree.leaves(clipped(om))
+            alike = [
+                x.shape == y.shape and np.allclose(x, y, 1e-9) for x, y in zip(found, wanted, strict=True)
+            ]
+        except Exception:
+            return True
+        return not all(alike)

@@ -119,7 +119,7 @@ def is_array(leaf: Any) -> bool:
 
 def kind(leaf: Any) -> str:
     """What numbers a leaf holds: "real", "complex", "integer" (all others), or "none" if it is no array."""
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return _kind_of(leaf.dtype)
     return _kind_of(jnp.result_type(leaf)) if is_array(leaf) else "none"
 

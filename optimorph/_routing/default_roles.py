@@ -6,16 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
-from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND, SLOW
 from optimorph._core.types import PyTree, Shape
-from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE, LeafSpec
 from optimorph._routing.name_rules import RULES, UNDECIDED
 from optimorph._routing.names import by_name
-from optimorph._routing.resolve import resolve_leaves
+from optimorph._routing.resolve import resolve_leaves, resolve_trained
 
 INTEGER = "integer"
 
@@ -109,7 +107,6 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
 def _roles_in(params: PyTree) -> dict[str, str]:
     """Path → role, of all leaves."""
     paths, leaves = leaf_paths(params), jax.tree.leaves(params)
-    own = [k for k, x in enumerate(leaves) if is_trainable(x)]
     resolve = resolve_leaves("roles", None, find_output=True)
-    specs = resolve([paths[k] for k in own], [np.shape(leaves[k]) for k in own])
-    return dict.fromkeys(paths, INTEGER) | {paths[k]: spec.role for k, spec in zip(own, specs, strict=True)}
+    specs = resolve_trained(resolve, paths, leaves, LeafSpec(None, INTEGER))
+    return {path: spec.role for path, spec in zip(paths, specs, strict=True)}

@@ -125,16 +125,26 @@ def resolved(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) ->
     Raises:
       ValueError: naming `who`, with a question for each kind of unresolved leaves.
     """
-    there = [k for k, x in enumerate(leaves.values) if is_trainable(x)]
-    paths = [leaves.paths[k] for k in there]
-    shapes = whole_shapes(who, match, paths, [np.shape(leaves.values[k]) for k in there])
-    specs = resolve(paths, shapes)
-    if any(spec.unresolved is not None for spec in specs):
-        pairs = zip(paths, specs, strict=True)
-        asked = {path: (text, spec.answers) for path, spec in pairs if (text := spec.question(path))}
-        raise ValueError("\n".join(questions(asked, paths, who)))
-    known = dict(zip(there, specs, strict=True))
-    return [known.get(k, NOTHING) for k in range(len(leaves.values))]
+
+    def all_or_none(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+        specs = resolve(paths, whole_shapes(who, match, paths, shapes))
+        if any(spec.unresolved is not None for spec in specs):
+            pairs = zip(paths, specs, strict=True)
+            asked = {path: (text, spec.answers) for path, spec in pairs if (text := spec.question(path))}
+            raise ValueError("\n".join(questions(asked, paths, who)))
+        return specs
+
+    return resolve_trained(all_or_none, leaves.paths, leaves.values, NOTHING)
+
+
+def resolve_trained(
+    resolve: Resolve, paths: Sequence[str], leaves: Sequence[Any], other: LeafSpec
+) -> list[LeafSpec]:
+    """How all leaves of real or complex numbers read as matrices; `other` of what is not trained."""
+    trained = [k for k, leaf in enumerate(leaves) if is_trainable(leaf)]
+    specs = resolve([paths[k] for k in trained], [np.shape(leaves[k]) for k in trained])
+    known = dict(zip(trained, specs, strict=True))
+    return [known.get(k, other) for k in range(len(leaves))]
 
 
 def resolved_axes(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) -> list[Axes | None]:
