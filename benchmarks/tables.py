@@ -120,7 +120,7 @@ def widths():
         yield (
             name,
             *(f"{x['exponent']:.1f} ± {x['spread']:.1f}" if x else "-" for x in cells),
-            f"{grid[-1] - grid[0]:+d}",
+            f"{grid[-1] - grid[0]:+d}" if len(grid) > 1 else "-",
         )
 
 

@@ -17,6 +17,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -178,7 +179,8 @@ def main():
         keys = ("largest_in_20_steps", "largest", "noise_in_20_steps", "noise")
         lasts = (f"{case[key]:.5f}" for key in ("last_jax", "last_torch"))
         table.add_row(name, *(f"{case[key]:.1e}" for key in keys), *lasts)
-        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        text = json.dumps(found, indent=1)
+        RESULTS.write_text(re.sub(r"\[[^][]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
     Console(width=110).print(table)
 
 

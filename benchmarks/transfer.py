@@ -1,4 +1,4 @@
-"""Which learning rate is best at which width: the text model of `optimorph race` from 32 to 256 wide.
+"""Which learning rate is best at which width: the text model of `optimorph race` from 32 to 128 wide.
 
     python benchmarks/transfer.py           # train what `results/transfer.json` does not have yet, and draw
     python benchmarks/transfer.py --draw    # draw only
@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
 import time
 from pathlib import Path
@@ -41,7 +42,7 @@ from optimorph._routing.resolve import leaf_axes
 
 STEPS, SEEDS, OTHERS = 128, 3, 0.02
 WIDTHS = (32, 64, 128)
-COLORS = (LIGHT[3], LIGHT[4], LIGHT[7], LIGHT[1])
+COLORS = (LIGHT[3], LIGHT[4], LIGHT[7])
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 
 
@@ -130,8 +131,14 @@ def train(record):
                 f"{name:<18} width {width:<4} rate 2^{exponent:<4} loss {mean(losses[exponent]):.4f}",
                 flush=True,
             )
-            RESULTS.write_text(json.dumps(record | machine(), indent=1) + "\n")
+            write(record | machine())
         firsts[name] = min(losses, key=lambda exponent: mean(losses[exponent]))
+
+
+def write(record):
+    """Every list on one line."""
+    text = json.dumps(record, indent=1)
+    RESULTS.write_text(re.sub(r"\[[^][]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
 
 
 def clean(loss):
@@ -234,7 +241,7 @@ def main():
         name: {str(width): summary(losses) for width, losses in widths.items()}
         for name, widths in curves_of(record).items()
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    write(record)
     show(record["best"])
     draw(record)
 

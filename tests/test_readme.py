@@ -97,6 +97,16 @@ def sentences():
     saved = f"at {small['loss']:.4f} instead of {wide['loss']:.4f}, with {small['bytes']:.2f} instead of"
     yield "docs/guides/choosing.md", f"{saved} {wide['bytes']:.2f} bytes"
 
+    moves = {}
+    for name, each in tables.recorded("transfer")["best"].items():
+        first, *_, last = sorted(each, key=int) * 2
+        moves[name] = abs(each[last]["on_grid"] - each[first]["on_grid"]), first, last
+    adamw, muon = (moves[name] for name in ("adamw", "muon, rms_to_rms"))
+    words = (
+        f"of AdamW moves by {adamw[0]} factors of two from width {adamw[1]} to {adamw[2]}, that of Muon by"
+    )
+    yield "docs/guides/choosing.md", f"{words} {muon[0]} from {muon[1]} to {muon[2]}"
+
     fsdp = tables.recorded("sharding")["rows"]["FSDP, largest axis"]
     ours, theirs = (
         (sum(row["collectives"].values()), f"{row['sent'] / 1e6:.0f} MB")
