@@ -34,10 +34,14 @@ def with_name(slot: Slot, name: Callable[[str], str]) -> Slot:
     return slot._replace(path=name(slot.path)) if leaves_of([slot]) else slot
 
 
-def new_names(renamed: Any, paths: list[str]) -> Callable[[str], str]:
+def new_names(
+    renamed: Mapping[str, str] | Callable[[str], str] | None, paths: list[str]
+) -> Callable[[str], str]:
     """Path in the state → path in the parameters."""
-    if renamed is None or callable(renamed):
-        return renamed or (lambda path: path)
+    if renamed is None:
+        return lambda path: path
+    if not isinstance(renamed, Mapping):
+        return renamed
 
     def starts(path: str, old: str) -> bool:
         return path == old or path.startswith(old + "/")

@@ -89,6 +89,13 @@ def test_a_microbatch_of_weight_zero():
     assert found == [0, -3, 0, -7, 0, 0, -5]
 
 
+def test_one_microbatch_may_have_a_weight():
+    """With k = 1 it changes nothing, whatever transformations are inside."""
+    tx = om.multi_steps(optax.chain(optax.scale(2.0), om.skip_nonfinite(om.sgd(1.0))), 1)
+    updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), weight=3.0, flush=True)
+    np.testing.assert_array_equal(updates, -2.0)
+
+
 def test_missing_leaves_are_zeros():
     """A leaf that some microbatches lack, the last one too, has the mean of what there is and zeros."""
     tx = om.multi_steps(om.adamw(0.1, weight_decay=0.5), 3)

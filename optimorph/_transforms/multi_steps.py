@@ -67,7 +67,8 @@ def multi_steps(
     number, ḡ is the gradient of the mean over all tokens of the k microbatches. A gradient of weight 0 counts
     in n but is not used. A traced weight that is negative or not finite leaves its gradient out. `flush` ends
     the window at once, for the last microbatch of an epoch. If there are no more gradients, flush with any
-    gradient of weight 0. An empty window makes no step.
+    gradient of weight 0. An empty window makes no step. Inside `jax.shard_map` give the mean gradient and the
+    sum of the weights of all devices.
 
     Without these arguments the updates are those of `optax.MultiSteps`, with these differences:
 

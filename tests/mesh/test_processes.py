@@ -14,6 +14,7 @@ import trees
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import optimorph as om
 from optimorph.linalg import NewtonSchulz
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -109,6 +110,7 @@ def test_two_processes_and_a_checkpoint_on_another_mesh(tmp_path):
         kept = keeper.restore(folder, shapes)
     condition = NewtonSchulz().table.slope
     rounding.close(kept["params"], params, units=1, condition=condition)
-    on = names["train"](other, [2], kept["params"], kept["state"])[0]
+    carried, _ = om.carry_state(kept["state"], names["tx"], kept["params"], strict=True)
+    on = names["train"](other, [2], kept["params"], carried)[0]
     want = names["train"](one, [2], params, state)[0]
     rounding.close(on, want, units=1, condition=condition)
