@@ -6,7 +6,7 @@ import re
 from latex2mathml.converter import convert
 
 _BLOCK = re.compile(r'<div class="highlight"><pre>(?:<span></span>)?<code>(.*?)</code></pre></div>', re.S)
-_LINE = re.compile(r"(?P<equation>\S.*?)\s{2,}\((?P<number>\d+)\)(?:\s{2,}(?P<note>.*))?")
+_LINE = re.compile(r"(?P<equation>\S.*?)(?:\s{2,}(?P<number>\(\d+\))(?:\s{2,}(?P<note>.*))?)?")
 _LATEX = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.S)
 _NO_LATEX = re.compile(r"(<(?:pre|code|script|style)\b.*?</(?:pre|code|script|style)>)", re.S)
 _MATHJAX = re.compile(r"<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->", re.S)
@@ -26,7 +26,7 @@ _FENCES = "‖|()[]⟨⟩⌈⌉"
 def on_post_page(output, page, config):
     """Replace numbered equations of docstrings, and LaTeX of notebooks."""
     if not page.file.src_uri.startswith("notebooks/"):
-        return _BLOCK.sub(lambda block: _numbered(block) or block[0], output)
+        return _BLOCK.sub(_numbered, output)
     parts = _NO_LATEX.split(_MATHJAX.sub("", output))
     return "".join(part if k % 2 else _LATEX.sub(_of_latex, part) for k, part in enumerate(parts))
 
@@ -37,12 +37,20 @@ def _of_latex(match):
 
 
 def _numbered(block):
-    """A block of which every line is an equation with its number, as a table; None for other blocks."""
-    lines = [_LINE.fullmatch(line.strip()) for line in html.unescape(block[1]).strip().split("\n")]
-    if not all(lines):
+    """A block in which each paragraph with a numbered equation is a table, and others are code."""
+    paragraphs = re.split(r"\n\s*\n", block[1].strip("\n"))
+    return "".join(
+        _table(html.unescape(text)) or block[0].replace(block[1], text + "\n") for text in paragraphs
+    )
+
+
+def _table(text):
+    """A row for each equation: the equation, its number, when it holds; None if there are no numbers."""
+    lines = [_LINE.fullmatch(line.strip()) for line in text.split("\n")]
+    if not any(line["number"] for line in lines):
         return None
     rows = [
-        f"<tr><td>{equation(line['equation'])}</td><td>({line['number']})</td>"
+        f"<tr><td>{equation(line['equation'])}</td><td>{line['number'] or ''}</td>"
         f"<td>{html.escape(line['note'] or '', quote=False)}</td></tr>"
         for line in lines
     ]
@@ -70,10 +78,14 @@ def _row(tokens, k, end):
 
 
 def _space(tokens, k):
-    """A space that is seen: around words, and between two equations of a line."""
+    """A space that is seen: beside words, unless an operator has its own, and between two equations."""
     if len(tokens[k][1]) > 1:
         return '<mspace width="1.5em"/>'
-    return '<mspace width="0.3em"/>' if "word" in (tokens[k - 1][0], tokens[k + 1][0]) else ""
+    kinds, texts = zip(tokens[k - 1], tokens[k + 1], strict=True)
+    operator = any(
+        kind == "mark" and text not in _FENCES + "√" for kind, text in zip(kinds, texts, strict=True)
+    )
+    return '<mspace width="0.3em"/>' if "word" in kinds and not operator else ""
 
 
 def _with_scripts(tokens, k):
