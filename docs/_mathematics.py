@@ -93,7 +93,9 @@ def _with_scripts(tokens, k):
     simple = tokens[k][0] == "letter"
     while after < len(tokens):
         kind, text = tokens[after]
-        if kind == "above" or text == "'":
+        if tokens[k][1] + text == "‖F":
+            markup, after = f"<msub>{markup}<mi>F</mi></msub>", after + 1
+        elif kind == "above" or text == "'":
             plain = text.translate(str.maketrans(_SUPERSCRIPTS + "'", _PLAIN_SUPERSCRIPTS + "′"))
             markup, after = f"<msup>{markup}<mi>{plain}</mi></msup>", after + 1
         elif kind == "below" or (kind == "number" and simple):
