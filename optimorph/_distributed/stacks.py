@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._core.types import PyTree, Shape
@@ -169,8 +168,11 @@ def at_owners(mesh: AbstractMesh | None, f: Callable[..., Any], *stacks: Any, ab
 
 
 def divided_like(arrays: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[jax.Array]:
-    """Arrays that the compiler should divide over a mesh as others."""
-    return [shard_alike(x, y.astype(x.dtype))[0] for x, y in zip(arrays, others, strict=True)]
+    """Arrays that the compiler divides over a mesh as others, since an operation by elements has both.
+
+    An element is NaN where the other's is.
+    """
+    return [jnp.where(jnp.isnan(y), y.astype(x.dtype), x) for x, y in zip(arrays, others, strict=True)]
 
 
 def _prefixes(mesh: AbstractMesh | None) -> list[Sequence[str]]:
