@@ -424,6 +424,7 @@ def test_every_task_has_learning_rates():
         for name, rate in rates.items():
             assert (rate.others is not None) == (name in WITH_OTHERS)
             assert name in made.theory or rate in list(grids.grid(name, task))
+            make_optimizer(name, made, rate, 10)  # the recipe takes what the task has, such as a decay
 
 
 def test_sweep(tmp_path, monkeypatch, capsys):

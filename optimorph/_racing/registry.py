@@ -71,7 +71,7 @@ OPTIMIZERS: dict[str, Make] = {
     "ademamix": _beside_adamw(om.ademamix, b2=B2, b3=B2),
     "mars_adamw": _beside_adamw(om.mars_adamw),
     "muon": _of_matrices(om.muon),
-    "muonh": _of_matrices(om.muonh),
+    "muonh": lambda rate, others, task: om.muonh(rate, others=_adamw_of_others(others)),
     "normuon": _of_matrices(om.normuon),
     "adamuon": _of_matrices(om.adamuon),
     "muon2": _of_matrices(om.muon2),
