@@ -753,7 +753,17 @@ MORE = [  # recipes under other arguments, which have no other states
     Entry(
         "shampoo",
         lambda om: om.shampoo(0.1, eps=1e-2, every=2, max_dim=5, axes={"*": "io"}),
-        lambda: papers.soap(0.1, 0.9, eps=1e-2, every=2, decay=0.01, sort=False, rank_one=True, max_dim=5),
+        lambda: papers.soap(0.1, 0.9, eps=1e-2, every=2, decay=0.01, sort=False, shampoo=0.25, max_dim=5),
+        matrices=True,
+        real=True,
+        condition=10,
+        stacks=True,
+        like="soap",
+    ),
+    Entry(
+        "shampoo-half",
+        lambda om: om.shampoo(0.1, eps=1e-2, power=0.5, every=2, max_dim=5, axes={"*": "io"}),
+        lambda: papers.soap(0.1, 0.9, eps=1e-2, every=2, decay=0.01, sort=False, shampoo=0.5, max_dim=5),
         matrices=True,
         real=True,
         condition=10,

@@ -854,10 +854,8 @@ class Factors:
         return self.into(whole), v
 
 
-def soap(
-    lr, b1=0.95, b2=0.95, eps=1e-8, decay=0.0, every=10, beta=None, correct=True, rank_one=False, **more
-):
-    """Adam in the eigenbasis; with `kl` KL-SOAP, with `rank_one` Shampoo."""
+def soap(lr, b1=0.95, b2=0.95, eps=1e-8, decay=0.0, every=10, beta=None, correct=True, shampoo=None, **more):
+    """Adam in the eigenbasis; with `kl` KL-SOAP, with `shampoo`, an exponent, Shampoo."""
     f = Factors(b2 if beta is None else beta, every, **more)
     m = v = t = 0
 
@@ -869,9 +867,10 @@ def soap(
         t += 1
         p = f.into(g)
         m, v = b1 * m + (1 - b1) * p, b2 * v + (1 - b2) * p**2
-        if rank_one:
+        if shampoo is not None:
             r = v / (1 - b2**t)
-            size = np.sqrt(r.mean(1, keepdims=True) * r.mean(0, keepdims=True) / r.mean()) + eps
+            product = r.mean(1, keepdims=True) * r.mean(0, keepdims=True)
+            size = (product**0.25 if shampoo == 0.25 else np.sqrt(product / r.mean())) + eps
         else:
             size = (np.sqrt(v) + eps) / (np.sqrt(1 - b2**t) if correct else 1)
         u = f.back(m / (1 - b1**t if correct else 1) / size)
@@ -901,7 +900,7 @@ def soap_muon(lr, mu=0.95, b2=0.9, eps=1e-12, every=1, decay=0.0, scale="keller"
     return step
 
 
-def factored(beta):
+def factored(beta, geometric=False):
     """Adafactor's average of squares, of a matrix."""
     r = c = 0
 
@@ -909,6 +908,6 @@ def factored(beta):
         nonlocal r, c
         r = beta * r + (1 - beta) * g.mean(1)
         c = beta * c + (1 - beta) * g.mean(0)
-        return np.outer(r, c) / r.mean()
+        return np.sqrt(np.outer(r, c)) if geometric else np.outer(r, c) / r.mean()
 
     return step

@@ -222,7 +222,7 @@ def published_bases(recipe):
         ("soap", {"every": 1}, papers.soap(0.01, every=1)),
         ("klsoap", {}, papers.soap(0.01, 0.9, kl=True, correct=False)),
         ("klsoap", {"every": 1}, papers.soap(0.01, 0.9, every=1, kl=True, correct=False)),
-        ("shampoo", {"every": 2}, papers.soap(0.01, 0.9, every=2, sort=False, rank_one=True)),
+        ("shampoo", {"every": 2, "power": 0.5}, papers.soap(0.01, 0.9, every=2, sort=False, shampoo=0.5)),
         ("soap_muon", {}, papers.soap_muon(0.01)),
     )
     for name, more, rule in [each for each in rules if each[0] == recipe]:
@@ -353,9 +353,8 @@ PROOFS = {
     '"RowNorm", "BiasRMS" or normalized "ColNorm", and the polar factor computed alike': published_scion,
     "nikhilvyas's SOAP(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, "
     "precondition_frequency=every), from the same first basis": lambda: published_bases("soap"),
-    "Adafactor in the eigenbasis of Shampoo (Vyas et al. 2024, claim 1), from the same first basis": lambda: (
-        published_bases("shampoo")
-    ),
+    "with power=0.5, Adafactor in the eigenbasis of Shampoo (Vyas et al. 2024, claim 1), from the same first "
+    "basis": lambda: published_bases("shampoo"),
     "modded-nanogpt's track 3, record 44, of a matrix without its extras, from the same first basis, with "
     "the polar factor computed alike": lambda: published_bases("soap_muon"),
     "yorkerlin's KLOpt(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, using_klsoap=True, "

@@ -59,7 +59,8 @@ class Slots:
 
     def size(self, key: str) -> tuple[int, int]:
         """The numbers of rows and columns."""
-        return self.parts[key][0][2][-2:]
+        n, m = self.parts[key][0][2][-2:]
+        return n, m
 
     def dtypes(self, values: Sequence[Any]) -> dict[str, Any]:
         """In which the matrices of leaves can be together."""

@@ -65,13 +65,14 @@ def soap(
     """
     first = chain(ema(b1, dtype=arguments.get("mu_dtype")), debias(b1))
     second = chain(stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps), debias(b2, power=0.5))
+    matrices, others = basis("soap", divide(first, by=chain(square(), second)), b2, every, max_dim, arguments)
     return of_matrices(
         "soap",
-        basis("soap", divide(first, by=chain(square(), second)), b2, every, max_dim, arguments),
+        matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         weight_decay_form=weight_decay_form,
-        **arguments,
+        **others,
     )
 
 
@@ -112,13 +113,14 @@ def klsoap(
     """
     second = chain(square(), stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps))
     quotient = divide(ema(b1, dtype=arguments.get("mu_dtype")), by=second)
+    matrices, others = basis("klsoap", quotient, b2, every, max_dim, arguments, kl=True)
     return of_matrices(
         "klsoap",
-        basis("klsoap", quotient, b2, every, max_dim, arguments, kl=True),
+        matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         weight_decay_form=weight_decay_form,
-        **arguments,
+        **others,
     )
 
 
@@ -130,40 +132,51 @@ def shampoo(
     eps: Numeric = 1e-8,
     weight_decay: ScalarOrSchedule = 0.01,
     *,
+    power: float = 0.25,
     every: int = 10,
     max_dim: int | None = 10_000,
     weight_decay_form: str = "coupled",
     **arguments: Unpack[EigenbasisArguments],
 ) -> Recipe:
-    """Shampoo with exponent 1/2: the average gradient between the inverse roots of both factors.
+    """Shampoo: the average gradient between the inverse roots of both factors.
 
-        u = √(tr L) L^-½ m R^-½        (1)
+        u = (n m)^¼ L^-¼ m R^-¼        (1)  of n x m matrices
+        u = √(tr L) L^-½ m R^-½        (2)  with `power=0.5`
 
     In the eigenbasis of L and R these roots are numbers for each row and column, which are averaged there:
 
         in_eigenbasis((ema → debias) / (square → factored → debias → root)) → decay → learning rate
 
+    If all gradients are alike, (1) is their polar factor, and (2) has the inverses of their singular values.
+    (2) is for gradients that are mostly noise; without noise it diverges on a quadratic that (1) and `soap`
+    solve.
+
     Args:
+      power: of the inverse factors, 0.25 as in the paper, or 0.5.
       arguments: and `every`, `max_dim`, `weight_decay_form`: as those of `soap`.
 
     Raises:
-      ValueError: as `soap`.
+      ValueError: another `power`; as `soap`.
 
     Equals:
-      Adafactor in the eigenbasis of Shampoo (Vyas et al. 2024, claim 1), from the same first basis
+      with power=0.5, Adafactor in the eigenbasis of Shampoo (Vyas et al. 2024, claim 1), from the same
+        first basis
     References:
-      Gupta, Koren & Singer 2018, "Shampoo", arXiv:1802.09568; (1) with the trace, and as Adafactor in the
-      eigenbasis: Vyas et al. 2024, arXiv:2409.11321, claim 1.
+      Gupta, Koren & Singer 2018, "Shampoo", arXiv:1802.09568, algorithm 1, with averages in place of sums;
+      (2): Vyas et al. 2024, arXiv:2409.11321, claim 1.
     """
+    if power not in (0.25, 0.5):
+        raise ValueError(f"shampoo: power must be 0.25 or 0.5, but is {power!r}. Type power=0.25.")
     first = chain(ema(b1, dtype=arguments.get("mu_dtype")), debias(b1))
-    rank_one = chain(square(), factored(b2), debias(b2), root(eps))
+    rank_one = chain(square(), factored(b2, geometric=power == 0.25), debias(b2), root(eps))
+    matrices, others = basis("shampoo", divide(first, by=rank_one), b2, every, max_dim, arguments, sort=False)
     return of_matrices(
         "shampoo",
-        basis("shampoo", divide(first, by=rank_one), b2, every, max_dim, arguments, sort=False),
+        matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         weight_decay_form=weight_decay_form,
-        **arguments,
+        **others,
     )
 
 
@@ -175,22 +188,23 @@ def basis(
     max_dim: int | None,
     arguments: EigenbasisArguments,
     **options: Any,
-) -> optax.GradientTransformation:
-    """`in_eigenbasis` with these arguments of a recipe, which are taken out of them.
+) -> tuple[optax.GradientTransformation, dict[str, Any]]:
+    """`in_eigenbasis` with its arguments among those of a recipe, and the other arguments.
 
     Raises:
       ValueError: naming `who`, if `state` is among them.
     """
-    if arguments.get("state") is not None:
+    others: dict[str, Any] = {**arguments}
+    if others.get("state") is not None:
         raise ValueError(f"{who}: state must be None: {NOT_IN_8_BITS}")
-    decay, spread = arguments.pop("factor_decay", None), arguments.pop("spread", None)
+    decay, spread = others.pop("factor_decay", None), others.pop("spread", None)
     return in_eigenbasis(
         inner,
         decay=b2 if decay is None else decay,
         every=every,
         spread=bool(spread),
         max_dim=max_dim,
-        block_size=arguments.pop("block_size", None),
-        dtype=arguments.pop("factor_dtype", None),
+        block_size=others.pop("block_size", None),
+        dtype=others.pop("factor_dtype", None),
         **options,
-    )
+    ), others

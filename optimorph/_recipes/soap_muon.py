@@ -54,12 +54,15 @@ def soap_muon(
     second = chain(square(), stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps))
     average = ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype"))
     quotient = divide(identity, by=second)
+    matrices, others = basis(
+        "soap_muon", quotient, b2, every, max_dim, arguments, average=average, skip_first=False
+    )
     return of_polar_factors(
         "soap_muon",
-        basis("soap_muon", quotient, b2, every, max_dim, arguments, average=average, skip_first=False),
+        matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         weight_decay_form=weight_decay_form,
         scale=scale,
-        **arguments,
+        **others,
     )

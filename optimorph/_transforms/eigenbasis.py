@@ -204,8 +204,8 @@ def in_eigenbasis(
         stacks = {key: placed(zeros(key), mesh) for key in counts}
         known = _Known(tree, slots)
         with handed_down(matrix_axes=known.forms, shardings=None):
-            states = (tx.init(known.joined(leaves, stacks)) for tx in (inner, before))
-            states = [*states]
+            tree = known.joined(leaves, stacks)
+            states = inner.init(tree), before.init(tree)
         made = {
             key: first_factors(x, max_dim, stored_dtype(dtype, kinds[key]), kl) for key, x in stacks.items()
         }
@@ -332,7 +332,7 @@ def _kept(who: str, slots: Slots, state: EigenbasisState) -> dict[str, Kronecker
     return kept
 
 
-def _fields(kept: dict[str, Kronecker], kl: bool) -> list[Any]:
+def _fields(kept: dict[str, Kronecker], kl: bool) -> Any:
     """The fields of a state, from what it has of each size of matrix."""
     fields = [{key: k[j] for key, k in kept.items()} for j in range(len(Kronecker._fields))]
     return fields if kl else [*fields[:4], None, None]

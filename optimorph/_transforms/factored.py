@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_numbers
+from optimorph._core.checks import check_flags, check_numbers
 from optimorph._core.numbers import as_scalar, common, full_like, stored_dtype
 from optimorph._core.roles import Role, holds, roles_of
 from optimorph._core.rule import Rule, transform
@@ -33,22 +33,29 @@ class FactoredState(NamedTuple):
 
 
 def factored(
-    decay: Numeric, axes: AxesRules | None = None, shardings: Rules | None = None
+    decay: Numeric,
+    axes: AxesRules | None = None,
+    shardings: Rules | None = None,
+    *,
+    geometric: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Replace every matrix of squares by an average of rank one, from averages of its rows and columns.
 
         r_i ← β r_i + (1 - β) mean_j g_ij        (1)
         c_j ← β c_j + (1 - β) mean_i g_ij        (2)
         u_ij = r_i c_j / mean r                  (3)
+        u_ij = √(r_i c_j)                        (4)  with `geometric`
 
     It takes the place of `ema` in a second moment: `chain(square(), factored(0.999), debias(0.999), root())`.
-    In an eigenbasis its root is that of Shampoo's factors. Leaves that are no matrices have an ordinary
-    average.
+    In an eigenbasis the root of (3) is that of Shampoo's factors to the power 1/2, and the root of (4) to the
+    power 1/4. Leaves that are no matrices have an ordinary average.
 
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
       axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
       shardings: those of the leaves over a mesh, as that of `muon`.
+
+      geometric: the geometric mean of both averages, in place of the matrix of rank one that has them.
 
     Raises:
       ValueError: β outside [0, 1), when it is a concrete number; inside `compress_state`.
@@ -58,6 +65,7 @@ def factored(
     """
     who = "factored"
     check_numbers(who, decay=decay)
+    check_flags(who, geometric=geometric)
     own = AxesOfLeaves(who, axes, shardings)
 
     def init(leaf):
@@ -90,13 +98,15 @@ def factored(
             average(jnp.concatenate([jnp.mean(x, axis) for x in stacks], axis=-1), before)  # (1), (2)
             for axis, before in ((-1, state.rows), (-2, state.columns))
         )
-        return _outer(form, g.shape, rows, columns).astype(g.dtype), FactoredState(rows, columns)
+        return _outer(form, g.shape, rows, columns, geometric).astype(g.dtype), FactoredState(rows, columns)
 
     return transform(who, Rule(roles_of(FactoredState), update, init=init, advance=advance))
 
 
-def _outer(form: Axes, shape: tuple[int, ...], rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """(3) of every stack."""
+def _outer(
+    form: Axes, shape: tuple[int, ...], rows: jax.Array, columns: jax.Array, geometric: bool
+) -> jax.Array:
+    """(3) or (4) of every stack."""
     shapes: Any = form.stacks(shape)
     found = []
     for k in range(len(shapes)):
@@ -104,7 +114,10 @@ def _outer(form: Axes, shape: tuple[int, ...], rows: jax.Array, columns: jax.Arr
             x[..., sum(s[side] for s in shapes[:k]) : sum(s[side] for s in shapes[: k + 1])]
             for side, x in ((-2, rows), (-1, columns))
         )
-        mean = jnp.mean(r, -1, keepdims=True)
-        r = r / jnp.where(mean > 0, mean, 1)
+        if geometric:
+            r, c = jnp.sqrt(r), jnp.sqrt(c)
+        else:
+            mean = jnp.mean(r, -1, keepdims=True)
+            r = r / jnp.where(mean > 0, mean, 1)
         found.append(r[..., :, None] * c[..., None, :])
     return form.array(found, shape)
