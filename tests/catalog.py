@@ -741,6 +741,27 @@ MORE = [  # recipes under other arguments, which have no other states
         lambda: papers.rmsprop(0.1, 0.9, 1e-3),
     ),
     Entry(
+        "in_eigenbasis-kl",
+        lambda om: om.in_eigenbasis(
+            om.divide(om.ema(0.8), by=om.chain(om.square(), om.ema(0.9), om.root(1e-2))),
+            decay=0.9,
+            every=1,
+            kl=True,
+            whole_first=True,
+            largest_inverse_root=2.0,
+            max_dim=5,
+            axes={"*": "io"},
+        ),
+        lambda: papers.soap(
+            -1.0, 0.8, 0.9, 1e-2, every=1, correct=False, max_dim=5, kl=True, whole_first=True, clamp=2.0
+        ),
+        matrices=True,
+        real=True,
+        condition=10,
+        stacks=True,
+        like="soap",
+    ),
+    Entry(
         "klsoap",
         lambda om: om.klsoap(0.1, eps=1e-2, every=1, max_dim=5, axes={"*": "io"}),
         lambda: papers.soap(0.1, 0.9, eps=1e-2, every=1, decay=0.01, kl=True, correct=False, max_dim=5),
