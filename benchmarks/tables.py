@@ -94,11 +94,11 @@ def race():
 
 
 def choice():
-    """The same optimizers on text and on digits."""
+    """Optimizers on text and on digits."""
     yield "optimizer", "text: nats per character", "digits: nats per picture"
-    digits = {row["name"]: row for row in recorded("digits/race")["rows"]}
-    for row in recorded("race")["rows"]:
-        yield row["name"], _loss(row, 3), _loss(digits[row["name"]], 4)
+    text, digits = ({row["name"]: row for row in recorded(name)["rows"]} for name in ("race", "digits/race"))
+    for name in text | digits:
+        yield name, _loss(text[name], 3) if name in text else "-", _loss(digits[name], 4)
 
 
 def rates():
