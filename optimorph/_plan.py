@@ -16,7 +16,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
-from optimorph._core.checks import not_an_array
+from optimorph._core.checks import check_transforms, not_an_array
 from optimorph._core.numbers import is_array
 from optimorph._core.paths import distinct_paths
 from optimorph._core.rule import handed_down
@@ -145,6 +145,8 @@ def plan(
             f"plan: {', '.join(arguments)}: these arguments are for muon, but an optimizer was given. Pass "
             "them to the function that makes the optimizer."
         )
+    if optimizer is not None:
+        check_transforms("plan", optimizer)
     if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f"plan: mesh must be a jax.sharding.Mesh or AbstractMesh, but is {mesh!r}.")
     paths, leaves = distinct_paths("plan", params), jax.tree.leaves(params)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from optimorph._core.checks import is_integer
 from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules, PyTree, Shape
@@ -36,6 +37,11 @@ _MAXTEXT = {
 """The last names of a leaf of MaxText → the spec of one layer."""
 
 
+def _check_axis(who: str, scan_axis: int | None) -> None:
+    if scan_axis is not None and not is_integer(scan_axis, 0):
+        raise ValueError(f"{who}: scan_axis is {scan_axis!r}, which is no axis. Type scan_axis=1, or None.")
+
+
 def maxtext(scan_axis: int | None = 1) -> Patterns:
     """Rules for the decoder layers of MaxText.
 
@@ -43,6 +49,7 @@ def maxtext(scan_axis: int | None = 1) -> Patterns:
       scan_axis: the axis that counts the layers of a scan, `param_scan_axis` of MaxText's configuration; None
         for `scan_layers=False`.
     """
+    _check_axis("maxtext", scan_axis)
     return {
         re.compile(rf"(^|/)decoder/(.*/)?{names}$"): str(with_layers(spec, scan_axis))
         for names, spec in _MAXTEXT.items()
@@ -56,6 +63,7 @@ def t5x(scan_axis: int | None = 1) -> Patterns:
       scan_axis: the axis that counts the layers of a scan, `param_scan_axis` of the configuration; None for
         `scan_layers=False`.
     """
+    _check_axis("t5x", scan_axis)
     names = r"(\w*attention/(query|key|value|out)|mlp/(wi(_\d+)?|wo))/kernel"
     return {re.compile(rf"(^|/)(en|de)coder/(.*/)?{names}$"): str(with_layers("io", scan_axis))}
 
@@ -77,6 +85,8 @@ def gpt_neox(heads: int) -> Patterns:
     Args:
       heads: their number. The queries of all heads are one matrix, as are keys and values.
     """
+    if not is_integer(heads, 1):
+        raise ValueError(f"gpt_neox: heads must be an integer above 0, but is {heads!r}. Type heads=12.")
     return {
         "*query_key_value/kernel": f"i({heads}~3 o)",
         "*query_key_value/weight": f"({heads}~3 o)i",

@@ -355,6 +355,15 @@ CALLS = {
     "om.route_matrices(om.sgd, om.sgd(0.1))": ["route_matrices", "init and update", "sgd(...)"],
     "om.partition({'*': 'a'}, None)": ["partition", "map labels to transformations"],
     "om.partition({'*': 'a'}, {'a': om.adamw})": ["partition", "init and update", "adamw(...)"],
+    "om.partition({'a': 'a'}, {'a': om.sgd(0.1)}).init({'b': np.ones(2)})": [
+        "partition",
+        "no rule matches 'b'",
+    ],
+    "om.sgd(0.1, mask={'a*': True}).init({'b': np.ones(2)})": ["add_decayed_weights", "no rule matches 'b'"],
+    "om.plan({}, om.adamw)": ["plan", "init and update", "adamw(...)"],
+    "om.layouts.maxtext('scan')": ["maxtext", "scan_axis=1"],
+    "om.layouts.t5x(1.0)": ["t5x", "scan_axis=1"],
+    "om.layouts.gpt_neox(None)": ["gpt_neox", "heads=12"],
     "om.sgd(None)": ["sgd", "learning_rate", "1e-3"],
     **{
         take.format("om.adamw"): [who, "init and update", "but adamw has not", "adamw(...)"]

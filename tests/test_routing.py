@@ -795,7 +795,7 @@ def test_a_frozen_leaf_has_no_state():
 
 
 def test_partition_names_every_leaf_without_a_transform():
-    with pytest.raises(ValueError, match="labels: no rule matches 'embed/table'") as error:
+    with pytest.raises(ValueError, match="partition: no rule matches 'embed/table'") as error:
         om.partition({"blocks/*": "on"}, {"on": om.sgd(0.1)}).init(TREE)
     assert "'last/kernel'" in str(error.value)
     with pytest.raises(

@@ -134,8 +134,7 @@ def routed(
             with handed_down(matrix_axes=forms, shardings=match):
                 out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            known = own is not None and jax.tree.structure(jax.eval_shape(init, own))
-            if not known or known == jax.tree.structure(state):
+            if own is None or _shapes(jax.eval_shape(init, own)) == _shapes(state):
                 raise
             raise other_state(who) from error
         out = tree.flatten_up_to(out)
@@ -146,6 +145,10 @@ def routed(
     tx = Transform(init, update)
     tx.routes = Routes(resolve, axes, names, scale, match, divide)
     return tx
+
+
+def _shapes(state: Any) -> Any:
+    return jax.tree.map(np.shape, state)
 
 
 def _inferred(who: str, path: str, shape: Shape, spec: str | None) -> str:

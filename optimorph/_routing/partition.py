@@ -8,7 +8,7 @@ from optimorph._core.checks import LeafError, check_transforms
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import aligned
 from optimorph._core.types import Rules
-from optimorph._routing.rules import NO_MATCH, labels, lookup, warn_unused
+from optimorph._routing.rules import NO_MATCH, labelled, lookup, warn_unused
 
 
 def partition(
@@ -46,7 +46,7 @@ def partition(
         raise LeafError(f"partition: the label of {path!r} is {name!r}, but transforms has {[*transforms]}.")
 
     def split(tree):
-        tree_labels = labels(label)(tree)
+        tree_labels = labelled("partition", label, tree)
         return optax.partition({**transforms}, lambda _: tree_labels)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):

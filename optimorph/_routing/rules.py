@@ -124,30 +124,31 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
       `optax.partition` and `optax.masked` take such functions.
     """
     match = lookup(rules)
+    return lambda tree: labelled("labels", match, tree)
 
-    def tree_labels(tree):
-        faults = []
 
-        def label(path, leaf):
-            try:
-                if not is_array(leaf):
-                    raise LeafError(not_an_array("labels", path, leaf))
-                value = match(path, np.shape(leaf))
-                if value is NO_MATCH:
-                    raise LeafError(
-                        f"labels: no rule matches {path!r}. Add one, or end with '*' for all other leaves."
-                    )
-            except LeafError as fault:
-                faults.append((path, str(fault)))
-                return None
-            return value
+def labelled(who: str, match: Callable[[str, Shape], Any], tree: PyTree) -> PyTree:
+    """The tree with `match(path, shape)` in the place of every leaf; `who` names errors."""
+    faults = []
 
-        labelled = map_paths(label, tree)
-        if faults:
-            raise ValueError("\n".join(format_groups(faults, leaf_paths(tree))))
-        return labelled
+    def label(path, leaf):
+        try:
+            if not is_array(leaf):
+                raise LeafError(not_an_array(who, path, leaf))
+            value = match(path, np.shape(leaf))
+            if value is NO_MATCH:
+                raise LeafError(
+                    f"{who}: no rule matches {path!r}. Add one, or end with '*' for all other leaves."
+                )
+        except LeafError as fault:
+            faults.append((path, str(fault)))
+            return None
+        return value
 
-    return tree_labels
+    found = map_paths(label, tree)
+    if faults:
+        raise ValueError("\n".join(format_groups(faults, leaf_paths(tree))))
+    return found
 
 
 def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
@@ -167,7 +168,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
         raise ValueError(f"{who}: the mask is {mask!r}. {fix}")
     if _is_rules(mask):
         match = lookup(mask)
-        mask = labels(lambda path, shape: _selects(match(path, shape)))(leaves.tree)
+        mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
     elif callable(mask):
         mask = mask(leaves.tree)
         if isinstance(mask, bool) and len(leaves.values) > 1:
