@@ -91,6 +91,11 @@ UNSEEN = {
         "linalg._kronecker: with_gradient_kl: sqrt [01] only 0",
         "linalg._kronecker: with_gradient_kl: m?? 0 only *",
     ],
+    "a matrix there has one factor, which its own eigenvalues do not change": [
+        "linalg._kronecker: with_gradient_kl: USub 3 gone",
+        "linalg._kronecker: with_gradient_kl: maximum 0 only 0",
+        "linalg._kronecker: with_gradient_kl: Pow 2 right",
+    ],
     "of real matrices": [
         "linalg._kronecker: with_gradient_kl: abs 0 only 0",
         "linalg._kronecker: orthogonal_iteration.step: conj 0 gone",
