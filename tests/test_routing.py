@@ -697,6 +697,22 @@ OUTPUTS = {
         layers(Dense_0=(512, 64), Dense_1=(64, 11)) | {"Conv_0": layers(a=(8, 512))},
         "Dense_1",
     ),
+    "as many outputs as the embedding has rows": (
+        {
+            "Embed_0": {"embedding": jnp.ones((11, 64))},
+            "Block_0": layers(Dense_0=(64, 256), Dense_1=(256, 64)),
+            **layers(Dense_0=(64, 11)),
+        },
+        "Dense_0",
+    ),
+    "a higher number in another module": (
+        {"MLP_0": layers(Dense_0=(28, 256), Dense_1=(256, 64)), **layers(Dense_0=(64, 11))},
+        "Dense_0",
+    ),
+    "an embedding that is the output layer too": (
+        {"Embed_0": {"embedding": jnp.ones((11, 16))}, **layers(Dense_0=(16, 64), Dense_1=(64, 16))},
+        None,
+    ),
     "a head": (layers(Dense_0=(28, 64), Dense_1=(64, 11), head=(64, 13)), None),
     "one layer": (layers(Dense_0=(28, 64)), None),
     "a norm behind it": (
@@ -713,13 +729,14 @@ OUTPUTS = {
 def test_the_output_layer_by_widths(name):
     """It is not orthogonalized, and a warning says what to type; the plan and updates say the same."""
     params, path = OUTPUTS[name]
+    named = {"head/kernel", "Embed_0/embedding"}
     tx = om.muon(0.1, others=optax.set_to_zero())
     with pytest.warns(UserWarning, match="output layer") if path else nullcontext():
         state = tx.init(params)
     updates, _ = jax.jit(tx.update)(params, state, params)
     still = {key for key, x in by_path(updates).items() if x.ndim == 2 and not jnp.any(x)}
-    assert still - {"head/kernel"} == ({f"{path}/kernel"} if path else set())
-    assert {row.path for row in om.plan(params) if row.role == "head, inferred"} == still - {"head/kernel"}
+    assert still - named == ({f"{path}/kernel"} if path else set())
+    assert {row.path for row in om.plan(params) if row.role == "head, inferred"} == still - named
     if path:
         confirmed = om.muon(0.1, axes={f"{path}/kernel": None}).init(params)  # without a warning
         assert jax.tree.structure(confirmed.inner_states["matrix"]) == jax.tree.structure(

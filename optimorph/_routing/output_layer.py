@@ -32,9 +32,9 @@ def with_output_layer(
     """The specs with the output layer inferred, or asked for if several layers without names may be it.
 
     The output layer is a layer without a telling name whose inputs are the outputs of another layer, and
-    whose outputs no other leaf takes in. If there is only one and no other such layer has a higher number, it
-    is inferred. If there are several, or if outputs are taken in by no later layer, as in an autoencoder, it
-    is asked for. Where a leaf is called a head, nothing changes.
+    whose outputs no other leaf takes in. If there is only one and no such layer of its module has a higher
+    number, it is inferred. If there are several, or if outputs are taken in by no later layer, as in an
+    autoencoder, it is asked for. Where a leaf is called a head, nothing changes.
 
     Args:
       paths: of all leaves.
@@ -86,13 +86,16 @@ def with_output_layer(
 
     fed = [k for k in unnamed if is_fed(k)]
     sinks = [k for k in fed if next(takers(k), None) is None]
-    last = max(_number(paths[k]) for k in unnamed)
+    last: dict[str, int] = {}
+    for k in unnamed:
+        module = _parent(paths[k])
+        last[module] = max(last.get(module, 0), _number(paths[k]))
     ends = sinks or [k for k in fed if takes_its_own_end(k)]
     for k in ends:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
         if len(ends) == 1 and (sinks or len(unnamed) == 1):
-            if _number(paths[k]) == last:
+            if _number(paths[k]) == last[_parent(paths[k])]:
                 specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         elif sinks or not _IN_PERCEPTRON.search(paths[k]):
             cause = "may be the output layer, by its width"
@@ -124,7 +127,13 @@ def _number(path: str) -> int:
 
 
 def _sides(shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
-    """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix."""
+    """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix.
+
+    Of an embedding these are the features: the output layer of a language model has as many outputs as the
+    embedding has rows, and the embedding does not take them in.
+    """
+    if spec.axes is None and spec.role == "embedding" and len(shape) > 1:
+        return {shape[-1]}, {shape[-1]}
     if spec.axes is None:
         return {*shape}, ({*shape} if len(shape) > 1 else set())
     stacks = spec.axes.stacks(shape)
