@@ -48,7 +48,8 @@ class PlanRow:
       matrices: (number of matrices, inputs, outputs), for each size of matrix in the leaf.
       transform: the transformation that updates the leaf: "muon", "adamw" or "others"; "optimizer" if the
         optimizer does not route; "none" for integers; "?" if the leaf is unresolved.
-      scales: the factor of the update for each size in `matrices`, which depends on the shape.
+      scales: the factor of the update for each size in `matrices`, which depends on the shape; empty if
+        it is not known, as for a chain of your own.
       state_bytes: the bytes of the leaf's optimizer state, without counts and other scalars.
       unresolved: why the optimizer would refuse the leaf, and what to type; None if it is resolved.
       answers: what to type for an unresolved leaf, as values of `axes`, the likeliest first.
@@ -172,7 +173,7 @@ def plan(
             spec=None if spec.axes is None else spec.axes.spec,
             matrices=matrices,
             transform=_transform(routes, spec),
-            scales=tuple(1.0 if scale is None else scale(*size) for size in sizes),
+            scales=() if scale is None else tuple(scale(*size) for size in sizes),
             state_bytes=state_bytes.get(path, 0),
             unresolved=spec.question(path),
             answers=() if spec.unresolved is None else spec.answers,
@@ -277,7 +278,7 @@ def _is_stacked(node: Any) -> bool:
 def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:
     """The learning rates of matrices and of other leaves, as a fresh state has them."""
     with warnings.catch_warnings(action="ignore"):  # there is no matrix
-        parts = optax.tree.get(optimizer.init({}), "inner_states")
+        parts = optimizer.init({}).inner_states  # pyright: ignore[reportAttributeAccessIssue]
     found = {}
     for name, part in zip(routes.names, (MATRIX, OTHER), strict=True):
         rates = [rate for _, rate in optax.tree.get_all_with_path(parts[part], "last_learning_rate")]

@@ -166,7 +166,7 @@ TRANSFORMS = [
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_in_the_catalog_with_sources(name):
-    assert name in {entry.name for entry in catalog.ENTRIES}
+    assert name in {entry.name for entry in catalog.ENTRIES}, f"add a line for {name} to tests/catalog.py"
     doc = inspect.getdoc(getattr(om, name))
     assert "References:" in doc or name in (
         "divide",
@@ -176,12 +176,12 @@ def test_in_the_catalog_with_sources(name):
         "partition",
         "chain",
         "route_matrices",
-    )  # combinators, not algorithms
+    ), f"add References: to the docstring of {name}"  # combinators are no algorithms
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in catalog.RECIPES])
 def test_recipes_say_what_they_equal(name):
-    assert equals_lines(getattr(om, name))
+    assert equals_lines(getattr(om, name)), f"add Equals: to the docstring of {name}"
 
 
 def test_catalog_ids_are_readable_and_unique():

@@ -269,7 +269,10 @@ NEEDED = {
 def required(factory):
     """Values for the arguments that a factory must be given."""
     parameters = inspect.signature(factory).parameters.items()
-    return {key: NEEDED[key] for key, p in parameters if p.default is p.empty and p.kind != p.VAR_POSITIONAL}
+    names = [key for key, p in parameters if p.default is p.empty and p.kind != p.VAR_POSITIONAL]
+    missing = [key for key in names if key not in NEEDED]
+    assert not missing, f"add a value for each of {missing}, arguments of {factory.__name__}, to NEEDED"
+    return {key: NEEDED[key] for key in names}
 
 
 EXTRA = {

@@ -50,6 +50,16 @@ def test_the_plan_takes_the_arguments_of_muon():
     assert om.plan(params | {"c": jnp.ones(8)}, others=others)["c"].state_bytes == 0
 
 
+def test_a_chain_tells_no_scale():
+    """The plan shows the factor that an optimizer tells, also if it is 1, and none of a chain of words."""
+    params = {"kernel": jnp.ones((4, 16))}
+    mine = om.chain(om.orthogonalize(), om.scale_by_shape())
+    scales = {om.muon(0.1): (2.0,), om.muon(0.1, scale=None): (1.0,)}
+    scales |= dict.fromkeys((om.route_matrices(mine, om.sgd(0.1)), om.muonh(0.1), om.scion(0.1)), ())
+    for tx, expected in scales.items():
+        assert om.plan(params, tx)["kernel"].scales == expected
+
+
 def test_the_plan_may_be_asked_for_one_leaf():
     plan = om.plan({"layer": {"kernel": jnp.ones((2, 3))}}, weight_decay=0.1, others_learning_rate=1e-3)
     assert plan["layer/kernel"].spec == "io"
@@ -244,6 +254,12 @@ def test_learning_rates_of_both_sides():
     assert "0.003" in str(found)
     assert om.plan(params, learning_rate=0.5).learning_rates == {"muon": 0.5, "adamw": 0.5}
     assert om.plan(params, om.muon(0.5, others=optax.adam(0.1))).learning_rates == {"muon": 0.5}
+    inner = om.partition({"*": "all"}, {"all": om.adam(0.1)})
+    assert om.plan(params, om.muon(0.5, others=inner)).learning_rates == {
+        "muon": 0.5,
+        "others": np.float32(0.1),
+    }
+    assert om.plan(params, om.scion(0.5)).learning_rates == {"scion": 0.5, "rms": 0.5}
     traced = jax.jit(lambda rate: om.plan(params, om.muon(rate)).learning_rates)(0.5)
     assert om.plan(params).learning_rates == om.plan(params, om.adamw(0.5)).learning_rates == traced == {}
 

@@ -37,12 +37,15 @@ class Role:
 
 
 AVERAGE = Role("average", FIRST, tree=True)
+"""The role of an average of gradients, (1 - β) g + β m."""
 VELOCITY = Role("velocity", FIRST, tree=True)
+"""The role of a decaying sum of gradients, g + β v."""
 TOTAL = Role("sum of squares", SECOND, tree=True)
+"""The role of a sum of squares. That of an average of squares is `Role("...", "second", tree=True)`."""
 
 
 def holds(**fields: Any) -> Mapping[str, Any]:
-    """What the fields of a state hold, for its attribute `roles` or `averages`."""
+    """A role for each field of a state: the value of its attribute `roles`."""
     return MappingProxyType(fields)
 
 
@@ -59,7 +62,11 @@ def roles_of(state: Any) -> Any:
     """
     roles = getattr(state, "roles", {})
     if {*roles} != {*state._fields}:
-        raise ValueError(f"{state.__name__}: its fields are {state._fields}, but its roles {tuple(roles)}.")
+        typed = ", ".join(f"{field}=..." for field in state._fields)
+        raise ValueError(
+            f"{state.__name__}: its fields are {state._fields}, but its roles {tuple(roles)}. Type roles = "
+            f"holds({typed}) in it, each AVERAGE, VELOCITY, TOTAL, scalar(...) or a Role."
+        )
     for field, role in roles.items():
         if role.moment not in ("", FIRST, SECOND, SLOW):
             raise ValueError(

@@ -108,7 +108,8 @@ def of_matrices(
             weight_decay_form=weight_decay_form,
             state=state,
         )
-    tx = routed(who, matrices, others, axes, shardings, names, scale, divide)
+    told = None if last is not None else _unit if scale is None else scale
+    tx = routed(who, matrices, others, axes, shardings, names, told, divide)
 
     def init(params):
         paths = leaf_paths(params)
@@ -140,6 +141,11 @@ def of_polar_factors(
     """
     polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide)
     return of_matrices(who, average, polar, *words, divide=divide, **arguments)
+
+
+def _unit(inputs: int, outputs: int) -> float:
+    """The factor of a matrix's update without a scale."""
+    return 1.0
 
 
 def _moments(word: optax.GradientTransformation) -> list[str]:

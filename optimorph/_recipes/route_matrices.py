@@ -32,7 +32,7 @@ class Routes:
       resolve: (paths, shapes) → how the leaves of a tree read as matrices.
       rules: the user's rules of axes.
       names: of the transformations of matrices and of other leaves.
-      scale: of a matrix's update by its shape.
+      scale: of a matrix's update by its shape; None if it is not known.
       match: the user's rules of shardings, or None.
       divide: what decides whether matrices are divided over devices.
     """
