@@ -191,7 +191,8 @@ class Match:
             used = any(source.home == slot.home for _, source in self.kept)
             own = slot.kind == kinds.STEPS and slot.home
             again = any(other.kind == slot.kind for other in self.wanted) and not own
-            return NO_PLACE + _advice(slot), bool(used or not own) and not again
+            matters = bool(used or not own) and not again
+            return NO_PLACE + (_advice(slot) if matters else ""), matters
         if slot.kind == kinds.WEIGHT and any(other.kind == kinds.WINDOW for other in self.wanted):
             counts = [count.array for count in self.scalars[kinds.WINDOW]]
             return "in tx the gradients have equal weights", not _all_equal([slot.array, *counts])

@@ -101,6 +101,7 @@ def carry_state(
         `{"head/kernel": np.s_[:, 6:], "layers/*": np.s_[[0, 1, 3, 4]]}`. Otherwise a moment of another shape
         is fresh.
       strict: refuse to lose anything that updates depend on, and to take a moment for one of another kind.
+        What begins anew by `fresh` is not lost.
 
     Returns:
       The state and a report with a row for every array: kept, converted, fresh or dropped, and why.
@@ -132,7 +133,7 @@ def carry_state(
         raise ValueError(
             f"{WHO}: the state does not fit tx.\n  {abbreviated(lines)}\n"
             f"The state belongs to {owners(state)}. Pass as tx that recipe with the same arguments, and the "
-            "parameters of that state, or leave out strict=True."
+            f"parameters of that state, or leave out strict=True.{_of_new_leaves(held, wanted)}"
         )
     need = [k for k, origin in enumerate(match.origins) if origin.begins]
     starts = _starts(tx, params, codecs, need, wanted)
@@ -147,6 +148,16 @@ def _codecs_of_state(written_by: optax.GradientTransformation | None, params: Py
         return Codecs()
     with warnings.catch_warnings(action="ignore"):  # of rules for leaves that are gone
         return codecs_of(written_by, params)[1]
+
+
+def _of_new_leaves(held: list[Slot], wanted: list[Slot]) -> str:
+    """What to type if the state knows nothing of some leaves."""
+    known = {slot.path for slot in held if slot.moment}
+    new = list(dict.fromkeys(slot.path for slot in wanted if slot.moment and slot.path not in known))
+    if not new:
+        return ""
+    rules = "".join(f"{path!r}: True, " for path in new[:8]) + "..., " * (len(new) > 8)
+    return f" If leaves were added, type fresh={{{rules}'*': False}}."
 
 
 def _starts(

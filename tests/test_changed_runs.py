@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from typing import Any, NamedTuple
 
 import catalog
@@ -450,6 +451,19 @@ def test_lora_is_merged():
     }
     assert fates(report, path="bias") == {"kept"}
     assert "Updates depend on 6 of what is fresh or dropped." in str(report)
+
+
+def test_a_leaf_is_added():
+    """A strict error says how to begin it anew, and that is enough. Where all are new, no advice is given."""
+    tx = om.adamw(0.1)
+    params, state = begun(tx)
+    more = {**params, "new": jnp.ones(3)}
+    with pytest.raises(ValueError, match=re.escape("type fresh={'new': True, '*': False}.")):
+        om.carry_state(state, tx, more, strict=True)
+    _, report = om.carry_state(state, tx, more, strict=True, fresh={"new": True, "*": False})
+    assert not report.lost
+    _, report = om.carry_state(state, tx, {"new": jnp.ones(3)})
+    assert "bias_correction" not in str(report)
 
 
 def test_frozen_leaves_are_unfrozen():
