@@ -111,7 +111,16 @@ CONTRACT = [
 
 @pytest.mark.parametrize("name", CONTRACT)
 def test_contract_holds(name):
-    getattr(test_contract, f"test_{name}")(ENTRY)
+    arguments = {"dtype": jnp.float16} if name == "zero_gradients" else {}
+    getattr(test_contract, f"test_{name}")(ENTRY, **arguments)
+
+
+def test_a_state_without_roles():
+    class Bare(NamedTuple):
+        average: Any
+
+    with pytest.raises(ValueError, match=r"Bare: .* Type roles = holds\(average=\.\.\.\) in it"):
+        roles_of(Bare)
 
 
 @rounding.in_float64
