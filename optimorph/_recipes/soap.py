@@ -16,7 +16,7 @@ from optimorph._transforms.pointwise import debias, root, square
 
 
 class EigenbasisArguments(MatrixArguments, total=False):
-    """What all optimizers in an eigenbasis take, as `soap` says; None is as good as nothing."""
+    """What all optimizers in an eigenbasis take, as `soap` says. None stands for the default."""
 
     factor_decay: Numeric | None
     spread: bool | None
@@ -41,16 +41,16 @@ def soap(
 
         in_eigenbasis((ema → debias) / (square → ema → root → debias^½)) → decay → learning rate
 
-    The first step only finds the basis: matrices do not move but by weight decay.
+    The first step only finds the basis. It moves matrices by weight decay alone.
 
     Args:
       every: the number of steps from one refresh of the bases to the next.
       max_dim: sides that are longer have no factor; None for no limit.
-      factor_decay: of the factors; b2 without one.
-      spread: refresh a part of the bases in every step, as that of `in_eigenbasis`.
-      block_size: the longest side of a block with factors of its own, as that of `in_eigenbasis`.
-      factor_dtype: of stored factors and bases, as `dtype` of `in_eigenbasis`.
-      state: None; 8 bits are too few for factors and bases, which are most of the state.
+      factor_decay: decay of the factors; by default `b2`.
+      spread: refresh a part of the bases in every step, as `spread` of `in_eigenbasis`.
+      block_size: the longest side of a block with factors of its own, as `block_size` of `in_eigenbasis`.
+      factor_dtype: dtype of stored factors and bases, as `dtype` of `in_eigenbasis`.
+      state: only None. 8 bits are too few for factors and bases, which are most of the state.
       weight_decay_form: and `mask`, `axes`, `others`, `others_learning_rate`, `mu_dtype`, `nu_dtype`,
         `shardings`: as those of `muon`.
 

@@ -1,4 +1,4 @@
-"""A sentence spoken in another basis: that of the eigenvectors of the gradient's running factors."""
+"""A transformation in another basis: the eigenvectors of running averages of g gᵀ and gᵀ g."""
 
 import functools
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ class EigenbasisState(NamedTuple):
     mesh the number of slots is a multiple of its devices, each of which owns as many.
 
     Args:
-      inner: of the sentence, of the stacks and of the leaves that are no matrices. First moments are in the
+      inner: of `inner`, for the stacks and for the leaves that are not matrices. First moments are in the
         parameter's basis, second moments in the eigenbasis.
       average: of the transformation in front of it.
       basis_count: int32.
@@ -120,26 +120,26 @@ def in_eigenbasis(
         R ← β R + (1 - β) gᴴ g                            (3)
         Q_L, Q_R ← one orthogonal iteration with L, R     (4)  at every k-th step
 
-    Adam in this basis is SOAP. Signs of eigenvectors do not matter to a sentence that works position by
-    position. First moments of `inner` are kept in the parameter's basis and rotated where they are used, so
-    that they stay what they are when the basis changes; second moments follow their columns, if (4) sorts
-    these. The first step has no basis: its update is zero, and `inner` does not see its gradient, which
-    gives the first basis by eight orthogonal iterations from the parameter's own basis (no `eigh`, which
-    takes minutes to compile for TPUs).
+    Adam in this basis is SOAP. The signs of eigenvectors have no effect, since `inner` works element by
+    element. The first moments of `inner` are stored in the parameter's basis and rotated when they are used,
+    so a new basis does not change them. Second moments are permuted together with the columns that (4)
+    sorts. The first step has no basis: its update is zero, and `inner` does not see its gradient. That
+    gradient gives the first basis, by eight orthogonal iterations from the parameter's own basis. There is
+    no `eigh`, which takes minutes to compile for TPUs.
 
-    With `kl` the factors are those of KL-SOAP, of eigenvalues λ that are tracked in the basis:
+    With `kl` the factors are those of KL-SOAP. Their eigenvalues λ are averaged in the basis:
 
         L ← β L + (1 - β) / m · g R⁻¹ gᴴ                  (5)  in place of (2); R⁻¹ = Q_R λ_R⁻¹ Q_Rᴴ
         R ← β R + (1 - β) / n · gᴴ L⁻¹ g                  (6)  in place of (3)
         λ_L ← β λ_L + (1 - β) mean_j |p_ij|² / λ_R,j      (7)  p = Q_Lᴴ g Q_R; λ_R likewise
 
-    QR decompositions are batched over all factors of one size, so that a program has one for each size.
-    Leaves that are no matrices are in their own basis, and skip the first step too. Factors are computed in
-    float32 or wider: squares of gradients above 1e19 are infinite.
+    A program has one batched QR decomposition for each size of factor. Leaves that are not matrices are not
+    rotated; their first update is zero too. Factors are computed in float32 or wider, where squares of
+    gradients above 1e19 are infinite.
 
     Args:
-      inner: any transformation that works position by position; it sees no parameters. Weight decay belongs
-        behind this word.
+      inner: any transformation that works element by element. It is given no parameters, so weight decay
+        comes after `in_eigenbasis` in the chain.
       decay: β in [0, 1), a number, an array or a tracer.
       every: k, an integer of at least 1.
       kl: (5)-(7) in place of (2) and (3); then nothing is sorted.
@@ -156,6 +156,9 @@ def in_eigenbasis(
         bases are orthogonal to 2⁻⁸.
       axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
       shardings: those of the leaves over a mesh, as that of `muon`.
+
+    The arrays of the state are stacks of matrices from several leaves. `optax.tree.map_params` therefore
+    cannot map over this state. The number of slots of a stack depends on the mesh at `init`.
 
     Raises:
       ValueError: β outside [0, 1); `every`, `max_dim` or `block_size` below 1; at `init`, a spec that does

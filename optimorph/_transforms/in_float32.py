@@ -1,4 +1,4 @@
-"""One rounding at the end of a sentence instead of one after every word."""
+"""One rounding at the end of a chain instead of one after every transform."""
 
 import optax
 
