@@ -30,7 +30,7 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-gc.set_threshold(200_000, 50, 100)  # compilation makes many objects and few cycles: a seventh of the time
+gc.set_threshold(50_000, 20, 10)  # compilation makes many objects and few cycles: a seventh of the time
 
 
 @pytest.fixture(scope="module")

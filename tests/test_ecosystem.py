@@ -37,6 +37,9 @@ STORED = TRANSFORMS | {
     ),
 }
 CONDITION = NewtonSchulz().table.slope
+IN_AN_EIGENBASIS = {entry.id for entry in catalog.RECIPES if entry.stacks}
+"""They magnify rounding by the ratio of the gradient's eigenvalues."""
+
 LAYOUTS = sorted((Path(__file__).parent / "fixtures").glob("states-*.json"))
 
 
@@ -91,7 +94,9 @@ def alone(steps=6):
 
 
 def agree(found, expected):
-    rounding.close(found, expected, condition=CONDITION)
+    for names, condition in ((found.keys() - IN_AN_EIGENBASIS, CONDITION), (IN_AN_EIGENBASIS, 1e6)):
+        some, same = ({k: x for k, x in each.items() if k in names} for each in (found, expected))
+        rounding.close(some, same, condition=condition)
 
 
 # Frameworks. All of them minimise this, from the same weights, and take two steps.
