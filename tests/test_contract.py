@@ -251,7 +251,7 @@ NUMBERS = [
     and callable(factory := getattr(om, name))
     and not inspect.isclass(factory)
     for argument in inspect.signature(factory).parameters
-    if argument in RANGES
+    if argument in RANGES and (name, argument) != ("shampoo", "power")  # which is one of two
 ]
 NEEDED = {
     "learning_rate": 0.1,

@@ -506,6 +506,7 @@ NEEDED = {
     "learning_rate": 0.1, "decay": 0.9, "dampening": 0.1, "max_norm": 1.0, "momentum": 0.9,
     "first": om.ema(0.5), "second": optax.scale(2.0), "initial_value": 0.1, "smoothness": 2.0,
     "strong_convexity": 1.0, "gamma": 0.025, "b1": 0.9, "b3": 0.99, "alpha": 5.0, "steps": 10,
+    "inner": om.ema(0.5),
 }
 found = {}
 for module in (om, om.schedules, om.theory):

@@ -1,6 +1,7 @@
 """A transformation in another basis: the eigenvectors of running averages of g gᵀ and gᵀ g."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +70,8 @@ class EigenbasisState(NamedTuple):
         parameter's basis, second moments in the eigenbasis.
       average: of the transformation in front of it.
       basis_count: int32.
-      left, right: L `(slots, n, n)` and R `(slots, m, m)`; `(slots, 0, 0)` of sides without a factor.
+      left, right: L `(slots, n, n)` and R `(slots, m, m)`; zeros `(slots, 1, 1)` of sides without a factor,
+        since checkpoints cannot hold arrays of size 0.
       left_basis, right_basis: of their eigenvectors, in columns.
       left_values, right_values: `(slots, n)` and `(slots, m)`; None without `kl`.
     """
@@ -212,7 +214,7 @@ def in_eigenbasis(
         made = {
             key: first_factors(x, max_dim, stored_dtype(dtype, kinds[key]), kl) for key, x in stacks.items()
         }
-        made = jax.tree.map(lambda x: placed(x, mesh), made)
+        made = jax.tree.map(lambda x: placed(x if x.size else _nothing(x), mesh), made)
         return EigenbasisState(*states, jnp.zeros([], jnp.int32), *_fields(made, kl))
 
     def update(updates, state, params=None, **extra):
@@ -222,7 +224,8 @@ def in_eigenbasis(
     def step(updates, state, params, **extra):
         gs, tree, ws = aligned(who, updates, params, strict=False)
         slots = read(Leaves(tree, gs if params is None else ws))
-        old = _kept(who, slots, state)
+        stored = _kept(who, slots, state)
+        old = {key: _with_factors(k, slots.size(key)) for key, k in stored.items()}
         known, there = _Known(tree, slots), {k: gs[k] for k in slots.forms if not is_absent(gs[k])}
         mesh = mesh_in_use([*there.values()])
         wide = {k: upcast(g) for k, g in there.items()}
@@ -272,6 +275,7 @@ def in_eigenbasis(
             found[k] = u
         found = [g if is_absent(g) else cast_like(u, g) for g, u in zip(gs, found, strict=True)]
         count = increment(state.basis_count)
+        learned = jax.tree.map(lambda x, was: x if x.size else was, learned, stored)
         return tree.unflatten(found), EigenbasisState(after, averaged, count, *_fields(learned, kl))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -333,6 +337,20 @@ def _kept(who: str, slots: Slots, state: EigenbasisState) -> dict[str, Kronecker
         if len(kept[key].left) < count:
             raise other_state(who)
     return kept
+
+
+def _nothing(x: jax.Array) -> jax.Array:
+    """What is stored in place of an array of size 0."""
+    return jnp.zeros((len(x), *[1] * (x.ndim - 1)), x.dtype)
+
+
+def _with_factors(k: Kronecker, size: tuple[int, int]) -> Kronecker:
+    """With arrays of size 0 for a side without a factor, whose stored ones are shorter than the side."""
+
+    def own(x, n):
+        return x if x is None or x.shape[-1] == n else x[(slice(None), *[slice(0)] * (x.ndim - 1))]
+
+    return Kronecker(*(own(x, n) for x, n in zip(k, itertools.cycle(size), strict=False)))
 
 
 def _fields(kept: dict[str, Kronecker], kl: bool) -> Any:

@@ -21,7 +21,7 @@ class FactoredState(NamedTuple):
 
     Args:
       rows, columns: `(*batch, n)` and `(*batch, m)` of leaves that read as `(*batch, n, m)`, those of several
-        stacks one after the other; of a leaf that is no matrix its average, and `(0,)`.
+        stacks one after the other; of a leaf that is not a matrix its average, and one 0.
     """
 
     rows: PyTree
@@ -72,7 +72,7 @@ def factored(
         form = own.axes_and_shardings(leaf.leaves)[0][leaf.index]
         dtype = jnp.finfo(stored_dtype(None, jnp.result_type(leaf.weight))).dtype
         if form is None:
-            return FactoredState(full_like(leaf.weight, 0.0, dtype).real, jnp.zeros((0,), dtype))
+            return FactoredState(full_like(leaf.weight, 0.0, dtype).real, jnp.zeros((1,), dtype))
         stacks = form.stacks(np.shape(leaf.weight))
         sizes = [sum(stack[k] for stack in stacks) for k in (-2, -1)]
         return FactoredState(*(jnp.zeros((*stacks[0][:-2], size), dtype) for size in sizes))

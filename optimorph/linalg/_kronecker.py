@@ -86,7 +86,7 @@ def with_gradient_kl(
     """
     n, m = g.shape[-2:]
     roots = [
-        jnp.where(first, 1, jax.lax.rsqrt(x)) if x.size else jnp.ones((1,), x.dtype)
+        jnp.where(first, 1, jax.lax.rsqrt(x)) if x.size else jnp.ones((*x.shape[:-1], 1), x.dtype)
         for x in (k.left_values, k.right_values)
     ]
     rows, columns = roots[0][..., :, None], roots[1][..., None, :]
