@@ -4,6 +4,9 @@ import dataclasses
 
 from jax.sharding import AbstractMesh, Mesh
 
+AUTO, NEVER = "auto", "never"
+"""Values of `divide`: by the mesh's devices, or not at all."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
@@ -66,9 +69,6 @@ _KINDS = {
     "cpu": "cpu",
 }
 """How the kinds of devices begin → the name in the table."""
-
-
-AUTO, NEVER = "auto", "never"
 
 
 def hardware_for(divide: str | Hardware, mesh: Mesh | AbstractMesh) -> Hardware | None:

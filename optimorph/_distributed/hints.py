@@ -25,19 +25,28 @@ def execute_by_hints(
     def divided(stack: jax.Array) -> jax.Array:
         empty = -len(stack) % mesh.size
         x = jnp.pad(stack, [(0, empty), *[(0, 0)] * (stack.ndim - 1)])
-        prefixes = [mesh.axis_names[: k + 1] for k in range(len(mesh.axis_names))]
-        for names in prefixes:
-            x = hint(x, mesh, names)
         batch = PartitionSpec(mesh.axis_names)
-        y = jax.shard_map(f, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)(x)
-        for names in [*prefixes[::-1], ()]:
-            y = hint(y, mesh, names)
-        return y[: len(stack)]
+        y = jax.shard_map(f, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)(to_owners(x, mesh))
+        return from_owners(y, mesh)[: len(stack)]
 
     return map_matrices(divided, forms, arrays, transpose=equivariant)
 
 
-def hint(x: jax.Array, mesh: AbstractMesh, names: Sequence[str]) -> jax.Array:
+def to_owners(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    """A stack with its batch axis divided over all devices, by one mesh axis after the other."""
+    for k in range(len(mesh.axis_names)):
+        x = _hint(x, mesh, mesh.axis_names[: k + 1])
+    return x
+
+
+def from_owners(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    """A stack with its batch axis whole on every device, by one mesh axis after the other."""
+    for k in reversed(range(len(mesh.axis_names) + 1)):
+        x = _hint(x, mesh, mesh.axis_names[:k])
+    return x
+
+
+def _hint(x: jax.Array, mesh: AbstractMesh, names: Sequence[str]) -> jax.Array:
     """The batch axis over these mesh axes; the other axes as the compiler likes."""
     free = itertools.repeat(PartitionSpec.UNCONSTRAINED, x.ndim - 1)
     return jax.lax.with_sharding_constraint(

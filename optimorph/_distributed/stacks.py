@@ -20,7 +20,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._core.types import PyTree, Shape
-from optimorph._distributed.hints import hint
+from optimorph._distributed import hints
 from optimorph._distributed.shardings import explicit_axes, manual_axes
 from optimorph.linalg import Axes
 
@@ -140,13 +140,13 @@ def placed(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
 
 
 def to_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:
-    """Stacks with each slot at its owner: one mesh axis after the other is given to the slots."""
-    return {key: _hinted(mesh, x, _prefixes(mesh)) for key, x in stacks.items()}
+    """Stacks with each slot at its owner."""
+    return _moved(hints.to_owners, mesh, stacks)
 
 
 def from_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:
     """Stacks with the slots everywhere, for arrays that are divided otherwise."""
-    return {key: _hinted(mesh, x, [*_prefixes(mesh)[::-1], ()]) for key, x in stacks.items()}
+    return _moved(hints.from_owners, mesh, stacks)
 
 
 def at_owners(mesh: AbstractMesh | None, f: Callable[..., Any], *stacks: Any, about: Any = ()) -> Any:
@@ -176,16 +176,9 @@ def divided_like(arrays: Sequence[jax.Array], others: Sequence[jax.Array]) -> li
     return [jnp.where(jnp.isnan(y), y.astype(x.dtype), x) for x, y in zip(arrays, others, strict=True)]
 
 
-def _prefixes(mesh: AbstractMesh | None) -> list[Sequence[str]]:
-    return [] if mesh is None else [mesh.axis_names[: k + 1] for k in range(len(mesh.axis_names))]
-
-
-def _hinted(mesh: AbstractMesh | None, x: jax.Array, steps: Sequence[Sequence[str]]) -> jax.Array:
-    if mesh is None or len(x) % mesh.size:
-        return x
-    for names in steps:
-        x = hint(x, mesh, names)
-    return x
+def _moved(move: Callable[..., jax.Array], mesh: AbstractMesh | None, stacks: Stack) -> Stack:
+    """Those stacks moved that the mesh divides evenly."""
+    return {key: x if mesh is None or len(x) % mesh.size else move(x, mesh) for key, x in stacks.items()}
 
 
 def _zeros(shape: Shape, dtype: Any) -> jax.Array:

@@ -261,11 +261,11 @@ def in_eigenbasis(
                 lambda same: same,
                 after,
             )
-        learned = jax.tree.map(lambda x, was: x.astype(was.dtype), learned, old)
+        learned = jax.tree.map(lambda x, was: x.astype(was.dtype) if x.size else was, learned, stored)
         missing = slots.missing(there)
         after, averaged, learned = (
             _where_missing(missing, was, new)
-            for was, new in ((state.inner, after), (state.average, averaged), (old, learned))
+            for was, new in ((state.inner, after), (state.average, averaged), (stored, learned))
         )
 
         matrices = slots.unstacked(from_owners(mesh, out["stacks"]))
@@ -275,7 +275,6 @@ def in_eigenbasis(
             found[k] = u
         found = [g if is_absent(g) else cast_like(u, g) for g, u in zip(gs, found, strict=True)]
         count = increment(state.basis_count)
-        learned = jax.tree.map(lambda x, was: x if x.size else was, learned, stored)
         return tree.unflatten(found), EigenbasisState(after, averaged, count, *_fields(learned, kl))
 
     return optax.GradientTransformationExtraArgs(init, update)
