@@ -30,7 +30,6 @@ from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
 from optimorph._routing.resolve import by_siblings, resolve_trained
 from optimorph._routing.rules import unused
-from optimorph._transforms.eigenbasis import EigenbasisState
 from optimorph._transforms.matrices import SCALES
 from optimorph.linalg import Axes
 
@@ -265,14 +264,14 @@ def _state_bytes(
     count = dict.fromkeys(params, 0)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        if own := [key for key in keys if key in count]:
-            count[own[-1]] += leaf.size * leaf.dtype.itemsize
+        if known := [key for key in keys if key in count]:
+            count[known[-1]] += leaf.size * leaf.dtype.itemsize
     return {path: count[group[0][0]] for group in groups for path, *_ in group}
 
 
 def _is_stacked(node: Any) -> bool:
     """Whether a state has one array for the matrices of several leaves."""
-    return isinstance(node, EigenbasisState)
+    return getattr(node, "stacked", False)
 
 
 def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:

@@ -594,6 +594,8 @@ RECIPES = [
     ),
 ]
 
+LIKE_SOAP = {"matrices": True, "real": True, "condition": 10, "stacks": True, "like": "soap"}
+
 MORE = [  # recipes under other arguments, which have no other states
     Entry(
         "multi_steps-weights",
@@ -755,51 +757,31 @@ MORE = [  # recipes under other arguments, which have no other states
         lambda: papers.soap(
             -1.0, 0.8, 0.9, 1e-2, every=1, correct=False, max_dim=5, kl=True, whole_first=True, clamp=2.0
         ),
-        matrices=True,
-        real=True,
-        condition=10,
-        stacks=True,
-        like="soap",
+        **LIKE_SOAP,
     ),
     Entry(
         "klsoap",
         lambda om: om.klsoap(0.1, eps=1e-2, every=1, max_dim=5, axes={"*": "io"}),
         lambda: papers.soap(0.1, 0.9, eps=1e-2, every=1, decay=0.01, kl=True, correct=False, max_dim=5),
-        matrices=True,
-        real=True,
-        condition=10,
-        stacks=True,
-        like="soap",
+        **LIKE_SOAP,
     ),
     Entry(
         "shampoo",
         lambda om: om.shampoo(0.1, eps=1e-2, every=2, max_dim=5, axes={"*": "io"}),
         lambda: papers.soap(0.1, 0.9, eps=1e-2, every=2, decay=0.01, sort=False, shampoo=0.25, max_dim=5),
-        matrices=True,
-        real=True,
-        condition=10,
-        stacks=True,
-        like="soap",
+        **LIKE_SOAP,
     ),
     Entry(
         "shampoo-half",
         lambda om: om.shampoo(0.1, eps=1e-2, power=0.5, every=2, max_dim=5, axes={"*": "io"}),
         lambda: papers.soap(0.1, 0.9, eps=1e-2, every=2, decay=0.01, sort=False, shampoo=0.5, max_dim=5),
-        matrices=True,
-        real=True,
-        condition=10,
-        stacks=True,
-        like="soap",
+        **LIKE_SOAP,
     ),
     Entry(
         "soap_muon",
         lambda om: om.soap_muon(0.02, max_dim=5, weight_decay=0.2, axes={"*": "io"}),
         lambda: papers.soap_muon(0.02, decay=0.2, max_dim=5),
-        matrices=True,
-        real=True,
-        condition=10,
-        stacks=True,
-        like="soap",
+        **LIKE_SOAP,
     ),
 ]
 

@@ -44,7 +44,6 @@ from optimorph._storage.encoding import (
     update_large,
 )
 from optimorph._storage.one_leaf import one_leaf_rule
-from optimorph._transforms.eigenbasis import NOT_IN_8_BITS, EigenbasisState
 from optimorph.codecs import Codec, Encoded
 
 WHO = "compress_state"
@@ -217,7 +216,7 @@ def _of_trees(
     def init(params):
         paths, scales = distinct_paths(WHO, params), []
         state = inner.init(params)
-        _check_bases(state)
+        _check_codes(state)
         kinds = [kind for kind, _ in moments_of(state, fields)]
         _warn(rules, [named(kind, path) for kind in kinds for path in paths])
         _note(codec_of, kinds, paths, fields)
@@ -295,13 +294,15 @@ def _missing(updates: PyTree) -> set[str]:
     return {path for path, gone in zip(leaf_paths(flags), jax.tree.leaves(flags), strict=True) if gone}
 
 
-def _check_bases(state: PyTree) -> None:
-    if any(isinstance(x, EigenbasisState) for x in jax.tree.leaves(state, is_leaf=_is_basis)):
-        raise ValueError(f"{WHO}: in_eigenbasis, as in soap, must not be inside: {NOT_IN_8_BITS}")
+def _check_codes(state: PyTree) -> None:
+    """Refuse a state with a part that says why it cannot be encoded."""
+    for x in jax.tree.leaves(state, is_leaf=_is_not_in_8_bits):
+        if _is_not_in_8_bits(x):
+            raise ValueError(f"{WHO}: in_eigenbasis, as in soap, must not be inside: {x.not_in_8_bits}")
 
 
-def _is_basis(x: Any) -> bool:
-    return isinstance(x, EigenbasisState)
+def _is_not_in_8_bits(x: Any) -> bool:
+    return hasattr(x, "not_in_8_bits")
 
 
 def _warn(rules: Rules | None, moments: list[str]) -> None:

@@ -85,6 +85,8 @@ class EigenbasisState(NamedTuple):
     right_basis: Any
     left_values: Any = None
     right_values: Any = None
+    stacked = True  # an array has the matrices of several leaves
+    not_in_8_bits = NOT_IN_8_BITS
     averages = holds(inner="", average="")
     roles = holds(
         basis_count=scalar("count of in_eigenbasis"),
