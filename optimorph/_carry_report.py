@@ -12,14 +12,14 @@ _TITLES = ("path", "arrays", "kind", "fate", "why")
 
 
 class CarryRow(NamedTuple):
-    """What became of one array.
+    """What `carry_state` did with one array.
 
     Args:
-      path: of its leaf; of a count, the part of a partition, or "".
+      path: the path of the array's leaf; for a count, the part of a partition, or "".
       kind: "first moment", "count for bias correction", and so on.
-      fate: "kept", "converted", "fresh", or "dropped".
-      why: what was converted to what; or why it is fresh or was dropped.
-      matters: whether the updates depend on it, and are others than those of a run that goes on.
+      fate: "kept", "converted", "fresh" (as `tx.init` makes it), or "dropped".
+      why: for "converted", from what to what; for "fresh" and "dropped", the reason.
+      matters: whether the loss of this array changes the next updates.
     """
 
     path: str
@@ -30,16 +30,16 @@ class CarryRow(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As errors name the array."""
+        """The path and the kind, as errors print them."""
         return f"{self.path!r}, {self.kind}" if self.path else self.kind
 
 
 @dataclasses.dataclass(frozen=True)
 class CarryReport:
-    """What became of every array of a state; `print` shows it as a table.
+    """What `carry_state` did with every array; `print` shows it as a table.
 
     Args:
-      rows: one for each array that `tx` has, in its order, and then for each that was dropped.
+      rows: one row for each array of the new state, in its order, and then one for each dropped array.
     """
 
     rows: tuple[CarryRow, ...]
@@ -54,7 +54,7 @@ class CarryReport:
 
     @property
     def lost(self) -> tuple[CarryRow, ...]:
-        """The rows that `strict=True` refuses: what is fresh or dropped though updates depend on it."""
+        """The rows that `strict=True` refuses: fresh or dropped arrays on which the updates depend."""
         return tuple(row for row in self.rows if row.matters)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The state of one optimizer as that of another: a run changes in mid-training."""
+"""Continue a run with another optimizer: make its state from the state of the old one."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -38,78 +38,86 @@ def carry_state(
     grown: bool | Mapping[str, Any] = False,
     strict: bool = False,
 ) -> tuple[PyTree, CarryReport]:
-    """Go on with another optimizer, other parameters or other storage, and keep what the state knows.
+    """Continue a run with another optimizer, other parameters or other storage of the state.
 
         state, report = carry_state(state, tx, params)
         print(report)
 
-    The result is a state of `tx` for `params`, as `tx.init(params)` makes it, with every array of `state`
-    that it has a place for. `state` and `tx` may each be of this library or of optax.
+    The result has the structure of `tx.init(params)`. It contains every array of `state` for which this
+    structure has a place. All other arrays are as `tx.init` makes them; they are called fresh. `state` and
+    `tx` may each belong to this library or to optax.
 
-    Moments and velocities are found by kind and by the leaf's path, wherever they stand: in chains, masks,
-    partitions, `multi_steps`, `inject_hyperparams`, `probe`, `skip_nonfinite`, and optax's `MultiSteps`
-    and `apply_if_finite`. dtypes and codecs become those of `tx`. Codes can only be read with the codecs that
-    wrote them: `written_by`. What `tx` stores in the same codes is copied, and else encoded once. A first
-    moment of Adam becomes the average of Lion or Muon. A velocity behind a quotient, as RMSprop has it, is no
-    velocity of gradients. States of types that are not known are carried over to the same types.
+    Moments and velocities are matched by their kind and by the path of their leaf. They are found inside
+    chains, masks, partitions, `multi_steps`, `inject_hyperparams`, `probe`, `skip_nonfinite`, and optax's
+    `MultiSteps` and `apply_if_finite`. A first moment of Adam becomes the average of Lion or Muon. The
+    velocity of RMSprop is not a velocity of gradients, because RMSprop divides before it sums. States of
+    unknown types are carried over to states of the same types.
 
-    Counts of schedules go on. Where `state` has none, they take the count of steps; a schedule of a new part
-    of a partition joins the others. Counts for bias corrections go on with the moments that they correct; if
-    all those are fresh, they begin at 0. If `state` has moments but counted no steps at all, the moments are
-    used without a correction, as before.
+    The arrays get the dtypes and codecs of `tx`. 8-bit codes can only be decoded with the codecs that wrote
+    them, so pass the old optimizer as `written_by`. Codes are copied if `tx` uses the same codec, and encoded
+    once more if it does not.
 
-    A fresh leaf beside leaves that are kept shares their count t. After k steps of its own,
+    Counts of schedules continue. If `state` has no such count, the number of steps is used. A schedule of a
+    new part of a partition continues at the count of the others. Counts for bias corrections continue with
+    the moments that they correct; if all of those are fresh, the count is 0. If `state` has moments but no
+    count of steps at all, these moments are used without a correction, as before.
+
+    A fresh leaf shares the count t of the leaves that are kept. After k steps of its own,
 
         m / (1 - β₁ᵗ) = (1 - β₁ᵏ) / (1 - β₁ᵗ) m̂ₖ        (1)
         v / (1 - β₂ᵗ) = (1 - β₂ᵏ) / (1 - β₂ᵗ) v̂ₖ        (2)
 
-    where m̂ₖ and v̂ₖ are what an Adam of its own would have. So its updates are (1) / √(2) times as long: with
-    β = 0.9 and 0.999 and t large 3.2 times in the first step, at most 6.6 times in the 12th, and 1.3 times
-    after 1000. The same holds of the new rows of a leaf with `grown`. A part of its own has its own counts,
-    and none of this:
+    where m̂ₖ and v̂ₖ are the corrected moments in a separate Adam for this leaf. Its updates are longer than
+    those of a separate Adam, by the factor of (1) over the root of that of (2). For β = 0.9 and 0.999 and a
+    large t this is 3.2 in the first step, 6.6 at most (in the 12th), and 1.3 after 1000 steps. The new rows
+    of a leaf with `grown` have the same factor. A separate part of a partition avoids it:
 
         tx = partition({"head/*": "new", "*": "old"}, {"new": adamw(1e-3), "old": adamw(1e-3)})
 
-    Or warm up the learning rate again. The average of Muon, velocities and Lion have no count.
+    Another way is to warm up the learning rate again. The average of Muon, velocities and Lion have no count,
+    so their updates are not longer.
 
-    The arguments are those of `tx`: the learning rate, β, the schedules. Only injected hyperparameters which
-    both have are kept as they are in `state`, because they may have been set there. A window of `multi_steps`
-    that is not full goes on in `multi_steps` and is dropped without it. Numbers of probes begin anew.
+    The arguments, such as the learning rate, β and schedules, are those of `tx`. Injected hyperparameters
+    that both optimizers have are the exception: they keep their values in `state`, because they may have been
+    set there. The gradients that `multi_steps` has accumulated are kept if `tx` has `multi_steps` too, and
+    dropped if not. The values of probes are fresh.
 
-    The arrays are copies, which may be donated. If they are on other devices than the parameters they are
-    moved there: moments are divided as their parameters are, and counts are on every device. On the same
-    devices each stays divided as it is. Inside `jax.jit` no report is made: return the state alone. A
-    checkpoint must be restored into what its own `init` made, because its types say what it holds. One of
-    version 0.1.0, where constant rates had no state, is restored into `tx.init(params)` with
-    `optax.EmptyState()` in place of `LearningRateState` and `DecayState`; one of `multi_steps` that had no
-    weight with `weight=None`.
+    The arrays of the result are copies, so both states may be donated. If an array is on other devices than
+    the parameters, it is moved: moments get the sharding of their parameters, and counts are replicated. On
+    the same devices every array keeps its sharding. Inside `jax.jit` the report is not an array, so return
+    the state alone.
 
-    To begin some leaves anew in an optimizer that stays as it is:
+    A checkpoint must be restored into the structure that its own `init` made, because the types of states say
+    what they hold. For a checkpoint of version 0.1.0, in which constant rates had no state, this is
+    `tx.init(params)` with `optax.EmptyState()` in place of `LearningRateState` and `DecayState`. For a
+    checkpoint of `multi_steps` without a weight, it is the state with `weight=None`.
+
+    To make some leaves fresh and keep the optimizer:
 
         state, _ = carry_state(state, tx, params, written_by=tx, fresh={"head/*": True, "*": False})
 
     Args:
-      state: any state of an optimizer of this library or of optax.
-      tx: the optimizer that the run goes on with.
-      params: what `tx` is to update, or their shapes.
-      written_by: the optimizer that made `state`; needed if `state` has moments in codes.
-      renamed: path in the state → path in the parameters, as a function or a mapping. A mapping has paths or
-        their beginnings, of which the first that matches is exchanged: `{"encoder": "backbone/encoder"}`.
-      fresh: leaves whose moments begin anew, as `add_decayed_weights` takes a mask.
-      grown: where a leaf's axes have grown, keep the old part of its moments and begin the rest anew. True:
-        the old part comes first. A mapping from patterns of paths says where it is, as a NumPy index:
-        `{"head/kernel": np.s_[:, 6:], "layers/*": np.s_[[0, 1, 3, 4]]}`. Otherwise a moment of another shape
-        is fresh.
-      strict: refuse to lose anything that updates depend on, and to take a moment for one of another kind.
-        What begins anew by `fresh` is not lost.
+      state: a state of any optimizer of this library or of optax.
+      tx: the optimizer with which the run continues.
+      params: the parameters that `tx` will update, or their shapes.
+      written_by: the optimizer that made `state`. It is required if `state` has 8-bit codes.
+      renamed: old path → new path, as a function or a mapping. The keys of a mapping are paths or their
+        beginnings; the first that matches is replaced: `{"encoder": "backbone/encoder"}`.
+      fresh: the leaves whose moments should be fresh, as a mask of `add_decayed_weights`.
+      grown: whether leaves whose axes have grown keep the old part of their moments. With True the old part
+        comes first. A mapping from path patterns says where the old part is, as a NumPy index:
+        `{"head/kernel": np.s_[:, 6:], "layers/*": np.s_[[0, 1, 3, 4]]}`. With False, moments of another shape
+        are fresh.
+      strict: whether to raise an error if anything is lost on which the updates depend, or if a moment would
+        become one of another kind. Leaves that `fresh` selects are not counted as lost.
 
     Returns:
-      The state and a report with a row for every array: kept, converted, fresh or dropped, and why.
+      The state, and a report with a row for every array: kept, converted, fresh or dropped, and why.
 
     Raises:
-      ValueError: with `strict`, arrays that `tx` wants and `state` lacks or the other way round, by path, or
-        that differ in shape; codes without `written_by`, or of other codecs; states whose types are lost;
-        new names that no leaf of the state or two leaves would have.
+      ValueError: with `strict`, naming paths: arrays that only one of `tx` and `state` has, or that differ in
+        shape. Always: codes without `written_by`, or written by another codec; states whose types were lost;
+        `renamed` with a path that the state does not have, or with one new name for two leaves.
     """
     blank, codecs = codecs_of(tx, params)
     name = new_names(renamed, leaves_of(slots(state)))

@@ -1,4 +1,4 @@
-"""What devices can do: from this follows which matrices are divided over several of them."""
+"""The speed of devices, which decides which matrices are divided over several of them."""
 
 import dataclasses
 
@@ -10,15 +10,15 @@ AUTO, NEVER = "auto", "never"
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What one device of a mesh can do.
+    """The speed of one device of a mesh and of its links, for the argument `divide` of `muon`.
 
     Args:
       platform: "cpu", "gpu" or "tpu".
-      flops: multiplications and additions a second, in products of matrices in the dtype of the iteration.
-      bytes_near: bytes a second that it sends to devices of its node.
-      bytes_far: bytes a second that it sends to other nodes.
-      node: the number of devices of a node. Devices that follow each other in the mesh share one.
-      seconds: that a collective takes at least.
+      flops: floating-point operations per second, in matrix products in the dtype of the iteration.
+      bytes_near: bytes per second that a device sends to devices of its own node.
+      bytes_far: bytes per second that a device sends to other nodes.
+      node: the number of devices in a node. Neighbours in the mesh are in the same node.
+      seconds: the least time that a collective takes.
 
     Raises:
       ValueError: a number that is not positive.
@@ -39,7 +39,7 @@ class Hardware:
                 raise ValueError(f"Hardware: {field.name} must be positive, but is {value!r}.")
 
     def bytes_over(self, span: int) -> float:
-        """Bytes a second between devices of which the first and the last are so far apart in the mesh."""
+        """Bytes per second in a group of devices whose first and last are `span` devices apart."""
         return self.bytes_near if span <= self.node else self.bytes_far
 
 

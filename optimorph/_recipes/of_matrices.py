@@ -1,4 +1,4 @@
-"""What the optimizers of matrices share: the end of the chain, other leaves, storage of the state."""
+"""The parts that all optimizers of matrices share: the end of the chain, other leaves, stored state."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
@@ -23,7 +23,7 @@ from optimorph._transforms.step import decay_and_step
 
 
 class MatrixArguments(TypedDict, total=False):
-    """What all optimizers of matrices take, as `muon` says; None is as good as nothing."""
+    """The arguments that all optimizers of matrices share; `muon` describes them. None is the default."""
 
     mask: Mask | None
     axes: AxesRules | None
@@ -36,7 +36,7 @@ class MatrixArguments(TypedDict, total=False):
 
 
 class PolarArguments(MatrixArguments, total=False):
-    """What those that take polar factors take besides."""
+    """The further arguments of optimizers that compute polar factors."""
 
     orthogonalizer: Callable[[jax.Array], jax.Array] | None
     comm_dtype: DTypeLike | None
@@ -63,13 +63,13 @@ def of_matrices(
 ) -> Transform:
     """words → scale by shape → decay → learning rate; AdamW for other leaves.
 
-    Moments of the words are stored as `state` says.
+    `state` says how the moments of the words are stored.
 
     Args:
-      who: the name of the recipe.
-      words: what is done to the gradients of matrices.
+      who: the name of the optimizer.
+      words: the transformations of the gradients of matrices.
       learning_rate: and all further arguments: those of `muon`.
-      last: in place of the scale by shape, the weight decay and the learning rate of matrices.
+      last: a transformation that replaces the scale by shape, the weight decay and the learning rate.
     """
     own_nu = SECOND in [kind for word in words for kind in _moments(word)]
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
@@ -133,9 +133,9 @@ def of_polar_factors(
     """`of_matrices`: average → orthogonalize → words.
 
     Args:
-      who: the name of the recipe.
-      average: what is done to gradients.
-      words: what is done to polar factors.
+      who: the name of the optimizer.
+      average: the transformation of the gradients.
+      words: the transformations of the polar factors.
       orthogonalizer: and `comm_dtype` and `divide`: those of `muon`.
       arguments: those of `of_matrices`.
     """

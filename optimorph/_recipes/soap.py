@@ -16,7 +16,7 @@ from optimorph._transforms.pointwise import debias, root, square
 
 
 class EigenbasisArguments(MatrixArguments, total=False):
-    """What all optimizers in an eigenbasis take, as `soap` says. None stands for the default."""
+    """The arguments that all optimizers in an eigenbasis share, as in `soap`. None is the default."""
 
     factor_decay: Numeric | None
     spread: bool | None
@@ -41,21 +41,23 @@ def soap(
 
         in_eigenbasis((ema → debias) / (square → ema → root → debias^½)) → decay → learning rate
 
-    The first step only finds the basis. It moves matrices by weight decay alone.
+    A matrix of n x m numbers has two factors, running averages of g gᴴ (n x n) and gᴴ g (m x m). Their
+    eigenvectors are the basis. `in_eigenbasis` has the equations. The first step only finds the basis; it
+    moves matrices by weight decay alone.
 
     Args:
-      every: the number of steps from one refresh of the bases to the next.
-      max_dim: sides that are longer have no factor; None for no limit.
-      factor_decay: decay of the factors; by default `b2`.
-      spread: refresh a part of the bases in every step, as `spread` of `in_eigenbasis`.
-      block_size: the longest side of a block with factors of its own, as `block_size` of `in_eigenbasis`.
-      factor_dtype: dtype of stored factors and bases, as `dtype` of `in_eigenbasis`.
-      state: only None. 8 bits are too few for factors and bases, which are most of the state.
+      every: the number of steps between two updates of the bases.
+      max_dim: the longest side of a matrix that has a factor; None for no limit.
+      factor_decay: the decay of the factors. The default is `b2`.
+      spread: whether every step updates a part of the bases, as in `in_eigenbasis`.
+      block_size: longer sides are divided into blocks with their own factors, as in `in_eigenbasis`.
+      factor_dtype: the dtype of stored factors and bases, as `dtype` of `in_eigenbasis`.
+      state: must be None. 8 bits are too few for factors and bases, which are most of the state.
       weight_decay_form: and `mask`, `axes`, `others`, `others_learning_rate`, `mu_dtype`, `nu_dtype`,
-        `shardings`: as those of `muon`.
+        `shardings`: as in `muon`.
 
     Raises:
-      ValueError: a `state`; as `muon` and `in_eigenbasis`.
+      ValueError: a `state` that is not None; the errors of `muon` and `in_eigenbasis`.
 
     Equals:
       nikhilvyas's SOAP(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0,
@@ -89,20 +91,20 @@ def klsoap(
     weight_decay_form: str = "coupled",
     **arguments: Unpack[EigenbasisArguments],
 ) -> Recipe:
-    """KL-SOAP: SOAP whose factors are each weighted by the inverse of the other, without bias corrections.
+    """KL-SOAP: SOAP in which each factor is weighted by the inverse of the other. It corrects no bias.
 
         in_eigenbasis(ema / (square → ema → root), kl=True) → decay → learning rate
 
-    In the speedrun of modded-nanogpt, track 3, matrices keep their norms instead:
+    In track 3 of the modded-nanogpt speedrun matrices keep their norms, without a weight decay:
 
         chain(in_eigenbasis(divide(ema(0.95), by=chain(square(), ema(0.9), root(1e-8))), decay=0.9, every=1,
             kl=True, whole_first=True, largest_inverse_root=4000), hyperball(0.018))
 
     Args:
-      arguments: and `every`, `max_dim`, `weight_decay_form`: as those of `soap`.
+      arguments: and `every`, `max_dim`, `weight_decay_form`: as in `soap`.
 
     Raises:
-      ValueError: as `soap`.
+      ValueError: the errors of `soap`.
 
     Equals:
       yorkerlin's KLOpt(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, using_klsoap=True,
@@ -138,25 +140,26 @@ def shampoo(
     weight_decay_form: str = "coupled",
     **arguments: Unpack[EigenbasisArguments],
 ) -> Recipe:
-    """Shampoo: the average gradient between the inverse roots of both factors.
+    """Shampoo: the average gradient, multiplied from both sides by inverse roots of its factors L and R.
 
         u = (n m)^¼ L^-¼ m R^-¼        (1)  of n x m matrices
         u = √(tr L) L^-½ m R^-½        (2)  with `power=0.5`
 
-    In the eigenbasis of L and R these roots are numbers for each row and column, which are averaged there:
+    In the eigenbasis each root is a diagonal matrix: one number for each row or column. These numbers come
+    from running averages there:
 
         in_eigenbasis((ema → debias) / (square → factored → debias → root)) → decay → learning rate
 
-    If all gradients are alike, (1) is their polar factor, and (2) has the inverses of their singular values.
-    (2) is for gradients that are mostly noise; without noise it diverges on a quadratic that (1) and `soap`
-    solve.
+    If all gradients are equal, (1) is their polar factor, and the singular values of (2) are the inverses of
+    theirs. Use (2) only if gradients are mostly noise: without noise it diverges on a quadratic that (1) and
+    `soap` solve.
 
     Args:
-      power: of the inverse factors, 0.25 as in the paper, or 0.5.
-      arguments: and `every`, `max_dim`, `weight_decay_form`: as those of `soap`.
+      power: the power of the inverse factors, 0.25 as in the paper, or 0.5.
+      arguments: and `every`, `max_dim`, `weight_decay_form`: as in `soap`.
 
     Raises:
-      ValueError: another `power`; as `soap`.
+      ValueError: another `power`; the errors of `soap`.
 
     Equals:
       with power=0.5, Adafactor in the eigenbasis of Shampoo (Vyas et al. 2024, claim 1), from the same
@@ -189,10 +192,10 @@ def basis(
     arguments: EigenbasisArguments,
     **options: Any,
 ) -> tuple[optax.GradientTransformation, dict[str, Any]]:
-    """`in_eigenbasis` with its arguments among those of a recipe, and the other arguments.
+    """`in_eigenbasis` with its own arguments out of those of an optimizer, and the remaining arguments.
 
     Raises:
-      ValueError: naming `who`, if `state` is among them.
+      ValueError: naming `who`, if `state` is not None.
     """
     others: dict[str, Any] = {**arguments}
     if others.get("state") is not None:

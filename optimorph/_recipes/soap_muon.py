@@ -32,18 +32,20 @@ def soap_muon(
     scale: Scale = "keller",
     **arguments: Unpack[Arguments],
 ) -> Recipe:
-    """Muon in SOAP's basis: the momentum over its root mean square there, and of that the polar factor.
+    """SOAP-Muon: momentum is normalized as in SOAP, and then replaced by its polar factor as in Muon.
 
-        in_eigenbasis(identity / (square → ema → root), average=ema(nesterov)) → orthogonalize → Muon's end
+        in_eigenbasis(identity / (square → ema → root), average=ema(nesterov))
+          → orthogonalize → scale_by_shape → add_decayed_weights → scale_by_learning_rate
 
-    The factors are those of the gradient. The first step is Muon's.
+    The normalization divides the momentum by its running root mean square, in the eigenbasis of the
+    gradient's factors. The first step is a step of Muon.
 
     Args:
-      every: and `max_dim`, `factor_decay`, `spread`, `block_size`, `factor_dtype`: as those of `soap`.
-      scale: and all further arguments: as those of `muon`.
+      every: and `max_dim`, `factor_decay`, `spread`, `block_size`, `factor_dtype`: as in `soap`.
+      scale: and all further arguments: as in `muon`.
 
     Raises:
-      ValueError: as `soap`.
+      ValueError: the errors of `soap`.
 
     Equals:
       modded-nanogpt's track 3, record 44, of a matrix without its extras, from the same first basis, with

@@ -60,20 +60,21 @@ NOT_IN_8_BITS = (
 
 
 class EigenbasisState(NamedTuple):
-    """The states inside, how many updates there have been, factors, bases, and with `kl` eigenvalues.
+    """The inner states, the number of updates, the factors and their bases, and with `kl` the eigenvalues.
 
-    All matrices of one size n x m, of whatever leaf, are a stack `(slots, n, m)` under the key "nxm". Over a
-    mesh the number of slots is a multiple of its devices, each of which owns as many.
+    The matrices of all leaves are grouped by size. All matrices of size n x m form one stack `(slots, n, m)`,
+    whose key is "nxm". Over a mesh the number of slots is a multiple of the number of devices, so that every
+    device holds equally many.
 
     Args:
-      inner: of `inner`, for the stacks and for the leaves that are not matrices. First moments are in the
-        parameter's basis, second moments in the eigenbasis.
-      average: of the transformation in front of it.
-      basis_count: int32.
-      left, right: L `(slots, n, n)` and R `(slots, m, m)`; zeros `(slots, 1, 1)` of sides without a factor,
-        since checkpoints cannot hold arrays of size 0.
-      left_basis, right_basis: of their eigenvectors, in columns.
-      left_values, right_values: `(slots, n)` and `(slots, m)`; None without `kl`.
+      inner: the state of `inner`, for the stacks and for the leaves that are not matrices. First moments are
+        in the parameter's basis, second moments in the eigenbasis.
+      average: the state of the argument `average`.
+      basis_count: the number of updates, int32.
+      left, right: the factors L `(slots, n, n)` and R `(slots, m, m)`. A side without a factor has zeros
+        `(slots, 1, 1)`, because some checkpoint libraries cannot store arrays of size 0.
+      left_basis, right_basis: the eigenvectors of the factors, in columns.
+      left_values, right_values: the eigenvalues, `(slots, n)` and `(slots, m)`; None without `kl`.
     """
 
     inner: Any
@@ -124,49 +125,55 @@ def in_eigenbasis(
         R ← β R + (1 - β) gᴴ g                            (3)
         Q_L, Q_R ← one orthogonal iteration with L, R     (4)  at every k-th step
 
-    Adam in this basis is SOAP. The signs of eigenvectors have no effect, since `inner` works element by
-    element. The first moments of `inner` are stored in the parameter's basis and rotated when they are used,
-    so a new basis does not change them. Second moments are permuted together with the columns that (4)
-    sorts. The first step has no basis: its update is zero, and `inner` does not see its gradient. That
-    gradient gives the first basis, by eight orthogonal iterations from the parameter's own basis. There is
-    no `eigh`, which takes minutes to compile for TPUs.
+    L and R are the factors of a matrix, and the columns of Q_L and Q_R are their eigenvectors. Adam in this
+    basis is SOAP. The signs of the eigenvectors have no effect, because `inner` works element by element.
 
-    With `kl` the factors are those of KL-SOAP. Their eigenvalues λ are averaged in the basis:
+    First moments of `inner` are stored in the parameter's basis and rotated when they are used, so a new
+    basis does not change them. Second moments are stored in the eigenbasis. Where (4) reorders its columns,
+    the second moments are reordered too.
+
+    In the first step there is no basis yet. The update is zero, and `inner` does not see the gradient. That
+    gradient gives the first basis, by eight orthogonal iterations that start at the identity. `eigh` is not
+    used, because it takes minutes to compile for TPUs.
+
+    With `kl` the factors are those of KL-SOAP, and their eigenvalues λ are averaged too:
 
         L ← β L + (1 - β) / m · g R⁻¹ gᴴ                  (5)  in place of (2); R⁻¹ = Q_R λ_R⁻¹ Q_Rᴴ
         R ← β R + (1 - β) / n · gᴴ L⁻¹ g                  (6)  in place of (3)
         λ_L ← β λ_L + (1 - β) mean_j |p_ij|² / λ_R,j      (7)  p = Q_Lᴴ g Q_R; λ_R likewise
 
-    A program has one batched QR decomposition for each size of factor. Leaves that are not matrices are not
-    rotated; their first update is zero too. Factors are computed in float32 or wider, where squares of
-    gradients above 1e19 are infinite.
+    A compiled program has one batched QR decomposition for each size of factor. Leaves that are not matrices
+    are not rotated, and their first update is zero too. Factors are computed in float32 or wider. In float32
+    the square of a gradient above 1e19 is infinite.
 
     Args:
-      inner: any transformation that works element by element. It is given no parameters, so weight decay
-        comes after `in_eigenbasis` in the chain.
+      inner: any transformation that works element by element. It gets no parameters, so put weight decay
+        after `in_eigenbasis` in the chain.
       decay: β in [0, 1), a number, an array or a tracer.
       every: k, an integer of at least 1.
-      kl: (5)-(7) in place of (2) and (3); then nothing is sorted.
-      sort: whether (4) orders columns by diag(Qᴴ L Q) before it.
-      average: a transformation in front of `inner`, in the parameter's basis, such as momentum. The factors
-        are those of the gradient in front of it.
-      skip_first: whether the first update is zero; without, it is what `average` makes of the gradient.
-      spread: do (4) for a k-th of the factors of each size in every step, in turn, instead of for all in one.
-      max_dim: sides that are longer have no factor, and keep their own basis.
-      block_size: longer sides are divided into blocks of at most this size, each with factors of its own.
-      largest_inverse_root: of λ in (5)-(7); by default max(10, min(n, 4000)).
-      whole_first: whether the first gradient's factors have weight 1 instead of 1 - β.
-      dtype: of stored factors and bases; float32 or the parameter's own, whichever is wider. In bfloat16
-        bases are orthogonal to 2⁻⁸.
-      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
-      shardings: those of the leaves over a mesh, as that of `muon`.
+      kl: whether (5)-(7) replace (2) and (3). Columns are then not reordered.
+      sort: whether the columns of a basis are ordered by diag(Qᴴ L Q) before (4).
+      average: a transformation that is applied before `inner`, in the parameter's basis, such as momentum.
+        The factors are computed from the gradient itself.
+      skip_first: whether the first update is zero. If not, it is the output of `average`.
+      spread: whether every step updates 1/k of the bases of each size, in turn. By default every k-th step
+        updates all of them.
+      max_dim: the longest side (number of rows or columns) that has a factor. A longer side is not rotated.
+      block_size: the longest side that is not divided. Longer sides are divided into blocks of at most this
+        size, and each block has its own factors.
+      largest_inverse_root: the upper bound of 1/√λ in (5)-(7). The default is max(10, min(n, 4000)).
+      whole_first: whether the first gradient enters the factors with weight 1 instead of 1 - β.
+      dtype: the dtype of the stored factors and bases. The default is float32, or the parameter's dtype if
+        that is wider. In bfloat16 a basis is orthogonal up to 2⁻⁸.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its `axes` are used.
+      shardings: the shardings of the leaves over a mesh, as in `muon`.
 
-    The arrays of the state are stacks of matrices from several leaves. `optax.tree.map_params` therefore
-    cannot map over this state. The number of slots of a stack depends on the mesh at `init`.
+    Each array of the state holds the matrices of several leaves, so `optax.tree.map_params` cannot map over
+    this state. The length of these arrays depends on the mesh at `init`.
 
     Raises:
       ValueError: β outside [0, 1); `every`, `max_dim` or `block_size` below 1; at `init`, a spec that does
-        not fit its leaf, a leaf that no rule decides.
+        not fit its leaf, or a leaf that no rule decides.
 
     References:
       Vyas et al. 2024, "SOAP", arXiv:2409.11321, algorithm 3; (5)-(7): Lin et al. 2025, arXiv:2509.03378.

@@ -20,8 +20,9 @@ class FactoredState(NamedTuple):
     """The averages of rows and of columns.
 
     Args:
-      rows, columns: `(*batch, n)` and `(*batch, m)` of leaves that read as `(*batch, n, m)`, those of several
-        stacks one after the other; of a leaf that is not a matrix its average, and one 0.
+      rows, columns: `(*batch, n)` and `(*batch, m)` for a leaf that reads as `(*batch, n, m)`. If a leaf has
+        several stacks, theirs are concatenated. A leaf that is not a matrix has its average in `rows` and a
+        single 0 in `columns`.
     """
 
     rows: PyTree
@@ -39,23 +40,24 @@ def factored(
     *,
     geometric: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replace every matrix of squares by an average of rank one, from averages of its rows and columns.
+    """Replace every matrix of squares by a running average of rank one.
 
         r_i ← β r_i + (1 - β) mean_j g_ij        (1)
         c_j ← β c_j + (1 - β) mean_i g_ij        (2)
         u_ij = r_i c_j / mean r                  (3)
         u_ij = √(r_i c_j)                        (4)  with `geometric`
 
-    It takes the place of `ema` in a second moment: `chain(square(), factored(0.999), debias(0.999), root())`.
-    In an eigenbasis the root of (3) is that of Shampoo's factors to the power 1/2, and the root of (4) to the
-    power 1/4. Leaves that are no matrices have an ordinary average.
+    The state has one number for each row and column, instead of one for each element. In a second moment it
+    replaces `ema`: `chain(square(), factored(0.999), debias(0.999), root())`. Inside `in_eigenbasis`, a
+    division by the root of (3) is Shampoo with power 1/2, and a division by the root of (4) is Shampoo with
+    power 1/4. Leaves that are not matrices have an ordinary average.
 
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
-      axes: how leaves read as matrices, as that of `muon`. Inside `route_matrices` its axes count.
-      shardings: those of the leaves over a mesh, as that of `muon`.
-
-      geometric: the geometric mean of both averages, in place of the matrix of rank one that has them.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its `axes` are used.
+      shardings: the shardings of the leaves over a mesh, as in `muon`.
+      geometric: whether to return the geometric mean (4) instead of the matrix (3), whose rows and columns
+        have the averages r and c.
 
     Raises:
       ValueError: β outside [0, 1), when it is a concrete number; inside `compress_state`.

@@ -19,7 +19,7 @@ from optimorph._transforms.step import LearningRateState
 def hyperball(
     learning_rate: ScalarOrSchedule, axes: AxesRules | None = None, shardings: Rules | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Turn a direction of ascent into a step that keeps the norm of every matrix. It is the last of a chain.
+    """Turn a direction of ascent into a step that keeps the norm of every matrix; the end of a chain.
 
         x = w - η ‖w‖ u / ‖u‖          (1)
         w ← ‖w‖ x / ‖x‖                (2)
@@ -28,15 +28,15 @@ def hyperball(
     a small η is the angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf
     that is not a matrix has one norm. Over a mesh this takes all-reduces of five numbers for each matrix.
 
-    A matrix of zeros takes the step -η u, and keeps the norm that it then has. A matrix whose u is zero does
-    not change. A scalar parameter only keeps its absolute value, so it does not train. η should be far below
-    1: if ‖x‖ is nearly 0, rounding decides the norm. The norm of bfloat16 weights is kept on average, with
-    `apply_updates(key=)`.
+    A matrix of zeros takes the step -η u, and keeps its new norm from then on. A matrix whose u is zero does
+    not change. A scalar parameter can only keep its absolute value, so it does not train. η should be far
+    below 1: if ‖x‖ is nearly 0, rounding decides the norm. With `apply_updates(key=)` the norm of bfloat16
+    weights is kept on average.
 
     Args:
       learning_rate: η, at least 0, a number, an array, a tracer or a schedule. The last value is in the
         state.
-      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its axes count.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its `axes` are used.
       shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:

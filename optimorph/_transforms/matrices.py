@@ -52,7 +52,7 @@ def orthogonalize(
         `linalg.Exact()`, or your own. It sees all matrices of one shape and dtype, whatever their leaves, as
         one stack, and must treat each by itself.
       axes: how leaves read as matrices, as in `muon`; a leaf that is not a matrix passes through. Inside
-        `route_matrices` its axes and shardings count.
+        `route_matrices` its `axes` and `shardings` are used.
       shardings: the shardings of the leaves over a mesh, as in `muon`.
       comm_dtype: the dtype of the data in collectives, if narrower than the gradients'. bfloat16 halves the
         bytes; each number is rounded to 8 bits before the iteration and once more after it.

@@ -50,14 +50,15 @@ def mean(
     Args:
       over: the sides of matrices, "i" (inputs), "o" (outputs) or "io".
       inner: a transformation of the means, leaf by leaf. By default the means are returned.
-      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its axes count.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its `axes` are used.
       shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
-      where: (inputs, outputs) → whether a matrix has means; 0 in the place of the others. All of them without
-        one. A leaf of n numbers that is no matrix has n inputs and one output.
+      where: a function (inputs, outputs) → whether to compute the means of matrices of this size; the others
+        become 0. A leaf of n numbers that is not a matrix has n inputs and one output. By default all
+        matrices have means.
 
     Raises:
-      ValueError: another `over`; an `inner` that is no transform of leaves; at `init`, a spec that does not
-        fit its leaf; inside `compress_state`, which belongs around other transforms.
+      ValueError: another `over`; an `inner` that does not work leaf by leaf; at `init`, a spec that does not
+        fit its leaf; inside `compress_state`, which may only be put around other transforms of the chain.
 
     References:
       Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235; Li et al. 2025, "NorMuon", arXiv:2510.05491.
@@ -117,7 +118,7 @@ def keep_norm(
 
     Args:
       inner: any transformation.
-      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its axes count.
+      axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its `axes` are used.
       shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:

@@ -56,47 +56,48 @@ def multi_steps(
     """Take one step for the mean of k gradients. Between two steps the updates are zero.
 
         n ← n + 1,  W ← W + w,  ḡ ← ḡ + (w / W) (g - ḡ)    (1)
-        u, s ← inner(ḡ, s)  and  n, W, ḡ ← 0, 0, 0         (2)  if n ≥ k, or to flush, and W > 0
+        u, s ← inner(ḡ, s)  and  n, W, ḡ ← 0, 0, 0         (2)  if W > 0, and n ≥ k or `flush`
         u ← 0                                              (3)  otherwise
 
-    Two more arguments may be given to `update`:
+    The gradients since the last step are called the window. `update` takes two more arguments:
 
         updates, state = tx.update(gradients, state, params, weight=tokens, flush=last)
 
-    `weight` is w, a number of at least 0; the default is 1. If a loss is a mean over tokens and w is their
-    number, ḡ is the gradient of the mean over all tokens of the k microbatches. A gradient of weight 0 counts
-    in n but is not used. A traced weight that is negative or not finite leaves its gradient out. `flush` ends
-    the window at once, for the last microbatch of an epoch. If there are no more gradients, flush with any
-    gradient of weight 0. An empty window makes no step. Inside `jax.shard_map` give the mean gradient and the
-    sum of the weights of all devices.
+    `weight` is w, a number of at least 0. The default is 1. If the loss is a mean over tokens, pass the
+    number of tokens: ḡ is then the gradient of the mean over all tokens of the k microbatches. A gradient of
+    weight 0 adds 1 to n and is not used otherwise. If a traced weight is negative or not finite, its gradient
+    is left out. Inside `jax.shard_map`, pass the mean gradient and the sum of the weights of all devices.
+
+    `flush` takes the step at once, for the last microbatch of an epoch. If there is no further gradient, pass
+    any gradient with weight 0. A window without a gradient takes no step.
 
     Without these arguments the updates are those of `optax.MultiSteps`, with these differences:
 
-    - `inner` is computed only where a step is due. It sees the mean in float32 or wider.
-    - With k = 1 it is `inner` itself, without a buffer.
-    - A gradient with a NaN or an infinity is left out, and the step waits for another gradient. With k = 1
-      such a gradient reaches `inner`. `skip_nonfinite` around `multi_steps` works for every k and counts the
-      gradients that are left out. Inside `jax.shard_map` a gradient is left out on all devices if it is on
-      one.
-    - Extra arguments of the gradients between two steps are given to the method `observe(sound, **extra)` of
-      a state inside, if it has one: `clip_attention_logits` keeps the largest logits this way.
+    - `inner` runs only when a step is taken. It gets the mean in float32 or wider.
+    - With k = 1 the transformation is `inner` itself, without a buffer.
+    - A gradient with a NaN or an infinity is left out, and the window waits for another gradient. With k = 1
+      such a gradient reaches `inner`. `skip_nonfinite` around `multi_steps` works for every k, and counts the
+      gradients that are left out. Inside `jax.shard_map`, if one device leaves out a gradient, all do.
+    - A state inside may have a method `observe(sound, **extra)`. It gets the extra arguments of the gradients
+      between two steps. `clip_attention_logits` keeps the largest logits this way.
 
-    A gradient of None counts as zeros, so some of the k gradients may lack a leaf that others have. If the
-    mean of a leaf is exactly zero and its last gradient was None, its update is zero, whatever `inner`
-    returns, such as weight decay. Leaves that are None in the parameters, or integers, stay None.
+    A leaf whose gradient is None has a gradient of zeros, so some of the k gradients may lack a leaf. If the
+    mean of a leaf is exactly zero and its last gradient was None, its update is zero, even if `inner` returns
+    another update, such as weight decay. Leaves that are None in the parameters, or integers, stay None.
 
     Args:
       inner: any transformation.
-      every_k: k, an integer of at least 1, or a function of the number of steps taken to one.
-      maximum: which leaves give `inner` the elementwise largest of their gradients instead of the mean; it
-        takes what the mask of `add_decayed_weights` takes. The largest magnitudes by which FP8 is scaled are
-        such
-        leaves: `{"*amax*": True, "*": False}`. Of their weights only matters whether they are 0.
+      every_k: k, an integer of at least 1, or a function from the number of steps taken to such an integer.
+      maximum: the leaves for which `inner` gets the elementwise maximum of the gradients instead of the mean,
+        as a mask of `add_decayed_weights`. The magnitudes that scale FP8 numbers are such leaves:
+        `{"*amax*": True, "*": False}`. A gradient of weight 0 is left out of the maximum; other weights have
+        no effect on it.
       accumulator_dtype: the dtype of the stored mean. The default is float32, or the parameter's dtype if
         that is wider. In bfloat16 the mean takes half the bytes, and changes below 1/512 of it are lost.
 
     Raises:
-      ValueError: `every_k` below 1, or no integer; at `update`, a weight that is negative or no number.
+      ValueError: `every_k` that is not an integer of at least 1; at `update`, a weight that is negative or
+        not a number.
 
     Equals:
       optax.MultiSteps(inner, every_k)
@@ -181,7 +182,7 @@ def multi_steps(
 
 
 def _observed(state: Any, sound: jax.Array, extra: dict[str, Any]) -> Any:
-    """The inner state, in which states that want to know of gradients between steps do."""
+    """The inner state, after every state in it that has a method `observe` has seen the extra arguments."""
 
     def observes(node: Any) -> bool:
         return hasattr(node, "observe")
@@ -204,7 +205,7 @@ def _all_finite(tree: PyTree) -> jax.Array:
 
 
 def _on_all_devices(so: jax.Array) -> jax.Array:
-    """Whether it is so everywhere: in one device's own program, of all of them."""
+    """Whether it is so on all devices. This differs from `so` only inside `jax.shard_map`."""
     axes = tuple(manual_axes())
     return jax.lax.pmin(so.astype(jnp.int32), axes) == 1 if axes else so
 
