@@ -11,9 +11,9 @@ Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `ad
 `soap_muon`.
 
 Routing: `plan` shows what an optimizer does with every leaf, and what every device of a mesh computes and
-sends, by the numbers of its `Hardware`. `route_matrices` gives matrices to one transform and other leaves to
-another. `partition` and `labels` route leaves by path and shape, and `roles`, `not_roles` and `role_of` by
-their roles.
+sends. `Hardware` describes devices whose speed the library does not know. `route_matrices` gives matrices to
+one transform and other leaves to another. `partition` and `labels` route leaves by path and shape, and
+`roles`, `not_roles` and `role_of` by their role, such as "embedding" or "bias".
 
 Weights: `qk_clip` keeps attention logits below a threshold. `apply_updates` can round bfloat16 weights
 stochastically. `split_weights` and `join_weights` store float32 weights as bfloat16 and one or two bytes.
@@ -28,9 +28,9 @@ Leaves of integers, booleans and random keys are not trained. Their gradient is 
 `jax.grad(allow_int=True)` returns. Their update is None, and their state does not change.
 
 Modules: `linalg` (polar factors, norms), `codecs` (numbers in fewer bytes), `rules` (transforms of your
-own), `layouts` (how parameters of known frameworks read as matrices), `schedules`, `theory`, `curvature`,
-and `probes` (what an optimizer does to every leaf). `race` trains your own model with several optimizers
-(`pip install 'optimorph[race]'`).
+own), `layouts` (rules for parameters of known frameworks), `schedules`, `theory` (learning rates for
+quadratic losses), `curvature` (eigenvalues of a Hessian), and `probes` (norms and ranks of every leaf, for a
+logger). `race` trains your own model with several optimizers (`pip install 'optimorph[race]'`).
 """
 
 from importlib import import_module

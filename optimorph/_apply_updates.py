@@ -20,8 +20,8 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
 
     The sum is computed in float32 or wider, and the parameters keep their dtype. Without a key every weight
     becomes the nearest number of its dtype, as with `optax.apply_updates`. A bfloat16 weight then never
-    changes if each update is below 1/512 of it. With a key the rounding of bfloat16 weights is right on
-    average, E[round(x)] = x, so that small updates add up. Other dtypes are always rounded to the nearest.
+    changes if each update is below 1/512 of it. With a key, bfloat16 weights are rounded without a bias,
+    E[round(x)] = x, so small updates add up. Other dtypes are always rounded to the nearest.
 
     The noise depends on the key and on the path of the leaf, not on the order of the leaves or the mesh. Use
     a new key for every step, such as `jax.random.fold_in(key, step)`.
@@ -33,8 +33,8 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
       key: a key of `jax.random`.
 
     Raises:
-      ValueError: updates that are not those of the parameters, by path, or real ones of integers; what is
-        no key.
+      ValueError: updates whose paths are not those of the parameters; real updates of integers; a `key` that
+        is not a key of `jax.random`.
 
     Equals:
       optax.apply_updates(params, updates)

@@ -42,16 +42,17 @@ class PlanRow:
       path: the leaf's keys, joined by slashes.
       shape: the leaf's shape.
       dtype: the leaf's dtype.
-      role: what the default rules take the leaf for, or the user's rule that decides.
+      role: the kind of leaf that the default rules found, such as "embedding", or the user's rule that
+        decides.
       spec: how the leaf reads as matrices; None if it is not a matrix.
       matrices: (number of matrices, inputs, outputs), for each size of matrix in the leaf.
-      transform: the transformation that updates the leaf: "muon", "adamw" or "others"; "optimizer" if the
-        optimizer does not route; "none" for integers; "?" if the leaf is unresolved.
-      scales: the factor of the update for each size in `matrices`, which depends on the shape; empty if
-        it is not known, as for a chain of your own.
+      transform: the transformation that updates the leaf: "muon", "adamw" or "others"; "optimizer" if all
+        leaves have the same; "none" for integers; "?" if the leaf is unresolved.
+      scales: the factor from `scale_by_shape` for each size in `matrices`; empty if it is not known, as for a
+        chain of your own.
       state_bytes: the bytes of the leaf's optimizer state, without counts and other scalars.
       unresolved: why the optimizer would refuse the leaf, and what to type; None if it is resolved.
-      answers: what to type for an unresolved leaf, as values of `axes`, the likeliest first.
+      answers: possible values of `axes` for an unresolved leaf, the likeliest first.
     """
 
     path: str
@@ -77,9 +78,10 @@ class Plan:
     """What an optimizer does with every leaf; `print` shows it as a table.
 
     Args:
-      rows: one for each leaf, in the tree's order.
-      unused: rules that no leaf matches.
-      learning_rates: transformation → its learning rate at the first step, of an optimizer that routes.
+      rows: one row for each leaf, in the order of the tree.
+      unused: the rules that no leaf matches.
+      learning_rates: transformation → its learning rate at the first step, if different leaves have different
+        transformations.
       over_mesh: how matrices are divided over a mesh, if one was given.
     """
 
@@ -130,15 +132,16 @@ def plan(
     Args:
       params: a tree of arrays or of `jax.ShapeDtypeStruct`. Nothing is computed.
       optimizer: any transformation. The default is `muon` with `arguments`.
-      mesh: if given, the plan of an optimizer of matrices also has what each device of this mesh computes and
-        sends. Leaves have the optimizer's `shardings`, or else their own. Leaves without one are replicated.
+      mesh: if given, the plan of an optimizer of matrices also says what each device of this mesh computes
+        and sends. The shardings are those of the optimizer's `shardings`, or else those of the leaves. A leaf
+        without a sharding is replicated.
       arguments: arguments of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`,
         and with a mesh on `shardings` and `divide`.
 
     Raises:
       ValueError: shardings that do not fit the mesh, a spec in place of rules for `axes`, a leaf that is not
-        an array, or `arguments` together with an optimizer. An ambiguous leaf or a spec that does not fit is
-        no error: the row is `unresolved`.
+        an array, or `arguments` together with an optimizer. An ambiguous leaf or a spec that does not fit
+        raises no error; its row is `unresolved`.
     """
     if optimizer is not None and arguments:
         raise ValueError(

@@ -10,20 +10,21 @@ from optimorph._core.types import PyTree
 
 
 def register_for_export(state: PyTree) -> None:
-    """Name the types in a state, so that `jax.export` can save and read programs that take it.
+    """Register the types in a state, so that `jax.export` can save and load programs that take this state.
 
         register_for_export(jax.eval_shape(tx.init, params))
         saved = jax.export.export(jax.jit(tx.update))(gradients, state, params).serialize()
 
-    JAX saves a program together with the trees that it takes and returns, and asks for a name of each named
-    tuple in them. The program that reads `saved` calls this too, before `jax.export.deserialize`. Types that
-    have a name keep it, so that it may be called more than once.
+    JAX saves a program together with the trees that it takes and returns. It needs a registered name for each
+    named tuple in these trees. The process that loads `saved` must call this function too, before
+    `jax.export.deserialize`. It may be called more than once, because registered types keep their names.
+    JAX needs the package `flatbuffers` to save and load programs: `pip install flatbuffers`.
 
     Args:
-      state: of any optimizer of this library or of optax, or its shapes.
+      state: a state of any optimizer of this library or of optax, or its shapes.
 
     Raises:
-      ValueError: two types of one package that have the same name.
+      ValueError: two types in one package have the same name.
     """
     for kind in {*_types(jax.tree.structure(state))}:
         name = f"{kind.__module__.split('.')[0]}.{kind.__qualname__}"

@@ -36,14 +36,14 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
         weights, residuals = split_weights(apply_updates(params, updates), 8, key)
 
     Under `jax.jit` the parameters are joined, updated and split leaf by leaf. If weights and residuals are
-    donated, the new ones take their place. Make the state from the float32 parameters, and give `update` the
-    joined parameters, so that weight decay acts on them and not on θ'. Gradients of θ' are bfloat16, which
-    loses 2⁻⁹ of an update. Cast the gradients to float32 to avoid that.
+    donated, the new ones reuse their buffers. Make the state from the float32 parameters, and pass the joined
+    parameters to `update`, so that weight decay acts on them and not on θ'. Gradients with respect to θ' are
+    bfloat16. If they are not cast to float32, an update has a relative error of 2⁻⁹.
 
-    With 16 bits the parameters are those of float32, bit by bit. With 8 bits and without a key, updates below
+    With 16 bits the parameters are restored bit by bit. With 8 bits and without a key, updates below
     1/130,000 of a weight are lost (in bfloat16 alone, those below 1/512). With a key small updates add up. By
     (3) an update of 0 changes nothing. Infinities stay infinite and NaN stays NaN. `codecs.Split8` describes
-    the ends of the range, where 8 bits are less accurate than (2).
+    very small and very large numbers, for which 8 bits are less accurate than (2).
 
     The noise depends on the key and on the path of the leaf, as in `apply_updates`. Use a new key for every
     step, such as `jax.random.fold_in(key, step)`.
@@ -51,16 +51,17 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
     Args:
       params: the parameters. Leaves of other dtypes are not split; their residual is None.
       bits: the size of a residual, 8 or 16.
-      key: a key of `jax.random`. With 16 bits nothing is random.
+      key: a key of `jax.random`. With 16 bits it is not used.
 
     Returns:
-      Weights and residuals: two trees like the parameters, leaves of the same shape and sharding.
+      Weights and residuals, two trees like the parameters, with the same shapes and shardings.
 
     Raises:
-      ValueError: other bits, a leaf that is no array, or what is no key.
+      ValueError: other bits, a leaf that is not an array, or a `key` that is not a key of `jax.random`.
 
     References:
-      FlashOptim 2026, arXiv:2602.23349, weight splitting; `codecs.Split8` and `codecs.Split16` are the forms.
+      FlashOptim 2026, arXiv:2602.23349, weight splitting. `codecs.Split8` and `codecs.Split16` have the
+      equations.
     """
     if bits not in (8, 16):
         raise ValueError(f"split_weights: bits must be 8 or 16, but is {bits!r}. Type bits=8.")
@@ -91,7 +92,7 @@ def join_weights(weights: PyTree, residuals: PyTree) -> PyTree:
       residuals: the residuals of the same call.
 
     Raises:
-      ValueError: residuals that are not those of the weights, by path.
+      ValueError: residuals whose paths are not those of the weights.
     """
 
     def join(c, w):

@@ -17,7 +17,7 @@ from optimorph.linalg._newton_schulz import safe_denominator
 
 
 class Extremes(NamedTuple):
-    """The ends of a Hessian's spectrum, and how far an eigenvalue can be from each of them."""
+    """The largest and the smallest eigenvalue of a Hessian as estimated, and a bound for each error."""
 
     largest: jax.Array
     smallest: jax.Array
@@ -26,7 +26,7 @@ class Extremes(NamedTuple):
 
     @property
     def condition(self) -> jax.Array:
-        """The largest over the smallest; infinity if the Hessian is not positive definite."""
+        """The condition number, largest / smallest; infinity if the Hessian is not positive definite."""
         positive = self.smallest > 0
         return jnp.where(positive, self.largest / jnp.where(positive, self.smallest, 1), jnp.inf)
 
@@ -40,18 +40,20 @@ def extremes(
         T y = θ y,  T = tridiag(β, α, β)                                  (2)
         |λ - θ| ≤ βₛ |yₛ| for an eigenvalue λ                             (3)  s = steps
 
-    The largest and the smallest θ are returned, each with (3) for its error. They lie inside the spectrum, so
-    the true ends can only be further out; a large error says that the steps were too few. Ends that stand
-    apart settle first; the smallest eigenvalue of a condition number R takes a few √R. Fewer steps are taken
-    where there are fewer parameters or the v run out, and then all is known: v₁ is random. Beyond (3) there
-    is rounding, some 1e-6 of the largest in size in float32: conditions above 1e5 ask for float64.
+    The largest and the smallest θ are returned, and (3) as the error of each. Both θ are inside the spectrum,
+    so the true largest eigenvalue can only be larger, and the true smallest one only smaller. A large error
+    means that more steps are needed. An extreme eigenvalue that is far from all others converges first. With
+    a condition number R the smallest eigenvalue takes a few times √R steps. v₁ is random. The iteration ends
+    early if it has found the whole space, as with few parameters; the eigenvalues are then exact. In float32
+    the rounding error is about 1e-6 of the largest eigenvalue, so use float64 for condition numbers above
+    1e5.
 
     Every v is made orthogonal to all previous ones, so `steps` copies of the parameters are kept, in float32
     or wider. The loss is called with parameters of that dtype too. The program is compiled once for each loss
     and set of shapes. So pass the same function again instead of a new lambda, and pass data through `args`.
 
-    `theory` makes a learning rate from them. Add the error to the largest eigenvalue, because steps diverge
-    if it is underestimated:
+    `theory` computes a learning rate from both eigenvalues. Add the error to the largest eigenvalue, because
+    training diverges if it is underestimated:
 
         found = curvature.extremes(loss, params, batch)
         best = theory.polyak(float(found.largest + found.largest_error), float(found.smallest))
@@ -62,13 +64,14 @@ def extremes(
 
     Args:
       loss: a function of params and args, `loss(params, *args)`, to one real number, twice differentiable.
-      params: any tree of real arrays; None is left out.
+      params: any tree of real arrays. Leaves that are None are left out.
       args: trees of arrays.
-      steps: products with the Hessian, at least 1.
-      key: of v₁; `jax.random.key(0)` if it is left out.
+      steps: the number of products with the Hessian, at least 1.
+      key: the key of the random v₁. The default is `jax.random.key(0)`.
 
     Raises:
-      ValueError: a leaf that is no real floating array, a tree without any, fewer than one step.
+      ValueError: a leaf that is not a real floating-point array, a tree without leaves, or fewer than one
+        step.
 
     References:
       Lanczos 1950, "An iteration method for the solution of the eigenvalue problem of linear differential

@@ -1,4 +1,4 @@
-"""How the parameters of a framework or a port read as matrices, as rules for `axes`.
+"""Rules for the argument `axes`: how the parameters of a framework or a ported model read as matrices.
 
     optimorph.muon(0.02, axes=optimorph.layouts.maxtext(scan_axis=1))
     optimorph.muon(0.02, axes={"my_head/*": None} | optimorph.layouts.hf_flax_gpt2())
@@ -69,7 +69,7 @@ def t5x(scan_axis: int | None = 1) -> Patterns:
 
 
 def hf_flax_gpt2() -> Patterns:
-    """Rules for GPT-2 of Hugging Face's Flax, whose kernels have outputs first, unlike its other models."""
+    """Rules for the Flax GPT-2 of Hugging Face, whose kernels are (outputs, inputs), unlike other models'."""
     return {
         "*crossattention/c_attn/kernel": "(2o)i",
         "*attn/c_attn/kernel": "(3o)i",
@@ -83,7 +83,7 @@ def gpt_neox(heads: int) -> Patterns:
     """Rules for GPT-NeoX and BLOOM, which order query, key and value head by head.
 
     Args:
-      heads: their number. The queries of all heads are one matrix, as are keys and values.
+      heads: the number of heads. The queries of all heads are one matrix, and so are the keys and the values.
     """
     if not is_integer(heads, 1):
         raise ValueError(f"gpt_neox: heads must be an integer above 0, but is {heads!r}. Type heads=12.")
@@ -94,7 +94,7 @@ def gpt_neox(heads: int) -> Patterns:
 
 
 def torch() -> Callable[[str, Shape], Any]:
-    """A rule for PyTorch's order: all matrices of the default rules have outputs before inputs."""
+    """A rule for PyTorch's order: every matrix that the default rules find is (outputs, inputs)."""
 
     def rule(path: str, shape: Shape) -> Any:
         _, spec = by_name(re.sub(r"(^|[./])(kernel|w)$", r"\1weight", path), shape)
@@ -107,18 +107,18 @@ def torch() -> Callable[[str, Shape], Any]:
 
 
 def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
-    """Attention's matrices head by head, where the parameters have an axis of heads.
+    """Make each head of attention a matrix of its own, if the parameters have an axis of heads.
 
         muon(0.02, axes=per_head(params))
         muon(0.02, axes=per_head(params, {"*/wq": "ioo", "*/wo": "iio"}))
 
-    The outputs of latent attention's `kv_b` (rank, heads, size) are a key and a value of each head: they are
-    two matrices where the output projection (heads, size of a value, width) tells the sizes. Heads that lie
-    in one axis with their sizes are blocks: type `i(12o)`.
+    In latent attention each head of `kv_b` (rank, heads, size) holds a key and a value. They become two
+    matrices if their sizes follow from the output projection (heads, size of a value, width). If heads and
+    their sizes share one axis, type the spec with blocks, such as `i(12o)`, instead of `per_head`.
 
     Args:
-      params: arrays or their shapes.
-      axes: rules as those of `muon`, which are kept; the default rules decide all other leaves.
+      params: the parameters or their shapes.
+      axes: rules as in `muon`, which are kept except for the heads. The default rules decide other leaves.
     """
     pairs = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
     known = {path: np.shape(x) for path, x in pairs if is_trainable(x)}

@@ -1,11 +1,11 @@
-"""What an optimizer is doing: numbers about every leaf, kept in the state and read from there.
+"""Measure what an optimizer does to every leaf. The numbers are kept in the state and read from it.
 
-    tx = probe(muon(0.02))                                            # cheap ones, every 25th step
-    tx = probe(tx, metrics=("update_stable_rank",), every=100)        # and of the spectra, now and then
+    tx = probe(muon(0.02))                                            # cheap metrics, every 25th step
+    tx = probe(tx, metrics=("update_stable_rank",), every=100)        # a spectral metric, less often
     ...
     logger.log(read(state), step)
 
-A flat dictionary of numbers is what loggers take.
+`read` returns a flat dictionary of numbers, which most loggers take.
 """
 
 import functools
@@ -43,14 +43,14 @@ class Leaf(NamedTuple):
 
 
 class ProbeState(NamedTuple):
-    """The inner state, how many updates there have been, and the latest numbers.
+    """The inner state, the number of updates, and the latest values of all metrics.
 
     Args:
-      inner: as the inner transformation has it.
-      count: int32.
-      values: float32 `(n,)`, one for each name; 0 until it is measured.
-      measured: bool `(n,)`; False until the first measurement, and where the gradient was missing.
-      names: `path/metric` of all values, UTF-8 bytes with a line feed between names, uint8.
+      inner: the state of the inner transformation.
+      count: the number of updates, int32.
+      values: one value for each name, float32 `(n,)`; 0 before the first measurement.
+      measured: whether each value was measured, bool `(n,)`. It is False if the gradient was missing.
+      names: the names `path/metric` of all values, as UTF-8 bytes with a line feed between two names, uint8.
     """
 
     inner: Any
@@ -108,7 +108,7 @@ def probe(
     axes: AxesRules | None = None,
     exact: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Measure every leaf at every kth step. The updates do not change.
+    """Measure every leaf in every k-th step. The updates do not change.
 
     The numbers are one array in the state, and `read` returns them as a dictionary. Between two measurements
     nothing is computed. Probes may be nested, each with its own metrics and period. Put a probe inside
@@ -123,21 +123,21 @@ def probe(
     "rms_to_rms_norm", "stable_rank", "effective_rank", "top_energy", "orthogonality_error". They are
     functions of `linalg`. For a leaf with several matrices the mean is taken.
 
-    Numbers below 1e-19 or above 1e19 are not measured correctly, because their squares are outside of
-    float32. If all weights of a leaf are zero, "update_to_weight" is infinite. Integers are left out. A leaf
-    without a gradient has NaN.
+    Numbers below 1e-19 or above 1e19 are not measured correctly, because their squares are out of the range
+    of float32. If all weights of a leaf are zero, "update_to_weight" is infinite. Integer leaves are left
+    out. The metrics of a leaf without a gradient are NaN.
 
     Args:
       inner: any transformation, of this library or of optax.
       metrics: names of metrics. The default is all metrics of any leaf.
       every: k, an integer of at least 1. The first step is measured.
       axes: how leaves read as matrices, as in `muon`.
-      exact: whether to decompose matrices even for metrics that powers of the Gram matrix can give. Those
-        norms are at most 0.4 % too small.
+      exact: whether to compute spectral and RMS to RMS norms by a singular value decomposition. By default
+        they come from powers of the Gram matrix, and are at most 0.4 % too small.
 
     Raises:
-      ValueError: an unknown metric, `every` below 1; at `init`, leaves that no rule decides, if matrices are
-        asked for, and two of one path; at `update`, params missing, if weights are asked for.
+      ValueError: an unknown metric, or `every` below 1; at `init`, two leaves with the same path, or with
+        metrics of matrices a leaf that no rule decides; at `update`, with metrics of weights, params missing.
     """
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     check_transforms("probe", inner)
@@ -210,12 +210,12 @@ def probe(
 
 
 def read(state: PyTree) -> dict[str, Any]:
-    """The readings of a state as a flat dictionary, for any logger.
+    """Return the values that a state reports as a flat dictionary, for any logger.
 
     The keys are `path/metric` for every probe, `learning_rate` and `weight_decay`, `clip_norm` and
     `clip_factor`, `skipped` and `consecutive_skips`, and the names of injected hyperparameters. In a
     partition the name of the part comes first, as in `matrix/learning_rate`. The values are Python numbers.
-    If the state has further axes, as under `jax.vmap`, they are NumPy arrays.
+    If the state has further axes, as after `jax.vmap`, they are NumPy arrays.
     """
     found: dict[str, Any] = {}
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_speaks):

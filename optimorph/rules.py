@@ -15,9 +15,9 @@
 
         return transform("sign_of_average", Rule(roles_of(SignState), update, init=init))
 
-`transform` adds what all transforms share: trees, missing and masked leaves, upcasts and downcasts, and
-errors that name the leaf. `optimorph.chain` merges neighbouring rules. The roles of a state say how it is
-stored in 8 bits, what probes read, and how `carry_state` converts it.
+`transform` adds everything that all transforms share: trees, missing and masked leaves, dtypes, and errors
+that name the leaf. `optimorph.chain` merges neighbouring rules. The roles say what the fields of a state
+hold. `compress_state`, probes and `carry_state` use them.
 """
 
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, common, full_like, increment

@@ -11,7 +11,7 @@ from optimorph._core.types import Numeric, Schedule
 
 @checked
 def robbins_monro(initial_value: Numeric, exponent: Numeric = 1.0, offset: Numeric = 1.0) -> Schedule:
-    """Steps that sum to infinity, so that any distance can be covered, while their squares do not.
+    """Step sizes with an infinite sum, so that any distance can be covered, and a finite sum of squares.
 
         a(t) = a₀ / (1 + t / c)^p        (1)
         Σ a(t) = ∞,  Σ a(t)² < ∞         (2)  for 1/2 < p ≤ 1
@@ -21,7 +21,7 @@ def robbins_monro(initial_value: Numeric, exponent: Numeric = 1.0, offset: Numer
     Args:
       initial_value: a₀ above 0, the first step.
       exponent: p in (1/2, 1].
-      offset: c above 0, in steps: how long the first step lasts before the decay sets in.
+      offset: c above 0, the number of steps after which the step size is a₀ / 2^p.
 
     Raises:
       ValueError: an argument outside its range, when it is a concrete number.
@@ -39,16 +39,16 @@ def robbins_monro(initial_value: Numeric, exponent: Numeric = 1.0, offset: Numer
 
 @checked
 def linear_warmup(final_value: Numeric, steps: int) -> Schedule:
-    """A number that grows linearly to its final value; the first step has a T-th of it.
+    """A number that grows linearly to its final value. In the first step it is 1/T of the final value.
 
         a(t) = min(1, (t + 1) / T) a        (1)
 
     Args:
       final_value: a.
-      steps: T, an integer of at least 1: step T is the first with the whole of it.
+      steps: T, an integer of at least 1. Step T is the first with the final value.
 
     Raises:
-      ValueError: `steps` below 1, or no integer.
+      ValueError: `steps` that is not an integer of at least 1.
 
     References:
       Pagliardini et al. 2024, "The AdEMAMix optimizer", arXiv:2409.03137, section 3 (of α).
@@ -64,7 +64,7 @@ def linear_warmup(final_value: Numeric, steps: int) -> Schedule:
 
 @checked
 def decay_warmup(b1: Numeric, b3: Numeric, steps: int) -> Schedule:
-    """The decay of an average from β₁ to β₃, with a half-life that grows linearly.
+    """A decay that grows from β₁ to β₃ such that the half-life of the average grows linearly.
 
         f(β) = ln ½ / ln(β + 10⁻⁸) - 1                 (1)
         s = (t + 1) / T                                (2)

@@ -1,7 +1,7 @@
 """Step sizes and momenta from the theory of quadratic losses, and how fast they converge.
 
-A quadratic's Hessian has its eigenvalues in [μ, L]; R = L/μ is its condition number. After k steps the error
-is about ρᵏ times the first: 1 / ln(1/ρ) steps for every factor e.
+The eigenvalues of the Hessian are in [μ, L], and R = L/μ is its condition number. After k steps the error is
+about ρᵏ times the first error, so it takes 1 / ln(1/ρ) steps to divide the error by e.
 """
 
 import math
@@ -11,7 +11,7 @@ from optimorph._core.checks import check_numbers
 
 
 class Tuning(NamedTuple):
-    """Arguments for `sgd` and the factor by which each step shrinks the error in the long run."""
+    """Arguments for `sgd`, and the factor by which each step multiplies the error in the long run."""
 
     learning_rate: float
     momentum: float
@@ -19,12 +19,12 @@ class Tuning(NamedTuple):
 
     @property
     def steps_per_e(self) -> float:
-        """Steps that divide the error by e."""
+        """The number of steps that divide the error by e."""
         return -1 / math.log(self.contraction) if self.contraction > 0 else 0.0
 
 
 def gradient_descent(smoothness: float, strong_convexity: float) -> Tuning:
-    """The best constant step without momentum: about R/2 steps for every factor e.
+    """The best constant learning rate without momentum. About R/2 steps divide the error by e.
 
         η = 2 / (L + μ),  ρ = (R - 1) / (R + 1)        (1)
 
@@ -43,7 +43,7 @@ def gradient_descent(smoothness: float, strong_convexity: float) -> Tuning:
 
 
 def polyak(smoothness: float, strong_convexity: float) -> Tuning:
-    """The best heavy ball, `sgd(learning_rate, momentum)`: about √R/2 steps for every factor e.
+    """The best learning rate and momentum of the heavy ball, `sgd`. About √R/2 steps divide the error by e.
 
         η = 4 / (√L + √μ)²,  ρ = (√R - 1) / (√R + 1),  β = ρ²        (1)
 
@@ -64,11 +64,11 @@ def polyak(smoothness: float, strong_convexity: float) -> Tuning:
 
 
 def nesterov(smoothness: float, strong_convexity: float) -> Tuning:
-    """Nesterov's constants, `sgd(learning_rate, momentum, nesterov=True)`: about √R steps for every factor e.
+    """Nesterov's constants for `sgd(nesterov=True)`. About √R steps divide the error by e.
 
         η = 1 / L,  β = (√R - 1) / (√R + 1),  ρ = 1 - 1/√R        (1)
 
-    ρ is exact for quadratics; for every smooth, strongly convex function the proof gives √ρ.
+    ρ is exact for quadratics. For other smooth, strongly convex functions √ρ is proved.
 
     Args:
       smoothness: L above 0, the largest eigenvalue.

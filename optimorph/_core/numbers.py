@@ -63,7 +63,7 @@ def cast_like(x: jax.Array, like: Any) -> jax.Array:
 
 
 def as_scalar(value: Numeric, like: jax.Array) -> Any:
-    """A hyperparameter ready to meet `like`, which is float32 or wider: never rounded to less.
+    """A hyperparameter that can be combined with the array `like` without a loss of precision.
 
     Raises:
       NotScalarError: an array, as a schedule may return.
@@ -76,17 +76,17 @@ def as_scalar(value: Numeric, like: jax.Array) -> Any:
 
 
 def increment(count: Any) -> jax.Array:
-    """The count of one more step; it stays at the largest integer."""
+    """The count plus one. At the largest integer it stays there instead of overflowing."""
     return jnp.asarray(optax.safe_increment(count))
 
 
 def as_schedule(value: ScalarOrSchedule) -> Schedule:
-    """A function of the count, also for a constant.
+    """A number or schedule as a schedule: a function of the step count.
 
-    In x64 mode the count is passed as int64, because quotients of int32 are float32.
+    In x64 mode the function gets the count as int64, because quotients of int32 are float32.
 
     Raises:
-      NotScalarError: when called, if `value` returns an array, or no number.
+      NotScalarError: when the schedule is called, if it returns an array or something that is not a number.
     """
     if not callable(value):
         return lambda count: value
@@ -101,7 +101,7 @@ def as_schedule(value: ScalarOrSchedule) -> Schedule:
 
 
 def as_float32(value: Numeric) -> jax.Array:
-    """A number as a float32 array, as states keep it for `probes.read`."""
+    """A number as a float32 array, the form in which states keep it for `probes.read`."""
     return jnp.array(value, jnp.float32, copy=True)
 
 
@@ -168,7 +168,7 @@ def restored(x: Any) -> Any:
 
 
 def full_like(w: Any, value: Numeric = 0.0, dtype: DTypeLike | None = None) -> jax.Array:
-    """A moment of the parameter `w`, with its shape and sharding, in `dtype` or else in float32 or wider."""
+    """A new moment for the parameter `w`, with its shape and sharding. By default it is float32 or wider."""
     return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
 
 

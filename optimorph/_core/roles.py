@@ -21,12 +21,12 @@ class Role:
     """What a field of a state holds.
 
     Args:
-      name: the name of the field in messages.
-      moment: "first", "second" or "slow" (a first moment of so many steps that one of them is lost in fewer
-        bytes) if the field holds a tree of moments shaped like the parameters; "" if not.
-      tree: whether the field holds a tree with arrays for each parameter; if not, it holds scalars.
+      name: the name of the field in error messages.
+      moment: the kind of moment that the field holds: "first", "second" or "slow"; "" if it holds none. A
+        slow moment is an average over so many steps that one step is lost in fewer than 32 bits.
+      tree: whether the field holds an array for each parameter. If not, it holds a scalar.
       shaped: whether these arrays have the shapes of the parameters.
-      reading: the name under which `probes.read` shows the scalar; "" if it does not.
+      reading: the name under which `probes.read` returns the scalar; "" if it does not return it.
     """
 
     name: str
@@ -45,20 +45,20 @@ TOTAL = Role("sum of squares", SECOND, tree=True)
 
 
 def holds(**fields: Any) -> Mapping[str, Any]:
-    """A role for each field of a state: the value of its attribute `roles`."""
+    """The value of a state's attribute `roles`: a role for each field."""
     return MappingProxyType(fields)
 
 
 def scalar(name: str, reading: str = "") -> Role:
-    """The role of a count, a seed or a reading."""
+    """The role of a scalar, such as a count or a seed."""
     return Role(name, reading=reading)
 
 
 def roles_of(state: Any) -> Any:
-    """A state of this type with a role in the place of every field.
+    """The state of this type in which every field is its own role; the argument `state` of a `Rule`.
 
     Raises:
-      ValueError: fields and roles of a state that differ, or an unknown kind of moment.
+      ValueError: a field without a role, a role without a field, or an unknown kind of moment.
     """
     roles = getattr(state, "roles", {})
     if {*roles} != {*state._fields}:

@@ -44,12 +44,17 @@ def handed_down(**facts: Any) -> Iterator[None]:
 
 
 def handed(name: str) -> Any:
-    """What a transformation around this one knows of the leaves; None if there is none."""
+    """A fact about the leaves that a transformation around this one provides; None if none provides it.
+
+    Args:
+      name: "matrix_axes", the `linalg.Axes` of each leaf (None for a leaf that is not a matrix), or
+        "shardings".
+    """
     return _HANDED.get().get(name)
 
 
 class Leaves:
-    """What a rule knows about all leaves at once."""
+    """What a rule knows about all leaves at once: their `values`, `paths` and `tree`."""
 
     def __init__(self, structure: Any, values: Sequence[Any]):
         """Of parameters, or without them of gradients."""
@@ -73,7 +78,7 @@ class Leaf(NamedTuple):
       weight: the parameter, in its own dtype; None if `update` was called without parameters.
       index: the position of the leaf in the tree.
       leaves: all leaves.
-      part: whether the arrays are a part of the leaf.
+      part: whether the rule gets only a slab of the leaf, as inside `compress_state`.
     """
 
     weight: Any
@@ -83,7 +88,7 @@ class Leaf(NamedTuple):
 
     @property
     def path(self) -> str:
-        """Of the leaf."""
+        """The keys of the leaf, joined by slashes."""
         return self.leaves.paths[self.index]
 
 
@@ -102,17 +107,17 @@ class Rule:
         now, shared = advance(shared, leaves)           once in a step, for all leaves
         u, s        = update(g, s, leaf, now)           for each leaf
 
-    `shared` holds scalars: counts, seeds and readings. `s` holds the leaf's own arrays: moments. Both have
-    the structure of `state`, with None in the places of the other. Gradients and updates are in float32 or
-    wider.
+    `shared` holds the scalars of the state, such as counts and seeds. `s` holds the arrays of one leaf, such
+    as moments. Both have the structure of `state`: `shared` has None for the arrays, and `s` has None for the
+    scalars. Gradients and updates are in float32 or wider.
 
     Args:
-      state: the state's structure, with a `Role` in the place of each array or tree of arrays.
-      update: of one leaf.
-      init: leaf → s; needed if a role has `tree`.
-      begin: leaves → shared; needed if a role has no `tree`.
-      advance: (shared, leaves) → what every leaf is told, and the next step's shared.
-      narrow: whether the rule takes gradients and returns updates in their own dtypes.
+      state: the state's structure, with a `Role` for each field, as `roles_of` returns it.
+      update: (g, s, leaf, now) → (update, next s).
+      init: leaf → s. It is required if a role has `tree`.
+      begin: leaves → shared. It is required if a role has no `tree`.
+      advance: (shared, leaves) → (now, next shared).
+      narrow: whether gradients and updates keep their own dtypes instead.
     """
 
     state: Any
@@ -187,13 +192,16 @@ def pointwise(update: Callable[..., jax.Array]) -> Rule:
 
 
 def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
-    """The transformation of trees that updates each leaf by `rule`; it names errors after `who`.
+    """Make an optax transformation that updates each leaf by `rule`.
 
-    With `strict` gradients must be real or complex as their parameters are; without, they may be updates of
-    another transformation, such as squares.
+    A leaf without a gradient has the update None and keeps its state. Integers and other parameters that are
+    not real or complex numbers have no state. Updates have the dtype of the gradients.
 
-    Leaves whose gradient is missing get None and keep their state. Parameters that are no real or complex
-    numbers have no state. Updates have the gradients' dtype.
+    Args:
+      who: the name of the transformation in error messages.
+      rule: the rule for one leaf.
+      strict: whether a gradient must be complex exactly where its parameter is. If not, it may be the update
+        of another transformation, such as a square.
     """
 
     def init(params):

@@ -37,7 +37,7 @@ def adamuon(
     0.2. The bias of v needs no correction, because (4) cancels it.
 
     Args:
-      b2: of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
+      b2: the decay of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
       weight_decay_form: as in `adamw`.
       arguments: and `scale`: as in `muon`.
 

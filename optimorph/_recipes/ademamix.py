@@ -27,7 +27,7 @@ def ademamix(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
 ) -> Recipe:
-    """AdEMAMix: AdamW that adds α times a slow average, over many thousand gradients, to the numerator.
+    """AdEMAMix: AdamW whose numerator also has α times a slow average over many thousand gradients.
 
     In a long run α and b3 should warm up. In the paper they do so over all T steps:
 

@@ -30,11 +30,11 @@ def mars_adamw(
     weight_decay_form: str = "coupled",
     state: str | Rules | None = None,
 ) -> Recipe:
-    """MARS-AdamW: AdamW of gradients that are extrapolated by γ and clipped to `max_norm` leaf by leaf.
+    """MARS-AdamW: AdamW with gradients that are extrapolated by γ and clipped to `max_norm` leaf by leaf.
 
-    The published program uses plain AdamW for leaves that are not matrices: use `partition` to give those to
-    `adamw`. The previous gradient is stored in `mu_dtype`, by default in float32 or wider; `state` does not
-    change that. `shardings` is as in `clip_norm`.
+    The published program uses plain AdamW for leaves that are not matrices. To do the same, give those to
+    `adamw` with `partition`. The previous gradient is stored in `mu_dtype`, by default in float32 or wider;
+    `state` does not change that. `shardings` is as in `clip_norm`.
 
     Equals:
       AGI-Arena/MARS's MARS(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay,

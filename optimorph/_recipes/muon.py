@@ -27,7 +27,7 @@ def muon(
     Args:
       learning_rate: the learning rate of matrices, a number or a schedule.
       momentum: β of the average gradient, in [0, 1).
-      nesterov: whether the average looks one step ahead.
+      nesterov: whether the average looks one step ahead, as (3) of `ema`.
       weight_decay: the decay of matrices, and of other leaves if `others` is not given.
       orthogonalizer: a function of stacks of matrices. The default `linalg.NewtonSchulz()` takes five steps
         of Polar Express.
@@ -36,12 +36,12 @@ def muon(
       weight_decay_form: as in `adamw`.
       state: "int8" stores the moments of large leaves in one byte for each number; the codes of matrices are
         evenly spaced. It also takes the rules of `compress_state`.
-      axes: how leaves read as matrices, for leaves that the default rules do not know or read wrongly. It is
-        an ordered mapping from a path pattern to a spec of `linalg.Axes`, or to None for "not a matrix"; the
-        first match decides. A pattern is one of fnmatch, where `*` also matches slashes, or a compiled
-        regular expression. `axes` may also be a function (path, shape) → spec, or a tree of specs. The
-        default rules know the names of Flax, Equinox, Haiku, MaxText and Levanter. `plan` shows how every
-        leaf is read.
+      axes: which leaves are matrices, and which of their axes are inputs and outputs, for leaves that the
+        default rules do not know or read wrongly. It is an ordered mapping from a path pattern to a spec,
+        such as "io" (see `linalg.Axes`), or to None for "not a matrix"; the first match decides. A pattern is
+        one of fnmatch, where `*` also matches slashes, or a compiled regular expression. `axes` may also be a
+        function (path, shape) → spec, or a tree of specs. The default rules know the names of Flax, Equinox,
+        Haiku, MaxText and Levanter. `plan` shows how every leaf is read.
       others: the transformation of the other leaves. The default is `adamw(others_learning_rate)` with the
         same `weight_decay`, `weight_decay_form`, `mask` and `state`.
       others_learning_rate: the learning rate of that AdamW; by default `learning_rate`.
@@ -49,7 +49,7 @@ def muon(
         `NamedSharding`, or a mapping or function as for `axes`. They are found automatically if they are not
         given, except inside `jax.shard_map`, where they are needed; `P()` means replicated.
       comm_dtype: the dtype of the data in collectives, as in `orthogonalize`.
-      divide: when a matrix is divided over several devices, as in `orthogonalize`.
+      divide: whether one matrix may be divided over several devices, as in `orthogonalize`.
 
     Raises:
       ValueError: at `init`, if no rule decides how a leaf reads, or if a spec does not fit its leaf. The

@@ -25,7 +25,7 @@ def muon2(
     scale: Scale = "keller",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
-    """Muon²: the polar factor of the momentum, which is divided by the root of the gradients' second moment.
+    """Muon²: the polar factor of the momentum divided by the root of the gradients' second moment.
 
         v ← b2 v + (1 - b2) g²        (1)
         O = polar(m / (√v + ε))       (2)
@@ -34,7 +34,7 @@ def muon2(
     corrected, because the polar factor does not depend on the scale.
 
     Args:
-      b2: of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
+      b2: the decay of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
       weight_decay_form: as in `adamw`.
       arguments: and `scale`: as in `muon`.
 

@@ -22,11 +22,11 @@ def muonh(
 
         ema(nesterov) → orthogonalize → hyperball(η)
 
-    The learning rate is the angle of a step, and matrices need no weight decay. A learning rate near √(η λ)
-    corresponds to Muon with the learning rate η and the decay λ.
+    The learning rate is the angle of a step, in radians. Matrices need no weight decay. A learning rate of
+    about √(η λ) corresponds to Muon with the learning rate η and the decay λ.
 
     Args:
-      weight_decay: the decay of the AdamW for other leaves, with `mask`. Matrices have none.
+      weight_decay: and `mask`: those of the AdamW for other leaves. Matrices have no decay.
       arguments: as in `muon`.
 
     Raises:

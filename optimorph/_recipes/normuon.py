@@ -36,13 +36,13 @@ def normuon(
         v_o ← b2 v_o + (1 - b2) mean_i O_io²        (1)
         u = ‖O‖ / ‖Ô‖ Ô,  Ô_io = O_io / (√v_o + ε)  (2)
 
-    O is the polar factor of the momentum, o the outputs and i the inputs. Of an exact polar factor with no
-    more outputs than inputs all rows are alike, and (2) changes nothing. `average="shorter"` takes the mean
-    over the shorter side of each matrix instead.
+    O is the polar factor of the momentum; o counts outputs and i counts inputs. In an exact polar factor with
+    no more outputs than inputs all v_o are equal, and (2) changes nothing. With `average="shorter"` the mean
+    is taken over the shorter side of each matrix.
 
     Args:
-      b2: of the second moments, which are not debiased and have a number for each output.
-      eps: ε; with `average="shorter"`, v is at least this and nothing is added to √v.
+      b2: the decay of the second moments v. There is one for each output. Their bias is not corrected.
+      eps: ε. With `average="shorter"`, ε is the lower bound of v, and nothing is added to √v.
       average: "inputs", as in the paper; or "shorter", as in the speedruns of GPT-2 and NVIDIA's
         Emerging-Optimizers.
       weight_decay_form: as in `adamw`.

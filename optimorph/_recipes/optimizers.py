@@ -78,7 +78,7 @@ def adagrad(
     mask: Mask | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """AdaGrad: the gradient, divided by the root of the sum of all squared gradients.
+    """AdaGrad: the gradient divided by the root of the sum of all squared gradients.
 
     `weight_decay` is L2 regularisation: λ w is added to the gradient.
 
@@ -122,7 +122,7 @@ def rmsprop(
     mask: Mask | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """RMSprop: the gradient, divided by its root mean square; if `centered`, by its standard deviation.
+    """RMSprop: the gradient divided by its root mean square or, if `centered`, by its standard deviation.
 
     `weight_decay` is L2 regularisation: λ w is added to the gradient. As in optax, the learning rate is
     applied before the momentum. With a constant learning rate the order makes no difference.
@@ -171,11 +171,11 @@ def adam(
     mask: Mask | None = None,
     state: str | Rules | None = None,
 ) -> Recipe:
-    """Adam: the average gradient, divided by the root of the average squared gradient.
+    """Adam: the average gradient divided by the root of the average squared gradient.
 
-    Both averages start at zero and are corrected for that. `weight_decay` is L2 regularisation: λ w is added
-    to the gradient, so the division rescales the decay of each weight. In `adamw` every weight decays by the
-    same fraction.
+    Both averages start at zero, and the bias from this start is corrected. `weight_decay` is L2
+    regularisation: λ w is added to the gradient, so the division rescales the decay of each weight. In
+    `adamw` every weight decays by the same fraction.
 
     Equals:
       optax.adam(learning_rate, b1, b2, eps, eps_root)
@@ -256,7 +256,7 @@ def adamw(
 
     - "coupled": -η (u + λ w), as in PyTorch and optax.
     - "independent": -η u - λ w. The learning rate does not affect the decay; λ may have its own schedule.
-    - "cautious": as "coupled", but only for weights that the step itself makes smaller.
+    - "cautious": as "coupled", but only for weights that -η u already makes smaller.
     - "corrected": -η (u + λ η / max η w). The decay falls with the square of the learning rate, so that
       weights before a normalization keep their norms. max η is the highest learning rate so far, so the decay
       is coupled during a warm-up. For the maximum of the whole schedule use the coupled form with

@@ -56,7 +56,7 @@ def route_matrices(
 
         tx = route_matrices(chain(ema(0.95), orthogonalize(), scale_by_learning_rate(0.02)), adamw(1e-3))
 
-    `axes` is given once: `orthogonalize`, `scale_by_shape` and the other transforms inside `matrices` use it,
+    `orthogonalize`, `scale_by_shape` and the other transforms inside `matrices` use the `axes` given here,
     and need no `axes` of their own. The state is that of `optax.partition`, with the parts "matrix" and
     "other".
 

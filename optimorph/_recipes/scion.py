@@ -51,12 +51,12 @@ def scion(
 
         lmo(m) = √(out / in) polar(m)                   (2)  "spectral"
         lmo(m) = sign(m) / in                           (3)  "sign"
-        lmo(m) = m / (in (rms_i(m) + ε))                (4)  "row": the weights of each output
-        lmo(m) = m / (in (rms_o(m) + ε))                (5)  "column": the weights of each input
-        lmo(m) = m / (rms(m) + ε)                       (6)  "rms": of a leaf that is not a matrix
+        lmo(m) = m / (in (rms_i(m) + ε))                (4)  "row": rms over the weights of each output
+        lmo(m) = m / (in (rms_o(m) + ε))                (5)  "column": rms over the weights of each input
+        lmo(m) = m / (rms(m) + ε)                       (6)  "rms": for leaves that are not matrices
 
-    m is the average gradient and ε is 1e-8. lmo(m) has norm 1. With `weight_decay=1`, the default, every leaf
-    stays in the ball of radius ρ; with 0 the norm is not bounded.
+    m is the average gradient and ε is 1e-8. lmo (linear minimization oracle) has norm 1. With
+    `weight_decay=1`, the default, the norm of every leaf stays at most ρ. With 0 it is not bounded.
 
     Args:
       momentum: β of the average. The argument of the published program is 1 - β.
@@ -64,10 +64,11 @@ def scion(
         embeddings and heads, and "spectral" for other matrices.
       radius: ρ, a number, or rules with a number for each leaf as in `scale_by_rules`. Where no rule matches,
         it is 3000 for embeddings and heads, and 50 for all other leaves.
-      weight_decay: λ in 1 - λ η; (1) has λ = 1.
+      weight_decay: λ, where 1 - λ η replaces the 1 - η of (1).
       weight_decay_form: as in `adamw`.
-      axes: how leaves read as matrices, as in `muon`; embeddings (vocabulary, width) are read as "oi",
-        as a head that shares them, and heads by their names, weights as "oi" and all others as "io".
+      axes: how leaves read as matrices, as in `muon`. Here embeddings (vocabulary, width) and heads are
+        matrices too. Embeddings read as "oi", like a head that shares their weights. A head reads as "oi" if
+        it is named `weight`, and as "io" otherwise.
       orthogonalizer, mask, mu_dtype, state, shardings, comm_dtype, divide: as in `muon`.
 
     Raises:

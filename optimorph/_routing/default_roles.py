@@ -32,10 +32,10 @@ def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
       path: the leaf's keys, joined by slashes. The path of a moment, as `compress_state` names it, works too.
       shape: the leaf's shape.
       params: all parameters, for roles that depend on other leaves, such as a head that is found by its
-        widths. Without them only names and shapes decide.
+        widths. Without `params` only the path and the shape decide.
 
     Raises:
-      ValueError: a shape that is not one, or a path that is not in `params`.
+      ValueError: a shape that is not a tuple of integers, or a path that is not in `params`.
     """
     if not isinstance(path, str) or not isinstance(shape, tuple | list):
         raise ValueError(
@@ -57,8 +57,8 @@ def roles(*names: Any) -> Callable[..., Any]:
 
         adamw(1e-3, weight_decay=0.1, mask=not_roles("norm", "bias", "vector", "embedding"))
 
-    As a mask it sees the whole tree, as `plan` does. As a rule, for `labels` or `partition`, it sees one path
-    and shape at a time. "head" also selects a head that is inferred from the widths.
+    A mask gets the whole tree, so its roles are those of `plan`, and "head" also selects a head that is
+    inferred from the widths. A rule, for `labels` or `partition`, only gets one path and shape at a time.
 
     Args:
       names: roles.

@@ -19,17 +19,18 @@ def partition(
         partition({"*embed*": "slow", "encoder/*": "frozen", "*": "fast"},
                   {"slow": adamw(1e-4), "frozen": optax.set_to_zero(), "fast": muon(0.02)})
 
-    A leaf has the state of its own transformation only; a frozen leaf has no state. This is `optax.partition`
-    with rules in place of labels. The labels are computed from the paths at every trace. It therefore works
-    where the tree's objects change, as inside `nnx.jit`, and with callable modules.
+    Each leaf only has the state of its own transformation; a frozen leaf has no state. `partition` is
+    `optax.partition` with rules in place of labels. The labels are computed from the paths whenever the
+    function is traced. Therefore it also works inside `nnx.jit` and with callable modules, such as those of
+    Equinox.
 
     Args:
       rules: as in `labels`: pattern → name, or (path, shape) → name, or a tree of names.
       transforms: name → transformation.
 
     Raises:
-      ValueError: a transformation that is none; at `init`, naming all leaves that no rule matches or whose
-        label is not in `transforms`.
+      ValueError: a value that is not a transformation; at `init`, naming all leaves that no rule matches or
+        whose label is not in `transforms`.
     """
     if not isinstance(transforms, Mapping):
         raise ValueError(

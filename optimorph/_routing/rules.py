@@ -112,10 +112,11 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
         optax.masked(inner, labels({"*bias": False, "*": True}))
 
     Args:
-      rules: an ordered mapping from pattern to label, of which the first match wins (fnmatch on the
-        `/`-joined path, where `*` also matches slashes; or a compiled regular expression, searched for); or a
-        function (path, shape) → label; or a tree of labels, matched by path. The label `...` means that no
-        rule matches: an error here; in `axes`, the default rules decide.
+      rules: an ordered mapping from pattern to label, or a function (path, shape) → label, or a tree of
+        labels that is matched by path. The first pattern that matches decides. A pattern is one of fnmatch
+        for the path, whose keys are joined by slashes (`*` also matches slashes), or a compiled regular
+        expression, which is searched for. The label `...` means that no rule matches. Here that is an error;
+        in `axes` the default rules then decide.
 
     Raises:
       ValueError: when called, naming all leaves that no rule matches or that are not arrays.

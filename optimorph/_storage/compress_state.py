@@ -66,44 +66,47 @@ def compress_state(
         tx = compress_state(optax.adamw(1e-3), elementwise=True)
 
     The updates are computed from s' before it is encoded. By default first moments and velocities become
-    `Signed8` and second moments `Nonneg8`, for leaves of at least two axes and 4096 numbers. Embeddings,
-    biases, norms and vectors are not compressed. Slow averages and everything else in a state are not
-    compressed either. Rules change that:
+    `codecs.Signed8` and second moments become `codecs.Nonneg8`, if the leaf has at least two axes and 4096
+    numbers. Embeddings, biases, norms and vectors are not compressed. Slow averages and everything else in a
+    state are not compressed either. Rules change that:
 
         rules={"first/*": Signed8(mapping="linear"), "second/*": BFloat16(stochastic=True)}
         rules={"first/*embed*": Signed8(), "second/*embed*": Nonneg8()}      # embeddings too
 
-    Large leaves are updated slab by slab and in place, so that at most one slab of a moment is decoded at a
-    time. Chains of this library's elementwise transforms do this without an argument. Other transformations
-    need `elementwise=True`. It is valid if each number of the update depends only on the gradient, the
-    parameter and the moments at the same position, as in optax's `adam`. It is not valid for clipping by a
-    norm, which must be in front of `compress_state`. This is checked when the update is traced. Without it
-    all moments are decoded, updated and encoded at once.
+    Large leaves are updated in place and in slabs, so at most one slab of a moment is decoded at a time.
+    Chains of this library's elementwise transforms do this without an argument. Other transformations need
+    `elementwise=True`. It is valid if each number of the update depends only on the gradient, the parameter
+    and the moments at the same position, as in optax's `adam`. It is not valid for clipping by a norm, which
+    must be in front of `compress_state`. This is checked when the update is traced. Without
+    `elementwise=True` all moments of such a transformation are decoded at once.
 
     The noise of stochastic codecs depends on the seed, the step, the leaf's path and the position in the
     leaf. So a resumed run repeats bit by bit; on another mesh it does so up to the compiler's rounding. Codes
     and scales have the shardings of the parameters, and encoding needs no communication if shards hold whole
     blocks. Moments in float64 or of complex numbers are not compressed. A leaf without a gradient keeps its
-    state. A number that is not finite makes its block NaN, and so does a gradient above 1.8e19, whose square
-    is infinite: clip in front, or put `skip_nonfinite` around.
+    state. A number that is not finite makes its block NaN. A gradient above 1.8e19 does so too, because its
+    square is infinite: put `clip_by_global_norm` in front, or `skip_nonfinite` around the optimizer.
 
     Args:
-      inner: any transformation, of this library or of optax, whose moments start as one number everywhere.
-      rules: the codec of each moment, or None for no compression, by "first/", "second/" or "slow/" and the
-        leaf's path: an ordered mapping from pattern, as in `labels`, or a function (path, shape). Where no
-        rule matches, or the value is `...`, the default holds.
-      elementwise: whether an inner transformation without a rule for one leaf works position by position.
-      seed: of the noise, an integer in [0, 2³²); a restored state keeps its own.
-      fields: which fields of further states are moments, and of which kind, such as
-        `{"MyState": {"average": "first"}}`. Those of this library and of optax are known.
+      inner: any transformation, of this library or of optax. Each of its moments must start with the same
+        number everywhere, such as 0.
+      rules: the codec of each moment, or None for no compression. It is an ordered mapping from pattern, as
+        in `labels`, or a function (path, shape). The paths are those of the leaves after "first/", "second/"
+        or "slow/". If no rule matches, or the value is `...`, the default is used.
+      elementwise: whether a transformation of another library works element by element.
+      seed: the seed of the noise, an integer in [0, 2³²). A restored state keeps its own seed.
+      fields: the moments in states of other libraries: type → field → kind, such as
+        `{"MyState": {"average": "first"}}`. The states of this library and of optax are known.
 
     Raises:
-      ValueError: another seed; at `init`, a rule that gives no codec, a codec without signs for first moments
-        or with a zero for second ones, and two leaves with one path; at `update`, a state of other rules,
-        and a transformation that is not element-wise, naming the primitive.
+      ValueError: a seed outside its range; at `init`, a rule whose value is not a codec, a codec without
+        signs for first moments, a codec with a zero for second moments, two leaves with the same path; at
+        `update`, a state that was made with other rules, or a transformation that is not elementwise (the
+        error names the primitive).
 
     References:
-      Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861; the codecs'.
+      Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861. The codecs have
+      references of their own.
     """
     check_transforms(WHO, inner)
     check_seed(WHO, seed)

@@ -9,10 +9,11 @@ class CompressedState(NamedTuple):
     """The inner state with codes in place of moments, their scales, the seed of the noise, and a count.
 
     Args:
-      inner: as the inner transformation has it; codes have the shapes of the moments.
-      scales: a tree like the parameters for each moment, `(*batch, blocks)`; zeros of what has none.
-      seed: uint32.
-      count: how many updates there have been, int32.
+      inner: the state of the inner transformation. The codes have the shapes of the moments.
+      scales: for each moment a tree like the parameters, whose leaves are `(*batch, blocks)`. Moments that
+        are not compressed have zeros.
+      seed: the seed of the noise, uint32.
+      count: the number of updates, int32.
     """
 
     averages = holds(inner="")  # stored as codes, which are no moments to others

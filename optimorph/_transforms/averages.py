@@ -22,14 +22,14 @@ from optimorph._core.types import DTypeLike, Numeric, PyTree, ScalarOrSchedule
 
 
 class EmaState(NamedTuple):
-    """The running average, shaped and sharded like the parameters."""
+    """The running average, with the shapes and shardings of the parameters."""
 
     average: PyTree
     roles = holds(average=AVERAGE)
 
 
 class SlowEmaState(NamedTuple):
-    """The slow average, shaped and sharded like the parameters, and the number of updates."""
+    """The slow average, with the shapes and shardings of the parameters, and the number of updates."""
 
     slow_average: PyTree
     slow_count: Any
@@ -39,14 +39,14 @@ class SlowEmaState(NamedTuple):
 
 
 class MomentumState(NamedTuple):
-    """The velocity, shaped and sharded like the parameters."""
+    """The velocity, with the shapes and shardings of the parameters."""
 
     velocity: PyTree
     roles = holds(velocity=VELOCITY)
 
 
 class AccumulateState(NamedTuple):
-    """The running sum, shaped and sharded like the parameters."""
+    """The running sum, with the shapes and shardings of the parameters."""
 
     total: PyTree
     roles = holds(total=TOTAL)
@@ -64,8 +64,8 @@ def ema(
 
         m ← (1 - β) g + β m        (1)
         u = m                      (2)
-        u = (1 - β) g + β m        (3)  nesterov: one step ahead
-        u = (1 - α) g + α m        (4)  lookahead, with m before (1): Lion's
+        u = (1 - β) g + β m        (3)  with nesterov: one step ahead
+        u = (1 - α) g + α m        (4)  with lookahead: as in Lion, with the m before (1)
 
     An average that starts at zero is too small by the factor 1 - β^t. `debias` divides by this factor.
 
@@ -110,7 +110,7 @@ def ema(
 
 
 def slow_ema(decay: ScalarOrSchedule, alpha: ScalarOrSchedule = 1.0) -> optax.GradientTransformationExtraArgs:
-    """Replace every update by a multiple of a slow moving average; both may warm up over the steps.
+    """Replace every update by a multiple of a slow moving average. Multiple and decay may be schedules.
 
         m ← (1 - β(t)) g + β(t) m        (1)
         u = α(t) m                       (2)

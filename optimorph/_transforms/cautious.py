@@ -21,12 +21,12 @@ def cautious(
         φ = [u g > 0]                     (1)
         u ← φ u / max(mean(φ), 10⁻³)      (2)
 
-    Around the division of AdamW, before weight decay and the learning rate, this is cautious AdamW. The
-    division by the mean roughly keeps the size of a leaf's update. The mean is taken over a whole leaf: over
-    a mesh this takes an all-reduce of one number for each sharded leaf.
+    Cautious AdamW is AdamW with `cautious` around its division, before weight decay and the learning rate.
+    The division by the mean roughly keeps the size of a leaf's update. The mean is taken over a whole leaf.
+    Over a mesh this takes an all-reduce of one number for each sharded leaf.
 
     Args:
-      inner: any transformation to a direction of ascent; the state is its own.
+      inner: any transformation that returns a direction of ascent. The state is that of `inner`.
       shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     References:

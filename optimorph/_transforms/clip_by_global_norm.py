@@ -15,7 +15,7 @@ from optimorph._core.types import Numeric
 
 
 class ClipState(NamedTuple):
-    """The norm and the factor of clipping in the last step: float32 scalars, which are only readings."""
+    """The norm and the factor of clipping in the last step, float32 scalars. Setting them has no effect."""
 
     norm: jax.Array
     factor: jax.Array

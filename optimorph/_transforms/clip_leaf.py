@@ -29,8 +29,8 @@ def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.Gradie
       shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:
-      ValueError: `max_norm` not above 0, when it is a concrete number; inside `compress_state`, which belongs
-        around the transforms beside it.
+      ValueError: `max_norm` not above 0, when it is a concrete number; inside `compress_state`, which may
+        only be put around other transforms of the chain.
 
     References:
       Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, algorithm 1 (of all leaves).

@@ -19,7 +19,7 @@ from optimorph._core.types import Numeric
 
 
 class DivideState(NamedTuple):
-    """The states of both sides."""
+    """The state of the numerator (`signal`) and that of the denominator (`by`)."""
 
     signal: Any
     by: Any
@@ -27,7 +27,7 @@ class DivideState(NamedTuple):
 
 
 class AddState(NamedTuple):
-    """The states of all terms, in their order."""
+    """The states of all terms, in the order of the terms."""
 
     terms: tuple[Any, ...]
     may_be_variance = True
@@ -83,18 +83,19 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
 def divide(
     signal: optax.GradientTransformation, by: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Divide one transformation of the gradient by another of the same gradient.
+    """Give the same gradient to two transformations and divide the output of one by that of the other.
 
         u = signal(g) / max(by(g), 64 √tiny)        (1)
 
-    tiny is the smallest normal number of the dtype. A root below this bound belongs to a mean square that
-    underflowed. So 0 / 0 is 0, and very small gradients give no infinite updates, even with ε = 0.
+    Here tiny is the smallest normal number of the dtype. A root below 64 √tiny comes from a mean square that
+    underflowed. With this bound 0 / 0 is 0, and very small gradients do not give infinite updates, even if
+    ε = 0.
 
-    Both sides are computed in float32 or wider, and only the quotient is rounded to the gradient's dtype.
+    Both sides are computed in float32 or wider. Only the quotient is rounded to the gradient's dtype.
 
     Args:
-      signal: the numerator's transformation.
-      by: the denominator's transformation; its updates should be real and not negative.
+      signal: the transformation that gives the numerator.
+      by: the transformation that gives the denominator. Its updates should be real and not negative.
     """
 
     def quotient(s, d):
@@ -105,13 +106,14 @@ def divide(
 
 
 def add(*terms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Add several transformations of the same gradient.
+    """Give the same gradient to several transformations and add their outputs.
 
         u = term₁(g) + term₂(g) + ...        (1)
 
-    A variance is `add(chain(square(), ema(b)), chain(ema(b), square(), scale(-1)))`. The terms are computed
-    in float32 or wider and only their sum is rounded to the gradient's dtype. `compress_state` does not
-    compress the terms of a sum in a denominator, which may be such a difference.
+    For example, a variance is `add(chain(square(), ema(b)), chain(ema(b), square(), optax.scale(-1)))`. The
+    terms are computed in float32 or wider. Only their sum is rounded to the gradient's dtype. In a
+    denominator `compress_state` does not compress the terms, because their sum may be a small difference,
+    such as a variance.
 
     Args:
       terms: at least one transformation.
@@ -133,11 +135,11 @@ def add(*terms: optax.GradientTransformation) -> optax.GradientTransformationExt
 def mix(
     decay: Numeric, first: optax.GradientTransformation, second: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """Mix two transformations of the same gradient, as an average mixes its past and its present.
+    """Give the same gradient to two transformations and return a weighted mean of their outputs.
 
         u = β first(g) + (1 - β) second(g)        (1)
 
-    Both are computed in float32 or wider and only their mean is rounded to the gradient's dtype.
+    Both outputs are computed in float32 or wider. Only their mean is rounded to the gradient's dtype.
 
     Args:
       decay: β in [0, 1), a number, an array or a tracer.

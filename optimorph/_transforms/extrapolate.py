@@ -12,7 +12,7 @@ from optimorph._core.types import DTypeLike, Numeric, PyTree
 
 
 class ExtrapolateState(NamedTuple):
-    """The gradient before this one, shaped and sharded like the parameters."""
+    """The previous gradient, with the shapes and shardings of the parameters."""
 
     previous: PyTree
     roles = holds(previous=Role("previous gradient", tree=True))
@@ -21,13 +21,13 @@ class ExtrapolateState(NamedTuple):
 def extrapolate(
     gamma: Numeric, decay: Numeric, *, dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Add to every update a multiple of its difference from the one before.
+    """Add to every update a multiple of its difference from the previous update.
 
         u = g + γ β / (1 - β) (g - p),  p ← g        (1)
 
-    In front of the average `ema(β)`, γ = 1 compensates the delay of the average, and a small γ reduces its
-    variance. With β = 1/2 and γ = 1 the result is the optimistic gradient 2 g - p. Before the first update p
-    is 0.
+    p is the previous update; before the first one it is 0. In front of the average `ema(β)`, γ = 1
+    compensates the delay of the average, and a small γ reduces its variance. With β = 1/2 and γ = 1 the
+    result is the optimistic gradient 2 g - p.
 
     Args:
       gamma: γ at least 0, a number, an array or a tracer.

@@ -16,7 +16,7 @@ from optimorph._core.rule import Rule, check_shapes, rule_of, transform
 
 
 class BFloat16State(NamedTuple):
-    """The inner state in bfloat16, the seed of its rounding, and how many updates there have been."""
+    """The inner state in bfloat16, the seed of its rounding, and the number of updates."""
 
     inner: Any
     seed: Any
@@ -31,12 +31,13 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         s ← round(s'),  E[round(s')] = s'        (2)
 
     In one step an average with β = 0.999 covers a thousandth of the distance to its limit, but two
-    neighbouring bfloat16 numbers differ by 1/256. Rounded to the nearest, the average stops before it has
-    covered half of the distance. Rounded stochastically it reaches the limit, with a relative noise of about
-    1/256 √((1 - β) / 2) for slow averages. The updates are computed from s' before it is rounded.
+    neighbouring bfloat16 numbers differ by 1/256. With rounding to the nearest, the average stops before it
+    has covered half of the distance. With stochastic rounding it reaches the limit; for slow averages the
+    relative noise is about 1/256 √((1 - β) / 2). The updates are computed from s' before it is rounded.
 
-    The noise depends on the seed, the step and the leaf's path, which are all kept. So a run repeats bit by
-    bit, also when it is resumed or moved to another mesh. Under `jax.vmap` all runs have the same noise.
+    The noise depends on the seed, the step and the leaf's path. Seed and step are in the state, so a run
+    repeats bit by bit, also when it is resumed or moved to another mesh. Under `jax.vmap` all runs have the
+    same noise.
     Arrays of real numbers are stored in bfloat16. Scalars, integers and complex numbers are not changed.
 
     Args:
@@ -44,7 +45,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
       seed: the seed of the noise, an integer in [0, 2³²). A restored state keeps its own seed.
 
     Raises:
-      ValueError: another seed.
+      ValueError: a seed outside its range.
 
     References:
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.

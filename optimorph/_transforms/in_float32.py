@@ -15,7 +15,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     For float32 and wider gradients this is `inner` itself. The state is `inner`'s.
 
     Args:
-      inner: any transformation; it sees float32 or wider updates, and the parameters as they are.
+      inner: any transformation. It gets updates in float32 or wider, and the parameters in their own dtype.
     """
     check_transforms("in_float32", inner)
     inner = optax.with_extra_args_support(inner)

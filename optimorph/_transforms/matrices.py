@@ -42,32 +42,31 @@ def orthogonalize(
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
 
     Over a mesh each device computes a share of the matrices, and the updates have the shardings of the
-    gradients. The mesh is found automatically: over `Explicit` mesh axes from the types of arrays, over
-    `Auto` axes from the compiler. On TPUs over `Auto` axes, and in exported programs, sharding hints divide
-    the work instead, with more collectives than with `shardings`. `optimorph.plan(mesh=)` prints which way is
-    taken.
+    gradients. The mesh is found automatically: over `Explicit` mesh axes from the types of the arrays, over
+    `Auto` axes from the compiler. On TPUs over `Auto` axes, and in exported programs, the work is divided by
+    sharding hints, which need more collectives than `shardings`. `optimorph.plan(mesh=)` prints which of
+    these ways is used.
 
     Args:
       orthogonalizer: a function of stacks `(batch, inputs, outputs)`: `linalg.NewtonSchulz()`, the default,
-        `linalg.Exact()`, or your own. It sees all matrices of one shape and dtype, whatever their leaves, as
-        one stack, and must treat each by itself.
+        `linalg.Exact()`, or your own. All matrices of one shape and dtype are one stack, whichever leaves
+        they come from. The function must treat each matrix independently.
       axes: how leaves read as matrices, as in `muon`; a leaf that is not a matrix passes through. Inside
         `route_matrices` its `axes` and `shardings` are used.
       shardings: the shardings of the leaves over a mesh, as in `muon`.
       comm_dtype: the dtype of the data in collectives, if narrower than the gradients'. bfloat16 halves the
-        bytes; each number is rounded to 8 bits before the iteration and once more after it.
-      bytes_at_once: how many bytes of whole matrices a device may hold in one round. Two rounds are in
-        flight.
-      divide: when a matrix is divided over several devices. Each of them computes some of its columns, and
-        they exchange partial products. "auto" divides the matrices that would leave devices idle, if that
-        takes less time by the published numbers of the mesh's devices. "v5e", "v5p", "v6e", "H100", "H200",
-        "cpu" or a `Hardware` use the numbers of that device. "never" divides no matrix.
-        `optimorph.plan(mesh=)` prints what is expected. Only `linalg.NewtonSchulz` divides matrices, and
-        sharding hints do not.
+        bytes; each number is rounded to 8 significant bits before the iteration and once more after it.
+        bytes_at_once: the most bytes of whole matrices that a device holds in one round of the exchange. Two
+          rounds are in flight at a time.
+      divide: whether one matrix may be divided over several devices, each of which computes some of its
+        columns. With "auto" this happens where devices would otherwise be idle, if the published speed of the
+        devices promises a gain. "v5e", "v5p", "v6e", "H100", "H200", "cpu" or a `Hardware` use the speed of
+        that device. With "never" no matrix is divided. `optimorph.plan(mesh=)` prints the expected times.
+        Only `linalg.NewtonSchulz` can divide matrices, and sharding hints do not divide them.
 
     Raises:
-      ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides; at `update`,
-        inside `jax.shard_map` without shardings, or with some that do not fit.
+      ValueError: at `init`, a spec that does not fit its leaf, or a leaf that no rule decides; at `update`,
+        missing or unfit shardings inside `jax.shard_map`.
 
     References:
       Carlson et al. 2015, "Preconditioned spectral descent for deep learning"; Jordan et al. 2024,
@@ -119,7 +118,7 @@ def scale_by_shape(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply every matrix by a function of its numbers of inputs and outputs.
 
-        u = √(out / in) g              (1)  "rms_to_rms": ‖u‖ from RMS to RMS is 1, if ‖g‖₂ is
+        u = √(out / in) g              (1)  "rms_to_rms": if ‖g‖₂ = 1, the RMS to RMS norm of u is 1
         u = √max(1, out / in) g        (2)  "keller"
         u = 0.2 √max(in, out) g        (3)  "adamw_rms": the RMS of a typical AdamW update
         u = g                          (4)  None
@@ -131,7 +130,8 @@ def scale_by_shape(
       shardings: the shardings of the leaves over a mesh, as in `muon`; the shape is that of whole matrices.
 
     Raises:
-      ValueError: an unknown name; at `init`, a spec that does not fit its leaf, a leaf that no rule decides.
+      ValueError: an unknown name; at `init`, a spec that does not fit its leaf, or a leaf that no rule
+        decides.
 
     References:
       (1) Bernstein & Newhouse 2024, arXiv:2410.21265; (2) Jordan et al. 2024, "Muon: An optimizer for

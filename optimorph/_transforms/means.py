@@ -21,7 +21,7 @@ from optimorph.linalg import Axes
 
 
 class MeanState(NamedTuple):
-    """The inner state, whose arrays have a number for each mean; of leaves without means, None."""
+    """The inner state. Its arrays have one number for each mean; leaves without means have None."""
 
     inner: Any
     averages = holds(inner="")
@@ -43,9 +43,9 @@ def mean(
 
         chain(square(), mean("i", ema(0.95)), root())       # a second moment for each output
 
-    `inner` sees one number for each mean, so its state is small. Each matrix of a stack and each block of a
+    `inner` gets one number for each mean, so its state is small. Each matrix of a stack and each block of a
     fused kernel has its own means. A leaf that is not a matrix has one mean. Over a mesh the means are those
-    of whole matrices, by all-reduces of one number for each mean.
+    of whole matrices; this takes all-reduces of one number for each mean.
 
     Args:
       over: the sides of matrices, "i" (inputs), "o" (outputs) or "io".
@@ -122,7 +122,7 @@ def keep_norm(
       shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
     Raises:
-      ValueError: at `init`, a spec that does not fit its leaf, a leaf that no rule decides.
+      ValueError: at `init`, a spec that does not fit its leaf, or a leaf that no rule decides.
 
     References:
       Li et al. 2025, "NorMuon", arXiv:2510.05491, algorithm 1.

@@ -50,7 +50,7 @@ def square() -> optax.GradientTransformationExtraArgs:
 
 
 def sign() -> optax.GradientTransformationExtraArgs:
-    """Replace every update by its sign: -1, 0 or 1, and g / |g| of a complex number.
+    """Replace every update by its sign: -1, 0 or 1; a complex number g becomes g / |g|.
 
         u = sign(g)        (1)
 
@@ -65,9 +65,9 @@ def root(eps: Numeric = 0.0, eps_root: Numeric = 0.0) -> optax.GradientTransform
 
         u = √(g + ε_root) + ε        (1)
 
-    The updates must not be negative; second moments are not. The derivative of √g is infinite at 0. So a
-    gradient through the optimizer, as in meta-learning, is NaN for a weight that never had a gradient. Use
-    eps_root=1e-8 in that case.
+    The updates must not be negative; second moments never are. The derivative of √g is infinite at 0. So in
+    meta-learning, which differentiates through the optimizer, the derivative is NaN for a weight that never
+    had a gradient. Use eps_root=1e-8 in that case.
 
     Args:
       eps: ε, at least 0, outside the root, in units of the gradient.
@@ -96,11 +96,13 @@ def debias(decay: Numeric, *, ahead: int = 0, power: Numeric = 1.0) -> optax.Gra
 
     Args:
       decay: β in [0, 1) of the average, a number, an array or a tracer.
-      ahead: a, at least 0, the steps by which the average looks ahead (Nadam's first term: 1).
+      ahead: a, at least 0, the number of steps by which the average looks ahead; 1 in the first term of
+        Nadam.
       power: p, above 0. After `root`, p = 1/2 corrects an average of squares.
 
     Raises:
-      ValueError: β outside [0, 1), when it is a concrete number; a negative, or no integer; p not above 0.
+      ValueError: β outside [0, 1), when it is a concrete number; a that is not an integer of at least 0; p
+        that is not above 0.
 
     Equals:
       optax.tree.bias_correction(updates, decay, t)

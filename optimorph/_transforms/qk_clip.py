@@ -18,7 +18,7 @@ from optimorph._routing.attention import attention_modules, attention_of
 
 
 class QKClipState(NamedTuple):
-    """The largest logits `(*layers, heads)` since the last step, by the path of the module."""
+    """For the path of each attention module, its largest logits `(*layers, heads)` since the last step."""
 
     maxima: Mapping[str, jax.Array]
 
@@ -44,37 +44,38 @@ def qk_clip(
 ) -> PyTree:
     """Multiply the weights of queries and keys so that no attention logit exceeds a threshold.
 
-        γ = min(1, τ / S)                          (1)  of each head, 1 where S is not above 0 or not finite
+        γ = min(1, τ / S)                          (1)  for each head; 1 if S is not above 0 or not finite
         W_q ← √γ W_q,  W_k ← √γ W_k                (2)
         q^C, k^C: √γ,  q^R: γ,  k^R and v: 1       (3)  latent attention (MLA)
 
         params = qk_clip(optax.apply_updates(params, updates), {"blocks/0/attn": maxima})
 
-    Where several heads of queries share a key (GQA), the key takes the least γ of its group. Biases are
-    multiplied as their kernels. Queries, keys and all three in one are found by their names: `query`,
-    `q_proj`, `wq`, ...; `qkv`, `c_attn`, ...; of latent attention `wq_b` and `wkv_b` or `q_b_proj` and
-    `kv_b_proj`. Other leaves stay as they are. Attention that normalizes queries and keys needs no clipping,
-    and is not affected by it.
+    If several query heads share a key (GQA), the key has the smallest γ of its group. A bias is multiplied by
+    the same factor as its kernel. Queries and keys are found by the names of the leaves: `query`, `q_proj`,
+    `wq` and the like; `qkv`, `c_attn` and the like for a fused kernel; for latent attention `wq_b` and
+    `wkv_b`, or `q_b_proj` and `kv_b_proj`. Other leaves do not change. Attention that normalizes queries and
+    keys needs no clipping, and is not affected by it.
 
-    It is a function of each weight alone: master weights and copies in fewer bits are multiplied alike.
+    Each weight is only multiplied by a number, so a float32 copy and a copy in fewer bits stay consistent.
 
     Args:
       params: the parameters.
-      max_logits: S `(*layers, heads)` of a module: the largest logit q·k/√d before the softmax, over the
-        batch, all positions and all devices. A mapping from the module's path, or a tree with the modules'
-        own nesting, as Flax sows it. Modules that are not in it stay as they are.
-      axes: how leaves read as matrices, as in `muon`; a module with a None is left alone. The heads are
-        the first of several outputs `ioo`, or a batch axis `ibo`, or else equal blocks of the outputs, as
-        many as S has. Query, key and value side by side are `i(3o)` or `i(36o)` where the queries of all
-        heads come first, `i(12~3 o)` head by head, and `i(8~(4+1+1) o)` group by group. The two parts of a
-        head of latent attention are blocks: `io(128+64 o)` of a query, `io(128+128 o)` of key and value.
+      max_logits: S `(*layers, heads)` for each module: the largest logit q·k/√d before the softmax, over the
+        batch, all positions and all devices. It is a mapping from the path of the module, or a tree with the
+        nesting of the modules, as Flax sows it. Modules that it does not contain do not change.
+      axes: how leaves read as matrices, as in `muon`. If a leaf has None, its module does not change. The
+        heads are the first output axis of `ioo`, or the batch axis of `ibo`, or equal blocks of the outputs,
+        as many as S has. A fused kernel of query, key and value is `i(3o)` or `i(36o)` if the queries of all
+        heads come first, `i(12~3 o)` if it is ordered by heads, and `i(8~(4+1+1) o)` if it is ordered by
+        groups. In latent attention the two parts of a head are blocks: `io(128+64 o)` for queries and
+        `io(128+128 o)` for keys and values.
       threshold: τ above 0, in units of logits.
 
     Returns:
-      The parameters, with their dtypes; where γ = 1, the same numbers.
+      The parameters in their own dtypes. Where γ = 1 they are unchanged bit by bit.
 
     Raises:
-      ValueError: logits of a module without queries and keys, or of a shape that does not fit.
+      ValueError: logits of a module without queries and keys, or logits of a shape that does not fit.
 
     References:
       Kimi Team 2025, "Kimi K2: open agentic intelligence", arXiv:2507.20534, algorithm 1.
@@ -93,24 +94,25 @@ def qk_clip(
 def clip_attention_logits(
     threshold: Numeric = 100.0, axes: AxesRules | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """`qk_clip` as the last transform of an optimizer. `update` takes the logits as an extra argument.
+    """Apply `qk_clip` in an optimizer, as the last transform. `update` gets the logits as an extra argument.
 
         u ← f(w + u) - w        (1)  with f = qk_clip
 
         tx = chain(muon(0.02), clip_attention_logits(100.0))
         updates, state = tx.update(gradients, state, params, attention_logits={"blocks/0/attn": maxima})
 
-    Without `attention_logits` the updates stay as they are. Inside `multi_steps` the largest logits of all
-    gradients of a step count. The state holds them, so that `axes` must tell the heads: `ioo`, `ibo`, or
-    `i(12o)` for 12 heads in one axis. A leaf without a gradient stays as it is.
+    Without `attention_logits` the updates do not change. Inside `multi_steps` the largest logits of all
+    gradients of a step are used. The state holds them, so `init` must know the number of heads: if it does
+    not follow from the shapes, give `axes` as `ioo`, `ibo`, or `i(12o)` for 12 heads in one axis. A leaf
+    without a gradient does not change.
 
     Args:
       threshold: τ above 0, in units of logits.
-      axes: as that of `qk_clip`.
+      axes: as in `qk_clip`.
 
     Raises:
-      ValueError: at `init`, axes that do not tell how many heads there are; at `update`, params missing,
-        logits of a module without queries and keys, or of a shape that does not fit.
+      ValueError: at `init`, a module whose number of heads is not known; at `update`, params missing, logits
+        of a module without queries and keys, or logits of a shape that does not fit.
 
     References:
       Kimi Team 2025, "Kimi K2: open agentic intelligence", arXiv:2507.20534, algorithm 1.

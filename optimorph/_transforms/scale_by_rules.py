@@ -27,8 +27,9 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         first axis, such as the layers of a scan. Where no rule matches, or the value is `...`, it is 1.
 
     Raises:
-      ValueError: a number in place of rules; at `init` and `update`, a factor that is no real number, or has
-        another length than the leaf's first axis; inside `compress_state`, several factors for one leaf.
+      ValueError: a number in place of rules; at `init` and `update`, a factor that is not a real number, or
+        whose length is not that of the leaf's first axis; inside `compress_state`, several factors for one
+        leaf.
 
     References:
       Howard & Ruder 2018, arXiv:1801.06146, section 3.2 (a rate for each layer).

@@ -17,7 +17,7 @@ from optimorph._core.roles import holds, scalar
 
 
 class SkipState(NamedTuple):
-    """The inner state, how many steps were skipped in all, and how many in a row until now."""
+    """The inner state, the number of skipped steps, and how many of them were the latest steps in a row."""
 
     inner: Any
     skipped: jax.Array
@@ -31,16 +31,16 @@ class SkipState(NamedTuple):
 def skip_nonfinite(
     inner: optax.GradientTransformation, max_consecutive: int | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Leave out every step in which a gradient, an update or the new state is NaN or infinite.
+    """Skip every step in which a gradient, an update or the new state is NaN or infinite.
 
         u, s' = inner(g, s)
-        u, s ← u, s'        (1)  if g and u are finite, and s' is wherever s was
+        u, s ← u, s'        (1)  if g and u are finite, and s' is finite wherever s is
         u, s ← 0, s         (2)  otherwise
 
-    A skipped step changes no weight, no moment and no count of `inner`, so schedules wait. u and s' are
-    checked as well, because finite gradients may lead to infinite moments: the square of 1e25 is infinite in
-    float32. Numbers in s that were not finite before, such as a best loss so far, may stay so. Put it around
-    the whole optimizer: weight decay outside of it would not be skipped.
+    A skipped step changes no weight, no moment and no count of `inner`, so schedules do not advance. u and s'
+    are checked too, because finite gradients may lead to infinite moments: the square of 1e25 is infinite in
+    float32. Numbers that are already infinite in s, such as a best loss so far, are not checked. Put
+    `skip_nonfinite` around the whole optimizer: a weight decay outside of it would not be skipped.
 
     One boolean decides for all leaves. Over a mesh it takes one all-reduce for all leaves that are sharded
     over the same axes. Under `jax.vmap` each run has its own boolean. Inside `jax.shard_map` each device sees
@@ -49,13 +49,13 @@ def skip_nonfinite(
 
     Args:
       inner: any transformation.
-      max_consecutive: how many steps in a row may be skipped, at least 0. With None, the default, it is any
-        number. One more raises an error on the host. This needs a callback in the program, and a program with
-        a callback is not kept in the persistent compilation cache and cannot be exported. The results of the
-        step that raises the error are lost.
+      max_consecutive: how many steps in a row may be skipped, at least 0. One more raises an error on the
+        host, and the results of that step are lost. With None, the default, there is no limit. A limit needs
+        a callback in the program. A program with a callback is not stored in the persistent compilation cache
+        and cannot be exported.
 
     Raises:
-      ValueError: `max_consecutive` no integer, or negative.
+      ValueError: `max_consecutive` that is not an integer of at least 0.
       jax.errors.JaxRuntimeError: more than `max_consecutive` steps skipped in a row; it names the leaves.
 
     References:

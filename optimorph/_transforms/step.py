@@ -19,7 +19,7 @@ FORMS = ("coupled", "independent", "cautious", "corrected")
 
 
 class DecayState(NamedTuple):
-    """The number of updates, and the last decay, which is only a reading."""
+    """The number of updates and the last weight decay. Setting the latter has no effect."""
 
     decay_count: jax.Array
     last_weight_decay: jax.Array
@@ -37,7 +37,7 @@ class CorrectedDecayState(NamedTuple):
 
 
 class LearningRateState(NamedTuple):
-    """The number of updates, and the last learning rate, which is only a reading."""
+    """The number of updates and the last learning rate. Setting the latter has no effect."""
 
     count: jax.Array
     last_learning_rate: jax.Array
@@ -52,7 +52,7 @@ def add_decayed_weights(
     """Add a multiple of the weights to their updates.
 
         u = g + λ w                  (1)
-        u = g + λ w [g w ≥ 0]        (2)  cautious: where the descent itself shrinks the weight
+        u = g + λ w [g w ≥ 0]        (2)  with cautious: only where the step already shrinks the weight
 
     Its meaning depends on its place in the chain. Before the division of Adam it is the gradient of
     (λ/2)‖w‖²: L2 regularisation, which the division rescales for each weight. After the division it is

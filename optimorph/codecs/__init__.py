@@ -4,10 +4,11 @@
     encoded = codec.encode(x)           # Encoded(codes, scales)
     x = codec.decode(encoded)           # float32
 
-`BFloat16`; with one byte per number and a scale per block of the last axis: `Signed8` for momentum, `Nonneg8`
-for second moments, `Float8`; `Split8` and `Split16` for weights. A codec is a hashable description. Codes
-have the array's shape and scales that of its blocks, so that they can have its sharding: encoding needs no
-communication where shards hold whole blocks.
+`BFloat16` takes two bytes for each number. `Signed8` (for momentum), `Nonneg8` (for second moments) and
+`Float8` take one byte for each number, and have a scale for each block of the last axis. `Split8` and
+`Split16` are for weights. A codec is a hashable description without arrays. Codes have the shape of the
+array, and there is one scale for each block, so both can have the array's sharding. If shards hold whole
+blocks, encoding needs no communication.
 """
 
 from optimorph.codecs._bfloat16 import BFloat16

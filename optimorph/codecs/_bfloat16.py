@@ -12,13 +12,14 @@ from optimorph.codecs._codec import Codec, Encoded
 
 @dataclasses.dataclass(frozen=True)
 class BFloat16(Codec):
-    """Two bytes: the nearest bfloat16 number, or with stochastic rounding one of the two neighbors, unbiased.
+    """Two bytes for each number, in bfloat16, rounded to the nearest number or stochastically.
 
-        |decoded - x| ≤ |x| / 257, stochastic < |x| / 128        (1)
+        |decoded - x| ≤ |x| / 257        (1)  to the nearest
+        |decoded - x| < |x| / 128        (2)  stochastically, E[decoded] = x
 
-    Slow averages need stochastic rounding: a change of less than half the distance to the next number would
-    be rounded away. Infinities and NaN are kept, and finite numbers stay finite: the largest is 3.39e38.
-    Numbers below 1.2e-38 lose digits.
+    Slow averages need stochastic rounding. With rounding to the nearest, a change of less than half the
+    distance to the next number is lost. Infinities and NaN are kept. Finite numbers stay finite; the largest
+    is 3.39e38. Numbers below 1.2e-38 lose digits.
 
     Args:
       stochastic: whether to round stochastically, which needs a key.

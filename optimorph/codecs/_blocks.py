@@ -149,15 +149,15 @@ CODES = {"softsign": _softsign, "linear": lambda q: 31.75 * q}
 
 @dataclasses.dataclass(frozen=True)
 class Signed8(BlockCodec):
-    """One byte for signed numbers, such as momentum: 127 codes of each sign, and one for zero.
+    """One byte for each signed number, for momentum: 127 codes of each sign, and one for zero.
 
         softsign: x = s c / (254 - |c|),  |decoded - x| ≤ s / 128        (1)
         linear:   x = s c / 127,          |decoded - x| ≤ s / 254        (2)
 
     s is the largest |x| of the block; scales in bfloat16 are at most 1/128 larger. Codes of (1) are four
-    times denser around 0 than around s: numbers below s / 506 become 0, with (2) those below s / 254. Numbers
-    are rounded to the nearest value. A second round trip changes nothing; with (2) and scales in bfloat16, a
-    third changes nothing.
+    times denser around 0 than around s. With (1) numbers below s / 506 become 0, with (2) those below s /
+    254. Numbers are rounded to the nearest value. A second round trip changes nothing; with (2) and scales in
+    bfloat16, only a third changes nothing.
 
     A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own
     block NaN.
@@ -198,7 +198,7 @@ class Signed8(BlockCodec):
 
 @dataclasses.dataclass(frozen=True)
 class Nonneg8(BlockCodec):
-    """One byte for nonnegative numbers such as second moments. Rounding is stochastic.
+    """One byte for each nonnegative number, for second moments. Rounding is stochastic.
 
         x = s (c / 256)²,  c = 1 ... 256                          (1)
         E[decoded] = x for x ≥ s / 65536, and |√decoded - √x| ≤ √s / 256        (2)
@@ -206,7 +206,7 @@ class Nonneg8(BlockCodec):
     s is the largest x of the block. There is no code for zero: numbers below s / 65536 become s / 65536. An
     update divided by the root of 0 would be as large as eps allows, but an update divided by √s / 256 is
     small. Rounding is stochastic because an average with β = 0.999 moves by less than half the distance to
-    the next code. Rounded to the nearest it would never change, and rounded up it would never fall.
+    the next code. With rounding to the nearest it would never change.
 
     A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A negative or non-finite number makes
     its own block NaN.

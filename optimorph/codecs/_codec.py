@@ -12,11 +12,11 @@ from optimorph._core.types import Shape
 
 
 class Encoded(NamedTuple):
-    """An array as stored by a codec.
+    """An array as a codec stores it.
 
     Shapes:
-      codes: the array's.
-      scales: `(*batch, blocks)`, one for each block of the last axis; None for codecs without.
+      codes: the shape of the array.
+      scales: `(*batch, blocks)`, one scale for each block of the last axis; None if the codec has no scales.
     """
 
     codes: jax.Array
@@ -24,23 +24,23 @@ class Encoded(NamedTuple):
 
 
 class Codec(abc.ABC):
-    """A way to store real numbers, as a hashable description without arrays.
+    """A way to store real numbers in fewer bytes: the base class of all codecs.
 
-    Each block of the last axis is encoded independently, so that codes and scales can have the array's
-    sharding.
+    A codec is a hashable description without arrays. It encodes each block of the last axis independently, so
+    codes and scales can have the array's sharding.
     """
 
     def encode(self, x: Any, key: jax.Array | None = None, place: jax.Array | None = None) -> Encoded:
-        """Encode an array of real numbers; dtypes wider than float32 are first rounded to it.
+        """Encode an array of real numbers. Dtypes wider than float32 are first rounded to float32.
 
         Args:
           x: an array of any shape, including `()` and empty ones.
           key: a key of `jax.random`, which codecs with stochastic rounding need and the others ignore.
-          place: uint32, the index of every number in the array that x is a part of, so that a part is rounded
-            like the whole; without it x is the whole.
+          place: if x is a part of a larger array, the index of every number in that array, uint32. The part
+            is then rounded like the whole.
 
         Raises:
-          ValueError: integers, booleans or complex numbers; no key where one is needed.
+          ValueError: integers, booleans or complex numbers; a missing key.
         """
         x = self._real(x)
         return self._encode(x, key, places(x.shape) if place is None else place)
@@ -51,10 +51,10 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def zeros(self, shape: Shape) -> Encoded:
-        """The encoding of zeros as constants: compilers would fold an encoding number by number."""
+        """The encoding of an array of zeros, made without the encoder, which compilers would fold slowly."""
 
     def form(self, shape: Shape) -> Encoded:
-        """Shapes and dtypes of codes and scales for an array of this shape."""
+        """The shapes and dtypes of the codes and scales for an array of this shape."""
         return _form(self, shape)
 
     @abc.abstractmethod

@@ -15,14 +15,14 @@ TOP = 256.0
 
 @dataclasses.dataclass(frozen=True)
 class Float8(BlockCodec):
-    """One byte for signed numbers: four bits of exponent, three of mantissa, and a scale per block.
+    """One byte for each signed number: four bits of exponent, three of mantissa. Each block has a scale.
 
         x = s c / 256,  c in e4m3        (1)
         |decoded - x| ≤ max(|x| / 17, s / 262144)        (2)
 
     s is the largest |x| of the block. Numbers are rounded to the nearest value, and a second round trip
-    changes nothing. Numbers below s / 262144 become 0, which second moments must not: use `Nonneg8` for
-    those.
+    changes nothing. Numbers below s / 262144 become 0. Second moments must not become 0, so use `Nonneg8` for
+    them.
 
     A block whose numbers are all below 4.8e-38 becomes zeros, exactly. A non-finite number makes its own
     block NaN.

@@ -37,19 +37,20 @@ class _SplitCodec(Codec):
 
 @dataclasses.dataclass(frozen=True)
 class Split8(_SplitCodec):
-    """Three bytes: the nearest bfloat16 number for the model, and a byte of difference for the optimizer.
+    """Three bytes: the nearest bfloat16 number for the model, and 8 bits of difference for the optimizer.
 
         θ' = bfloat16(x),  c = round(127 (x - θ') / (ULP(θ') / 2))        (1)
         |decoded - x| ≤ 129 · 2⁻²³ |x| < 1.6e-5 |x|        (2)
 
-    bfloat16 numbers, infinities and NaN are exact, with c = 0, and bfloat16(decoded) is always θ': a code is
-    258 of the 65536 steps of float32 between neighbors, and code 127 is just short of half-way.
+    bfloat16 numbers, infinities and NaN are exact, with c = 0. bfloat16(decoded) is always θ': two codes are
+    258 steps of float32 apart, of the 65536 steps between two neighbours in bfloat16, and code 127 is just
+    below the middle.
 
-    With stochastic rounding c is unbiased to two steps of float32, and the error twice (2): additions to x,
-    however small, are then not lost.
+    With stochastic rounding c is unbiased up to two steps of float32, and the error is at most twice (2).
+    Small additions to x are then not lost.
 
-    Below 1.2e-38, where the steps of float32 no longer shrink, the error is at most 129 of them. Finite
-    numbers stay finite: those above 3.396e38 are decoded as 3.396e38.
+    Below 1.2e-38 the steps of float32 no longer shrink, and the error is at most 129 of these steps. Numbers
+    above 3.396e38 are decoded as 3.396e38, so finite numbers stay finite.
 
     Args:
       stochastic: whether to round c stochastically, which needs a key.
@@ -76,16 +77,16 @@ class Split8(_SplitCodec):
 
 @dataclasses.dataclass(frozen=True)
 class Split16(_SplitCodec):
-    """Four bytes, float32 bit by bit: the nearest bfloat16 number for the model, and the steps from it to x.
+    """Four bytes, exact in float32: the nearest bfloat16 number for the model, and 16 bits of difference.
 
-        θ' = bfloat16(x), half-way away from zero,  c = x - θ' in steps of float32        (1)
+        θ' = bfloat16(x), ties away from zero,  c = x - θ' in steps of float32        (1)
         decoded = x        (2)
 
-    There are 65536 steps between neighbors in bfloat16, and as many codes. Rounding half-way to even, as is
-    usual, would need one code more, for half-way up and down: θ' differs there from `x.astype("bfloat16")`,
-    for one number in 131072.
+    There are 65536 steps of float32 between two neighbours in bfloat16, and as many codes. Ties are rounded
+    away from zero, because the usual rounding to even would need one more code. So θ' differs from
+    `x.astype("bfloat16")` at ties, for one number in 131072.
 
-    (2) holds for all numbers, zeros and infinities; every NaN is decoded as the same NaN. From 3.396e38 on θ'
+    (2) holds for all numbers, zeros and infinities. Every NaN is decoded as the same NaN. Above 3.396e38 θ'
     is infinite, as with `astype`, and x is still decoded exactly.
     """
 

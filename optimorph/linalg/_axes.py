@@ -67,12 +67,13 @@ class Axis(NamedTuple):
 class Axes:
     """One letter per axis: `i` input (summed over), `o` output, `b` batch (each slice its own matrix).
 
-    All `i` axes together are the input side, all `o` axes the output side. An axis that holds several
-    matrices side by side is written with its blocks: `(3o)` is three equal blocks, `(32+8+8 o)` three blocks
-    with sizes in the ratio 32 : 8 : 8, whether these count heads or elements. Blocks may be repeated:
-    `(128*(192+64) o)` is 128 times a block of 192 and one of 64, each its own matrix. With `~` they are
-    interleaved: `(8~(4+1+1) o)` is 8 times three blocks, of which the first ones together are one matrix, and
-    so are the second ones and the third ones; `(~2 o)` is elements of two matrices by turns.
+    All `i` axes together are the inputs of the matrix, and all `o` axes its outputs. If an axis holds several
+    matrices side by side, its blocks are written in parentheses. `(3o)` means three equal blocks. `(32+8+8
+    o)` means three blocks whose sizes have the ratio 32 : 8 : 8; the numbers may count heads or elements.
+    Each block is a matrix of its own. Blocks may be repeated: `(128*(192+64) o)` means a block of 192 and a
+    block of 64, 128 times, each its own matrix. With `~` they are interleaved: `(8~(4+1+1) o)` means three
+    blocks, 8 times, but the 8 first blocks together are one matrix, as are the 8 second blocks and the 8
+    third blocks. In `(~2 o)` the elements of two matrices alternate.
 
     | leaf | shape | spec |
     |---|---|---|
@@ -82,16 +83,16 @@ class Axes:
     | convolution weight (Equinox) | (out, in, height, width) | `oiii` |
     | layers stacked by a scan | (layer, in, out) | `bio` |
     | experts of stacked layers | (layer, expert, in, out) | `bbio` |
-    | attention's query, whole | (model, head, size) | `ioo` |
-    | attention's query, per head | (model, head, size) | `ibo` |
+    | attention's query, as one matrix | (model, head, size) | `ioo` |
+    | attention's query, each head a matrix | (model, head, size) | `ibo` |
     | attention's output | (head, size, model) | `iio` |
     | query, key and value in one kernel | (model, 3 x model) | `i(3o)` |
-    | the same, per head of 12 | (model, 3 x 12 x size) | `i(36o)` |
-    | the same, 32 heads sharing 8 keys and values | (model, 48 x size) | `i(32+8+8 o)` |
-    | gate and up of a gated perceptron | (model, 2 x hidden) | `i(2o)` |
-    | gate and up, column by column | (model, 2 x hidden) | `i(~2 o)` |
+    | the same, each of 12 heads a matrix | (model, 3 x 12 x size) | `i(36o)` |
+    | the same, 32 query heads that share 8 keys and values | (model, 48 x size) | `i(32+8+8 o)` |
+    | gate and up projection of a gated MLP | (model, 2 x hidden) | `i(2o)` |
+    | gate and up projection, alternating columns | (model, 2 x hidden) | `i(~2 o)` |
     | 8 groups of 4 queries, a key and a value | (model, 48 x size) | `i(8~(4+1+1) o)` |
-    | keys and values of 128 latent heads, per head | (rank, 128 x (192 + 64)) | `i(128*(192+64) o)` |
+    | keys and values of 128 latent heads, each a matrix | (rank, 128 x (192 + 64)) | `i(128*(192+64) o)` |
     | gates of an LSTM (Equinox) | (4 x hidden, in) | `(4o)i` |
 
     Args:
@@ -132,11 +133,11 @@ class Axes:
         return None
 
     def laid_out(self, shape: Shape) -> tuple[tuple[Axis, ...], Shape]:
-        """The axes and shape with an axis of repetitions and one of blocks in the place of both in one."""
+        """The axes and the shape after each axis of repeated blocks is split into repetitions and blocks."""
         return _laid_out(self.spec, shape)
 
     def stacks(self, shape: Shape) -> tuple[Shape, ...]:
-        """The shapes `(*batch, inputs, outputs)` of an array's stacks: one, unless blocks are unequal."""
+        """The shapes `(*batch, inputs, outputs)` of the stacks in an array; one unless blocks differ."""
         axes, longer = _laid_out(self.spec, shape)
         return tuple(_view(axes, piece).stack for piece in _pieces(axes, longer))
 
@@ -150,7 +151,7 @@ class Axes:
         return tuple(_stack(axes, piece) for piece in pieces)
 
     def array(self, stacks: Sequence[jax.Array], shape: Shape) -> jax.Array:
-        """The array of this shape whose `matrices` are the stacks."""
+        """The inverse of `matrices`: the array of this shape from its stacks."""
         axes, longer = _laid_out(self.spec, shape)
         pieces = [_unstack(axes, *pair) for pair in zip(stacks, _pieces(axes, longer), strict=True)]
         for k, axis in reversed(_unequal(axes)):
@@ -159,9 +160,9 @@ class Axes:
         return pieces[0].reshape(shape)
 
     def in_blocks(self, shape: Shape, size: int) -> "Axes":
-        """The spec of this shape's arrays with sides in blocks of at most `size`, as equal as may be.
+        """The spec in which sides longer than `size` are divided into nearly equal blocks of at most `size`.
 
-        The first axis of a side is divided; an axis of blocks stays as it is.
+        The first axis of a side is divided. An axis that already has blocks does not change.
         """
         axes = list(_parse(self.spec))
         for letter in "io":
@@ -177,7 +178,7 @@ class Axes:
         return Axes("".join(map(str, axes)))
 
     def spread(self, f: Callable[[int, int], float], shape: Shape) -> np.ndarray:
-        """f(inputs, outputs) of each element's matrix, broadcastable against an array of this shape."""
+        """f(inputs, outputs) of each element's matrix, in a shape that broadcasts against the array."""
         axes, longer = _laid_out(self.spec, shape)
         sizes = [[1] if axis.equal else _sizes(axis, size) for size, axis in zip(longer, axes, strict=True)]
         values = np.array([f(*stack[-2:]) for stack in self.stacks(shape)])
@@ -188,9 +189,9 @@ class Axes:
         return values if one else np.broadcast_to(values, longer).reshape(shape)
 
     def reduce(self, f: Callable[..., jax.Array], x: jax.Array, letters: str = "io") -> jax.Array:
-        """A reduction over some sides of every matrix: each of their axes keeps a number for each block.
+        """Reduce some sides of every matrix. A reduced axis keeps one number for each of its blocks.
 
-        An axis of repeated blocks becomes two, repetitions and blocks.
+        An axis of repeated blocks becomes two axes, repetitions and blocks.
 
         Args:
           f: a reduction such as `jnp.sum`, with arguments `axis`, `keepdims` and `initial`.
@@ -213,7 +214,7 @@ class Axes:
         return x
 
     def repeat(self, y: jax.Array, shape: Shape) -> jax.Array:
-        """What `reduce` left of an array of this shape, so that it broadcasts against that array."""
+        """The output of `reduce`, reshaped so that it broadcasts against an array of this shape."""
         axes, longer = _laid_out(self.spec, shape)
         for k, (axis, size) in enumerate(zip(axes, longer, strict=True)):
             if 1 < len(axis.blocks) == y.shape[k] < size:
@@ -223,7 +224,7 @@ class Axes:
         return y if longer == shape else jnp.broadcast_to(y, longer).reshape(shape)
 
     def counts(self, shape: Shape, letters: str = "io") -> np.ndarray:
-        """How many numbers of an array of this shape each number that `reduce` leaves is of."""
+        """How many elements of an array of this shape each number in the output of `reduce` comes from."""
         axes, longer = _laid_out(self.spec, shape)
         counts = np.ones([1] * len(longer))
         for k, (axis, size) in enumerate(zip(axes, longer, strict=True)):

@@ -26,20 +26,20 @@ _MAX_VALUE = 2.5
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
-    """A table with the coefficients of every step, checked on construction.
+    """The coefficients of a Newton-Schulz iteration, a row for each step, checked on construction.
 
         p(σ) = a σ + b σ³ + c σ⁵ in every step                     (1)
         sign-safe: a + b σ² + c σ⁴ > 0 for every σ within reach     (2)
 
     Args:
       rows: (a, b, c) for each step.
-      source: where the table is from.
-      lower: the smallest singular value, relative to the largest, that the table is made for.
-      dtype: the narrowest dtype in which the table is safe: the check allows for its rounding.
+      source: the origin of the table.
+      lower: the smallest singular value, relative to the largest, for which the table is made.
+      dtype: the narrowest dtype in which the table must be safe. The check allows for its rounding.
 
     Raises:
-      ValueError: a row that is not three finite numbers, an empty table, or a table that flips a sign or
-        diverges, with the σ where it does.
+      ValueError: a row that is not three finite numbers, an empty table, or a table that turns the sign of a
+        singular value or diverges. The error names that singular value.
     """
 
     rows: Table
@@ -58,7 +58,7 @@ class Coefficients:
             raise ValueError(f"Coefficients: {wrong}")
 
     def take(self, steps: int) -> "Coefficients":
-        """The table for a number of steps: its first rows, the last one repeated where there are too few."""
+        """The table for a number of steps: its first rows. If there are too few, the last row is repeated."""
         rows = (*self.rows[:steps], *self.rows[-1:] * (steps - len(self.rows)))
         return dataclasses.replace(self, rows=rows)
 

@@ -11,11 +11,12 @@ from optimorph.linalg._newton_schulz import Stack, normalize
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """The polar factor by singular value decomposition: the reference, slow on every device.
+    """The polar factor by singular value decomposition, exact up to rounding and slow on every device.
 
         G = U Σ Vᴴ,  polar(G) = U sign(Σ) Vᴴ        (1)
 
-    Singular values below rounding count as zero, so rank is kept and the polar factor of zero is zero.
+    Singular values below the rounding error are taken for zero. So the rank does not change, and the polar
+    factor of zero is zero.
 
     Shapes:
       `(*batch, n, m)` in, the same out.

@@ -46,7 +46,7 @@ PRESETS: dict[str, Callable[[int], Coefficients]] = {
 
 @dataclasses.dataclass(frozen=True)
 class NewtonSchulz:
-    """The polar factor by matrix products alone, which move every singular value towards 1.
+    """The polar factor, approximately, by matrix products that move every singular value towards 1.
 
         X ← G / ‖G‖F                                                       (1)
         X ← a X + (b R + c R²) X,  R = X Xᴴ, for each row of the table     (2)
@@ -74,8 +74,8 @@ class NewtonSchulz:
       max_stack_bytes: larger stacks are computed in several batches, which bounds memory.
 
     Raises:
-      ValueError: an unknown preset, a table that is not safe in the dtype, fewer than one step, an unknown
-        iteration.
+      ValueError: an unknown preset or iteration, fewer than one step, or a table that is not safe in the
+        dtype.
 
     References:
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Amsel et al. 2025,

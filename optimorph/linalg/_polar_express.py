@@ -29,22 +29,23 @@ def polar_express(
     safety: float = 0.02,
     cushion: float = _CUSHION,
 ) -> Coefficients:
-    """Make a table in which every step is the best polynomial for the interval after the previous steps.
+    """Compute a table of coefficients, in which each step is the best polynomial after the previous steps.
 
         p = argmin max |1 - p(σ)|, σ in [max(l, κ u), u], p odd of the degree      (1)
         l ← p(l),  u ← 2 - l;  at first l = lower, u = 1                            (2)
         where κ u > l, p is scaled so that p(l) + max p = 2                         (3)
         σ ← σ / (1 + safety) in every step but the last                             (4)
 
-    With a cushion κ of 0 the composition is optimal; a larger cushion makes the first steps gentler, at some
-    cost in accuracy. `safety` leaves room for rounding above 1.
+    [l, u] is the interval of the singular values. With a cushion κ of 0 the composition of all steps is
+    optimal. A larger cushion makes the first steps gentler and the result less accurate. `safety` keeps
+    singular values that rounding lifts above 1 from diverging.
 
     Args:
-      lower: the smallest singular value, relative to the largest, that should reach 1; in (0, 1).
+      lower: the smallest singular value, relative to the largest, that should become 1; in (0, 1).
       steps: the number of steps, at least 1.
       degree: 3 or 5.
-      safety: relative, at least 0.
-      cushion: in [0, 1).
+      safety: the relative margin in (4), at least 0.
+      cushion: κ in [0, 1).
 
     Equals:
       the published Polar Express with its cushion; Dion's table with cushion=0.02; CANS with cushion=0 and

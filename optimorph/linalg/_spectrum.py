@@ -30,7 +30,7 @@ SQUARINGS = 10
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The singular values of a stack of matrices, as returned by `spectrum` and accepted by every norm.
+    """The singular values of a stack of matrices, as `spectrum` returns them. Every norm accepts them.
 
     Args:
       values: `(*batch, r)`, the largest first.
@@ -63,14 +63,15 @@ def spectral_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
         σ₁² ≈ tr Aᵏ⁺¹ / tr Aᵏ,  A = W Wᴴ or Wᴴ W, the smaller; k = 2¹⁰ by squaring A ten times      (1)
         σ₁ r^(-1/(2k + 2)) ≤ √(1) ≤ σ₁                                                              (2)
 
-    (1) is a mean of the eigenvalues of A, each weighted by its own kth power, and so at most σ₁², up to
-    rounding. By the inequality of means it is at least (tr Aᵏ⁺¹ / r)^(1/(k + 1)), which gives (2): at most
-    0.34 % too small for r = 1000, 0.45 % for r = 10,000, whatever the matrix. It is exact where every other
-    singular value is equal to σ₁ or 1 % smaller, as in orthogonal matrices. Its derivative is u vᴴ of the
-    leading singular vectors, or a mean over several.
+    (1) is a mean of the eigenvalues of A, each weighted by its own kth power, so it is at most σ₁², up to
+    rounding. By the inequality of means it is at least (tr Aᵏ⁺¹ / r)^(1/(k + 1)), which gives (2). The norm
+    is at most 0.34 % too small for any matrix with r = 1000, and 0.45 % with r = 10,000. It is exact if every
+    other singular value is equal to σ₁ or at least 1 % smaller, as in orthogonal matrices. Its derivative is
+    u vᴴ, where u and v are the leading singular vectors. If there are several, it is a mean over them.
 
     Args:
-      method: "gram", (1), which takes eleven matrix products; or "svd", exact. A spectrum is exact already.
+      method: "gram" for (1), which takes eleven matrix products, or "svd", which is exact. It has no effect
+        on a `Spectrum`, which is exact already.
 
     Raises:
       ValueError: another method.
@@ -106,13 +107,13 @@ def rms_to_rms_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
 
 
 def stable_rank(x: Stack | Spectrum, method: str = "gram") -> Numbers:
-    """The number of singular values equal to the largest that would have the same sum of squares: in [1, r].
+    """The sum of squared singular values divided by the square of the largest, between 1 and the rank r.
 
         ‖W‖F² / ‖W‖₂²        (1)
 
     Args:
-      method: as in `spectral_norm`. The rank is too large by as much as the square of that norm is too small:
-        0.7 % at most for r = 1000.
+      method: as in `spectral_norm`. The relative error is that of the squared norm: with "gram" the rank is
+        at most 0.7 % too large for r = 1000.
 
     Raises:
       ValueError: another method.
@@ -130,7 +131,7 @@ def stable_rank(x: Stack | Spectrum, method: str = "gram") -> Numbers:
 
 
 def effective_rank(x: Stack | Spectrum) -> Numbers:
-    """The number of equal singular values that would have the same entropy: in [1, r].
+    """The number of equal singular values that would have the same entropy, between 1 and the rank r.
 
         exp(-Σ pₖ ln pₖ),  pₖ = σₖ / Σ σ        (1)
 
@@ -145,7 +146,7 @@ def effective_rank(x: Stack | Spectrum) -> Numbers:
 
 
 def top_energy(x: Stack | Spectrum, k: int) -> Numbers:
-    """The share of the sum of squares that the k largest singular values hold: in [0, 1].
+    """The share of the k largest singular values in the sum of squares, between 0 and 1.
 
         Σ σⱼ² over j ≤ k / Σ σⱼ²        (1)
 
@@ -171,8 +172,8 @@ def orthogonality_error(x: Stack | Spectrum) -> Numbers:
 
         min ‖W - c Q‖F / ‖W‖F over c and Q with orthonormal rows or columns = √(Σ (σ - σ̄)² / Σ σ²)        (1)
 
-    σ̄ is the mean of all r. The error is in [0, 1): 0 where all singular values are equal, √(1 - 1/r) at rank
-    1, and 0 for zero. In float32 it is accurate from 1e-6 on.
+    σ̄ is the mean of all r singular values. The error is in [0, 1). It is 0 if all singular values are equal
+    or zero, and √(1 - 1/r) for a matrix of rank 1. In float32 it is accurate above 1e-6.
 
     References:
       The nearest Q is the polar factor: Fan & Hoffman 1955, "Some metric inequalities in the space of
