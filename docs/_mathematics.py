@@ -37,11 +37,13 @@ def _of_latex(match):
 
 
 def _numbered(block):
-    """A block in which each paragraph with a numbered equation is a table, and others are code."""
+    """A block in which each paragraph with a numbered equation is a table; a block without any is code."""
     paragraphs = re.split(r"\n\s*\n", block[1].strip("\n"))
-    return "".join(
-        _table(html.unescape(text)) or block[0].replace(block[1], text + "\n") for text in paragraphs
-    )
+    tables = [_table(html.unescape(text)) for text in paragraphs]
+    if not any(tables):
+        return block[0]
+    code = (block[0].replace(block[1], text + "\n") for text in paragraphs)
+    return "".join(table or rest for table, rest in zip(tables, code, strict=True))
 
 
 def _table(text):
