@@ -38,5 +38,6 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_post_page(output, page, config):
-    """Leave out the private modules of types, which the pointer would show."""
+    """Leave out the private modules of types, which the pointer would show; keep numbers with their ±."""
+    output = output.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return re.sub(r' title="[^"]*optimorph\._[^"]*"', "", output)

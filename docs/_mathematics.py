@@ -106,7 +106,8 @@ def _with_scripts(tokens, k):
         elif kind == "accent":
             markup, after = f'<mover accent="true">{markup}<mo>{_ACCENTS[text]}</mo></mover>', after + 1
         elif text in ("_", "^"):
-            script, after = _without_parentheses(tokens, after + 1)
+            bare = _atom if tokens[after + 1][0] == "letter" else _without_parentheses
+            script, after = bare(tokens, after + 1)
             tag = "msub" if text == "_" else "msup"
             markup = f"<{tag}>{markup}{script}</{tag}>"
         else:

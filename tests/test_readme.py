@@ -1,12 +1,15 @@
 """README and documentation: their code runs, and their numbers are those of the recorded results."""
 
+import math
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 
 import jax
 import pytest
 import tables
+from test_trees import TREES, planned, shapes
 
 import optimorph as om
 from optimorph._racing.comparisons import losses_at_equal_seconds, steps_to_target
@@ -125,6 +128,17 @@ def sentences():
     losses = (f"{x['loss']:.4f} ± {x['spread']:.4f}" for x in (small, wide))
     yield "README.md", " instead of ".join(losses)
 
+    worst = 0.0
+    for races in (state["races"][task] for task in ("text", "digits")):
+        for name in ("adamw", "muon"):
+            a, b = (races[name][kind]["losses"] for kind in ("float32", "8 bits"))
+            error = math.sqrt((statistics.variance(a) + statistics.variance(b)) / len(a))
+            worst = max(worst, abs(statistics.mean(a) - statistics.mean(b)) / error)
+    yield "docs/benchmarks.md", f"at most {worst:.1f} times their standard error over three seeds"
+    leaves = f"{sum(map(len, TREES.values()))} leaves of {len(TREES)} public models"
+    for page in ("README.md", "docs/guides/routing.md"):
+        yield page, leaves
+
     trip = sum(ns for name, ns in state["costs"]["steps"].items() if name.startswith(("decode", "encode")))
     yield "docs/benchmarks.md", f"takes {trip:.1f} ns on one core"
     for name, label in {"om.adamw": "AdamW", "om.muon": "Muon"}.items():
@@ -139,6 +153,12 @@ def sentences():
     )
     large = tables.recorded("accelerators")["large"]["divided"]["expected"]
     yield "docs/benchmarks.md", f"An even share is {large['least_gflop']:,.0f} Gflop."
+
+
+@pytest.mark.slow
+def test_the_number_of_leaves_that_are_asked_about():
+    asked = sum([*planned(shapes(tree)).values()].count("?") for tree in TREES.values())
+    assert f"they ask about {asked}." in " ".join(README.split())
 
 
 def test_sentences_are_those_of_the_recorded_results():
