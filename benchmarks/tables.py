@@ -6,6 +6,7 @@ that says when and where a file of results was recorded, below a mark such as `<
 
 import json
 import re
+import statistics
 import tomllib
 from pathlib import Path
 
@@ -94,19 +95,21 @@ def race():
 
 
 def choice():
-    """Optimizers on text and on digits."""
-    yield "optimizer", "text: nats per character", "digits: nats per picture"
-    text, digits = ({row["name"]: row for row in recorded(name)["rows"]} for name in ("race", "digits/race"))
-    for name in text | digits:
-        yield name, _loss(text[name], 3) if name in text else "-", _loss(digits[name], 4)
+    """Optimizers on text, digits and flights."""
+    yield "optimizer", "text: nats per character", "digits: nats per picture", "flights: nats per flight"
+    files = {"race": 3, "digits/race": 4, "flights/race": 3}
+    races = [{row["name"]: _loss(row, places) for row in recorded(f)["rows"]} for f, places in files.items()]
+    for name in dict.fromkeys(name for race in races for name in race):
+        yield name, *(race.get(name, "-") for race in races)
 
 
 def rates():
-    """The learning rates of both races."""
-    yield "optimizer", "text", "digits"
+    """The learning rates of these races."""
+    tasks = ("text", "digits", "flights")
+    yield "optimizer", *tasks
     rates = tomllib.loads((ROOT / "optimorph" / "_racing" / "learning_rates.toml").read_text())
-    for name, text in rates["text"].items():
-        yield name, *(" / ".join(f"{x:g}" for x in task.values()) for task in (text, rates["digits"][name]))
+    for name in rates["text"]:
+        yield name, *(" / ".join(f"{x:g}" for x in rates[task][name].values()) for task in tasks)
 
 
 def widths():
@@ -122,6 +125,41 @@ def widths():
             *(f"{x['exponent']:.1f} ± {x['spread']:.1f}" if x else "-" for x in cells),
             f"{grid[-1] - grid[0]:+d}" if len(grid) > 1 else "-",
         )
+
+
+def batches():
+    """How far Muon ends below AdamW, and what its step costs, for several batches."""
+    yield "windows in a batch", "adamw", "muon", "adamw less muon", "CPU time of a step, muon / adamw"
+    for batch, adamw, muon in _groups("batch (.+), adamw", "batch {}, adamw", "batch {}, muon"):
+        leads = [a - b for a, b in zip(adamw["losses"], muon["losses"], strict=True)]
+        times = muon["cpu_seconds_per_step"] / adamw["cpu_seconds_per_step"]
+        yield batch, _spread(adamw["losses"]), _spread(muon["losses"]), _spread(leads), f"{times:.2f}"
+
+
+def decays():
+    """Muon with weight decay."""
+    titles = [f"decay {decay}" for decay in ("0", "0.1", "0.4", "1.6")]
+    yield "steps", *titles
+    for steps, *each in _groups("(.+) steps, decay 0", *(f"{{}} steps, {title}" for title in titles)):
+        yield steps, *(_spread(found["losses"]) for found in each)
+
+
+def checkpoints():
+    """Trained with one optimizer, continued with another."""
+    yield "checkpoint of", "continued with adamw", "continued with muon"
+    for old, *each in _groups("(.+), then muon", "{}, then adamw", "{}, then muon"):
+        yield old, *(f"{_spread(found['losses'])}, rates x 2^{found['factor']}" for found in each)
+
+
+def _groups(pattern, *names):
+    """For each case of `lead.py` of the first name: what the pattern finds in it, and other cases."""
+    best = recorded("lead")["best"]
+    for match in filter(None, (re.fullmatch(pattern, case) for case in best)):
+        yield match[1], *(best[name.format(match[1])] for name in names)
+
+
+def _spread(losses):
+    return f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"
 
 
 def pytorch():
@@ -348,6 +386,9 @@ TABLES = {
         choice,
         rates,
         widths,
+        batches,
+        decays,
+        checkpoints,
         pytorch,
         updates,
         polar,

@@ -69,19 +69,25 @@ Losses = dict[int, list[float]]
 """Exponent of the rate, which is a power of 2 → the loss of every seed."""
 
 
-def trainer(make, task):
-    """A compiled function of a rate: the losses of all seeds on the tuning text."""
-    starts = [task.init(seed) for seed in range(SEEDS)]
-    streams = [itertools.islice(task.batches(seed), STEPS) for seed in range(SEEDS)]
+def trainer(make, task, steps=STEPS, start=None):
+    """A compiled function (rate, rate of the others): losses on the tuning text and parameters, by seed.
+
+    Args:
+      make: as in `OPTIMIZERS`.
+      task: of `optimorph race`.
+      steps: of the schedule, which has a warm-up and a cosine.
+      start: the parameters of every seed, stacked; the task's own if None.
+    """
+    if start is None:
+        start = jax.tree.map(lambda *x: jnp.stack(x), *map(task.init, range(SEEDS)))
+    streams = [itertools.islice(task.batches(seed), steps) for seed in range(SEEDS)]
     batches = jax.tree.map(
         lambda *x: np.stack(x), *[jax.tree.map(lambda *x: np.stack(x), *s) for s in streams]
     )
-    start = jax.tree.map(lambda *x: jnp.stack(x), *starts)
     held_out = jax.tree.map(lambda *x: np.stack(x), *task.held_out("tuning"))
 
-    def train(rate, params, batches):
-        others = om.adamw(warmup_cosine(OTHERS, STEPS), b2=B2)
-        tx = make(warmup_cosine(rate, STEPS), others)
+    def train(rate, others, params, batches):
+        tx = make(warmup_cosine(rate, steps), om.adamw(warmup_cosine(others, steps), b2=B2))
 
         def step(carry, batch):
             params, state = carry
@@ -89,10 +95,15 @@ def trainer(make, task):
             return (optax.apply_updates(params, updates), state), None
 
         (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
-        return jnp.mean(jax.lax.map(lambda batch: task.loss(params, batch), held_out))
+        return jnp.mean(jax.lax.map(lambda batch: task.loss(params, batch), held_out)), params
 
-    program = jax.jit(jax.vmap(train, (None, 0, 0)))
-    return lambda rate: np.asarray(program(jnp.float32(rate), start, batches)).tolist()
+    program = jax.jit(jax.vmap(train, (None, None, 0, 0)))
+
+    def run(rate, others=OTHERS):
+        losses, params = program(jnp.float32(rate), jnp.float32(others), start, batches)
+        return np.asarray(losses).tolist(), params
+
+    return run
 
 
 def next_exponent(losses: Losses, first: int, reach: int) -> int | None:
@@ -119,30 +130,35 @@ def train(record):
         curve = (
             record["curves"].setdefault(name, {}).setdefault(str(width), {"cpu_seconds": 0.0, "losses": {}})
         )
-        losses = {int(k): [x if x is not None else math.nan for x in v] for k, v in curve["losses"].items()}
+        losses = unpacked(curve["losses"])
         run = None
         while (exponent := next_exponent(losses, firsts[name], reach)) is not None:
             began = time.process_time()
             run = run or trainer(OPTIMIZERS[name][0], text.task(width))
-            losses[exponent] = run(2.0**exponent)
-            curve["losses"] = {str(k): [clean(x) for x in losses[k]] for k in sorted(losses)}
+            losses[exponent], _ = run(2.0**exponent)
+            curve["losses"] = packed(losses)
             curve["cpu_seconds"] += time.process_time() - began
             print(
                 f"{name:<18} width {width:<4} rate 2^{exponent:<4} loss {mean(losses[exponent]):.4f}",
                 flush=True,
             )
-            write(record | machine())
+            write(record | machine(), RESULTS)
         firsts[name] = min(losses, key=lambda exponent: mean(losses[exponent]))
 
 
-def write(record):
+def write(record, path):
     """Every list on one line."""
     text = json.dumps(record, indent=1)
-    RESULTS.write_text(re.sub(r"\[[^][]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
+    path.write_text(re.sub(r"\[[^][]*\]", lambda match: " ".join(match[0].split()), text) + "\n")
 
 
-def clean(loss):
-    return round(loss, 5) if math.isfinite(loss) else None
+def packed(losses: Losses) -> dict[str, list[float | None]]:
+    """For a JSON file, which has no NaN."""
+    return {str(k): [round(x, 5) if math.isfinite(x) else None for x in losses[k]] for k in sorted(losses)}
+
+
+def unpacked(losses: dict[str, list[float | None]]) -> Losses:
+    return {int(k): [math.nan if x is None else x for x in each] for k, each in losses.items()}
 
 
 def machine():
@@ -182,9 +198,7 @@ def curves_of(record) -> dict[str, dict[int, Losses]]:
     found = {}
     for name, widths in record["curves"].items():
         for width, curve in widths.items():
-            losses = {
-                int(k): [x if x is not None else math.nan for x in v] for k, v in curve["losses"].items()
-            }
+            losses = unpacked(curve["losses"])
             if next_exponent(losses, 0, reach=1) is None:
                 found.setdefault(name, {})[int(width)] = losses
     return found
@@ -241,7 +255,7 @@ def main():
         name: {str(width): summary(losses) for width, losses in widths.items()}
         for name, widths in curves_of(record).items()
     }
-    write(record)
+    write(record, RESULTS)
     show(record["best"])
     draw(record)
 

@@ -20,6 +20,7 @@ import sys
 import termios
 import threading
 import time
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ from optimorph._racing.registry import (
 from optimorph._racing.result import RaceResult, make_row
 from optimorph._racing.run import CompiledTask, Run
 from optimorph._racing.table import table_rows, tables
-from optimorph._racing.tasks import digits, quadratic, text
+from optimorph._racing.tasks import digits, flights, quadratic, text
 from optimorph._racing.training import Entry, train_all
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
 
@@ -301,7 +302,7 @@ def test_lines_break_between_words_on_a_terminal_and_nowhere_in_a_pipe(monkeypat
 
 
 BAD = {
-    "task": (["--task", "imagenet"], ["'imagenet'", "text, digits, quadratic"]),
+    "task": (["--task", "imagenet"], ["'imagenet'", "text, digits, flights, quadratic"]),
     "optimizer": (["--optimizers", "adam,adamax"], ["'adamax'", "all", "muon"]),
     "no optimizer": (["--optimizers", ","], ["no optimizer", "muon"]),
     "negative steps": (["--steps", "-3"], ["--steps", "'-3'", "at least 1"]),
@@ -732,6 +733,31 @@ def test_digits_learns():
     train(run, 60)
     assert run.losses[0] == pytest.approx(math.log(10), rel=0.3)
     assert run.losses[-1] < 0.5
+
+
+def test_flights_come_from_a_package_that_is_not_imported(tmp_path, monkeypatch, capsys):
+    """Of a package of the same shape, in which the hour of a flight is its day."""
+    monkeypatch.setattr(flights, "PACKAGE", "stand_in")
+    with pytest.raises(SystemExit):
+        main(["race", "--task", "flights", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.endswith("needs data of a package; type pip install stand_in.\n")
+    (tmp_path / "stand_in" / "data").mkdir(parents=True)
+    (tmp_path / "stand_in" / "__init__.py").write_text("raise AssertionError")
+    lines = ["day,month,carrier,origin,dest,sched_dep_time,sched_arr_time"]
+    lines += [f"{day},7,UA,JFK,{'ABC'[day % 3]},{day}55,2400" for day in range(1, 24)] * flights.EVERY
+    with zipfile.ZipFile(tmp_path / "stand_in" / "data" / "flights.csv.zip", "w") as archive:
+        archive.writestr("flights.csv", "\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    task = flights.task()
+    ((tuning, _),), ((validation, goals),) = (task.held_out(part) for part in ("tuning", "validation"))
+    trained, _ = next(task.batches(0))
+    flights.load_flights.cache_clear()
+    assert {*tuning[:, 3]} == {5, 15}
+    assert {*validation[:, 3]} == {10, 20}
+    assert not {5, 10, 15, 20} & {*trained[:, 3]}
+    assert {*map(tuple, np.delete(trained, 3, 1))} == {(0, 0, 0, 11, 0, 0)}
+    start = task.loss(task.init(0), (jnp.asarray(validation), jnp.asarray(goals)))
+    assert start == pytest.approx(math.log(flights.DESTINATIONS), rel=0.1)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,13 +23,14 @@ from optimorph._racing.result import RaceResult, collect
 from optimorph._racing.sweep import Sweep, best_rates
 from optimorph._racing.table import print_table
 from optimorph._racing.task import Task
-from optimorph._racing.tasks import digits, quadratic, text
+from optimorph._racing.tasks import digits, flights, quadratic, text
 from optimorph._racing.training import Entry, train_all
 from optimorph._racing.verdict import join_words
 
 TASKS: dict[str, Callable[[float], Task]] = {
     "text": lambda condition: text.task(),
     "digits": lambda condition: digits.task(),
+    "flights": lambda condition: flights.task(),
     "quadratic": quadratic.task,
 }
 """Name → function of `--condition`."""
@@ -36,6 +38,7 @@ TASKS: dict[str, Callable[[float], Task]] = {
 DESCRIPTIONS = {
     "text": "a character GPT on eight plays by Shakespeare (about 4 minutes on 2 cores)",
     "digits": "a small CNN on scikit-learn's handwritten digits (seconds)",
+    "flights": "an MLP with embeddings that tells where a flight goes (seconds)",
     "quadratic": "a quadratic with the condition number of your choice (seconds)",
 }
 
@@ -65,6 +68,8 @@ def main(args: argparse.Namespace) -> int:
     seeds = _parse_int("--seeds", args.seeds)
     steps = None if args.steps is None else _parse_int("--steps", args.steps)
     task = TASKS[args.task](condition)
+    if task.package is not None and importlib.util.find_spec(task.package) is None:
+        raise BadInput(f"{task.name} needs data of a package; type pip install {task.package}")
     steps = task.steps if steps is None else steps
     if args.sweep:
         return _sweep(console, task, _candidates(console, task, names), steps, _make_folder(args.out))

@@ -41,6 +41,25 @@ _DIGITS: Grid = _TEXT | {
     "others": (0.005, 0.01, 0.02, 0.05, 0.1),
 }
 
+_FLIGHTS: Grid = {
+    "sgd": (0.5, 1.0, 2.0, 5.0, 10.0),
+    "momentum": (0.1, 0.2, 0.5, 1.0, 2.0),
+    "nesterov": (0.1, 0.2, 0.5, 1.0, 2.0),
+    "adagrad": (0.05, 0.1, 0.2, 0.5, 1.0),
+    "rmsprop": (2e-3, 5e-3, 0.01, 0.02, 0.05),
+    "adam": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "adamw": (2e-3, 5e-3, 0.01, 0.02, 0.05),
+    "ademamix": (1e-3, 2e-3, 5e-3, 0.01, 0.02),
+    "mars_adamw": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "muon": (0.02, 0.05, 0.1, 0.2),
+    "muonh": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "normuon": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "adamuon": (5e-3, 0.01, 0.02, 0.05, 0.1),
+    "muon2": (0.02, 0.05, 0.1, 0.2, 0.5),
+    "scion": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3),
+    "others": (5e-3, 0.01, 0.02, 0.05, 0.1),
+}
+
 _QUADRATIC: Grid = {
     "adagrad": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0),
     "rmsprop": (2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1),
@@ -57,7 +76,7 @@ _QUADRATIC: Grid = {
     "others": (0.01,),  # the only leaf is a matrix
 }
 
-GRIDS = {"text": _TEXT, "digits": _DIGITS, "quadratic": _QUADRATIC}
+GRIDS = {"text": _TEXT, "digits": _DIGITS, "flights": _FLIGHTS, "quadratic": _QUADRATIC}
 """Task → optimizer → learning rates; `others` is the second rate of `adamw` and `muon`."""
 
 

@@ -22,7 +22,7 @@ DEFAULTS = {
 
 
 OPTIONS = {
-    "task": ("NAME", "what to train: text, digits or quadratic (default: text)"),
+    "task": ("NAME", "what to train: text, digits, flights or quadratic (default: text)"),
     "optimizers": ("A,B", f"optimizers that race, or all (default: {', '.join(DEFAULT)})"),
     "steps": ("N", "training steps (default: the task's)"),
     "seeds": ("N", "training runs of each optimizer (default: 1)"),

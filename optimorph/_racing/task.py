@@ -34,6 +34,7 @@ class Task:
       weight_decay: the weight decay of matrices, for `adamw` and `muon`.
       theory: optimizer → a learning rate that theory gives, which needs no tuning.
       log_loss: whether plots have a logarithmic loss axis; None: the range of the losses decides.
+      package: a package that has the data and is not in the extra `race`.
     """
 
     name: str
@@ -49,3 +50,4 @@ class Task:
     weight_decay: float = 0.1
     theory: Mapping[str, float] = field(default_factory=dict)
     log_loss: bool | None = None
+    package: str | None = None

@@ -64,13 +64,15 @@ class GPT(nnx.Module):
         return self.head(self.norm(x)).reshape(*tokens.shape, -1)
 
 
-def task(width: int = WIDTH) -> Task:
+def task(width: int = WIDTH, batch: int = BATCH, plays: slice = slice(None)) -> Task:
     """Predict the next character; 0.8 million parameters at width 128, about 1 MB of text.
 
     Args:
       width: of the embeddings and the residual stream, a multiple of `HEAD`.
+      batch: windows of `CONTEXT` characters in one batch.
+      plays: the characters of the text that are used, for training and for evaluation.
     """
-    parts, vocabulary = load_characters()
+    parts, vocabulary = load_characters(plays)
 
     def model(seed):
         return GPT(vocabulary, nnx.Rngs(seed), width)
@@ -85,7 +87,7 @@ def task(width: int = WIDTH) -> Task:
     def batches(seed):
         text, rng = parts["train"], np.random.default_rng(seed)
         while True:
-            yield _windows(text, rng.integers(0, len(text) - CONTEXT - 1, BATCH))
+            yield _windows(text, rng.integers(0, len(text) - CONTEXT - 1, batch))
 
     def held_out(part):
         starts = np.linspace(0, len(parts[part]) - CONTEXT - 2, 4 * 64).astype(int)
@@ -108,11 +110,12 @@ def _windows(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return text[indices], text[indices + 1]
 
 
-def load_characters() -> tuple[dict[str, np.ndarray], int]:
+def load_characters(plays: slice = slice(None)) -> tuple[dict[str, np.ndarray], int]:
     """Part of the data → its characters as integers, and the number of distinct characters."""
     text = importlib.resources.files("optimorph._racing").joinpath("data/shakespeare.txt").read_bytes()
     letters, codes = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
-    pieces = [codes[k : k + PIECE].astype(np.int32) for k in range(0, len(codes), PIECE)]
+    codes = codes[plays].astype(np.int32)
+    pieces = [codes[k : k + PIECE] for k in range(0, len(codes), PIECE)]
     parts = {
         "tuning": pieces[9::20],
         "validation": pieces[19::20],

