@@ -594,6 +594,7 @@ RECIPES = [
     ),
 ]
 
+INDEPENDENT = {"weight_decay_form": "independent", "axes": {"*": "io"}}
 LIKE_SOAP = {"matrices": True, "real": True, "condition": 10, "stacks": True, "like": "soap"}
 
 MORE = [  # recipes under other arguments, which have no other states
@@ -750,25 +751,25 @@ MORE = [  # recipes under other arguments, which have no other states
             every=1,
             kl=True,
             whole_first=True,
-            largest_inverse_root=2.0,
+            largest_inverse_root=0.8,
             max_dim=5,
             axes={"*": "io"},
         ),
         lambda: papers.soap(
-            -1.0, 0.8, 0.9, 1e-2, every=1, correct=False, max_dim=5, kl=True, whole_first=True, clamp=2.0
+            -1.0, 0.8, 0.9, 1e-2, every=1, correct=False, max_dim=5, kl=True, whole_first=True, clamp=0.8
         ),
         **LIKE_SOAP,
     ),
     Entry(
         "klsoap",
-        lambda om: om.klsoap(0.1, eps=1e-2, every=1, max_dim=5, axes={"*": "io"}),
-        lambda: papers.soap(0.1, 0.9, eps=1e-2, every=1, decay=0.01, kl=True, correct=False, max_dim=5),
+        lambda om: om.klsoap(0.1, 0.8, 0.85, 1e-2, 0.02, every=1, max_dim=5, **INDEPENDENT),
+        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=1, kl=True, correct=False, max_dim=5),
         **LIKE_SOAP,
     ),
     Entry(
         "shampoo",
-        lambda om: om.shampoo(0.1, eps=1e-2, every=2, max_dim=5, axes={"*": "io"}),
-        lambda: papers.soap(0.1, 0.9, eps=1e-2, every=2, decay=0.01, sort=False, shampoo=0.25, max_dim=5),
+        lambda om: om.shampoo(0.1, 0.8, 0.85, 1e-2, 0.02, every=2, max_dim=5, **INDEPENDENT),
+        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=2, sort=False, shampoo=0.25, max_dim=5),
         **LIKE_SOAP,
     ),
     Entry(

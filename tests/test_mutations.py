@@ -21,8 +21,15 @@ PARTS = [  # modules, functions, and the entries that run them, or else those of
     ("_transforms.averages", "_lerp", "ema slow_ema"),
     ("_transforms.clip_leaf", "_clipped*", "clip_norm clip_rms mars_adamw"),
     ("_transforms.factored", "*", "factored shampoo"),
-    ("linalg._kronecker", "with_gradient_kl _mean", "in_eigenbasis-kl"),
+    ("linalg._kronecker", "with_gradient_kl* _factor _mean", "in_eigenbasis-kl"),
     ("linalg._kronecker", "rotated* permuted orthogonal_iteration.step", "in_eigenbasis"),
+    (
+        "_transforms.eigenbasis",
+        "in_eigenbasis.step* _Known.moments",
+        "in_eigenbasis in_eigenbasis-kl soap_muon",
+    ),
+    ("_distributed.bases", "refreshed*", "in_eigenbasis"),
+    ("_recipes.soap", "klsoap shampoo", ""),
     ("_transforms.combine", "_combined*", "divide add mix adam"),
     ("_transforms.combine", "chain* _chain* _merged _of_rules*", "chain adam compress_state muon"),
     ("_transforms.matrices", "module", "orthogonalize scale_by_shape route_matrices muon"),
@@ -92,18 +99,30 @@ UNSEEN = {
     "the scale of a factor does not change its basis, and no side is so short or long": [
         "linalg._kronecker: with_gradient_kl: Div [01] left",
         "linalg._kronecker: with_gradient_kl: sqrt [01] only 0",
-        "linalg._kronecker: with_gradient_kl: m?? 0 only *",
+        "linalg._kronecker: with_gradient_kl.values: m?? 0 only *",
+        "_transforms.eigenbasis: in_eigenbasis.step.learn: if 0 always",
     ],
-    "a matrix there has one factor, which its own eigenvalues do not change": [
-        "linalg._kronecker: with_gradient_kl: maximum 0 only 0",
-        "linalg._kronecker: with_gradient_kl: Pow 2 right",
+    "nothing is sorted, so that the order is the one before": [
+        "_transforms.eigenbasis: in_eigenbasis.step: if 4 always",
+        "_transforms.eigenbasis: in_eigenbasis.step: sort 1 ignored",
+    ],
+    "no entry has such input: a spread refresh, low precision, missing gradients, a mesh, means inside": [
+        "_transforms.eigenbasis: in_eigenbasis.step: if 0 always",
+        "_transforms.eigenbasis: in_eigenbasis.step: map [15] only 1",
+        "_transforms.eigenbasis: in_eigenbasis.step: if 1 *",
+        "_transforms.eigenbasis: in_eigenbasis.step: if 5 always",
+        "_transforms.eigenbasis: in_eigenbasis.step: if 6 never",
+        "_transforms.eigenbasis: in_eigenbasis.step: handed_down 0 without matrix_axes",
+        "_transforms.eigenbasis: in_eigenbasis.step: spread [01] ignored",
+        "_transforms.eigenbasis: in_eigenbasis.step: BitOr 0 left",
+        "_distributed.bases: refreshed*: if 0 never",
     ],
     "of real matrices": [
         "linalg._kronecker: with_gradient_kl: abs 0 only 0",
         "linalg._kronecker: orthogonal_iteration.step: conj 0 gone",
     ],
     "negative axes are the same as positive ones": [
-        "linalg._kronecker: with_gradient_kl: USub [14] gone",
+        "linalg._kronecker: with_gradient_kl.values: USub 0 gone",
         "linalg._kronecker: orthogonal_iteration.step: USub [24] gone",
     ],
     "it keeps numbers from overflow, underflow or rounding": [

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh
 from optimorph._distributed.stacks import at_owners
 from optimorph.linalg._kronecker import FIRST_STEPS, Kronecker, orthogonal_iteration
 
-Pairs = dict[str, tuple[jax.Array, jax.Array]]
-"""For each size of matrix, what there is of the left and of the right side."""
+Pairs = dict[str, tuple[jax.Array | None, jax.Array | None]]
+"""For each size of matrix, what there is of the left and of the right side; None without a factor."""
 
 
 def refreshed(
@@ -55,8 +55,7 @@ def _refreshed(
     order, matrices = jax.tree.leaves(orders), jax.tree.leaves(factors)
     alike: dict[Any, list[int]] = {}
     for k, x in enumerate(flat):
-        if x.size:
-            alike.setdefault((x.shape[-1], x.dtype), []).append(k)
+        alike.setdefault((x.shape[-1], x.dtype), []).append(k)
     steps = jnp.where(count == 0, FIRST_STEPS, 1)
     iterate = functools.partial(orthogonal_iteration, steps=steps, sort=sort)
     for members in alike.values():

@@ -46,6 +46,11 @@ def from_owners(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
     return x
 
 
+def whole(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
+    """A stack whose batch axis is not divided; the other axes as the compiler likes."""
+    return _hint(x, mesh, ())
+
+
 def _hint(x: jax.Array, mesh: AbstractMesh, names: Sequence[str]) -> jax.Array:
     """The batch axis over these mesh axes; the other axes as the compiler likes."""
     free = itertools.repeat(PartitionSpec.UNCONSTRAINED, x.ndim - 1)

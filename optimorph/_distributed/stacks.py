@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from optimorph._core.numbers import upcast_dtype
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed import hints
 from optimorph._distributed.shardings import explicit_axes, manual_axes
@@ -63,8 +64,9 @@ class Slots:
         return n, m
 
     def dtypes(self, values: Sequence[Any]) -> dict[str, Any]:
-        """In which the matrices of leaves can be together."""
-        return {key: jnp.result_type(*{values[k].dtype for k, _, _ in p}) for key, p in self.parts.items()}
+        """In which the matrices of leaves can be together: float32, or wider."""
+        kinds = {k: upcast_dtype(values[k].dtype) for k in self.forms}
+        return {key: np.result_type(*(kinds[k] for k, _, _ in p)) for key, p in self.parts.items()}
 
     def missing(self, arrays: Mapping[int, Any]) -> dict[str, np.ndarray]:
         """Which matrices have no array, for the sizes of which some have none."""
@@ -80,7 +82,7 @@ class Slots:
         kinds = {key: [matrices[k][j].dtype for k, j, _ in p if k in arrays] for key, p in self.parts.items()}
 
         def stack(key, parts):
-            kind = jnp.result_type(*kinds[key]) if kinds[key] else jnp.result_type(float)
+            kind = np.result_type(*kinds[key]) if kinds[key] else jnp.result_type(float)
             each = [
                 matrices[k][j].reshape(-1, *shape[-2:]).astype(kind) if k in arrays else _zeros(shape, kind)
                 for k, j, shape in parts
@@ -140,8 +142,11 @@ def placed(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
 
 
 def to_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:
-    """Stacks with each slot at its owner."""
-    return _moved(hints.to_owners, mesh, stacks)
+    """Stacks with each slot at its owner.
+
+    A stack is made with all slots first. The compiler would send replicated arrays otherwise.
+    """
+    return _moved(hints.to_owners, mesh, _moved(hints.whole, mesh, stacks))
 
 
 def from_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:

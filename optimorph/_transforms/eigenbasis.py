@@ -1,7 +1,6 @@
 """A transformation in another basis: the eigenvectors of running averages of g gᵀ and gᵀ g."""
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -71,8 +70,7 @@ class EigenbasisState(NamedTuple):
         in the parameter's basis, second moments in the eigenbasis.
       average: the state of the argument `average`.
       basis_count: the number of updates, int32.
-      left, right: the factors L `(slots, n, n)` and R `(slots, m, m)`. A side without a factor has zeros
-        `(slots, 1, 1)`, because some checkpoint libraries cannot store arrays of size 0.
+      left, right: the factors L `(slots, n, n)` and R `(slots, m, m)`; None for a side without a factor.
       left_basis, right_basis: the eigenvectors of the factors, in columns.
       left_values, right_values: the eigenvalues, `(slots, n)` and `(slots, m)`; None without `kl`.
     """
@@ -188,7 +186,7 @@ def in_eigenbasis(
             )
     check_flags(who, kl=kl, sort=sort, skip_first=skip_first, spread=spread, whole_first=whole_first)
     check_transforms(who, inner, *([] if average is None else [average]))
-    sort = sort and not kl
+    sort, every = sort and not kl, min(every, np.iinfo(np.int32).max)  # the count's dtype
     inner, before = map(optax.with_extra_args_support, (inner, average or optax.identity()))
     own = AxesOfLeaves(who, axes, shardings)
 
@@ -208,7 +206,10 @@ def in_eigenbasis(
         own.check(Leaves(tree, leaves))
         slots = read(Leaves(tree, leaves))
         mesh = mesh_of([leaves[k] for k in slots.forms])
-        counts = {key: filled(count, mesh) for key, count in slots.counts.items()}
+        in_a_basis = {key for key in slots.parts if max_dim is None or min(slots.size(key)) <= max_dim}
+        counts = {
+            key: filled(count, mesh if key in in_a_basis else None) for key, count in slots.counts.items()
+        }
         kinds = slots.dtypes(leaves)
 
         def zeros(key):
@@ -223,7 +224,7 @@ def in_eigenbasis(
         made = {
             key: first_factors(x, max_dim, stored_dtype(dtype, kinds[key]), kl) for key, x in stacks.items()
         }
-        made = jax.tree.map(lambda x: placed(x if x.size else _nothing(x), mesh), made)
+        made = jax.tree.map(lambda x: placed(x, mesh), made)
         return EigenbasisState(*states, jnp.zeros([], jnp.int32), *_fields(made, kl))
 
     def update(updates, state, params=None, **extra):
@@ -233,12 +234,11 @@ def in_eigenbasis(
     def step(updates, state, params, **extra):
         gs, tree, ws = aligned(who, updates, params, strict=False)
         slots = read(Leaves(tree, gs if params is None else ws))
-        stored = _kept(who, slots, state)
-        old = {key: _with_factors(k, slots.size(key)) for key, k in stored.items()}
+        old = _kept(who, slots, state)
         known, there = _Known(tree, slots), {k: gs[k] for k in slots.forms if not is_absent(gs[k])}
         mesh = mesh_in_use([*there.values()])
         wide = {k: upcast(g) for k, g in there.items()}
-        counts = {key: len(k.left) for key, k in old.items()}
+        counts = {key: next(map(len, jax.tree.leaves(k)), slots.counts[key]) for key, k in old.items()}
         g = to_owners(mesh, slots.stacked(wide, counts))
         now = {key: jax.tree.map(lambda x, like=g[key]: _in_precision(x, like), k) for key, k in old.items()}
         first = state.basis_count == 0
@@ -270,11 +270,11 @@ def in_eigenbasis(
                 lambda same: same,
                 after,
             )
-        learned = jax.tree.map(lambda x, was: x.astype(was.dtype) if x.size else was, learned, stored)
+        learned = jax.tree.map(lambda x, was: x.astype(was.dtype), learned, old)
         missing = slots.missing(there)
         after, averaged, learned = (
             _where_missing(missing, was, new)
-            for was, new in ((state.inner, after), (state.average, averaged), (stored, learned))
+            for was, new in ((state.inner, after), (state.average, averaged), (old, learned))
         )
 
         matrices = slots.unstacked(from_owners(mesh, out["stacks"]))
@@ -342,23 +342,9 @@ def _kept(who: str, slots: Slots, state: EigenbasisState) -> dict[str, Kronecker
         raise other_state(who)
     kept = {key: Kronecker(*(x[key] for x in fields)) for key in slots.parts}
     for key, count in slots.counts.items():
-        if len(kept[key].left) < count:
+        if any(len(x) < count for x in jax.tree.leaves(kept[key])):
             raise other_state(who)
     return kept
-
-
-def _nothing(x: jax.Array) -> jax.Array:
-    """What is stored in place of an array of size 0."""
-    return jnp.zeros((len(x), *[1] * (x.ndim - 1)), x.dtype)
-
-
-def _with_factors(k: Kronecker, size: tuple[int, int]) -> Kronecker:
-    """With arrays of size 0 for a side without a factor, whose stored ones are shorter than the side."""
-
-    def own(x, n):
-        return x if x is None or x.shape[-1] == n else x[(slice(None), *[slice(0)] * (x.ndim - 1))]
-
-    return Kronecker(*(own(x, n) for x, n in zip(k, itertools.cycle(size), strict=False)))
 
 
 def _fields(kept: dict[str, Kronecker], kl: bool) -> Any:
@@ -368,16 +354,16 @@ def _fields(kept: dict[str, Kronecker], kl: bool) -> Any:
 
 
 def _into(k: Kronecker, x: jax.Array) -> jax.Array:
-    return rotated(k, _in_precision(x, k.left_basis))
+    return rotated(k, _in_precision(x, *jax.tree.leaves(k)))
 
 
 def _back(k: Kronecker, x: jax.Array) -> jax.Array:
-    return rotated_back(k, _in_precision(x, k.left_basis))
+    return rotated_back(k, _in_precision(x, *jax.tree.leaves(k)))
 
 
-def _in_precision(x: jax.Array, like: jax.Array) -> jax.Array:
-    """A stored array in the precision of another; real ones stay real."""
-    dtype = jnp.promote_types(upcast_dtype(x.dtype), like.dtype)
+def _in_precision(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """A stored array in the precision of others; real ones stay real."""
+    dtype = np.result_type(*(upcast_dtype(y.dtype) for y in (x, *others)))
     return x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
 
 

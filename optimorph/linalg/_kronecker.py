@@ -1,6 +1,7 @@
 """Kronecker factors of second moments of stacks of matrices, and the eigenbases of these factors."""
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ _product = functools.partial(jnp.matmul, precision="highest")
 
 
 class Kronecker(NamedTuple):
-    """The factors of a stack of matrices `(*batch, n, m)`; a side without a factor has arrays of size 0.
+    """The factors of a stack of matrices `(*batch, n, m)`; a side without a factor has None.
 
     Args:
       left, right: L `(*batch, n, n)` and R `(*batch, m, m)`, Hermitian.
@@ -43,24 +44,27 @@ def first_factors(stack: jax.Array, max_dim: int | None, dtype: Any, tracked: bo
       tracked: whether there are eigenvalues.
     """
     count, *sizes = stack.shape
-    sizes = [n if max_dim is None or n <= max_dim else 0 for n in sizes]
-    factors = [jnp.zeros((count, n, n), dtype) for n in sizes]
-    bases = [jnp.array(jnp.broadcast_to(jnp.eye(n, dtype=dtype), (count, n, n))) for n in sizes]
     real = jnp.finfo(dtype).dtype
-    values = [jnp.full((count, n), FIRST_VALUE, real) if tracked else None for n in sizes]
-    return Kronecker(*factors, *bases, *values)
+
+    def side(n):
+        if max_dim is not None and n > max_dim:
+            return None, None, None
+        basis = jnp.array(jnp.broadcast_to(jnp.eye(n, dtype=dtype), (count, n, n)))
+        return jnp.zeros_like(basis), basis, jnp.full((count, n), FIRST_VALUE, real) if tracked else None
+
+    return Kronecker(*itertools.chain(*zip(*map(side, sizes), strict=True)))
 
 
 def rotated(k: Kronecker, x: jax.Array) -> jax.Array:
     """Into the eigenbasis: Q_Lᴴ x Q_R."""
-    x = _product(_adjoint(k.left_basis), x) if k.left_basis.size else x
-    return _product(x, k.right_basis) if k.right_basis.size else x
+    x = x if k.left_basis is None else _product(_adjoint(k.left_basis), x)
+    return x if k.right_basis is None else _product(x, k.right_basis)
 
 
 def rotated_back(k: Kronecker, x: jax.Array) -> jax.Array:
     """Out of the eigenbasis: Q_L x Q_Rᴴ."""
-    x = _product(k.left_basis, x) if k.left_basis.size else x
-    return _product(x, _adjoint(k.right_basis)) if k.right_basis.size else x
+    x = x if k.left_basis is None else _product(k.left_basis, x)
+    return x if k.right_basis is None else _product(x, _adjoint(k.right_basis))
 
 
 def with_gradient(k: Kronecker, g: jax.Array, weight: jax.Array) -> Kronecker:
@@ -69,8 +73,7 @@ def with_gradient(k: Kronecker, g: jax.Array, weight: jax.Array) -> Kronecker:
     L ← (1 - w) L + w g gᴴ        (1)
     R ← (1 - w) R + w gᴴ g        (2)
     """
-    left, right = _gram(k.left, g), _gram(k.right, _adjoint(g))
-    return k._replace(left=_mean(k.left, left, weight), right=_mean(k.right, right, weight))
+    return k._replace(left=_factor(k.left, g, weight), right=_factor(k.right, _adjoint(g), weight))
 
 
 def with_gradient_kl(
@@ -86,28 +89,24 @@ def with_gradient_kl(
     """
     n, m = g.shape[-2:]
     roots = [
-        jnp.where(first, 1, jax.lax.rsqrt(x)) if x.size else jnp.ones((*x.shape[:-1], 1), x.dtype)
+        jnp.ones(1, jnp.finfo(g.dtype).dtype) if x is None else jnp.where(first, 1, jax.lax.rsqrt(x))
         for x in (k.left_values, k.right_values)
     ]
     rows, columns = roots[0][..., :, None], roots[1][..., None, :]
-    half = _product(g, k.right_basis) if k.right_basis.size else g
-    tall = _product(_adjoint(k.left_basis), g) if k.left_basis.size else g
-    p = _product(_adjoint(k.left_basis), half) if k.left_basis.size else half
-    left = _gram(k.left, half * (columns / math.sqrt(m)).astype(g.dtype))
-    right = _gram(k.right, _adjoint(tall * (rows / math.sqrt(n)).astype(g.dtype)))
-    power = jnp.square(jnp.abs(p))
-    means = jnp.mean(power * columns**2, axis=-1), jnp.mean(power * rows**2, axis=-2)
-    values = []
-    for old, new in zip((k.left_values, k.right_values), means, strict=True):
+    half, tall = rotated(k._replace(left_basis=None), g), rotated(k._replace(right_basis=None), g)
+    power = jnp.square(jnp.abs(rotated(k._replace(right_basis=None), half)))
+
+    def values(old, new):
+        if old is None:
+            return None
         most = largest_inverse_root or max(10, min(old.shape[-1], 4000))
-        values.append(
-            jnp.where(first, old, jnp.maximum(_mean(old, new, weight), most**-2)) if old.size else old
-        )
+        return jnp.where(first, old, jnp.maximum(_mean(old, new, weight), most**-2))
+
     return k._replace(
-        left=_mean(k.left, left, weight),
-        right=_mean(k.right, right, weight),
-        left_values=values[0],
-        right_values=values[1],
+        left=_factor(k.left, half * (columns / math.sqrt(m)).astype(g.dtype), weight),  # (1)
+        right=_factor(k.right, _adjoint(tall * (rows / math.sqrt(n)).astype(g.dtype)), weight),  # (2)
+        left_values=values(k.left_values, jnp.mean(power * columns**2, axis=-1)),  # (3)
+        right_values=values(k.right_values, jnp.mean(power * rows**2, axis=-2)),
     )
 
 
@@ -157,14 +156,14 @@ def orthogonal_iteration(
     return jax.lax.fori_loop(0, steps, step, (basis, order))
 
 
-def permuted(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Matrices with rows and columns in another order; an order of size 0 is none."""
-    x = jnp.take_along_axis(x, rows[..., :, None], -2) if rows.size else x
-    return jnp.take_along_axis(x, columns[..., None, :], -1) if columns.size else x
+def permuted(x: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
+    """Matrices with rows and columns in another order, where there is one."""
+    x = x if rows is None else jnp.take_along_axis(x, rows[..., :, None], -2)
+    return x if columns is None else jnp.take_along_axis(x, columns[..., None, :], -1)
 
 
-def _gram(factor: jax.Array, y: jax.Array) -> jax.Array:
-    return _product(y, _adjoint(y)) if factor.size else factor
+def _factor(old: jax.Array | None, y: jax.Array, weight: jax.Array) -> jax.Array | None:
+    return None if old is None else _mean(old, _product(y, _adjoint(y)), weight)
 
 
 def _mean(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
