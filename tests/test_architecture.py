@@ -86,7 +86,7 @@ def floor(dotted):
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_packages_say_their_floor(package):
     doc = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text()))
-    assert doc.startswith(f"Floor {FLOORS[package]}: ")
+    assert f"Floor {FLOORS[package]}" in doc
 
 
 @pytest.mark.parametrize(("path", "name"), list(zip(MODULES, NAMES, strict=True)), ids=NAMES)

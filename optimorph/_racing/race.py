@@ -57,8 +57,8 @@ def race(
       axes: which leaves are matrices, as in `muon`. A leaf that no rule decides has no spectrum.
       sweep_bytes: the most memory in which all rates of an optimizer train together, in one vmapped program.
         The estimate counts parameters, gradients, updates, state, and what the loss keeps for its gradient.
-        If it is exceeded, the rates train one after another, in a program that is compiled once. 0 always
-        does that.
+        If it is exceeded, the rates train one after another, in a program that is compiled once. With 0
+        they always do.
       title: a heading that says what is trained.
       measure: what the loss is, with its unit.
       log_loss: whether plots have a logarithmic loss axis. None: they have one if no loss is negative and the

@@ -1,4 +1,4 @@
-"""Floor 1: how real numbers are stored in fewer bytes; arrays only, no trees, no state.
+"""Codecs store real numbers in fewer bytes.
 
     codec = Signed8()
     encoded = codec.encode(x)           # Encoded(codes, scales)
@@ -9,6 +9,8 @@
 `Split16` are for weights. A codec is a hashable description without arrays. Codes have the shape of the
 array, and there is one scale for each block, so both can have the array's sharding. If shards hold whole
 blocks, encoding needs no communication.
+
+Floor 1 (see CONTRIBUTING.md): arrays only, no trees and no state.
 """
 
 from optimorph.codecs._bfloat16 import BFloat16

@@ -1,9 +1,10 @@
-"""Floor 1: arrays only, no trees, no state.
+"""Functions of arrays for matrices: polar factors, norms and ranks.
 
-How a leaf reads as matrices (`Axes`); the polar factor of a stack of matrices (`NewtonSchulz`, `Exact`) and
-the polynomials that it takes (`polar_express`, `Coefficients`); norms and ranks of matrices (`spectral_norm`,
-`rms_to_rms_norm`, `stable_rank`, `effective_rank`, `top_energy`, `orthogonality_error`), all of which take a
-stack or its `spectrum`.
+`Axes` says how an array reads as matrices. `NewtonSchulz` and `Exact` compute the polar factors of a stack of
+matrices. `polar_express` makes a table of `Coefficients` for `NewtonSchulz`. `spectral_norm`, `rms_to_rms_norm`,
+`stable_rank`, `effective_rank`, `top_energy` and `orthogonality_error` take a stack of matrices or its `spectrum`.
+
+Floor 1 (see CONTRIBUTING.md): arrays only, no trees and no state.
 """
 
 from optimorph.linalg._axes import Axes
