@@ -85,11 +85,12 @@ def notes(race: RaceData) -> list[str]:
         lines += [f"Mean of {seeds} seeds ± their standard deviation."]
     if _equal_steps(race):
         lines += [f"Every optimizer took {race.steps} steps."]
-    lines += ["Equal seconds: the loss when the fastest has taken all its steps, by median times of a step."]
+    lines += [
+        "Equal seconds: the loss at the time when the fastest optimizer ends, by median times of a step."
+    ]
     if any(row.name == TARGET for row in race.rows):
-        lines += [
-            f"Steps to {TARGET}: until the mean loss is the final loss of {TARGET}; empty if it never is."
-        ]
+        when = f"when the mean loss reaches the final loss of {TARGET}; empty if it never does"
+        lines += [f"Steps to {TARGET}: {when}."]
     lines += ["Update ms: the median time of the optimizer's update, without the gradient."]
     if any(row.others_learning_rate is not None for row in race.rows):
         lines += ["Learning rate: the peak of the schedule; after the slash, of embeddings, head and norms."]

@@ -1,8 +1,9 @@
 """Functions of arrays for matrices: polar factors, norms and ranks.
 
 `Axes` says how an array reads as matrices. `NewtonSchulz` and `Exact` compute the polar factors of a stack of
-matrices. `polar_express` makes a table of `Coefficients` for `NewtonSchulz`. `spectral_norm`, `rms_to_rms_norm`,
-`stable_rank`, `effective_rank`, `top_energy` and `orthogonality_error` take a stack of matrices or its `spectrum`.
+matrices. `polar_express` makes a table of `Coefficients` for `NewtonSchulz`. `spectral_norm`,
+`rms_to_rms_norm`, `stable_rank`, `effective_rank`, `top_energy` and `orthogonality_error` take a stack of
+matrices or its `spectrum`.
 
 Floor 1 (see CONTRIBUTING.md): arrays only, no trees and no state.
 """
