@@ -50,7 +50,7 @@ def new_names(
         if not any(starts(path, old) for path in paths):
             similar = difflib.get_close_matches(old, paths, 3, 0.3)
             raise ValueError(
-                f"{WHO}: renamed has {old!r}, but no path of the state is this or begins so, up to a slash. "
+                f"{WHO}: renamed has {old!r}, but no path of the state is {old!r} or begins with '{old}/'. "
                 f"Similar: {', '.join(map(repr, similar))}."
             )
 

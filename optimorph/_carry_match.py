@@ -307,6 +307,6 @@ def _untyped(slot: Slot) -> str:
     """That there is an array where a state should be."""
     return (
         f"carry_state: there is an array of shape {np.shape(slot.array)} where a state was expected, such as "
-        "ScaleByAdamState. Restore a checkpoint into what the init of its own optimizer makes, optax's for "
-        "example: types are lost without it."
+        "ScaleByAdamState. Restore a checkpoint into the state that init of its own optimizer returns, for "
+        "example optax's: otherwise the types of its states are lost."
     )

@@ -127,8 +127,8 @@ def carry_state(
     if in_codes and written_by is None:
         raise ValueError(
             f"{WHO}: {in_codes[0].where!r}, {in_codes[0].kind}, is in codes, which only the codecs that "
-            f"wrote them can read. Type {WHO}(state, tx, params, written_by=...), with the optimizer of the "
-            "state."
+            f"wrote them can decode. Type {WHO}(state, tx, params, written_by=...), with the optimizer that "
+            "made the state."
         )
     stored = with_stored(blank, codecs)
     wanted = slots(stored)
@@ -140,8 +140,8 @@ def carry_state(
         lines = [f"{row.name}: {row.why}" for row in report.lost]
         raise ValueError(
             f"{WHO}: the state does not fit tx.\n  {abbreviated(lines)}\n"
-            f"The state belongs to {owners(state)}. Pass as tx that recipe with the same arguments, and the "
-            f"parameters of that state, or leave out strict=True.{_of_new_leaves(held, wanted)}"
+            f"The state belongs to {owners(state)}. Pass that optimizer with the same arguments as tx, and "
+            f"the parameters of that state, or leave out strict=True.{_of_new_leaves(held, wanted)}"
         )
     need = [k for k, origin in enumerate(match.origins) if origin.begins]
     starts = _starts(tx, params, codecs, need, wanted)

@@ -187,7 +187,7 @@ def plan(
     over_mesh = None
     if mesh is not None and routes is None:
         warnings.warn(
-            "plan: mesh is for optimizers of matrices, and this one treats every element by itself. Leave it "
+            "plan: mesh is for optimizers of matrices, and this one works element by element. Leave it "
             "out, or type plan(params, optimorph.muon(0.02), mesh=mesh).",
             stacklevel=2,
         )

@@ -129,8 +129,8 @@ def warn_unused_fields(who: str, state: PyTree, fields: Fields | None) -> None:
         if pair not in there:
             known = ", ".join(sorted(map(".".join, there))) or "none"
             warnings.warn(
-                f"{who}: no state has the field {'.'.join(pair)!r} that fields names, or it says itself "
-                f"what it holds. The fields of which that is not known: {known}.",
+                f"{who}: no state has the field {'.'.join(pair)!r} of the argument fields, or the state "
+                f"itself says what it holds. Fields that can be named: {known}.",
                 stacklevel=3,
             )
 

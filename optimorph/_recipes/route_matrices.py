@@ -124,8 +124,8 @@ def routed(
         missing = params is None and axes is None and any(map(is_absent, gs))
         if missing and any(map(needs_others, leaves.paths, gs)):
             raise ValueError(
-                f"{who}: gradients are missing, and without params it cannot be told from other leaves how "
-                "each reads as matrices. Type tx.update(gradients, state, params), or axes= for all leaves."
+                f"{who}: gradients are missing, and without params the other leaves do not say how each leaf "
+                "reads as matrices. Type tx.update(gradients, state, params), or axes= for all leaves."
             )
         forms = [spec.axes for spec in specs_of(leaves)]
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
@@ -153,7 +153,7 @@ def _shapes(state: Any) -> Any:
 
 def _inferred(who: str, path: str, shape: Shape, spec: str | None) -> str:
     return (
-        f"{who}: {path!r} {shape} is taken for the output layer, because no other leaf takes in its outputs, "
+        f"{who}: {path!r} {shape} is taken for the output layer, because no other leaf takes its outputs, "
         f"and is updated by the other optimizer. Type axes={{{path!r}: None}} to confirm this, or "
         f"axes={{{path!r}: {spec!r}}} for a hidden layer."
     )

@@ -326,8 +326,8 @@ def _check_manual(who: str, leaves: Leaves, forms: Any, match: Any) -> None:
         if spec is None or any(spec):
             raise ValueError(
                 f"{who}: inside jax.shard_map {path!r} has shape {np.shape(x)}, which may be a local shard, "
-                "but factors are those of whole matrices. Call update outside of jax.shard_map; or of leaves "
-                "that are whole there, type shardings={'*': P()}."
+                "but factors need whole matrices. Call update outside of jax.shard_map, or if the leaves are "
+                "whole there, type shardings={'*': P()}."
             )
 
 
