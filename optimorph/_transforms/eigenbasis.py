@@ -51,8 +51,8 @@ from optimorph.linalg._kronecker import (
 )
 
 NOT_IN_8_BITS = (
-    "second moments change with their basis, and most of the state are factors and bases, for which 8 bits "
-    "are too few. Type factor_dtype='bfloat16', mu_dtype='bfloat16' and others=optimorph.adamw(1e-3, "
+    "most of the state is factors and bases, for which 8 bits are too few, and second moments change with "
+    "their basis. Type factor_dtype='bfloat16', mu_dtype='bfloat16' and others=optimorph.adamw(1e-3, "
     "state='int8')."
 )
 """Why the state in an eigenbasis is not compressed, and what to type instead."""
