@@ -7,6 +7,8 @@ from jax.sharding import AbstractMesh, Mesh
 AUTO, NEVER = "auto", "never"
 """Values of `divide`: by the mesh's devices, or not at all."""
 
+PLATFORMS = ("cpu", "gpu", "tpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
@@ -21,7 +23,7 @@ class Hardware:
       seconds: the least time that a collective takes.
 
     Raises:
-      ValueError: a number that is not positive.
+      ValueError: an unknown platform, or a number that is not positive.
     """
 
     platform: str
@@ -33,10 +35,13 @@ class Hardware:
 
     def __post_init__(self):
         """Refuse what no device is."""
-        for field in dataclasses.fields(self):
+        if self.platform not in PLATFORMS:
+            names = ", ".join(map(repr, PLATFORMS))
+            raise ValueError(f"Hardware: platform must be one of {names}, but is {self.platform!r}.")
+        for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
-            if field.type is not str and not value > 0:
-                raise ValueError(f"Hardware: {field.name} must be positive, but is {value!r}.")
+            if not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"Hardware: {field.name} must be a positive number, but is {value!r}.")
 
     def bytes_over(self, span: int) -> float:
         """Bytes per second in a group of devices whose first and last are `span` devices apart."""
@@ -63,12 +68,14 @@ _KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
     "TPU v5": "v5p",
-    "TPU v6": "v6e",
-    "NVIDIA H100": "H100",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H200": "H200",
     "cpu": "cpu",
 }
-"""How the kinds of devices begin → the name in the table."""
+"""Kind of device → its name in the table. The variants for PCIe have other numbers, and are not in it."""
 
 
 def hardware_for(divide: str | Hardware, mesh: Mesh | AbstractMesh) -> Hardware | None:
@@ -76,8 +83,7 @@ def hardware_for(divide: str | Hardware, mesh: Mesh | AbstractMesh) -> Hardware 
     if isinstance(divide, Hardware) or divide in HARDWARE:
         return divide if isinstance(divide, Hardware) else HARDWARE[divide]
     device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
-    kind = "" if device is None else device.device_kind
-    return next((HARDWARE[name] for start, name in _KINDS.items() if kind.startswith(start)), None)
+    return None if device is None else HARDWARE.get(_KINDS.get(device.device_kind, ""))
 
 
 def check_divide(who: str, divide: object) -> None:

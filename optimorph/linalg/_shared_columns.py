@@ -48,8 +48,13 @@ class Neighbours(NamedTuple):
 
     def sum(self, x: jax.Array) -> jax.Array:
         """The own rows of the sum of matrices `(batch, n, n)` over those that share them."""
+        if len(x) == 1:  # as n x n, for which XLA has a reduce-scatter on TPUs too
+            return self._row_sums(x[0], 0)[None]
+        return self._row_sums(x, 1)
+
+    def _row_sums(self, x: jax.Array, axis: int) -> jax.Array:
         return jax.lax.psum_scatter(
-            x, self.names, scatter_dimension=1, axis_index_groups=self._groups, tiled=True
+            x, self.names, scatter_dimension=axis, axis_index_groups=self._groups, tiled=True
         )
 
     @property
