@@ -57,6 +57,8 @@ def _visit(computations, name, times, looping, found):
     for _, kind, op, rest in computations[name]:
         operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
         base = op.removesuffix("-start")
+        if base == "all-reduce" and name.startswith("all-reduce-scatter"):
+            base = "reduce-scatter"  # of a TPU, which writes one as a fusion of an all-reduce and a slice
         if op == "dot":
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest).group(1)
             left = _sizes(types[operands[0]])

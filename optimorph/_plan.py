@@ -136,7 +136,7 @@ def plan(
         and sends. The shardings are those of the optimizer's `shardings`, or else those of the leaves. A leaf
         without a sharding is replicated.
       arguments: arguments of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`,
-        and with a mesh on `shardings` and `divide`.
+        and with a mesh on `shardings`, `orthogonalizer` and `divide`.
 
     Raises:
       ValueError: shardings that do not fit the mesh, a spec in place of rules for `axes`, a leaf that is not
@@ -193,7 +193,9 @@ def plan(
         )
     if mesh is not None and routes is not None:
         forms = [spec.axes for spec in specs]
-        over_mesh = plan_mesh(mesh, routes.match, routes.divide, paths, jax.tree.leaves(params), forms)
+        over_mesh = plan_mesh(
+            mesh, routes.match, routes.polar, routes.divide, paths, jax.tree.leaves(params), forms
+        )
     return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates, over_mesh)
 
 

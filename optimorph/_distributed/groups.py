@@ -55,8 +55,7 @@ class LeafShard:
     transposed: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """Matrices of one shape, sharded in the same way.
 
     Args:
@@ -91,7 +90,7 @@ class Group:
     def part(self, parts: int) -> "Group":
         """The same with local shards cut into so many parts."""
         *rows, columns = self.local_shape
-        return self if parts == 1 else dataclasses.replace(self, local_shape=(*rows, columns // parts))
+        return self if parts == 1 else self._replace(local_shape=(*rows, columns // parts))
 
     def matrices_of(self, span: Span, owners: int) -> tuple[int, int]:
         """The first and the last of the matrices in the slots of a span."""

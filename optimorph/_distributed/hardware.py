@@ -49,11 +49,11 @@ class Hardware:
 
 
 HARDWARE = {
-    # Peaks in bfloat16, and links to two neighbours along one axis of the torus: a quarter or a sixth of the
-    # bandwidth of a chip each. Between pods, the network of the data center. cloud.google.com/tpu/docs: v5e,
-    # v5p, v6e (197, 459, 918 Tflop/s; 200, 600, 400 GB/s each way; 25, 50, 100 Gb/s between pods).
+    # Peaks in bfloat16. Near: both links along one axis of the torus, of the four or six links of a chip. Far:
+    # the network of the data center. A node is the largest slice. docs.cloud.google.com/tpu/docs: v5e, v5p, v6e
+    # (197, 459, 918 Tflop/s; 400, 1200, 800 GB/s of a chip in both directions; 25, 50, 100 Gb/s of a chip).
     "v5e": Hardware("tpu", 197e12, 100e9, 3.1e9, 256),
-    "v5p": Hardware("tpu", 459e12, 200e9, 6.25e9, 8960),
+    "v5p": Hardware("tpu", 459e12, 200e9, 6.25e9, 6144),
     "v6e": Hardware("tpu", 918e12, 200e9, 12.5e9, 256),
     # Peaks in float16 without sparsity, NVLink each way, and one 400 Gb/s port a GPU between nodes of eight:
     # NVIDIA's data sheets of H100 SXM, H200 SXM and DGX H100.

@@ -1,7 +1,7 @@
 """What each device of a mesh computes and sends when matrices are divided over it, from shapes alone."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class MeshPlan:
       mesh: the names and sizes of its axes.
       platform: of its devices, or "" if the mesh does not name it.
       way: "exchange", "custom_partitioning" or "hints".
-      flops: multiplications and additions of the busiest device, for five steps of `NewtonSchulz`.
+      flops: multiplications and additions of the busiest device in one update.
       least_flops: those of a device if the matrices could be divided evenly.
       sent: bytes that a device sends, in float32.
       divided: the number of matrices that are divided over several devices.
@@ -78,6 +78,7 @@ class MeshPlan:
 def plan_mesh(
     mesh: Mesh | AbstractMesh,
     match: Match | None,
+    polar: Callable[..., Any] | None,
     divide: str | Hardware,
     paths: Sequence[str],
     leaves: Sequence[Any],
@@ -88,6 +89,7 @@ def plan_mesh(
     Args:
       mesh: devices, or names and sizes alone.
       match: the user's rules of shardings, or None.
+      polar: the function of matrices; None for `NewtonSchulz`.
       divide: what decides whether matrices are divided, as `hardware_for` says.
       paths: of the leaves.
       leaves: arrays or their shapes, with their shardings.
@@ -117,7 +119,7 @@ def plan_mesh(
         if platform == "tpu"
         else "custom_partitioning"
     )
-    hardware, method = hardware_for(divide, mesh), NewtonSchulz()
+    hardware, method = hardware_for(divide, mesh), NewtonSchulz() if polar is None else polar
     division = division_of(method, hardware, divide != NEVER and way != "hints")
     found: Placement = place(sizes, matrices, cost=cost_of(method, hardware), division=division)
     return MeshPlan(

@@ -157,16 +157,20 @@ def _divided(mesh: Mapping[str, int], exchange: Exchange) -> int:
 
 def _merged(mesh: Mapping[str, int], groups: list[Group], chooser: Chooser) -> list[Group]:
     """Groups of nearly equal shapes merged by padding, where that takes less: it fills empty slots."""
-    merged: list[Group] = []
+    merged: list[tuple[Group, float]] = []
     for group in sorted(groups, key=lambda group: group.cost(mesh, chooser.cost), reverse=True):
-        for k, large in enumerate(merged):
+        alone = chooser.effort(group)
+        for k, (large, effort) in enumerate(merged):
             both = _padded(large, group)
-            if both is not None and chooser.effort(both) < chooser.effort(large) + chooser.effort(group):
-                merged[k] = both
+            if both is None or chooser.least_effort(both) >= effort + alone:
+                continue
+            together = chooser.effort(both)
+            if together < effort + alone:
+                merged[k] = both, together
                 break
         else:
-            merged.append(group)
-    return merged
+            merged.append((group, alone))
+    return [group for group, _ in merged]
 
 
 def _padded(a: Group, b: Group) -> Group | None:
@@ -174,7 +178,7 @@ def _padded(a: Group, b: Group) -> Group | None:
     if a.mesh_axes != b.mesh_axes or a.form != b.form or a.form.spec != "bio":
         return None
     local_shape = tuple(map(max, a.local_shape, b.local_shape))
-    return dataclasses.replace(a, local_shape=local_shape, shards=a.shards + b.shards)
+    return a._replace(local_shape=local_shape, shards=a.shards + b.shards)
 
 
 def _in_rounds(

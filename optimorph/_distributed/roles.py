@@ -117,21 +117,28 @@ class Chooser:
     cost: Cost
     division: Division | None
 
-    def placed(self, group: Group) -> Placed:
-        """The group in whole matrices, or with those divided for which that takes less time."""
-
-        def weight(roles: Roles) -> tuple[int, int]:
-            k = slots(self.mesh, roles.owners, group.matrices)
-            return k, k * shards_sent(self.mesh, roles)
-
+    @functools.cached_property
+    def _choices(self) -> dict[int, Roles]:
+        """For every possible number of owners the roles for which these are the nearest."""
         idle = [name for name in self.owners if name not in self.axes]
         pairs = itertools.product(_subsets(self.axes), _subsets(idle))
         choices = [Roles(a, tuple(name for name in self.axes if name not in a), r) for a, r in pairs]
-        roles = min(choices, key=weight)
-        whole = self._loaded(dataclasses.replace(group, slots=weight(roles)[0]), roles)
+        far_first = sorted(choices, key=lambda roles: _extent(self.mesh, roles.owners), reverse=True)
+        return {devices(self.mesh, roles.owners): roles for roles in far_first}
+
+    def placed(self, group: Group) -> Placed:
+        """The group in whole matrices, or with those divided for which that takes less time."""
+
+        def weight(owners: int) -> tuple[int, int]:
+            k = -(-group.matrices // owners)  # (1)
+            return k, k * shards_sent(self.mesh, self._choices[owners])
+
+        owners = min(self._choices, key=weight)
+        whole = self._loaded(group._replace(slots=weight(owners)[0]), self._choices[owners])
         if self.division is None or self.division.work is None or group.form.spec != "bio":
             return whole
-        divided = [self._loaded(x, roles) for roles in choices for x in _divided(self.mesh, roles, group)]
+        pairs = ((x, roles) for owners, roles in self._choices.items() for x in _divided(owners, group))
+        divided = [self._loaded(x, roles) for x, roles in pairs]
         divided = [choice for choice in divided if choice.load.flops < whole.load.flops]
         best = min([whole, *divided], key=lambda choice: choice.load.seconds)
         return best if best.load.seconds < WORTH * whole.load.seconds else whole
@@ -140,6 +147,11 @@ class Chooser:
         """What merging groups should lessen: flops, or seconds with what is sent within iterations."""
         load = self.placed(group).load
         return load.flops if self.division is None else load.computing + load.sharing
+
+    def least_effort(self, group: Group) -> float:
+        """The effort if all matrices were divided evenly, and nothing were sent."""
+        flops = group.matrices * group.cost(self.mesh, self.cost) / devices(self.mesh, self.owners)
+        return flops if self.division is None else flops / self.division.hardware.flops
 
     def _loaded(self, group: Group, roles: Roles) -> Placed:
         mesh, division = self.mesh, self.division
@@ -156,15 +168,9 @@ class Chooser:
             inside, collectives = group.part_slots * work.bytes, work.collectives
             sharing = inside / hardware.bytes_over(_extent(mesh, roles.owners, group.parts))
             sharing += collectives * hardware.seconds
-        everywhere = _extent(mesh, roles.owners, devices(mesh, roles.owners))
-        sending = sent / hardware.bytes_over(everywhere)
+        sending = sent / hardware.bytes_over(_extent(mesh, (*roles.all_gather, *roles.owners)))
         load = Load(flops, sent, inside, collectives, flops / hardware.flops, sending, sharing)
         return Placed(group, roles, load)
-
-
-def slots(mesh: Mapping[str, int], owners: Iterable[str], matrices: int) -> int:
-    """The slots that each owner needs (1)."""
-    return -(-matrices // devices(mesh, owners))
 
 
 def shards_sent(mesh: Mapping[str, int], roles: Roles) -> int:
@@ -176,7 +182,9 @@ def shards_sent(mesh: Mapping[str, int], roles: Roles) -> int:
 def cost_of(f: Callable[..., Any], hardware: Hardware | None) -> Cost:
     """The flops of a function of matrices."""
     if isinstance(f, NewtonSchulz):
-        return functools.partial(f.flops, platform="" if hardware is None else hardware.platform)
+        return functools.cache(
+            functools.partial(f.flops, platform="" if hardware is None else hardware.platform)
+        )
     return getattr(f, "flops", lambda n, m: 2.0 * n * n * m)
 
 
@@ -186,34 +194,30 @@ def division_of(f: Callable[..., Any], hardware: Hardware | None, divide: bool =
         return None
     if not divide or not isinstance(f, NewtonSchulz):
         return Division(None, hardware)
-    return Division(functools.partial(f.work, platform=hardware.platform), hardware)
+    return Division(functools.cache(functools.partial(f.work, platform=hardware.platform)), hardware)
 
 
-def _divided(mesh: Mapping[str, int], roles: Roles, group: Group) -> Iterable[Group]:
+def _divided(owners: int, group: Group) -> Iterable[Group]:
     """The group with whole matrices in all rounds that are full, and the other ones divided (3)."""
-    owners = devices(mesh, roles.owners)
     full, rest = divmod(group.matrices, owners)
     *rows, columns = group.local_shape
     for parts in range(2, min(owners, MOST_PARTS) + 1):
-        if owners % parts or (full and columns % parts):
-            continue
-        padded = (*rows, columns + -columns % parts)
-        for repeat in (False, True):
-            yield dataclasses.replace(
-                group,
-                local_shape=padded,
+        if owners % parts == 0:
+            cut = group._replace(
+                local_shape=(*rows, columns + -columns % parts),
                 slots=full,
                 parts=parts,
                 part_slots=-(-rest * parts // owners),
-                repeat=repeat,
             )
+            yield from (cut, cut._replace(repeat=True))
 
 
-def _extent(mesh: Mapping[str, int], names: Names, count: int) -> int:
-    """How far apart in the mesh the first and the last of some owners are that follow each other."""
+def _extent(mesh: Mapping[str, int], names: Sequence[str], count: int | None = None) -> int:
+    """How far apart in the mesh the first and the last of so many devices are that follow each other."""
     extent, stride, strides = 1, 1, {}
     for name in reversed([*mesh]):
         strides[name], stride = stride, stride * mesh[name]
+    count = devices(mesh, names) if count is None else count
     for name in reversed(names):
         extent += (min(mesh[name], count) - 1) * strides[name]
         count = -(-count // mesh[name])

@@ -59,6 +59,7 @@ def of_matrices(
     nu_dtype: DTypeLike | None = None,
     state: str | Rules | None = None,
     shardings: Rules | None = None,
+    polar: Callable[[jax.Array], jax.Array] | None = None,
     divide: str | Hardware = NEVER,
 ) -> Transform:
     """words → scale by shape → decay → learning rate; AdamW for other leaves.
@@ -69,6 +70,7 @@ def of_matrices(
       who: the name of the optimizer.
       words: the transformations of the gradients of matrices.
       learning_rate: and all further arguments: those of `muon`.
+      polar: the orthogonalizer, for the plan.
       last: a transformation that replaces the scale by shape, the weight decay and the learning rate.
     """
     own_nu = SECOND in [kind for word in words for kind in _moments(word)]
@@ -109,7 +111,7 @@ def of_matrices(
             state=state,
         )
     told = None if last is not None else _unit if scale is None else scale
-    tx = routed(who, matrices, others, axes, shardings, names, told, divide)
+    tx = routed(who, matrices, others, axes, shardings, names, told, polar, divide)
 
     def init(params):
         paths = leaf_paths(params)
@@ -140,7 +142,7 @@ def of_polar_factors(
       arguments: those of `of_matrices`.
     """
     polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide)
-    return of_matrices(who, average, polar, *words, divide=divide, **arguments)
+    return of_matrices(who, average, polar, *words, polar=orthogonalizer, divide=divide, **arguments)
 
 
 def _unit(inputs: int, outputs: int) -> float:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ class Routes:
       names: of the transformations of matrices and of other leaves.
       scale: of a matrix's update by its shape; None if it is not known.
       match: the user's rules of shardings, or None.
+      polar: the function of whole matrices; None for `NewtonSchulz`.
       divide: what decides whether matrices are divided over devices.
     """
 
@@ -42,6 +43,7 @@ class Routes:
     names: tuple[str, str]
     scale: Any = None
     match: Match | None = None
+    polar: Callable[..., Any] | None = None
     divide: str | Hardware = AUTO
 
 
@@ -81,6 +83,7 @@ def routed(
     shardings: Rules | None,
     names: tuple[str, str] = ("matrices", "others"),
     scale: Any = None,
+    polar: Callable[..., Any] | None = None,
     divide: str | Hardware = AUTO,
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
@@ -143,7 +146,7 @@ def routed(
         ), after
 
     tx = Transform(init, update)
-    tx.routes = Routes(resolve, axes, names, scale, match, divide)
+    tx.routes = Routes(resolve, axes, names, scale, match, polar, divide)
     return tx
 
 

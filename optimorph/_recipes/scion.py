@@ -88,7 +88,9 @@ def scion(
         for direction in (lmo, _over_rms("io"))  # (2-5), (6)
     )
     names = ("scion", "rms")
-    return routed("scion", matrices, others, _with_tables(axes), shardings, names, divide=divide)
+    return routed(
+        "scion", matrices, others, _with_tables(axes), shardings, names, polar=orthogonalizer, divide=divide
+    )
 
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:
