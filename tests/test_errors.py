@@ -64,6 +64,10 @@ REFUSED = {
         lambda: om.Hardware("tpu", flops=0.0, bytes_near=1e9, bytes_far=1e9, node=8),
         ["Hardware", "flops", "0.0"],
     ),
+    "hardware of no platform": (
+        lambda: om.Hardware("TPU", 1e12, bytes_near=1e9, bytes_far=1e9, node=8),
+        ["Hardware", "platform", "'TPU'", "'cpu', 'gpu', 'tpu'"],
+    ),
     "comm_dtype of no dtype": (
         lambda: om.orthogonalize(comm_dtype="half a byte"),
         ["orthogonalize", "comm_dtype", "'half a byte'", "comm_dtype='bfloat16'"],

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from optimorph._distributed.groups import Leaf
-from optimorph._distributed.hardware import HARDWARE, Hardware
+from optimorph._distributed.hardware import HARDWARE, Hardware, hardware_for
 from optimorph._distributed.placement import place
 from optimorph._distributed.roles import cost_of, division_of
 from optimorph.linalg import Axes, NewtonSchulz
@@ -175,6 +176,41 @@ def test_whole_rounds_come_first():
     assert plan.divided == 32
     assert plan.sent == plan.least_sent
     assert plan.inside == 5 * 3 * 4096**2 / 2 * 2  # R scattered, R and Z gathered, in five steps, bfloat16
+
+
+def test_uneven_columns_are_padded_to_be_cut():
+    """A shard of 1,791 columns is cut into halves of 896."""
+    mesh, shape = {"d": 8, "m": 8}, (96, 4096, 8 * 1791)
+    plan = on(HARDWARE["v5p"], mesh, [leaf(shape, "bio", ((), ("d",), ("m",)))])
+    _, group = one(plan)
+    assert (group.parts, group.local_shape, plan.divided) == (2, (512, 1792), 32)
+
+
+def test_a_hundred_shapes_are_planned_with_few_trials():
+    """Most pairs of shapes are known not to be worth merging without a trial of all divisions."""
+    trials, polar = [], NewtonSchulz()
+
+    def cost(n, m):
+        trials.append((n, m))
+        return polar.flops(n, m)
+
+    leaves = [leaf((7168 + 64 * k, 2048), over=(("d",), ())) for k in range(100)]
+    place({"d": 8, "e": 128}, leaves, cost=cost, division=division_of(polar, HARDWARE["v5p"]))
+    assert len(trials) < 200 * len(leaves)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5", "v5p"),
+        ("TPU v5 lite", "v5e"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", None),
+    ],
+)
+def test_devices_are_known_by_their_kind(kind, name):
+    mesh = AbstractMesh((8,), ("d",), abstract_device=AbstractDevice(kind, None, "any"))
+    assert hardware_for("auto", mesh) == HARDWARE.get(name)
 
 
 NAMES = ("x", "y", "z")

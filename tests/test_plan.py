@@ -308,6 +308,10 @@ def test_what_is_expected_of_known_devices():
     assert whole.divided == 0
     assert whole.seconds[0] == 2 * found.over_mesh.seconds[0]
     assert sum(whole.seconds) > sum(found.over_mesh.seconds)
+    exact = om.muon(0.1, axes={"*": "bio"}, orthogonalizer=om.linalg.Exact())
+    assert om.plan(params, exact, mesh=mesh).over_mesh.divided == 0
+    twice = om.scion(0.1, axes={"*": "bio"}, orthogonalizer=om.linalg.NewtonSchulz(steps=10))
+    assert om.plan(params, twice, mesh=mesh).over_mesh.flops == 2 * found.over_mesh.flops
     slow = om.Hardware("tpu", flops=1e12, bytes_near=1e6, bytes_far=1e6, node=8)
     given = om.plan(params, axes={"*": "bio"}, mesh=mesh, divide=slow).over_mesh
     assert given.divided == 0

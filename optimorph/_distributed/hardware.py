@@ -49,9 +49,10 @@ class Hardware:
 
 
 HARDWARE = {
-    # Peaks in bfloat16. Near: both links along one axis of the torus, of the four or six links of a chip. Far:
-    # the network of the data center. A node is the largest slice. docs.cloud.google.com/tpu/docs: v5e, v5p, v6e
-    # (197, 459, 918 Tflop/s; 400, 1200, 800 GB/s of a chip in both directions; 25, 50, 100 Gb/s of a chip).
+    # Peaks in bfloat16. Near: both links along one axis of the torus, of the four or six links of a chip.
+    # Far: the network of the data center. A node is the largest slice. docs.cloud.google.com/tpu/docs/v5e,
+    # v5p, v6e (197, 459, 918 Tflop/s; 400, 1200, 800 GB/s of a chip, both directions together; 25, 50,
+    # 100 Gb/s of a chip).
     "v5e": Hardware("tpu", 197e12, 100e9, 3.1e9, 256),
     "v5p": Hardware("tpu", 459e12, 200e9, 6.25e9, 6144),
     "v6e": Hardware("tpu", 918e12, 200e9, 12.5e9, 256),

@@ -56,13 +56,13 @@ def orthogonalize(
       shardings: the shardings of the leaves over a mesh, as in `muon`.
       comm_dtype: the dtype of the data in collectives, if narrower than the gradients'. bfloat16 halves the
         bytes; each number is rounded to 8 significant bits before the iteration and once more after it.
-        bytes_at_once: the most bytes of whole matrices that a device holds in one round of the exchange. Two
-          rounds are in flight at a time.
+      bytes_at_once: the most bytes of whole matrices that a device holds in one round of the exchange. Two
+        rounds are in flight at a time.
       divide: whether one matrix may be divided over several devices, each of which computes some of its
         columns. With "auto" this happens where devices would otherwise be idle, if the published speed of the
         devices promises a gain. "v5e", "v5p", "v6e", "H100", "H200", "cpu" or a `Hardware` use the speed of
-        that device. With "never" no matrix is divided. `optimorph.plan(mesh=)` prints the expected times.
-        Only `linalg.NewtonSchulz` can divide matrices, and sharding hints do not divide them.
+        that device. With "never", and with "auto" on any other device, no matrix is divided.
+        `optimorph.plan(mesh=)` prints the expected times. Only `linalg.NewtonSchulz` can divide matrices, and sharding hints do not divide them.
 
     Raises:
       ValueError: at `init`, a spec that does not fit its leaf, or a leaf that no rule decides; at `update`,
