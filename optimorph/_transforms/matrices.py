@@ -62,7 +62,8 @@ def orthogonalize(
         columns. With "auto" this happens where devices would otherwise be idle, if the published speed of the
         devices promises a gain. "v5e", "v5p", "v6e", "H100", "H200", "cpu" or a `Hardware` use the speed of
         that device. With "never", and with "auto" on any other device, no matrix is divided.
-        `optimorph.plan(mesh=)` prints the expected times. Only `linalg.NewtonSchulz` can divide matrices, and sharding hints do not divide them.
+        `optimorph.plan(mesh=)` prints the expected times. Only `linalg.NewtonSchulz` can divide matrices, and
+        sharding hints do not divide them.
 
     Raises:
       ValueError: at `init`, a spec that does not fit its leaf, or a leaf that no rule decides; at `update`,
