@@ -78,11 +78,12 @@ def runner(case: Case):
 
 
 def train(record):
-    """Train every case; write the record after each rate."""
+    """Train every case, beginning at the best rate of the last one; write the record after each rate."""
+    firsts = dict(FIRST)
     for name, case in CASES.items():
         entry = record["cases"].setdefault(name, {"losses": {}})
         losses, run = transfer.unpacked(entry["losses"]), None
-        while (exponent := transfer.next_exponent(losses, FIRST[case.optimizer], reach=1)) is not None:
+        while (exponent := transfer.next_exponent(losses, firsts[case.optimizer], reach=1)) is not None:
             run = run or runner(case)
             began = time.process_time()
             losses[exponent] = run(exponent)
@@ -91,6 +92,7 @@ def train(record):
             entry["losses"] = transfer.packed(losses)
             print(f"{name:<24} rate 2^{exponent:<4} loss {transfer.mean(losses[exponent]):.4f}", flush=True)
             transfer.write(record | transfer.machine(), RESULTS)
+        firsts[case.optimizer] = min(losses, key=lambda k: transfer.mean(losses[k]))
 
 
 def best_of(record):
