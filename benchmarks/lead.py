@@ -10,7 +10,6 @@ of the other leaves change by the same factor, as both may be too large for a tr
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +43,7 @@ class Case(NamedTuple):
 
 
 BATCHES = (8, 16, 32, 64, 128)
-DECAYS = (0.0, 0.1, 0.4, 1.6)
+DECAYS = (0.0, 0.1, 0.4)
 CASES = (
     {f"{steps} steps, decay {d:g}": Case("muon", 12, steps, d) for steps in (128, 512) for d in DECAYS}
     | {f"{old}, then {new}": Case(new, after=old) for old in FIRST for new in FIRST}
@@ -85,10 +84,7 @@ def train(record):
         losses, run = transfer.unpacked(entry["losses"]), None
         while (exponent := transfer.next_exponent(losses, firsts[case.optimizer], reach=1)) is not None:
             run = run or runner(case)
-            began = time.process_time()
             losses[exponent] = run(exponent)
-            seconds = (time.process_time() - began) / case.steps / transfer.SEEDS
-            entry["cpu_seconds_per_step"] = min(seconds, entry.get("cpu_seconds_per_step", seconds))
             entry["losses"] = transfer.packed(losses)
             print(f"{name:<24} rate 2^{exponent:<4} loss {transfer.mean(losses[exponent]):.4f}", flush=True)
             transfer.write(record | transfer.machine(), RESULTS)
@@ -96,7 +92,7 @@ def train(record):
 
 
 def best_of(record):
-    """Case → its best rate as a power of 2, the losses with it, and CPU seconds; of finished cases."""
+    """Case → its best rate as a power of 2, the losses with it; of finished cases."""
     found = {}
     for name, entry in record["cases"].items():
         losses = transfer.unpacked(entry["losses"])
@@ -106,7 +102,6 @@ def best_of(record):
                 "exponent": exponent,
                 "factor": exponent - FIRST[CASES[name].optimizer],
                 "losses": losses[exponent],
-                "cpu_seconds_per_step": entry["cpu_seconds_per_step"],
             }
     return found
 
@@ -118,8 +113,9 @@ def draw(record):
         figure = Figure(figsize=(10, 4.2), layout="constrained")
         batches, decays, checkpoints = figure.subplots(1, 3)
         for name in FIRST:
-            each = [best[f"batch {batch}, {name}"]["losses"] for batch in BATCHES]
-            _bars(batches, BATCHES, each, COLORS[name], name)
+            each = {batch: best.get(f"batch {batch}, {name}") for batch in BATCHES}
+            each = {batch: found["losses"] for batch, found in each.items() if found}
+            _bars(batches, [*each], [*each.values()], COLORS[name], name)
         batches.set(title="batch", xlabel="windows in a batch", ylabel="loss (nats per character)")
         batches.set_xscale("log")
         batches.set_xticks(BATCHES, map(str, BATCHES), minor=False)
@@ -129,7 +125,7 @@ def draw(record):
             _bars(decays, DECAYS, [losses - each[0] for losses in each], color, f"{steps} steps")
         decays.set(title="decay of Muon", xlabel="weight decay", ylabel="change of the loss")
         for name, case in CASES.items():
-            if case.after:
+            if case.after and name in best:
                 losses = transfer.unpacked(record["cases"][name]["losses"])
                 factors = [k - FIRST[case.optimizer] for k in losses]
                 line = "-" if case.after == case.optimizer else "--"

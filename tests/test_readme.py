@@ -117,11 +117,25 @@ def sentences():
     for name, each in tables.recorded("transfer")["best"].items():
         first, *_, last = sorted(each, key=int) * 2
         moves[name] = abs(each[last]["on_grid"] - each[first]["on_grid"]), first, last
-    adamw, muon = (moves[name] for name in ("adamw", "muon, rms_to_rms"))
+    adamw, muon, other, muonh = (
+        moves[name] for name in ("adamw", "muon, rms_to_rms", "muon, adamw_rms", "muonh")
+    )
     words = (
         f"of AdamW moves by {adamw[0]} factors of two from width {adamw[1]} to {adamw[2]}, that of Muon by"
     )
-    yield "docs/guides/choosing.md", f"{words} {muon[0]} from {muon[1]} to {muon[2]}"
+    scale = f'(by {other[0]} with `scale="adamw_rms"`)'
+    words = f"{words} {muon[0]} from {muon[1]} to {muon[2]} {scale}, and that of MuonH by {muonh[0]}"
+    yield "docs/guides/choosing.md", words
+
+    lead = {case: statistics.fmean(x["losses"]) for case, x in tables.recorded("lead")["best"].items()}
+    decayed = [lead[f"{steps} steps, decay 0"] - lead[f"{steps} steps, decay 0.4"] for steps in (128, 512)]
+    lowered = f"lowers Muon's loss by {decayed[0]:.3f} after 128 steps and by {decayed[1]:.3f} after 512"
+    yield "docs/benchmarks.md", lowered
+    yield "docs/benchmarks.md", f"then has a loss of {lead['128 steps, decay 0.4']:.3f}."
+    held = tables.recorded("transfer")["best"]["muonh"]["32"]["loss"]
+    yield "docs/benchmarks.md", f"has {held:.3f} in the study of widths"
+    lower = lead["adamw, then adamw"] - lead["adamw, then muon"]
+    yield "docs/guides/choosing.md", f"ends {lower:.3f} lower](../benchmarks.md#batch"
 
     fsdp = tables.recorded("sharding")["rows"]["FSDP, largest axis"]
     ours, theirs = (
