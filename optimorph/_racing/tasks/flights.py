@@ -81,7 +81,10 @@ def load_flights() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     The package is not imported, because it would read all of its tables with pandas.
     """
-    (folder,) = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    (folder,) = spec.submodule_search_locations
     with zipfile.ZipFile(Path(folder) / "data" / "flights.csv.zip") as archive:
         names, *lines = archive.read("flights.csv").decode().splitlines()
     table = dict(zip(names.split(","), np.array([line.split(",") for line in lines[::EVERY]]).T, strict=True))
