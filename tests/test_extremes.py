@@ -174,6 +174,7 @@ def test_no_float32_in_float64(entry):
     assert not re.search(r"\b(bf16|f16|f32)\[\d", text)
 
 
+@pytest.mark.examples("*-bfloat16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("entry", catalog.ENTRIES, ids=catalog.IDS)
 def test_no_float64_in_float32(entry, dtype):
