@@ -330,6 +330,45 @@ def large():
         )
 
 
+def eigenbasis_mesh():
+    """SOAP over 8 CPU devices, beside a port leaf by leaf."""
+    yield (
+        "layout",
+        "Gflop of a refresh's QR",
+        "Gflop of products",
+        "collectives",
+        "MB sent",
+        "MB of state",
+        "MB temporary",
+        "compile s",
+    )
+    for layout, ways in recorded("eigenbasis")["mesh"].items():
+        both = ways["soap"], ways["leaf by leaf"]
+        yield (
+            layout,
+            _pair((x["qr_flops"] / 1e9 for x in both), 0),
+            _pair((x["flops"] / 1e9 for x in both), 0),
+            " / ".join(str(sum(x["collectives"].values())) for x in both),
+            _pair((x["sent"] / 1e6 for x in both), 0),
+            _pair((x["state"] / 1e6 for x in both), 0),
+            _pair((x["temporary"] / 1e6 for x in both), 0),
+            _pair((x["compile_seconds"] for x in both), 0),
+        )
+
+
+def eigenbasis_steps():
+    """Updates in an eigenbasis on a CPU, beside AdamW and Muon."""
+    yield "model", "optimizer", "ms", "ms of a refresh", "ms of the first", "compile s", "state B/param"
+    for model, rows in recorded("eigenbasis")["steps"].items():
+        for name, row in rows.items():
+            ms, stored = row["ms"], f"{row['state']:.2f}"
+            if "soap" not in name:
+                yield model, name, f"{ms['step']:.1f}", "-", "-", f"{row['compile_seconds']:.1f}", stored
+                continue
+            numbers = (f"{ms[kind]:.1f}" for kind in ("step", "refresh", "first"))
+            yield model, name, *numbers, f"{row['compile_seconds']:.1f}", stored
+
+
 def _work(row):
     return f"{sum(row['mcycles'].values()):.2f}" if row["mcycles"] else str(row["kernels"])
 
@@ -399,6 +438,8 @@ TABLES = {
         state_peers,
         sharding,
         planned,
+        eigenbasis_mesh,
+        eigenbasis_steps,
         large,
         meshes,
         chips,

@@ -818,7 +818,7 @@ class Factors:
         self.bases, self.values = [], []
         for p in self.factors:
             has_basis, q = len(p) <= self.max_dim, np.eye(len(p))
-            self.bases.append(orthogonal_iteration(p, q, self.sort, 8)[0] if has_basis else q)
+            self.bases.append(orthogonal_iteration(p, q, self.sort, 2)[0] if has_basis else q)
             self.values.append(np.full(len(p), 0.1 if has_basis else 1.0))
 
     def into(self, x):

@@ -131,7 +131,7 @@ def in_eigenbasis(
     the second moments are reordered too.
 
     In the first step there is no basis yet. The update is zero, and `inner` does not see the gradient. That
-    gradient gives the first basis, by eight orthogonal iterations that start at the identity. `eigh` is not
+    gradient gives the first basis, by two orthogonal iterations that start at the identity. `eigh` is not
     used, because it takes minutes to compile for TPUs.
 
     With `kl` the factors are those of KL-SOAP, and their eigenvalues λ are averaged too:
