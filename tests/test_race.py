@@ -249,6 +249,7 @@ def test_losses_at_equal_seconds_and_steps_to_the_loss_of_adamw():
     assert found == pytest.approx({"muon": 2.2, "adamw": 2.34, "sgd": 2.5})
     assert steps_to_target(race) == {"muon": 64, "adamw": 100}  # 50 + 50 (2.2 - 1.9) / (2.2 - 1.1)
     assert not steps_to_target(race_of({"muon": [[4.0, 2.0, 1.0]]}, {"muon": 25.0}))
+    assert steps_to_target(race_of({"adamw": [[1.0, 1.0, 1.0]]}, {"adamw": 25.0})) == {"adamw": 0}
     heads, *rows = table_rows(race)
     assert "steps" not in heads  # all took 100
     assert dict(zip(heads, rows[0], strict=True))["steps to\nadamw"] == "64"

@@ -491,7 +491,7 @@ TREES = {
     "tuples": ((KERNEL, BIAS),),
     "nnx state": nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param),
     "nnx pure dict": nnx.to_pure_dict(nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)),
-    "equinox": eqx.filter(eqx.nn.MLP(4, 4, 4, 1, key=jax.random.key(0)), eqx.is_array),
+    "equinox": eqx.filter(eqx.nn.MLP(4, 3, 4, 0, key=jax.random.key(0)), eqx.is_array),
 }
 
 
@@ -720,7 +720,7 @@ OUTPUTS = {
         None,
     ),
     "a gate and an input side by side": (layers(Dense_0=(32, 128), Dense_1=(64, 32)), None),
-    "a fused query": (layers(Dense_0=(16, 48), Dense_1=(16, 16), Dense_2=(16, 16)), None),
+    "a fused query": (layers(Dense_0=(16, 48), Dense_1=(16, 16), Dense_2=(16, 16)), "Dense_2"),
     "in a block": ({"layers": [{"mlp": layers(fc1=(28, 64), fc2=(64, 11))}]}, None),
 }
 
@@ -777,6 +777,35 @@ def test_several_output_layers_and_autoencoders_are_asked(name):
     plan = om.plan(params, axes=dict.fromkeys(asked, "head"))
     assert all(plan[path].role == "head" and plan[path].spec is None for path in asked)
     om.muon(0.1, axes=dict.fromkeys(asked)).init(params)
+
+
+HIDDEN, WORDS = (64, 64), {"embed/embedding": (999, 64)}
+CRITIC = {"Dense_3/w": (376, 64), "Dense_4/w": HIDDEN, "Dense_5/w": (64, 1)}
+ACTOR_CRITIC = {"Dense_0/w": (376, 64), "Dense_1/w": HIDDEN} | CRITIC
+LAST = {
+    "as wide as hidden layers": ({"l3/w": HIDDEN, "l2/w": HIDDEN, "l1/w": (28, 64)}, "-"),
+    "weights without layers": ({"w2": (64, 11), "b2": (11,), "w1": (28, 64), "b1": (64,)}, "-"),
+    "pairs in lists": ({"1/0": (64, 11), "1/1": (11,), "0/0": (28, 64), "0/1": (64,)}, "-"),
+    "outputs first": ({"2/weight": (11, 64), "0/weight": (64, 28)}, "-"),
+    "behind layers with names": ({"Dense_0/kernel": HIDDEN, "attn/query/kernel": HIDDEN} | WORDS, "?"),
+    "of a tied model": ({"w2": (256, 64), "w1": (64, 256)} | WORDS, "io"),
+    "of a part": ({"pooler/dense/kernel": HIDDEN} | WORDS, "io"),
+    "before layers with names": ({"w2": HIDDEN, "w1": HIDDEN, "wq": HIDDEN, "wk": HIDDEN}, "io"),
+    "an actor with many actions": ({"Dense_2/w": (64, 17)} | ACTOR_CRITIC, "?"),
+    "an actor as wide as its layers": ({"Dense_2/w": HIDDEN} | ACTOR_CRITIC, "?"),
+    "an actor beside a critic": ({"a/w2": (64, 17), "a/w1": (376, 64), "Dense_0/w": (64, 1)}, "-"),
+    "inputs side by side": ({"l1/w": HIDDEN, "l0/w": (9, 64), "l2/w": (128, 64), "l3/w": (64, 1)}, "io"),
+    "in blocks": ({"blocks/1/w2": HIDDEN, "blocks/1/w1": HIDDEN, "blocks/0/w2": HIDDEN}, "io"),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_last_layer_of_a_chain(name):
+    """It is inferred if nothing else can be the output, and asked for if it may be a hidden layer."""
+    tree, expected = LAST[name]
+    plan = om.plan({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()})
+    row = plan[next(iter(tree))]
+    assert (row.spec or "-?"[row.unresolved is not None]) == expected
 
 
 def test_missing_gradients_and_the_output_layer():

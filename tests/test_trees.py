@@ -106,6 +106,12 @@ STACKS = {
         {"l/m/w_up": (8, 3, 32, 64), "l/m/router/kernel": (32, 3, 8), "l/norm/scale": (32, 3)},
         "bbio",
     ),
+    "a second factor, not biases": ({"layers/q/b": (8, 96), "layers/q/a": (64, 8)}, "io"),
+    "biases, not factors": ({"layers/q/b": (8, 96), "layers/q/w": (8, 64, 96)}, "-"),
+    "a second factor with heads": ({"layers/q/lora_b": (8, 4, 24), "layers/q/lora_a": (64, 8)}, "ioo"),
+    "factors with outputs first": ({"q/lora_up": (96, 8), "q/lora_down": (8, 64)}, "oi"),
+    "stacked factors": ({"q/A": (12, 64, 8), "q/B": (12, 8, 96)}, "bio"),
+    "a state space": ({"ssm/B": (8, 96), "ssm/A": (64, 8), "ssm/C": (96, 8)}, "?"),
     "gates of a GRU": ({"cell/weight_ih": (30, 2), "cell/weight_hh": (30, 10)}, "(3o)i"),
 }
 

@@ -52,6 +52,6 @@ def _first_step(target: float, curves: list[Curve]) -> int | None:
     steps = curves[0].steps
     losses = [_loss_at(float(step), curves) for step in steps]
     for (a, above), (b, below) in itertools.pairwise(zip(steps, losses, strict=True)):
-        if below <= target:
-            return math.ceil(a + (b - a) * min(1.0, max(0.0, (above - target) / (above - below))))
+        if min(above, below) <= target:
+            return a if above <= target else math.ceil(a + (b - a) * (above - target) / (above - below))
     return None

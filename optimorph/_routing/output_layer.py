@@ -1,29 +1,32 @@
-"""The output layer of a model whose layers have no telling names, by widths."""
+"""The output layer of a model whose layers have no telling names, by their widths and numbers."""
 
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from optimorph._core.types import Shape
+from optimorph._routing.grouping import group_by
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
 from optimorph.linalg import Axes
 
 _ANY_LAYER = re.compile(
-    r"(^|/)(dense|linear|lin|fc|layers?|hidden)[_/]?\d*/(kernel|weight|w)$", re.IGNORECASE
+    r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|hidden_?\d+|\d+)/(kernel|weight|w)|w_?\d+|\d+)$",
+    re.IGNORECASE,
 )
 """A name that does not say what a layer is for."""
 
-_IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/.+/|attn|attention", re.IGNORECASE)
+_IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/|attn|attention", re.IGNORECASE)
 
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
 
+_DISTRIBUTION = "distribution"
 
-INPUTS, OUTPUTS = 0, 1
+_OF_LAYER = re.compile(r"/(kernel|weight|w)$|(?<=\d)/\d+$", re.IGNORECASE)
 
 
 def has_no_name(path: str) -> bool:
     """Whether a leaf belongs to a layer whose name does not say what it is for."""
-    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(path)
+    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(_name(path))
 
 
 def with_output_layer(
@@ -32,9 +35,10 @@ def with_output_layer(
     """The specs with the output layer inferred, or asked for if several layers without names may be it.
 
     The output layer is a layer without a telling name whose inputs are the outputs of another layer, and
-    whose outputs no other leaf takes in. If there is only one and no such layer of its module has a higher
-    number, it is inferred. If there are several, or if outputs are taken in by no later layer, as in an
-    autoencoder, it is asked for. Where a leaf is called a head, nothing changes.
+    whose outputs no other leaf takes in. If there is only one, the last of its module, it is inferred. It is
+    asked for if there are several; if outputs are taken in by no later layer, as in an autoencoder; and if
+    a layer is the last of its module, or the next begins anew, but others take in as many inputs as it has
+    outputs. Where a leaf is called a head, nothing changes.
 
     Args:
       paths: of all leaves.
@@ -42,65 +46,185 @@ def with_output_layer(
       specs: how the default rules and the user's read them.
     """
     specs = list(specs)
+    nameless = [has_no_name(path) for path in paths]
     unnamed = [
         k
-        for k, (path, spec) in enumerate(zip(paths, specs, strict=True))
-        if spec.role == "dense" and spec.axes is not None and _is_one(spec.axes) and has_no_name(path)
+        for k, spec in enumerate(specs)
+        if nameless[k] and spec.role == "dense" and spec.axes is not None and _is_one(spec.axes)
     ]
-    if not unnamed or any(spec.role == HEAD for spec in specs):
+    heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
+    if not unnamed or not all(nameless[k] for k in heads):
         return specs
-    sides = [_sides(shape, spec) for shape, spec in zip(shapes, specs, strict=True)]
-    modules = [path.rpartition("/")[0] for path in paths]
-    by_width: tuple[dict[int, list[int]], ...] = ({}, {})
-    for k, pair in enumerate(sides):
-        for side, widths in enumerate(pair):
-            for width in widths:
-                by_width[side].setdefault(width, []).append(k)
-
-    def others(k: int, own: int, side: int) -> Iterator[int]:
-        """The leaves of other modules on whose side `side` all widths of side `own` of leaf `k` are."""
-        widths = sides[k][own]
-        for j in by_width[side].get(min(widths), ()):
-            if modules[j] != modules[k] and widths <= sides[j][side]:
-                yield j
-
-    def takers(k: int) -> Iterator[int]:
-        return others(k, OUTPUTS, INPUTS)
-
-    def givers(k: int) -> Iterator[int]:
-        return others(k, INPUTS, OUTPUTS)
-
-    def takes_its_own_end(k: int) -> bool:
-        """Whether only layers before it take in its outputs, and these have no other inputs."""
-        return sides[k][INPUTS] != sides[k][OUTPUTS] and all(
-            specs[j].axes is not None and _before(paths[j], paths[k]) and [*islice(givers(j), 2)] == [k]
-            for j in takers(k)
-        )
-
-    convolutions = any(spec.role == "convolution" for spec in specs)
-
-    def is_fed(k: int) -> bool:
-        """Whether a layer takes in the outputs of another, or features of convolutions."""
-        narrower = convolutions and min(sides[k][INPUTS]) > max(sides[k][OUTPUTS])
-        return narrower or next(givers(k), None) is not None
-
-    fed = [k for k in unnamed if is_fed(k)]
-    sinks = [k for k in fed if next(takers(k), None) is None]
-    last: dict[str, int] = {}
-    for k in unnamed:
-        module = _parent(paths[k])
-        last[module] = max(last.get(module, 0), _number(paths[k]))
-    ends = sinks or [k for k in fed if takes_its_own_end(k)]
+    ruled = [k for k, spec in enumerate(specs) if nameless[k] and spec.role.startswith("rule")]
+    heads += [k for k in ruled if specs[k].axes is None and len(shapes[k]) > 1]
+    layers = _Layers(paths, shapes, specs, sorted({*unnamed, *heads, *ruled}))
+    fed = [k for k in unnamed if layers.is_fed(k)]
+    sinks = [k for k in fed if layers.is_sink(k)]
+    if sinks or heads:
+        certain, ends = sinks, [k for k in fed if k in sinks or layers.next_begins_anew(k)]
+    else:
+        own = [k for k in fed if layers.takes_its_own_end(k)]
+        certain = own if len(unnamed) == 1 else [k for k in fed if k not in own and layers.is_last_of_all(k)]
+        asked = {k for k in own if not _IN_PERCEPTRON.search(paths[k])}
+        ends = [k for k in fed if k in asked or k in certain or layers.may_be_last(k)]
     for k in ends:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
-        if len(ends) == 1 and (sinks or len(unnamed) == 1):
-            if _number(paths[k]) == last[_parent(paths[k])]:
-                specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
-        elif sinks or not _IN_PERCEPTRON.search(paths[k]):
+        if len(ends) == 1 and k in certain and layers.next_of(k) is None:
+            specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
+        else:
             cause = "may be the output layer, by its width"
             specs[k] = unresolved(paths[k], shapes[k], cause, first=answers)
     return specs
+
+
+class _Layers:
+    """What widths and numbers tell of the layers without names, and of all other leaves."""
+
+    def __init__(
+        self, paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec], unnamed: list[int]
+    ):
+        self.paths, self.specs = paths, specs
+        sides = [*map(_sides, paths, shapes, specs)]
+        self.inputs, self.outputs = zip(*sides, strict=True)
+        self.with_inputs, self.with_outputs = _by_width(self.inputs), _by_width(self.outputs)
+        self.convolutions = any(spec.role == "convolution" for spec in specs)
+        self.chains = {}
+        for chain in group_by(unnamed, lambda k: self.module(k)):
+            chain.sort(key=lambda k: _number(_name(paths[k])))
+            self.chains |= {k: (chain, place) for place, k in enumerate(chain)}
+
+    def module(self, k: int) -> str:
+        """The module that has the layer."""
+        return _name(self.paths[k]).rpartition("/")[0]
+
+    def takers(self, k: int) -> Iterator[int]:
+        """The leaves outside the layer that take in its outputs."""
+        return self._others(k, self.outputs[k], self.with_inputs)
+
+    def givers(self, k: int) -> Iterator[int]:
+        """The leaves outside the layer whose outputs it may take in."""
+        return self._others(k, self.inputs[k], self.with_outputs)
+
+    def _others(self, k: int, widths: set[int], by_width: dict[int, dict[int, None]]) -> Iterator[int]:
+        own = _name(self.paths[k]) + "/"
+        for j in by_width.get(min(widths), ()):
+            if j != k and not self.paths[j].startswith(own) and all(j in by_width[n] for n in widths):
+                yield j
+
+    def next_of(self, k: int) -> int | None:
+        """The layer of the same module with the next number."""
+        chain, place = self.chains[k]
+        return chain[place + 1] if place + 1 < len(chain) else None
+
+    def follows(self, k: int | None) -> bool:
+        """Whether it takes in the outputs of the layer with the number before."""
+        chain, place = self.chains.get(k, ([], 0))
+        return place > 0 and self.outputs[chain[place - 1]] <= self.inputs[chain[place]]
+
+    def is_sink(self, k: int) -> bool:
+        """Whether no other leaf takes in its outputs, or a part of them, or these and others together."""
+        return next(self.takers(k), None) is None and not self.has_parts(k) and not self.is_joined(k)
+
+    def is_fed(self, k: int) -> bool:
+        """Whether it takes in the outputs of another layer, or features of convolutions."""
+        narrower = self.convolutions and min(self.inputs[k]) > max(self.outputs[k])
+        return narrower or next(self.givers(k), None) is not None
+
+    def has_parts(self, k: int) -> bool:
+        """Whether the next layer takes in a part of its outputs, as behind a gate."""
+        after, width = self.next_of(k), max(self.outputs[k])
+        return after is not None and any(
+            n * times == width for n in self.inputs[after] for times in (2, 3, 4)
+        )
+
+    def is_joined(self, k: int) -> bool:
+        """Whether a later layer takes in its outputs together with others."""
+        chain, place = self.chains[k]
+        unfed = [j for j in chain[place + 1 :] if next(self.givers(j), None) is None]
+        width, wider = max(self.outputs[k]), {n for j in unfed for n in self.inputs[j]}
+        return any(n > width and (n % width == 0 or n - width in self.with_outputs) for n in wider)
+
+    def is_needed(self, k: int) -> bool:
+        """Whether what has a name takes in its outputs: a layer beside it, one without others, or a norm."""
+
+        def has_no_others(j: int) -> bool:
+            return all(g == k or (g in self.chains and self.follows(self.next_of(g))) for g in self.givers(j))
+
+        takers = [*self.takers(k)]
+        named = [j for j in takers if j not in self.chains]
+        layers = [j for j in named if self.specs[j].axes is not None or self.specs[j].role == _DISTRIBUTION]
+        return {self.specs[j].role for j in takers} == {"norm"} or any(
+            self.module(j) == self.module(k) or has_no_others(j) for j in layers
+        )
+
+    def next_begins_anew(self, k: int) -> bool:
+        """Whether it is the end of a chain of layers, and the next layer takes in the outputs of none."""
+        after = self.next_of(k)
+        return (
+            after is not None
+            and self.follows(k)
+            and next(self.givers(after), None) is None
+            and not self.has_parts(k)
+            and not self.is_joined(k)
+            and not self.is_needed(k)
+        )
+
+    def takes_its_own_end(self, k: int) -> bool:
+        """Whether only layers before it take in its outputs, and these have no other inputs."""
+        takers = self.takers(k) if self.inputs[k] != self.outputs[k] else iter(())
+        first = next(takers, None)
+        return first is not None and all(
+            self.specs[j].axes is not None and self.is_before(j, k) and [*islice(self.givers(j), 2)] == [k]
+            for j in (first, *takers)
+        )
+
+    def is_before(self, j: int, k: int) -> bool:
+        """Whether it is before another layer: by their numbers in one module, or in another module."""
+        return (
+            j not in self.chains or k not in (chain := self.chains[j][0]) or chain.index(j) < chain.index(k)
+        )
+
+    def is_last_of_all(self, k: int) -> bool:
+        """Whether it is the last layer of a model that has no others than those of its module."""
+        chain, place = self.chains[k]
+        matrices = sum(spec.axes is not None for spec in self.specs)
+        whole = place + 1 == len(chain) == matrices and not self._embeddings()
+        return whole and not self.is_stacked(k) and not self.is_needed(k)
+
+    def is_stacked(self, k: int) -> bool:
+        """Whether it is several layers."""
+        form = self.specs[k].axes
+        return form is not None and "b" in form.spec
+
+    def may_be_last(self, k: int) -> bool:
+        """Whether it is the last layer of its module, and may be that of the model.
+
+        Beside an embedding as wide as its outputs, which may be the output layer too, it is so only if its
+        inputs are as wide.
+        """
+        module = re.sub(r"(^|/)layers?$", "", self.module(k))
+        if self.next_of(k) is not None or self.is_stacked(k) or self.is_needed(k):
+            return False
+        own = module + "/" if module else ""
+        is_root = all(path.startswith(own) for path in self.paths)
+        if self._embeddings() & self.outputs[k]:
+            return is_root and self.inputs[k] == self.outputs[k]
+        return is_root or (self.follows(k) and not _IN_PERCEPTRON.search(self.paths[k]))
+
+    def _embeddings(self) -> set[int]:
+        """Their widths."""
+        pairs = zip(self.specs, self.outputs, strict=True)
+        return {n for spec, widths in pairs if spec.role == "embedding" for n in widths}
+
+
+def _by_width(sides: Sequence[set[int]]) -> dict[int, dict[int, None]]:
+    """Width → the leaves that have it on this side."""
+    found: dict[int, dict[int, None]] = {}
+    for k, widths in enumerate(sides):
+        for width in widths:
+            found.setdefault(width, {})[k] = None
+    return found
 
 
 def _is_one(axes: Axes) -> bool:
@@ -109,32 +233,31 @@ def _is_one(axes: Axes) -> bool:
     return len(sides) == 2 and all(axis.whole for axis in sides)
 
 
-def _before(path: str, other: str) -> bool:
-    """Whether a layer comes before another: by their numbers in one module, or in another module."""
-    same = _parent(path) == _parent(other)
-    return not same or _number(path) < _number(other)
+def _name(path: str) -> str:
+    """The path of a layer, of that of its matrix."""
+    return _OF_LAYER.sub("", path)
 
 
-def _parent(path: str) -> str:
-    """The module that has the layer of a leaf."""
-    return path.rpartition("/")[0].rpartition("/")[0]
-
-
-def _number(path: str) -> int:
+def _number(name: str) -> int:
     """The number of a layer; 0 for one without."""
-    numbers = re.findall(r"\d+", path)
+    numbers = re.findall(r"\d+", name.rpartition("/")[2])
     return int(numbers[-1]) if numbers else 0
 
 
-def _sides(shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
+def _sides(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
     """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix.
 
     Of an embedding these are the features: the output layer of a language model has as many outputs as the
-    embedding has rows, and the embedding does not take them in.
+    embedding has rows, and the embedding does not take them in. A bias, or a vector without a name, is a part
+    of a layer.
     """
     if spec.axes is None and spec.role == "embedding" and len(shape) > 1:
         return {shape[-1]}, {shape[-1]}
+    if spec.axes is None and len(shape) == 2 and (spec.role == _DISTRIBUTION or has_no_name(path)):
+        return ({shape[1]}, {shape[0]}) if path.endswith("weight") else ({shape[0]}, {shape[1]})
+    if spec.axes is None and len(shape) > 1:
+        return {*shape}, {*shape}
     if spec.axes is None:
-        return {*shape}, ({*shape} if len(shape) > 1 else set())
+        return ({*shape} if spec.role == "norm" else set()), set()
     stacks = spec.axes.stacks(shape)
     return {stack[-2] for stack in stacks}, {stack[-1] for stack in stacks}

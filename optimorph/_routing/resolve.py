@@ -18,7 +18,7 @@ from optimorph._routing.names import by_name, offers, with_layers, without_layer
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
 from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern
-from optimorph._routing.siblings import expert_spec, layer_axes
+from optimorph._routing.siblings import expert_spec, layer_axes, low_rank_spec
 from optimorph.linalg import Axes
 
 NOTHING = LeafSpec(None, "none")
@@ -57,16 +57,16 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     """The default rules for all leaves of a tree, with what each tells of the others."""
     layers = layer_axes(paths, shapes)
     found = [by_name(path, shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)]
-    routers = [
-        (path, without_layers(shape, k))
-        for path, shape, k, (role, _) in zip(paths, shapes, layers, found, strict=True)
-        if role == "router"
-    ]
+    single = {path: without_layers(shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)}
+    routers = [(path, single[path]) for path, (role, _) in zip(paths, found, strict=True) if role == "router"]
     gates = {path: spec for path, (role, spec) in zip(paths, found, strict=True) if role == "gates"}
     specs = []
     for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
-        if spec == UNDECIDED and (of_expert := expert_spec(path, without_layers(shape, k), routers)):
+        if spec == UNDECIDED and (of_expert := expert_spec(path, single[path], routers)):
             role, spec = "experts", with_layers(of_expert, k)
+        if spec == UNDECIDED or role in ("bias", "dense", "low rank"):
+            of_factor = with_layers(low_rank_spec(path, single[path], single), k)
+            role, spec = (role, spec) if of_factor in (None, spec) else ("low rank", of_factor)
         if spec == UNDECIDED and (twin := _recurrent_twin(path)) != path:
             spec = gates.get(twin, spec)
         specs.append(_by_default(path, shape, k, role, spec))

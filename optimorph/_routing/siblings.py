@@ -1,7 +1,8 @@
 """What the other leaves of a tree tell of a leaf: which axis counts layers, and which counts experts."""
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name
@@ -11,6 +12,10 @@ _Counts = set[tuple[int, int]]
 
 _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
 """The layer of a perceptron whose outputs are as wide as the model."""
+
+_FACTOR = re.compile(r"(?<![A-Za-z0-9])([abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)")
+_TWIN = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down"}
+"""The names of two factors of a matrix."""
 
 
 class _Module:
@@ -89,6 +94,44 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
         for other, router in routers
     )
     return ("boi" if outputs_first else "bio") if beside else None
+
+
+def low_rank_spec(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> str | None:
+    """The spec of one of two factors of a matrix, such as `lora_A` and `lora_B`; None of other leaves.
+
+        (*batch, *inputs, rank) and (*batch, rank, *outputs), or
+        (*batch, rank, *inputs) and (*batch, *outputs, rank)
+
+    The rank is at most half of the inputs and of the outputs. Where several readings fit, none is taken.
+
+    Args:
+      path: of the leaf.
+      shape: without an axis of layers.
+      shapes: of all leaves, likewise.
+    """
+    if (found := _FACTOR.search(path)) is None:
+        return None
+    beside = {
+        name: path[: found.start()] + name + path[found.end() :] for name in ("c", "C", _TWIN[found[0]])
+    }
+    other = shapes.get(beside.pop(_TWIN[found[0]]), ())
+    if any(name in shapes for name in beside.values()):  # matrices of a state space
+        return None
+    is_first = found[0].lower() in ("a", "down")
+    specs = {pair[not is_first] for pair in _factors(*((shape, other) if is_first else (other, shape)))}
+    return specs.pop() if len(specs) == 1 else None
+
+
+def _factors(a: Shape, b: Shape) -> Iterator[tuple[str, str]]:
+    """How two factors may read."""
+    for n in range(min(len(a), len(b)) - 1):
+        m, k = len(a) - n - 1, len(b) - n - 1
+        if a[:n] != b[:n] or min(m, k) > 1:
+            continue
+        if a[-1] == b[n] and 2 * a[-1] <= min(math.prod(a[n:-1]), math.prod(b[n + 1 :])):
+            yield "b" * n + "i" * m + "o", "b" * n + "i" + "o" * k
+        if a[n] == b[-1] and 2 * a[n] <= min(math.prod(a[n + 1 :]), math.prod(b[n:-1])):
+            yield "b" * n + "o" + "i" * m, "b" * n + "o" * k + "i"
 
 
 def _grandparent(path: str) -> str:
