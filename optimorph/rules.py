@@ -21,8 +21,9 @@ hold. `compress_state`, probes and `carry_state` use them.
 """
 
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, common, full_like, increment
+from optimorph._core.own_rule import transform
 from optimorph._core.roles import AVERAGE, TOTAL, VELOCITY, Role, holds, roles_of, scalar
-from optimorph._core.rule import Leaf, Leaves, Rule, handed, transform
+from optimorph._core.rule import Leaf, Leaves, Rule, handed
 
 __all__ = [
     "AVERAGE",

@@ -14,6 +14,7 @@ import optimorph as om
 from optimorph import probes
 from optimorph._core.types import Numeric, ScalarOrSchedule
 from optimorph.rules import (
+    AVERAGE,
     Role,
     Rule,
     as_float32,
@@ -194,3 +195,66 @@ def test_it_races():
             progress=False,
         )
     assert {row.name for row in result.rows} == {"toy", "adam"}
+
+
+class Kept(NamedTuple):
+    """A moment and a count."""
+
+    mean: Any
+    count: Any
+    roles = holds(mean=AVERAGE, count=scalar("count"))
+
+
+KEPT = {
+    "init": lambda leaf: Kept(full_like(leaf.weight), None),
+    "begin": lambda leaves: Kept(None, jnp.zeros([], jnp.int32)),
+    "advance": lambda shared, leaves: (None, Kept(None, increment(shared.count))),
+    "update": lambda g, s, leaf, now: (g, Kept(s.mean, None)),
+}
+WRONG = {
+    "update: no pair": (lambda g, s, leaf, now: g, r"float32\[2,3\], but a pair, \(update, Kept\), was"),
+    "update: nothing": (lambda g, s, leaf, now: None, "None, but a pair"),
+    "update: a state first": (lambda g, s, leaf, now: (s, g), "Kept.*, but an update"),
+    "update: another shape": (
+        lambda g, s, leaf, now: (g.sum(), s),
+        r"float32\[\], but .* of shape \(2, 3\)",
+    ),
+    "update: integers": (lambda g, s, leaf, now: (jnp.ones(g.shape, int), s), r"int32\[2,3\], but .* real"),
+    "update: complex": (lambda g, s, leaf, now: (g * 1j, s), "complex64.*, but .* real"),
+    "update: no state": (lambda g, s, leaf, now: (g, None), "None, but .* the average of Kept"),
+    "update: a bare state": (lambda g, s, leaf, now: (g, s.mean), "but a state Kept"),
+    "update: a moment's shape": (lambda g, s, leaf, now: (g, Kept(s.mean[0], None)), r"float32\[3\], but"),
+    "update: arguments": (lambda g, s: (g, s), "takes other arguments.* Type def update"),
+    "init: a bare moment": (lambda leaf: full_like(leaf.weight), "but a state Kept"),
+    "init: a number": (lambda leaf: Kept(0.0, None), r"0.0, but real or complex numbers of shape \(2, 3\)"),
+    "begin: several numbers": (
+        lambda leaves: Kept(None, jnp.zeros(3)),
+        r"\[3\], but any numbers of shape",
+    ),
+    "advance: no pair": (lambda shared, leaves: shared, "Kept.*, but a pair"),
+    "advance: a float": (lambda shared, leaves: (0, Kept(None, shared.count * 0.5)), "integer numbers"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_rule_returns_is_checked(name):
+    """Also in a chain, which merges rules; the error names the transform, the function and the leaf."""
+    function, message = WRONG[name]
+    part, params = name.split(":")[0], {"a": {"w": jnp.ones((2, 3))}}
+    where = "of 'a/w' returned .*" if part in ("init", "update") and "arguments" not in name else ".*"
+
+    def use():
+        own = transform("mine", Rule(roles_of(Kept), **(KEPT | {part: function})))
+        tx = om.chain(own, om.scale_by_learning_rate(0.1))
+        tx.update(params, tx.init(params), params)
+
+    match = f"mine: {part} {where}{message}"
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(ValueError, match=match):
+        use()
+
+
+def test_a_parameter_in_a_new_state_is_copied():
+    params = {"w": jnp.ones(3)}
+    rule = Rule(roles_of(Kept), **(KEPT | {"init": lambda leaf: Kept(leaf.weight, None)}))
+    state = transform("mine", rule).init(params)
+    assert state.mean["w"].unsafe_buffer_pointer() != params["w"].unsafe_buffer_pointer()

@@ -171,7 +171,7 @@ _NOT_A_LAYER = (
     r"(?!\w*(proj|project|projection|mapping\w*|dense|linear|fc|mlp|ffn?|attn|attention)(_?\d+)?(/|$))"
 )
 _EMBEDDING = (
-    r"(\w*(embed|positional|codebook|posemb)\w*|(\w+_)?emb(s|_\w+)?|wte|wpe|w_e|w_pos|pe|pos_enc\w*|"
+    r"(\w*(embed|positional|codebook|posemb)\w*|\w*emb(s|_\w+)?(_0)?|wte|wpe|w_e|w_pos|pe|pos_enc\w*|"
     r"rel_pos\w*|relative_\w+|vocab\w*|lookup\w*|word_vectors)"
 )
 _TABLE = r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
@@ -208,7 +208,7 @@ RULES = (
     NameRule("vector", r"alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule(
         "head",
-        r"(\w*(unembed|logit|classifier|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_layer|"
+        r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_layer|"
         r"\w*seq_relationship)(/.*)?",
         not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head",
     ),
@@ -232,7 +232,11 @@ RULES = (
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{_WEIGHT}"),
     NameRule("head", _CONV + "([^/]+/)?" + _KERNEL, when=_few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
     NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{_WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
-    NameRule("embedding", _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_embed\w*/.*|cls"),
+    NameRule(
+        "embedding",
+        _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_embed\w*/.*|cls",
+        not_in=_IN_ATTENTION + r"[^/]+/(kernel|w)$",  # a projection
+    ),
     NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*(queries|codevectors)", not_in=_ATTENTION),
     NameRule(
         "embedding", rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)", not_in=_ATTENTION + "|proj|mlp|dense"
@@ -342,7 +346,10 @@ RULES = (
     NameRule("attention", "h/0/attn/c_attn/kernel", (UNDECIDED, "(3o)i"), _fused(3, -2), layout=_GPT2),
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     NameRule(
-        "attention", r"(query|key|value|[qkv]_proj|w?[qkv]|to_[qkv])/kernel", ("io", "ioo"), shape_ok=_heads
+        "attention",
+        r"(query|key|value|[qkv]_proj|w?[qkv]|to_[qkv])/kernel|(\w+_)?[qkv]_projection/(kernel|weights)",
+        ("io", "ioo"),
+        shape_ok=_heads,
     ),
     NameRule(
         "attention",

@@ -159,16 +159,10 @@ class _Layers:
         )
 
     def next_begins_anew(self, k: int) -> bool:
-        """Whether it is the end of a chain of layers, and the next layer takes in the outputs of none."""
-        after = self.next_of(k)
-        return (
-            after is not None
-            and self.follows(k)
-            and next(self.givers(after), None) is None
-            and not self.has_parts(k)
-            and not self.is_joined(k)
-            and not self.is_needed(k)
-        )
+        """Whether it is the end of a chain of layers, and the next layer takes in what the first takes in."""
+        after, (chain, _) = self.next_of(k), self.chains[k]
+        anew = after is not None and self.inputs[after] == self.inputs[chain[0]] and not self.is_fed(after)
+        return anew and self.follows(k) and not self.is_needed(k)
 
     def takes_its_own_end(self, k: int) -> bool:
         """Whether only layers before it take in its outputs, and these have no other inputs."""

@@ -64,7 +64,7 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
         if spec == UNDECIDED and (of_expert := expert_spec(path, single[path], routers)):
             role, spec = "experts", with_layers(of_expert, k)
-        if spec == UNDECIDED or role in ("bias", "dense", "low rank"):
+        if spec == UNDECIDED or role in ("bias", "low rank") or (role == "dense" and len(single[path]) > 2):
             of_factor = with_layers(low_rank_spec(path, single[path], single), k)
             role, spec = (role, spec) if of_factor in (None, spec) else ("low rank", of_factor)
         if spec == UNDECIDED and (twin := _recurrent_twin(path)) != path:

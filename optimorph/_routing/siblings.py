@@ -13,8 +13,10 @@ _Counts = set[tuple[int, int]]
 _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
 """The layer of a perceptron whose outputs are as wide as the model."""
 
-_FACTOR = re.compile(r"(?<![A-Za-z0-9])([abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)")
-_TWIN = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down"}
+_FACTOR = re.compile(
+    r"((?<![A-Za-z0-9])[abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)|(?<=/[a-vx-z])[12]$"
+)
+_TWIN = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down", "1": "2", "2": "1"}
 """The names of two factors of a matrix."""
 
 
@@ -117,7 +119,7 @@ def low_rank_spec(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> str |
     other = shapes.get(beside.pop(_TWIN[found[0]]), ())
     if any(name in shapes for name in beside.values()):  # matrices of a state space
         return None
-    is_first = found[0].lower() in ("a", "down")
+    is_first = found[0].lower() in ("a", "down", "1")
     specs = {pair[not is_first] for pair in _factors(*((shape, other) if is_first else (other, shape)))}
     return specs.pop() if len(specs) == 1 else None
 
