@@ -40,8 +40,13 @@ def new_names(
     """Path in the state → path in the parameters."""
     if renamed is None:
         return lambda path: path
-    if not isinstance(renamed, Mapping):
+    if callable(renamed):
         return renamed
+    if not isinstance(renamed, Mapping):
+        raise ValueError(
+            f"carry_state: renamed maps paths in the state to paths in the parameters, but is {renamed!r}. "
+            "Type renamed={'encoder': 'backbone/encoder'}."
+        )
 
     def starts(path: str, old: str) -> bool:
         return path == old or path.startswith(old + "/")

@@ -21,7 +21,7 @@ from optimorph._carry_leaves import (
 )
 from optimorph._carry_match import Match
 from optimorph._carry_report import CarryReport
-from optimorph._core.checks import abbreviated
+from optimorph._core.checks import abbreviated, check_transforms
 from optimorph._core.types import Mask, PyTree
 from optimorph._state_slots import Slot, owners, slots
 from optimorph._storage.stored import Codecs, Stored, codecs_of, with_stored, without_stored
@@ -119,6 +119,9 @@ def carry_state(
         shape. Always: codes without `written_by`, or written by another codec; states whose types were lost;
         `renamed` with a path that the state does not have, or with one new name for two leaves.
     """
+    check_transforms(WHO, tx, *([] if written_by is None else [written_by]))
+    if params is None:
+        raise ValueError(f"{WHO}: params is None. Type the parameters that tx is to update.")
     blank, codecs = codecs_of(tx, params)
     name = new_names(renamed, leaves_of(slots(state)))
     before = params if renamed is None else under_old_names(params, leaves_of(slots(state)), name)

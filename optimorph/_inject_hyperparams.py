@@ -49,6 +49,11 @@ def inject_hyperparams(
     Equals:
       optax.inject_hyperparams(inner_factory, static_args, hyperparam_dtype=jnp.float32)
     """
+    if not callable(inner_factory):
+        raise ValueError(
+            f"inject_hyperparams: inner_factory must be a function that makes an optimizer, but is "
+            f"{inner_factory!r}. Type inject_hyperparams(optimorph.adamw)(learning_rate=1e-3)."
+        )
     signature = inspect.signature(inner_factory)
     names = signature.parameters
     static = {static_args} if isinstance(static_args, str) else set(static_args)

@@ -120,6 +120,14 @@ REFUSED = {
     "exponent": (lambda: schedules.robbins_monro(0.1, 0.5), ["robbins_monro", "exponent", "0.5", "(1/2, 1]"]),
     "exponent above": (lambda: schedules.robbins_monro(0.1, 1.01), ["robbins_monro", "exponent", "1.01"]),
     "swapped eigenvalues": (lambda: theory.polyak(0.1, 1.0), ["polyak", "strong_convexity", "largest"]),
+    "one rule for all": (lambda: om.scale_by_rules("fast"), ["scale_by_rules", "'fast'", "{'*': ...}"]),
+    "one codec's name": (lambda: om.compress_state(om.sgd(0.1), "int4"), ["compress_state", "'int4'"]),
+    "a rule of one argument": (
+        lambda: om.partition(lambda path: "a", {"a": om.sgd(0.1)}),
+        ["partition", "lambda path, shape"],
+    ),
+    "no parameters": (lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), None), ["params is None"]),
+    "no role": (lambda: om.not_roles(), ["not_roles('norm', 'bias')"]),
     "zero eigenvalue": (lambda: theory.nesterov(1.0, 0.0), ["nesterov", "strong_convexity", "0.0"]),
 }
 

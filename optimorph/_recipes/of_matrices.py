@@ -89,7 +89,7 @@ def of_matrices(
         )
     rules = state
     if isinstance(rules, Mapping):
-        state = lookup(rules)  # some rules are for matrices, some for other leaves
+        state = lookup(rules, who)  # some rules are for matrices, some for other leaves
     step = decay_and_step(who, learning_rate, weight_decay, mask, weight_decay_form)
 
     def stored(word: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -88,7 +88,7 @@ def routed(
 ) -> Transform:
     """`route_matrices` under a recipe's own name."""
     check_transforms(who, matrices, others)
-    resolve, match = resolve_leaves(who, axes, find_output=True), lookup_if_given(shardings)
+    resolve, match = resolve_leaves(who, axes, find_output=True), lookup_if_given(shardings, who)
     transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 
     def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:

@@ -95,7 +95,7 @@ def scion(
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:
     """The direction of each matrix by its norm."""
-    given = lookup(norms or {})
+    given = lookup(norms or {}, "scion")
 
     def norm(path: str, shape: Shape) -> Any:
         found = given(path, shape)
@@ -114,7 +114,7 @@ def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.Grad
 def _radius(radius: Numeric | Rules | None) -> Callable[[str, Shape], Any]:
     """The radius of each leaf."""
     rules = callable(radius) or isinstance(radius, Mapping)
-    given = lookup(radius if rules else {"*": radius})
+    given = lookup(radius if rules else {"*": radius}, "scion")
 
     def own(path: str, shape: Shape) -> Any:
         found = given(path, shape)
@@ -131,7 +131,7 @@ def _over_rms(sides: str) -> optax.GradientTransformationExtraArgs:
 
 def _with_tables(axes: AxesRules | None) -> AxesRules:
     """The user's rules and the default ones, and a spec for embeddings and heads, which these do not have."""
-    given = lookup({} if axes is None else axes)
+    given = lookup({} if axes is None else axes, "scion")
 
     def spec(path: str, shape: Shape) -> Any:
         found = given(path, shape)

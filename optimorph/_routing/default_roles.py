@@ -82,6 +82,8 @@ def not_roles(*names: Any) -> Callable[..., Any]:
 
 
 def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., Any]:
+    if not names:
+        raise ValueError(f"{who}: no role is named. Type {who}('norm', 'bias').")
     for name in names:
         if not isinstance(name, str):
             typed = ", ".join(map(repr, name)) if isinstance(name, list | tuple | set) else "'norm', 'bias'"

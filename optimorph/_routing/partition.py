@@ -38,7 +38,7 @@ def partition(
             "{'matrices': optimorph.sgd(0.1), ...}."
         )
     check_transforms("partition", *transforms.values())
-    match = lookup(rules)
+    match = lookup(rules, "partition")
 
     def label(path, shape):
         name = match(path, shape)

@@ -95,7 +95,7 @@ class AxesOfLeaves:
     """How a transform finds the axes of leaves: from `route_matrices` around it, or from its own rules."""
 
     def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
-        self.who, self.given, self.match = who, axes is not None, lookup_if_given(shardings)
+        self.who, self.given, self.match = who, axes is not None, lookup_if_given(shardings, who)
         self.resolve = resolve_leaves(who, axes)
         self.known: weakref.WeakKeyDictionary[Leaves, tuple[Sequence[Axes | None], Any]]
         self.known = weakref.WeakKeyDictionary()
@@ -160,7 +160,7 @@ def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafS
             f"Type axes={{'*': {rules!r}}} for all leaves."
         )
     rules = {} if rules is None else rules
-    match, pattern_of = lookup(rules), matching_pattern(rules)
+    match, pattern_of = lookup(rules, who), matching_pattern(rules)
 
     def by_rule(path: str, shape: Shape) -> LeafSpec | None:
         spec = match(path, shape)

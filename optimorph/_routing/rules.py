@@ -34,33 +34,39 @@ class _Value:
     value: Any
 
 
-def lookup(rules: Rules) -> Callable[[str, Shape], Any]:
-    """(path, shape) → the value of the first rule that matches, or `NO_MATCH`. `labels` describes rules."""
+def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
+    """(path, shape) → the value of the first rule that matches, or `NO_MATCH`. `labels` describes rules.
+
+    Raises:
+      ValueError: naming `who`: what is no rules, or two values for one path.
+    """
     if has_patterns(rules):
         patterns, first = list(rules), first_match(rules)
         return lambda path, shape: NO_MATCH if (k := first(path)) is None else rules[patterns[k]]
     if callable(rules) and _is_leaf(rules):
         if (fault := call_fault(rules, "", ())) is not None:
             raise ValueError(
-                "labels: a function of rules takes the path and the shape of a leaf, but "
+                f"{who}: a function of rules takes the path and the shape of a leaf, but "
                 f"{rules!r} does not: {fault}. Type lambda path, shape: ..."
             )
         return rules
-    if (shape := getattr(rules, "shape", None)) is not None:
+    shape = getattr(rules, "shape", None)
+    if rules is None or shape is not None or isinstance(rules, str | bytes | int | float):
+        found = repr(rules) if shape is None else f"an array of shape {shape}"
         raise ValueError(
-            "labels: rules are a mapping from patterns, a function of (path, shape), or a tree, but here "
-            f"they are an array of shape {shape}. Type {{'*': ...}} with one value for all leaves."
+            f"{who}: rules are a mapping from patterns, a function of (path, shape), or a tree, but here "
+            f"they are {found}. Type {{'*': ...}} with one value for all leaves."
         )
     values: dict[str, Any] = {}
     for path, value in _tree_values(rules):
         if values.setdefault(path, value) != value:
-            raise ValueError(f"labels: several leaves have the path {path!r}. Use keys without slashes.")
+            raise ValueError(f"{who}: several leaves have the path {path!r}. Use keys without slashes.")
     return lambda path, shape: values.get(path, NO_MATCH)
 
 
-def lookup_if_given(rules: Rules | None) -> Callable[[str, Shape], Any] | None:
+def lookup_if_given(rules: Rules | None, who: str) -> Callable[[str, Shape], Any] | None:
     """`lookup`; None without rules."""
-    return None if rules is None else lookup(rules)
+    return None if rules is None else lookup(rules, who)
 
 
 def has_patterns(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:
@@ -168,7 +174,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
     if isinstance(mask, str | re.Pattern):
         raise ValueError(f"{who}: the mask is {mask!r}. {fix}")
     if _is_rules(mask):
-        match = lookup(mask)
+        match = lookup(mask, who)
         mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
     elif callable(mask):
         mask = mask(leaves.tree)

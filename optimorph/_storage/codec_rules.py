@@ -30,7 +30,7 @@ def codec_rule(rules: Rules | None) -> CodecRule:
         raise ValueError(
             f"compress_state: rules must say which moments {rules!r} is for. Type {BOTH}, for example."
         )
-    found = lookup({} if rules is None else rules)
+    found = lookup({} if rules is None else rules, "compress_state")
 
     @functools.cache
     def codec_of(kind: str, path: str, shape: Shape) -> Codec | None:

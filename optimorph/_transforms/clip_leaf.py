@@ -70,7 +70,7 @@ def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.Gr
 
 def _clipped(who: str, bound: Numeric, shardings: Rules | None, of_squares: Callable[..., Any]) -> Any:
     """(1), where the size of an array is the root of a reduction of the squares."""
-    match = lookup_if_given(shardings)
+    match = lookup_if_given(shardings, who)
 
     def update(g, state, leaf, now):
         over = reduction(who, match, leaf, None)

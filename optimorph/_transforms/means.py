@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._core.checks import check_transforms
 from optimorph._core.numbers import is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import Leaf, Leaves, Rule, arrays, map_updates, pointwise, rule_of, transform
@@ -128,6 +129,7 @@ def keep_norm(
       Li et al. 2025, "NorMuon", arXiv:2510.05491, algorithm 1.
     """
     who = "keep_norm"
+    check_transforms(who, inner)
     own = AxesOfLeaves(who, axes, shardings)
     inner = optax.with_extra_args_support(inner)
 

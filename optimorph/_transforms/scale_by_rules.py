@@ -35,13 +35,9 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
       Howard & Ruder 2018, arXiv:1801.06146, section 3.2 (a rate for each layer).
     """
     who = "scale_by_rules"
-    if rules is None or isinstance(rules, int | float):
-        raise ValueError(
-            f"{who}: rules must be a mapping or a function, but is {rules!r}. Type {{'*': 0.5}}."
-        )
     if isinstance(rules, Mapping):
         rules = {key: np.asarray(x) if isinstance(x, list | tuple) else x for key, x in rules.items()}
-    match = lookup(rules)
+    match = lookup(rules, who)
 
     def begin(leaves):
         warn_unused(who, "rules", rules, leaves.paths)
