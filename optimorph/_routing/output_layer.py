@@ -1,8 +1,8 @@
 """The output layer of a model whose layers have no telling names, by their widths and numbers."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by
@@ -61,10 +61,11 @@ def with_output_layer(
     fed = [k for k in unnamed if layers.is_fed(k)]
     sinks = [k for k in fed if layers.is_sink(k)]
     if sinks or heads:
-        certain, ends = sinks, [k for k in fed if k in sinks or layers.next_begins_anew(k)]
+        certain = {*sinks}
+        ends = [k for k in fed if k in certain or layers.next_begins_anew(k)]
     else:
-        own = [k for k in fed if layers.takes_its_own_end(k)]
-        certain = own if len(unnamed) == 1 else [k for k in fed if k not in own and layers.is_last_of_all(k)]
+        own = {k for k in fed if layers.takes_its_own_end(k)}
+        certain = own if len(unnamed) == 1 else {k for k in fed if k not in own and layers.is_last_of_all(k)}
         asked = {k for k in own if not _IN_PERCEPTRON.search(paths[k])}
         ends = [k for k in fed if k in asked or k in certain or layers.may_be_last(k)]
     for k in ends:
@@ -93,6 +94,11 @@ class _Layers:
         for chain in group_by(unnamed, lambda k: self.module(k)):
             chain.sort(key=lambda k: _number(_name(paths[k])))
             self.chains |= {k: (chain, place) for place, k in enumerate(chain)}
+        layers = {k for k, spec in enumerate(specs) if spec.axes is not None or spec.role == _DISTRIBUTION}
+        named = layers - {*self.chains}
+        self.in_named_layers = _by_width([x if k in named else set() for k, x in enumerate(self.inputs)])
+        self.matrices = sum(spec.axes is not None for spec in specs)
+        self.embeddings = {n for k, s in enumerate(specs) if s.role == "embedding" for n in self.outputs[k]}
 
     def module(self, k: int) -> str:
         """The module that has the layer."""
@@ -151,12 +157,11 @@ class _Layers:
         def has_no_others(j: int) -> bool:
             return all(g == k or (g in self.chains and self.follows(self.next_of(g))) for g in self.givers(j))
 
-        takers = [*self.takers(k)]
-        named = [j for j in takers if j not in self.chains]
-        layers = [j for j in named if self.specs[j].axes is not None or self.specs[j].role == _DISTRIBUTION]
-        return {self.specs[j].role for j in takers} == {"norm"} or any(
-            self.module(j) == self.module(k) or has_no_others(j) for j in layers
-        )
+        layers = self._others(k, self.outputs[k], self.in_named_layers)
+        if any(self.module(j) == self.module(k) or has_no_others(j) for j in layers):
+            return True
+        roles = (self.specs[j].role for j in self.takers(k))
+        return next(roles, None) == "norm" and all(role == "norm" for role in roles)
 
     def next_begins_anew(self, k: int) -> bool:
         """Whether it is the end of a chain of layers, and the next layer takes in what the first takes in."""
@@ -169,8 +174,10 @@ class _Layers:
         takers = self.takers(k) if self.inputs[k] != self.outputs[k] else iter(())
         first = next(takers, None)
         return first is not None and all(
-            self.specs[j].axes is not None and self.is_before(j, k) and [*islice(self.givers(j), 2)] == [k]
-            for j in (first, *takers)
+            self.specs[j].axes is not None
+            and self.is_before(j, k)
+            and [*itertools.islice(self.givers(j), 2)] == [k]
+            for j in itertools.chain([first], takers)
         )
 
     def is_before(self, j: int, k: int) -> bool:
@@ -182,8 +189,7 @@ class _Layers:
     def is_last_of_all(self, k: int) -> bool:
         """Whether it is the last layer of a model that has no others than those of its module."""
         chain, place = self.chains[k]
-        matrices = sum(spec.axes is not None for spec in self.specs)
-        whole = place + 1 == len(chain) == matrices and not self._embeddings()
+        whole = place + 1 == len(chain) == self.matrices and not self.embeddings
         return whole and not self.is_stacked(k) and not self.is_needed(k)
 
     def is_stacked(self, k: int) -> bool:
@@ -202,14 +208,9 @@ class _Layers:
             return False
         own = module + "/" if module else ""
         is_root = all(path.startswith(own) for path in self.paths)
-        if self._embeddings() & self.outputs[k]:
+        if self.embeddings & self.outputs[k]:
             return is_root and self.inputs[k] == self.outputs[k]
         return is_root or (self.follows(k) and not _IN_PERCEPTRON.search(self.paths[k]))
-
-    def _embeddings(self) -> set[int]:
-        """Their widths."""
-        pairs = zip(self.specs, self.outputs, strict=True)
-        return {n for spec, widths in pairs if spec.role == "embedding" for n in widths}
 
 
 def _by_width(sides: Sequence[set[int]]) -> dict[int, dict[int, None]]:
