@@ -178,6 +178,29 @@ def test_whole_rounds_come_first():
     assert plan.inside == 5 * 3 * 4096**2 / 2 * 2  # R scattered, R and Z gathered, in five steps, bfloat16
 
 
+def test_bytes_within_a_node_and_between():
+    """A lone matrix is gathered from other nodes; neighbours that share a matrix are in one node."""
+    hardware, mesh = Hardware("tpu", 1.0, 100.0, 1.0, 8, 1e-9), {"node": 4, "d": 8}
+    lone = on(hardware, mesh, [leaf((8, 24), over=(("node",), ()))], divide=False)
+    assert lone.seconds[1] == lone.sent > 0
+    shared = on(hardware, mesh, [leaf((16, 64, 64), "bio")])
+    assert shared.divided == 16
+    assert shared.seconds[1] == pytest.approx(shared.sent + shared.inside / 100)
+    stacked = on(hardware, mesh, [leaf((16, 64, 64), "bio", (("node",), (), ()))])
+    assert stacked.divided == 16
+    assert (hardware.bytes_over(8), hardware.bytes_over(9)) == (100.0, 1.0)
+
+
+def test_rounds_have_room_for_gram_matrices():
+    """Two matrices in thirds: 64 x 22 numbers each, and 64 x 64 of R and of Z."""
+    polar, hardware = NewtonSchulz(), Hardware("tpu", 1.0, 100.0, 1.0, 8, 1e-9)
+    division = division_of(polar, hardware)
+    leaves = [leaf((2, 64, 64), "bio")]
+    for at_once, rounds in ((4 * (64 * 22 + 2 * 64 * 64), 2), (8 * (64 * 22 + 2 * 64 * 64), 1)):
+        plan = place({"d": 3}, leaves, cost=polar.flops, division=division, bytes_at_once=at_once)
+        assert (one(plan)[1].parts, len(one(plan)[0].rounds)) == (3, rounds)
+
+
 def test_uneven_columns_are_padded_to_be_cut():
     """A shard of 1,791 columns is cut into halves of 896."""
     mesh, shape = {"d": 8, "m": 8}, (96, 4096, 8 * 1791)

@@ -312,6 +312,9 @@ def test_what_is_expected_of_known_devices():
     assert om.plan(params, exact, mesh=mesh).over_mesh.divided == 0
     twice = om.scion(0.1, axes={"*": "bio"}, orthogonalizer=om.linalg.NewtonSchulz(steps=10))
     assert om.plan(params, twice, mesh=mesh).over_mesh.flops == 2 * found.over_mesh.flops
+    unknown = AbstractMesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    assert "The speed of the devices is not known" in str(om.plan(params, axes={"*": "bio"}, mesh=unknown))
+    assert "sends 1,644 MB" in str(om.plan(params, axes={"*": "bio"}, mesh=unknown))
     slow = om.Hardware("tpu", flops=1e12, bytes_near=1e6, bytes_far=1e6, node=8)
     given = om.plan(params, axes={"*": "bio"}, mesh=mesh, divide=slow).over_mesh
     assert given.divided == 0

@@ -56,21 +56,26 @@ class MeshPlan:
         share = self.flops / max(self.least_flops, 1)
         platform = f" ({self.platform})" if self.platform else ""
         lines = [
-            f"Over the mesh {axes}{platform} matrices are divided {ways[self.way]}.",
-            f"The busiest device computes {self.flops / 1e9:,.3g} Gflop ({share:.2f} of an even share) and "
-            f"sends {self.sent / 1e6:,.3g} MB.",
+            f"Over the mesh {axes}{platform} matrices are distributed {ways[self.way]}.",
+            f"The busiest device computes {_short(self.flops / 1e9)} Gflop ({share:.2f} of an even share) "
+            f"and sends {_short(self.sent / 1e6)} MB.",
         ]
         if self.divided:
             lines.append(
                 f"{self.divided:,} matrices are each divided over several devices, which send "
-                f"{self.inside / 1e6:,.3g} MB more in {self.collectives} collectives of the iteration."
+                f"{_short(self.inside / 1e6)} MB more in {self.collectives} collectives of the iteration."
             )
-        if self.hardware is not None:
-            computing, sending = (seconds * 1e3 for seconds in self.seconds)
+        if self.hardware is None:
             lines.append(
-                f"Expected at {self.hardware.flops / 1e12:,.3g} Tflop/s and "
-                f"{self.hardware.bytes_near / 1e9:,.3g} GB/s, {self.hardware.bytes_far / 1e9:,.3g} between "
-                f"nodes: {computing:,.3g} ms of products and {sending:,.3g} ms of sending."
+                "The speed of the devices is not known, so no matrix is divided. Type divide= with the name "
+                "of a device, such as 'v5p', or an optimorph.Hardware."
+            )
+        else:
+            near, far = self.hardware.bytes_near / 1e9, self.hardware.bytes_far / 1e9
+            computing, sending = (_short(seconds * 1e3) for seconds in self.seconds)
+            lines.append(
+                f"Expected at {_short(self.hardware.flops / 1e12)} Tflop/s and {_short(near)} GB/s, "
+                f"{_short(far)} between nodes: {computing} ms of products and {sending} ms of sending."
             )
         return "\n".join(lines)
 
@@ -135,6 +140,11 @@ def plan_mesh(
         hardware,
         found.seconds,
     )
+
+
+def _short(x: float) -> str:
+    """Three digits, or all those of the integer."""
+    return f"{x:,.3g}" if x < 1000 else f"{x:,.0f}"
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str:
