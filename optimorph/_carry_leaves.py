@@ -20,32 +20,44 @@ from optimorph._storage.stored import Stored
 
 WHO = "carry_state"
 
+Renamed = Mapping[str, str | None] | Callable[[str], str | None]
+
 Place = Callable[[str, Shape], Any]
 """Path, and the shape of the old part → where it is in the new leaf, as an index; None if it is nowhere."""
 
 
-def leaves_of(slots: list[Slot]) -> list[str]:
-    """The paths of the leaves that have arrays in a state."""
-    return list(dict.fromkeys(slot.path for slot in slots if slot.path and slot.kind != HYPERPARAMETER))
+def leaves_of(slot: Slot) -> tuple[str, ...]:
+    """The paths of the leaves to which an array of a state belongs; none of a count's."""
+    return slot.leaves or ((slot.path,) if slot.path and slot.kind != HYPERPARAMETER else ())
 
 
-def with_name(slot: Slot, name: Callable[[str], str]) -> Slot:
-    """An array of the state under the new path of its leaf."""
-    return slot._replace(path=name(slot.path)) if leaves_of([slot]) else slot
+def with_names(slot: Slot, name: Callable[[str], str | None]) -> Slot | None:
+    """An array of the state under the new paths of its leaves; None if it is to be dropped."""
+    new = [path for path in map(name, leaves_of(slot)) if path is not None]
+    if slot.leaves:
+        return slot._replace(leaves=tuple(new))
+    return slot._replace(path=new[0]) if new else None if leaves_of(slot) else slot
 
 
-def new_names(
-    renamed: Mapping[str, str] | Callable[[str], str] | None, paths: list[str]
-) -> Callable[[str], str]:
-    """Path in the state → path in the parameters."""
+def that_fit(slot: Slot, params: PyTree) -> tuple[str, ...]:
+    """The leaves of a stack that may have matrices of its size, "nxm"; those that are gone may too."""
+    rows, columns = map(int, slot.path.split("/")[-1].split("x"))
+    sizes = {path: np.size(x) for path, x in by_path(params).items()}
+    return tuple(path for path in slot.leaves if sizes.get(path, 0) % (rows * columns) == 0)
+
+
+def new_names(renamed: Renamed | None, paths: list[str]) -> Callable[[str], str | None]:
+    """Path in the state → path in the parameters; None for what is to be dropped."""
     if renamed is None:
         return lambda path: path
     if callable(renamed):
         return renamed
-    if not isinstance(renamed, Mapping):
+    if not isinstance(renamed, Mapping) or not all(
+        isinstance(old, str) and isinstance(new, str | None) for old, new in renamed.items()
+    ):
         raise ValueError(
             f"carry_state: renamed maps paths in the state to paths in the parameters, but is {renamed!r}. "
-            "Type renamed={'encoder': 'backbone/encoder'}."
+            "Type renamed={'encoder': 'backbone/encoder', 'old_head': None}."
         )
 
     def starts(path: str, old: str) -> bool:
@@ -59,14 +71,16 @@ def new_names(
                 f"Similar: {', '.join(map(repr, similar))}."
             )
 
-    def name(path: str) -> str:
-        old = next((old for old in renamed if starts(path, old)), None)
-        return path if old is None else renamed[old] + path[len(old) :]
+    def name(path: str) -> str | None:
+        for old, new in renamed.items():
+            if starts(path, old):
+                return None if new is None else new + path[len(old) :]
+        return path
 
     return name
 
 
-def under_old_names(params: PyTree, paths: list[str], name: Callable[[str], str]) -> dict[str, Any]:
+def under_old_names(params: PyTree, paths: list[str], name: Callable[[str], str | None]) -> dict[str, Any]:
     """The parameters under the paths that the state has.
 
     Raises:
@@ -74,7 +88,9 @@ def under_old_names(params: PyTree, paths: list[str], name: Callable[[str], str]
     """
     leaves, old = by_path(params), {}
     for path in paths:
-        if (new := name(path)) in old:
+        if (new := name(path)) is None:
+            continue
+        if new in old:
             raise ValueError(f"{WHO}: renamed gives both {old[new]!r} and {path!r} the path {new!r}.")
         old[new] = path
     return {path: leaves[new] for new, path in old.items() if new in leaves}

@@ -18,6 +18,7 @@ from optimorph._core.types import Shape
 from optimorph._state_slots import Part, Slot, is_known_zero, is_number
 from optimorph._storage.stored import Stored
 
+ASKED = "as asked for"
 NONE, NO_PLACE = "tx wants it, the state has none", "the state has it, tx has no place for it"
 
 ALSO = {kinds.AVERAGE: kinds.FIRST}
@@ -67,12 +68,11 @@ class Match:
 
     def __init__(self, held: list[Slot], wanted: list[Slot], fresh: set[str], place: Place, strict: bool):
         self.held, self.wanted, self.fresh, self.place, self.strict = held, wanted, fresh, place, strict
-        self.moments = {_key(slot): slot for slot in held if not slot.scalar}
-        self.scalars: dict[str, list[Slot]] = {}
-        for slot in held:
-            if slot.scalar:
-                self.scalars.setdefault(slot.kind, []).append(slot)
-        found = {id(slot): self._moment(slot) for slot in wanted if not slot.scalar}
+        self.moments = {_key(slot): slot for slot in held if not _is_of_part(slot)}
+        self.scalars: dict[tuple[str, str], list[Slot]] = {}
+        for slot in filter(_is_of_part, held):
+            self.scalars.setdefault((slot.kind, slot.path), []).append(slot)
+        found = {id(slot): self._moment(slot) for slot in wanted if not _is_of_part(slot)}
         self.kept = [
             (slot, found[id(slot)].sources[0]) for slot in wanted if slot.moment and found[id(slot)].sources
         ]
@@ -90,9 +90,9 @@ class Match:
           ValueError: arrays without a state around them.
         """
         used = {id(slot) for origin in self.origins for slot in origin.sources}
-        seen = {_key(slot) for slot in self.wanted if not slot.scalar}
+        seen = {_key(slot) for slot in self.wanted if not _is_of_part(slot)}
         for slot in self.held:
-            if id(slot) in used or (not slot.scalar and _key(slot) in seen):
+            if id(slot) in used or (not _is_of_part(slot) and _key(slot) in seen):
                 continue  # one that does not fit has its row
             if slot.kind == kinds.BARE:
                 raise ValueError(_untyped(slot))
@@ -100,33 +100,46 @@ class Match:
 
     def _moment(self, slot: Slot) -> Origin:
         """Where a leaf's array comes from."""
-        if slot.moment and slot.path in self.fresh:
-            return Origin(FRESH, "as asked for")
+        leaves = slot.leaves or (slot.path,)
+        if slot.moment and (anew := self.fresh.intersection(leaves)):
+            why = f"a stack in which {min(anew)!r} begins anew"
+            return Origin(FRESH, ASKED) if len(anew) == len(leaves) else Origin(FRESH, why, True)
         source = self.moments.get(_key(slot))
         also = ALSO.get(slot.kind)
         if source is None and also and not self.strict:
             source = self.moments.get(_key(slot._replace(kind=also)))
         if source is None:
-            why = {kinds.HYPERPARAMETER: "the number of tx", kinds.WINDOW_MEAN: "a window begins"}
-            return Origin(FRESH, why.get(slot.kind, NONE + _advice(slot)), slot.moment)
+            window = slot.kind == kinds.WINDOW_MEAN
+            return Origin(FRESH, "a window begins" if window else NONE + _advice(slot), slot.moment)
         if isinstance(source.array, Stored) and not source.array.readable:
-            return Origin(FRESH, "the moment of the state is in codes, and written_by has no such leaf", True)
+            return Origin(
+                FRESH, "the moment of the state is in codes, for which written_by has no codec", True
+            )
         old, new = np.shape(source.array), np.shape(slot.array)
+        matters = slot.moment or (slot.kind == kinds.WINDOW_MEAN and self._window_is_open())
         copy = functools.partial(_copy, source.array, slot.array)
         why = _change(source, slot)
+        if _rows_differ(source, slot):
+            return Origin(FRESH, "a stack of other leaves, or in another order", True)
         if old == new:
             return Origin(CONVERTED if why else KEPT, why, False, lambda start: copy(), False, (source,))
         larger = len(old) == len(new) and all(a <= b for a, b in zip(old, new, strict=True))
+        larger = larger and len(slot.leaves) < 2  # of several nobody knows which of them grew
         place = self.place(slot.path, old) if larger else None
         if place is None:
             hint = ". Type grown=True to keep the old part" if larger else ""
-            return Origin(FRESH, f"of shape {old} in the state, but tx wants {new}{hint}", slot.moment)
+            return Origin(FRESH, f"of shape {old} in the state, but tx wants {new}{hint}", matters)
         if (found := _shape_at(place, new)) != old:
-            why = f"of shape {old} in the state, but its place in {new} has shape {found}"
-            return Origin(FRESH, why, slot.moment)
+            has = "does not exist, or has an index twice" if found is None else f"has shape {found}"
+            why = f"of shape {old} in the state, but its place in {new} {has}"
+            return Origin(FRESH, why, matters)
         why = ", ".join([f"grown from {old} to {new}", *([why] if why else [])])
         grow = functools.partial(_grown, source.array, slot.array, place)
         return Origin(CONVERTED, why, slot.moment, grow, True, (source,))
+
+    def _window_is_open(self) -> bool:
+        """Whether there may be gradients in a window of the old state."""
+        return not all(is_known_zero(count.array) for count in self.scalars.get((kinds.WINDOW, ""), []))
 
     def _scalar(self, slot: Slot) -> Origin:
         """Where a count, a seed or a reading comes from."""
@@ -153,9 +166,10 @@ class Match:
         if not kept and any(new.moment and beside(new) for new in self.wanted):
             return Origin(FRESH, "begins with its moments")
         homes, parts = {source.home for source in kept}, list(dict.fromkeys(source.part for source in kept))
-        found = [count for count in self.scalars.get(slot.kind, []) if count.home in homes]
+        found = [count for count in self.scalars.get((slot.kind, ""), []) if count.home in homes]
         if found := found or self._at(slot, slot.kind, parts):
-            return _of_counts(slot, found)
+            origin = _of_counts(slot, found)
+            return origin if kept else origin._replace(matters=False)  # it corrects nothing
         if other := self._other_count(slot, parts):
             return other._replace(matters=True)
         if not kept:
@@ -165,7 +179,7 @@ class Match:
 
     def _at(self, slot: Slot, kind: str, parts: list[Part]) -> list[Slot]:
         """The scalars of a kind in these parts of the old state, or that hold for them; else in any."""
-        there = self.scalars.get(kind, [])
+        there = self.scalars.get((kind, slot.path), [])
         found: list[Slot] = []
         for part in parts or [slot.part]:
             own = [each for each in there if each.part == part]
@@ -191,13 +205,14 @@ class Match:
             used = any(source.home == slot.home for _, source in self.kept)
             own = slot.kind == kinds.STEPS and slot.home
             again = any(other.kind == slot.kind for other in self.wanted) and not own
-            matters = bool(used or not own) and not again
-            return NO_PLACE + (_advice(slot) if matters else ""), matters
+            if again or (own and not used):
+                return "its moments are not kept", False
+            return NO_PLACE + _advice(slot), True
         if slot.kind == kinds.WEIGHT and any(other.kind == kinds.WINDOW for other in self.wanted):
-            counts = [count.array for count in self.scalars[kinds.WINDOW]]
+            counts = [count.array for count in self.scalars[kinds.WINDOW, ""]]
             return "in tx the gradients have equal weights", not _all_equal([slot.array, *counts])
         if slot.kind in (kinds.WINDOW, kinds.WEIGHT, kinds.WINDOW_MEAN):
-            full = not all(is_known_zero(count.array) for count in self.scalars.get(kinds.WINDOW, []))
+            full = self._window_is_open()
             why = "gradients of a window that is not full" if full else "the window is empty"
             return why, full and slot.kind == kinds.WINDOW_MEAN
         if slot.kind == kinds.HYPERPARAMETER:
@@ -208,6 +223,21 @@ class Match:
 
 def _key(slot: Slot) -> tuple[str, str, int, int]:
     return slot.kind, slot.path, slot.stage, slot.again
+
+
+def _is_of_part(slot: Slot) -> bool:
+    """Whether a part of a partition has one of it, which is found by the names of parts."""
+    return slot.scalar or slot.kind == kinds.HYPERPARAMETER
+
+
+def _rows_differ(source: Slot, slot: Slot) -> bool:
+    """Whether a stack of as many matrices may have those of other leaves, or in another order.
+
+    It cannot where leaves were only added or only removed: those were of other sizes.
+    """
+    old, new = source.leaves, slot.leaves
+    moved = [path for path in old if path in new] != [path for path in new if path in old]
+    return moved or bool({*old} - {*new} and {*new} - {*old})
 
 
 def _inside(part: Part, around: Part) -> bool:
@@ -267,7 +297,10 @@ def _grown(array: Any, like: Any, place: Any, start: Any) -> Any:
 
 
 def _shape_at(place: Any, shape: Shape) -> Shape | None:
-    """The shape of what is at a place in an array; None where there is no such place."""
+    """The shape of what is at a place in an array; None where there is no such place, or twice the same."""
+    lists = [axis for axis in place if isinstance(axis, np.ndarray) and axis.dtype != bool]
+    if any(np.unique(axis).size < axis.size for axis in lists):
+        return None
     try:
         return np.broadcast_to(np.int8(0), shape)[place].shape
     except IndexError:
@@ -297,7 +330,7 @@ def _number(array: Any) -> str:
 
 def _advice(slot: Slot) -> str:
     """What would make the difference go away."""
-    if slot.kind == kinds.AVERAGE and slot.path:
+    if slot.kind == kinds.AVERAGE and slot.path and not slot.stage:
         return f" (axes of muon: {{{slot.path!r}: 'io'}} or {{{slot.path!r}: None}})"
     advice = {kinds.STEPS: "bias_correction must be as it was", kinds.DAMPED: "optax has no dampening"}
     return f" ({advice[slot.kind]})" if slot.kind in advice else ""

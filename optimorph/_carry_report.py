@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import jax
+
 from optimorph._routing.grouping import glob_of, group_by, table, without_numbers
 
 KEPT, CONVERTED, FRESH, DROPPED = "kept", "converted", "fresh", "dropped"
@@ -34,9 +36,10 @@ class CarryRow(NamedTuple):
         return f"{self.path!r}, {self.kind}" if self.path else self.kind
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CarryReport:
-    """What `carry_state` did with every array; `print` shows it as a table.
+    """What `carry_state` did with every array; `print` shows it as a table. `jax.jit` may return it.
 
     Args:
       rows: one row for each array of the new state, in its order, and then one for each dropped array.
@@ -54,7 +57,7 @@ class CarryReport:
 
     @property
     def lost(self) -> tuple[CarryRow, ...]:
-        """The rows that `strict=True` refuses: fresh or dropped arrays on which the updates depend."""
+        """The rows that `strict=True` refuses: arrays on which updates depend, fresh, dropped or grown."""
         return tuple(row for row in self.rows if row.matters)
 
     def __str__(self) -> str:
@@ -63,5 +66,5 @@ class CarryReport:
         cells = [(glob_of(row.path for row in rows), str(len(rows)), *rows[0][1:4]) for rows in groups]
         fates = collections.Counter(row.fate for row in self.rows)
         total = ", ".join(f"{fates[fate]} {fate}" for fate in (KEPT, CONVERTED, FRESH, DROPPED))
-        lost = f"Updates depend on {len(self.lost)} of what is fresh or dropped."
+        lost = f"Updates depend on {len(self.lost)} that did not stay what they were."
         return "\n".join([*table(_TITLES, cells), "", f"{total}. {lost}"])

@@ -1,7 +1,7 @@
 """Continue a run with another optimizer: make its state from the state of the old one."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,17 +11,19 @@ import optax
 
 from optimorph._carry_leaves import (
     WHO,
+    Renamed,
     chosen,
     leaves_of,
     new_names,
     places,
+    that_fit,
     to_the_devices_of,
     under_old_names,
-    with_name,
+    with_names,
 )
-from optimorph._carry_match import Match
-from optimorph._carry_report import CarryReport
-from optimorph._core.checks import abbreviated, check_transforms
+from optimorph._carry_match import ASKED, Match
+from optimorph._carry_report import DROPPED, CarryReport, CarryRow
+from optimorph._core.checks import abbreviated, check_flags, check_transforms
 from optimorph._core.types import Mask, PyTree
 from optimorph._state_slots import Slot, owners, slots
 from optimorph._storage.stored import Codecs, Stored, codecs_of, with_stored, without_stored
@@ -33,7 +35,7 @@ def carry_state(
     params: PyTree,
     *,
     written_by: optax.GradientTransformation | None = None,
-    renamed: Mapping[str, str] | Callable[[str], str] | None = None,
+    renamed: Renamed | None = None,
     fresh: Mask | None = None,
     grown: bool | Mapping[str, Any] = False,
     strict: bool = False,
@@ -84,8 +86,7 @@ def carry_state(
 
     The arrays of the result are copies, so both states may be donated. If an array is on other devices than
     the parameters, it is moved: moments get the sharding of their parameters, and counts are replicated. On
-    the same devices every array keeps its sharding. Inside `jax.jit` the report is not an array, so return
-    the state alone.
+    the same devices every array keeps its sharding.
 
     A checkpoint must be restored into the structure that its own `init` made, because the types of states say
     what they hold. For a checkpoint of version 0.1.0, in which constant rates had no state, this is
@@ -102,14 +103,16 @@ def carry_state(
       params: the parameters that `tx` will update, or their shapes.
       written_by: the optimizer that made `state`. It is required if `state` has 8-bit codes.
       renamed: old path → new path, as a function or a mapping. The keys of a mapping are paths or their
-        beginnings; the first that matches is replaced: `{"encoder": "backbone/encoder"}`.
+        beginnings; the first that matches is replaced: `{"encoder": "backbone/encoder"}`. If the new path is
+        None, the arrays of the leaf are dropped: `{"old_head": None}`.
       fresh: the leaves whose moments should be fresh, as a mask of `add_decayed_weights`.
       grown: whether leaves whose axes have grown keep the old part of their moments. With True the old part
         comes first. A mapping from path patterns says where the old part is, as a NumPy index:
         `{"head/kernel": np.s_[:, 6:], "layers/*": np.s_[[0, 1, 3, 4]]}`. With False, moments of another shape
         are fresh.
       strict: whether to raise an error if anything is lost on which the updates depend, or if a moment would
-        become one of another kind. Leaves that `fresh` selects are not counted as lost.
+        become one of another kind. Leaves that `fresh` selects, or that `renamed`
+        drops, are not counted as lost.
 
     Returns:
       The state, and a report with a row for every array: kept, converted, fresh or dropped, and why.
@@ -122,10 +125,26 @@ def carry_state(
     check_transforms(WHO, tx, *([] if written_by is None else [written_by]))
     if params is None:
         raise ValueError(f"{WHO}: params is None. Type the parameters that tx is to update.")
+    check_flags(WHO, strict=strict)
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
+        raise ValueError(
+            f"{WHO}: the state has shapes and no arrays. Restore the checkpoint first, or type "
+            f"jax.eval_shape(lambda s: {WHO}(s, tx, params), state) for the shapes and the report."
+        )
     blank, codecs = codecs_of(tx, params)
-    name = new_names(renamed, leaves_of(slots(state)))
-    before = params if renamed is None else under_old_names(params, leaves_of(slots(state)), name)
-    held = slots(with_stored(state, _codecs_of_state(written_by, before)))
+    paths = list(dict.fromkeys(path for slot in slots(state) for path in leaves_of(slot)))
+    name = new_names(renamed, paths)
+    before = params if renamed is None else under_old_names(params, paths, name)
+    anew, move = chosen(fresh, params), to_the_devices_of(params)
+    held, gone = [], []
+    for old in slots(with_stored(state, _codecs_of_state(written_by, before))):
+        slot = with_names(old, name)
+        fit = that_fit(slot, params) if slot and slot.leaves else ()
+        lost = bool(old.leaves) and not fit
+        if slot is None or (lost and any(name(path) in (None, *anew) for path in old.leaves)):
+            gone.append(old)
+        else:
+            held.append(move(slot._replace(leaves=fit or slot.leaves)))
     in_codes = [slot for slot in held if isinstance(slot.array, Stored) and not slot.array.readable]
     if in_codes and written_by is None:
         raise ValueError(
@@ -134,17 +153,16 @@ def carry_state(
             "made the state."
         )
     stored = with_stored(blank, codecs)
-    wanted = slots(stored)
-    move = to_the_devices_of(params)
-    held = [move(with_name(slot, name)) for slot in held]
-    match = Match(held, wanted, chosen(fresh, params), places(grown, params), strict)
-    report = CarryReport(tuple(dict.fromkeys([*match.rows(), *match.dropped()])))
+    wanted = [slot._replace(leaves=that_fit(slot, params) if slot.leaves else ()) for slot in slots(stored)]
+    match = Match(held, wanted, anew, places(grown, params), strict)
+    asked = [CarryRow(slot.where, slot.title, DROPPED, ASKED) for slot in gone]
+    report = CarryReport(tuple(dict.fromkeys([*match.rows(), *asked, *match.dropped()])))
     if strict and report.lost:
         lines = [f"{row.name}: {row.why}" for row in report.lost]
         raise ValueError(
             f"{WHO}: the state does not fit tx.\n  {abbreviated(lines)}\n"
             f"The state belongs to {owners(state)}. Pass that optimizer with the same arguments as tx, and "
-            f"the parameters of that state, or leave out strict=True.{_of_new_leaves(held, wanted)}"
+            f"the parameters of that state, or leave out strict=True.{_of_leaves(held, wanted)}"
         )
     need = [k for k, origin in enumerate(match.origins) if origin.begins]
     starts = _starts(tx, params, codecs, need, wanted)
@@ -161,14 +179,19 @@ def _codecs_of_state(written_by: optax.GradientTransformation | None, params: Py
         return codecs_of(written_by, params)[1]
 
 
-def _of_new_leaves(held: list[Slot], wanted: list[Slot]) -> str:
-    """What to type if the state knows nothing of some leaves."""
-    known = {slot.path for slot in held if slot.moment}
-    new = list(dict.fromkeys(slot.path for slot in wanted if slot.moment and slot.path not in known))
-    if not new:
-        return ""
-    rules = "".join(f"{path!r}: True, " for path in new[:8]) + "..., " * (len(new) > 8)
-    return f" If leaves were added, type fresh={{{rules}'*': False}}."
+def _of_leaves(held: list[Slot], wanted: list[Slot]) -> str:
+    """What to type if the state knows nothing of some leaves, or of other leaves than tx."""
+    old, new = (
+        {path: None for slot in each if slot.moment for path in leaves_of(slot)} for each in (held, wanted)
+    )
+
+    def rules(paths: dict[str, None], without: dict[str, None], value: str) -> str:
+        typed = [f"{path!r}: {value}" for path in paths if path not in without]
+        return ", ".join(typed[:8] + ["..."] * (len(typed) > 8))
+
+    added, gone = rules(new, old, "True"), rules(old, new, "None")
+    fresh = f" If leaves were added, type fresh={{{added}, '*': False}}." if added else ""
+    return fresh + (f" If leaves were removed, type renamed={{{gone}}}." if gone else "")
 
 
 def _starts(

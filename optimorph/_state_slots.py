@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 
 from optimorph._core import roles
+from optimorph._core.numbers import is_absent
 from optimorph._core.paths import leaf_paths
 from optimorph._storage.stored import Stored
 from optimorph._transforms.combine import AddState, DivideState, MixState
@@ -101,6 +102,7 @@ class Slot(NamedTuple):
       home: the number of the state whose moments it corrects, if it is a count, or to which it belongs.
       again: how many slots before it are alike.
       array: itself, `Stored`, or its shape and dtype.
+      leaves: the paths of the leaves that are stacked in it, those of other sizes too; () if it is no stack.
     """
 
     kind: str
@@ -111,6 +113,7 @@ class Slot(NamedTuple):
     home: int
     again: int
     array: Any
+    leaves: tuple[str, ...] = ()
 
     @property
     def moment(self) -> bool:
@@ -142,6 +145,7 @@ class _Walk:
     def __init__(self):
         self.found: list[Slot] = []
         self.homes, self.last = 0, {}
+        self.stacked: tuple[str, ...] = ()
         self.alike: collections.Counter[Any] = collections.Counter()
 
     def visit(self, node: Any, kind: str, part: Part, stage: int) -> bool:
@@ -156,7 +160,10 @@ class _Walk:
         if hasattr(node, "hyperparams"):
             return self._injected(node, kind, part, stage)
         if hasattr(node, "_fields"):
-            return self._state(node, kind, part, stage)
+            around, self.stacked = self.stacked, self.stacked or _stacked(node)
+            moments = self._state(node, kind, part, stage)
+            self.stacked = around
+            return moments
         if not any(map(_is_state, jax.tree.leaves(node, is_leaf=_is_state))):
             self._note(BARE, node, part, stage, False, 0)
             return False
@@ -219,7 +226,9 @@ class _Walk:
         moments = False
         for path, array in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
             alike = (kind, part) if scalar else (kind, path, stage)
-            slot = Slot(kind, "" if scalar else path, part, scalar, stage, home, self.alike[alike], array)
+            leaves = () if scalar or path.startswith("others/") else self.stacked
+            own = "" if scalar else path.removeprefix("others/") if self.stacked else path
+            slot = Slot(kind, own, part, scalar, stage, home, self.alike[alike], array, leaves)
             self.alike[alike] += 1
             self.found.append(slot)
             moments |= slot.moment
@@ -254,6 +263,19 @@ def _is_inner(field: str, known: dict[str, str]) -> bool:
 
 def _is_state(node: Any) -> bool:
     return hasattr(node, "_fields")
+
+
+def _stacked(node: Any) -> tuple[str, ...]:
+    """The leaves whose matrices are in the stacks of a state: None in its trees of other leaves."""
+
+    def is_joined(tree: Any) -> bool:
+        return isinstance(tree, dict) and {*tree} == {"others", "stacks"}
+
+    if not getattr(node, "stacked", False):
+        return ()
+    trees = [x["others"] for x in jax.tree.leaves(node, is_leaf=is_joined) if is_joined(x)]
+    where = jax.tree.map(lambda x: 0 if x is None else None, trees[:1], is_leaf=is_absent)
+    return tuple(leaf_paths(where[0])) if where else ()
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any]]:

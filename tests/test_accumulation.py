@@ -32,7 +32,7 @@ def train(tx, params, gradients, **extra):
     state, update = tx.init(params), jax.jit(tx.update)
     for k, g in enumerate(gradients):
         updates, state = update(g, state, params, **{name: values[k] for name, values in extra.items()})
-        params = optax.apply_updates(params, updates)
+        params = om.apply_updates(params, updates)
     return params, state
 
 
@@ -112,6 +112,23 @@ def test_missing_leaves_are_zeros():
     rounding.close(found | {"frozen": None}, expected | {"frozen": None})
     rounding.close(state, after)
     assert state.mean["none"] is None
+
+
+@pytest.mark.parametrize("inner", [om.adamw(0.1), optax.adamw(0.1)], ids=["ours", "optax"])
+def test_a_leaf_without_any_gradient_in_a_window(inner):
+    """It is as if a plain step had no gradient of it: its moments stay. optax's have to decay."""
+    params = {"a": drawn(0, 2), "b": drawn(1, 3)}
+    gs = [{"a": drawn(2 + k, 2), "b": None if k in (2, 3, 5, 6, 7) else drawn(9 + k, 3)} for k in range(8)]
+    with jax.numpy_dtype_promotion("standard"):
+        found, state = train(om.multi_steps(inner, 2), params, gs)
+        missing = jnp.zeros(3) if isinstance(inner.init(params)[0], optax.ScaleByAdamState) else None
+        means = [{"a": (x["a"] + y["a"]) / 2, "b": missing} for x, y in zip(gs[::2], gs[1::2], strict=True)]
+        means[0]["b"], means[2]["b"] = (gs[0]["b"] + gs[1]["b"]) / 2, gs[4]["b"] / 2
+        frozen, after = train(inner, params, means)
+    rounding.close(state.inner, after)
+    rounding.close(found["a"], frozen["a"])
+    if missing is None:
+        rounding.close(found["b"], frozen["b"])
 
 
 def test_the_largest_magnitudes_of_float8():

@@ -196,6 +196,35 @@ def test_hyperparameters():
     )
 
 
+def test_hyperparameters_of_parts():
+    """Each part has its own, whatever the others are called; what was outside of parts is that of all."""
+    tx = om.inject_hyperparams(om.sgd)(0.1)
+    one, both, others = (om.partition({"head": x, "*": y}, {x: tx, y: tx}) for x, y in ("aa", "ab", "cb"))
+
+    def rates(state):
+        return {k: float(s.inner_state.hyperparams["learning_rate"]) for k, s in state.inner_states.items()}
+
+    params, _ = begun(tx, 0)
+    state = optax.tree.set(tx.init(params), learning_rate=0.5)
+    found, _ = om.carry_state(state, both, params, strict=True)
+    assert rates(found) == {"a": 0.5, "b": 0.5}
+    found.inner_states["a"].inner_state.hyperparams["learning_rate"] = jnp.float64(0.25)
+    again, report = om.carry_state(found, others, params, strict=True)
+    assert rates(again)["b"] == 0.5
+    _, report = om.carry_state(found, one, params)
+    assert "it was 0.5" in str(report)
+
+
+def test_an_open_window_of_another_shape():
+    """It is lost, also where nothing else is; an empty one is not."""
+    tx = om.multi_steps(om.sgd(0.1), 2)
+    grown = tree(0, SHAPES | {"head": (4, 5)})
+    for steps, lost in ((2, set()), (3, {"head"})):
+        _, state = begun(tx, steps)
+        _, report = om.carry_state(state, tx, grown)
+        assert {row.path for row in report.lost} == lost
+
+
 # Numbers
 
 
@@ -326,10 +355,15 @@ def test_bfloat16_moments():
 def test_inside_jit_and_donated():
     old, new = om.adamw(0.1, state="int8"), om.skip_nonfinite(om.adamw(0.1))
     params, state = begun(old, 2, LARGE)
-    expected, _ = om.carry_state(state, new, params, written_by=old)
-    found = jax.jit(lambda s, p: om.carry_state(s, new, p, written_by=old)[0])(state, params)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(x, y)
+    expected, report = om.carry_state(state, new, params, written_by=old)
+    found, inside = jax.jit(lambda s, p: om.carry_state(s, new, p, written_by=old))(state, params)
+    alike(found, expected)
+    assert inside == report
+    shapes = jax.eval_shape(lambda: state)
+    _, before = jax.eval_shape(lambda s: om.carry_state(s, new, params, written_by=old), shapes)
+    assert before == report
+    with pytest.raises(ValueError, match="carry_state: the state has shapes and no arrays"):
+        om.carry_state(shapes, new, params, written_by=old)
     same, _ = om.carry_state(state, old, params, written_by=old)
     jax.jit(old.update, donate_argnums=1)(params, same, params)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -450,7 +484,7 @@ def test_lora_is_merged():
         *itertools.product(["lora_a", "lora_b"], kinds, ["dropped"]),
     }
     assert fates(report, path="bias") == {"kept"}
-    assert "Updates depend on 6 of what is fresh or dropped." in str(report)
+    assert "Updates depend on 6 that did not stay what they were." in str(report)
 
 
 def test_a_leaf_is_added():
@@ -464,6 +498,24 @@ def test_a_leaf_is_added():
     assert not report.lost
     _, report = om.carry_state(state, tx, {"new": jnp.ones(3)})
     assert "bias_correction" not in str(report)
+
+
+@rounding.in_float32
+@pytest.mark.parametrize("parts", [{"*": "a"}, {"h*": "a", "*": "b"}], ids=["one part", "two parts"])
+def test_leaves_are_removed(parts):
+    """A strict error says how to drop them, and that is enough: the rest is kept, and the rows say so."""
+    tx = om.multi_steps(om.adamw(0.1, state={"*": om.codecs.BFloat16()}), 2)
+    old = om.partition(parts, dict.fromkeys(parts.values(), tx))
+    params, state = begun(old)
+    rest, names = {"bias": params["bias"]}, {"head": None, "hidden": None}
+    with pytest.raises(ValueError, match=re.escape("type renamed={'head': None, 'hidden': None}.")):
+        om.carry_state(state, tx, rest, written_by=old, strict=True)
+    expected, _ = om.carry_state(state, tx, rest, written_by=old)
+    for renamed in (names, lambda path: names.get(path, path)):
+        found, report = om.carry_state(state, tx, rest, written_by=old, renamed=renamed, strict=True)
+        alike(found, expected)
+        assert {row.path for row in report if row.why == "as asked for"} == {*names}
+        assert fates(report, path="bias") == {"kept"}
 
 
 def test_frozen_leaves_are_unfrozen():
@@ -484,6 +536,40 @@ def test_frozen_leaves_are_unfrozen():
     assert "the largest of" in str(report)
     with pytest.raises(ValueError, match="count for bias correction: the largest of"):
         om.carry_state(uneven, tx, params, strict=True)
+
+
+def matrices(*names, head=3):
+    """Of two sizes, those of which SOAP keeps in one stack."""
+    return tree(0, dict.fromkeys(names, (4, 4)) | ({"head": (2, head)} if head else {}))
+
+
+STACKS = {
+    "new names": (matrices("x", "y"), {"renamed": {"a": "x", "b": "y"}}, {"kept"}),
+    "another order": (matrices("x", "y"), {"renamed": {"a": "y", "b": "x"}}, {"fresh"}),
+    "other leaves": (matrices("x", "b"), {}, {"fresh"}),
+    "one more": (matrices("a", "aa", "b"), {"grown": True}, {"fresh"}),
+    "one anew": (matrices("a", "b"), {"fresh": {"b": True, "*": False}}, {"fresh"}),
+    "the head anew": (matrices("a", "b", head=5), {"fresh": {"head": True, "*": False}}, {"kept"}),
+    "no head": (matrices("a", "b", head=0), {"renamed": {"head": None}}, {"kept"}),
+}
+
+
+@rounding.in_float32
+@pytest.mark.parametrize(("params", "asked", "expected"), STACKS.values(), ids=STACKS)
+def test_stacks_of_several_leaves(params, asked, expected):
+    """They are kept if all their leaves are the same in the same order, and never mixed up in silence."""
+    tx = om.soap(0.1, axes={"*": "io"})
+    old = matrices("a", "b")
+    state = jax.tree.map(lambda x: x + 1, tx.init(old))
+    found, report = om.carry_state(state, tx, params, **asked)
+    assert fates(report, path="stacks/4x4") == expected
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, tx.init(params))
+    if expected == {"kept"}:
+        assert not report.lost
+        om.carry_state(state, tx, params, strict=True, **asked)
+    else:
+        with pytest.raises(ValueError, match="'stacks/4x4', first moment"):
+            om.carry_state(state, tx, params, strict=True, **asked)
 
 
 # Other optimizers
@@ -545,11 +631,14 @@ def test_some_leaves_begin_anew():
     assert counts(reset, "debias_count") == {3}
     parts = om.partition({"head": "new", "*": "old"}, {"new": tx, "old": tx})
     params, state = begun(parts)
-    reset, _ = om.carry_state(state, parts, params, fresh=lambda path, shape: path == "head")
+    reset, report = om.carry_state(state, parts, params, fresh=lambda path, shape: path == "head")
     part = reset.inner_states["new"].inner_state
     assert counts(part, "debias_count") == {0}
     assert counts(part, "count") == {3}  # of a schedule
     alike(reset.inner_states["old"], state.inner_states["old"])
+    assert fates(report, path="head", kind="second moment") == {"fresh"}
+    _, report = om.carry_state(state, tx, params, fresh=True)
+    assert "no place" not in str(report)
     with pytest.warns(UserWarning, match="carry_state: no leaf matches the rule 'haed'"):
         om.carry_state(state, parts, params, fresh={"haed": True, "*": False})
 
@@ -596,8 +685,12 @@ def test_a_leaf_grows_anywhere():
         np.testing.assert_array_equal(np.delete(new["hidden"], [3, 6], axis=0), old["hidden"])
         assert not np.any(np.asarray(new["hidden"])[[3, 6]])
     assert fates(report, path="head", kind="first moment") == {"converted"}
-    for place, shape in ((np.s_[:, 3:], r"\(4, 2\)"), (np.s_[[9]], "None")):
-        with pytest.raises(ValueError, match=rf"'head', .* its place in \(4, 5\) has shape {shape}"):
+    for place, words in (
+        (np.s_[:, 3:], r"has shape \(4, 2\)"),
+        (np.s_[[9]], "does not exist"),
+        (np.s_[:, [0, 1, 1]], "has an index twice"),
+    ):
+        with pytest.raises(ValueError, match=rf"'head', .* its place in \(4, 5\) .*{words}"):
             om.carry_state(state, tx, grown, grown={"head": place}, strict=True)
 
 
@@ -644,20 +737,25 @@ CHAINS = [
 ]
 
 
-@pytest.mark.parametrize("seeds", [range(10), range(10, 200)], ids=["10", "190"])
-@pytest.mark.examples("10")
+@pytest.mark.parametrize(
+    "trees", [range(10), *np.split(np.arange(10, 200), 10)], ids=lambda r: f"{r[0]}-{r[-1]}"
+)
+@pytest.mark.examples("0-9")
 @rounding.in_float32
-def test_random_trees(seeds):
-    """Of any tree: a state as `tx` has it and a row for every array; the same optimizer has it to the bit."""
-    for seed in seeds:
-        rng = np.random.default_rng(seed)
-        params = {"root": grown_tree(rng)}
-        old, new = (CHAINS[k] for k in rng.permutation(len(CHAINS))[:2])
+def test_random_trees(trees):
+    """Of any tree: a state as `tx` has it and a row for every array; the same optimizer has it to the bit.
+
+    The first ten are alone, and of the others nineteen are together.
+    """
+    roots = [grown_tree(np.random.default_rng(seed)) for seed in trees]
+    pairs = np.random.default_rng(trees[0])
+    for k, params in enumerate([[root] for root in roots] if trees[0] == 0 else [roots]):
+        old, new = (CHAINS[k] for k in pairs.permutation(len(CHAINS))[:2])
         state = jax.tree.map(lambda x: x + 1, old.init(params))
         there, report = om.carry_state(state, new, params)
-        blank = new.init(params)
-        assert jax.tree.map(jnp.result_type, there) == jax.tree.map(jnp.result_type, blank), seed
-        assert {row.path for row in report} >= set(leaf_paths(params)) - {""}, seed
+        blank = jax.eval_shape(new.init, params)
+        assert jax.tree.map(jnp.result_type, there) == jax.tree.map(jnp.result_type, blank), trees[k]
+        assert {row.path for row in report} >= set(leaf_paths(params)) - {""}, trees[k]
         same, _ = om.carry_state(state, old, params, strict=True)
         alike(same, state)
 
@@ -781,7 +879,8 @@ def test_states_of_earlier_versions(path):
         params = ecosystem.read(kept["params"][name], ecosystem.weights())
         state = ecosystem.read(arrays, tx.init(params))
         old = as_first(state, arrays) if path.stem == "states-0.1.0" else state
-        carried, _ = om.carry_state(old, tx, params, strict=True)
+        carried, _ = om.carry_state(old, tx, params, written_by=tx, strict=True)
         alike(without_rates(carried), without_rates(state))
-        wrapped, _ = om.carry_state(old, om.skip_nonfinite(om.multi_steps(tx, 2)), params, strict=True)
-        alike(om.carry_state(wrapped, tx, params, strict=True)[0], carried)
+        wrapper = om.skip_nonfinite(om.partition({"*": "all"}, {"all": tx}))
+        wrapped, _ = om.carry_state(old, wrapper, params, written_by=tx, strict=True)
+        alike(om.carry_state(wrapped, tx, params, written_by=tx, strict=True)[0], carried)

@@ -329,6 +329,26 @@ def test_a_running_maximum_over_the_gradients_of_a_step(fault):
     rounding.close(optax.apply_updates(w, updates), want, units=8)
 
 
+@pytest.mark.parametrize("unused", [{"weight": 0.0}, {"weight": np.nan}, {}], ids=str)
+def test_the_logits_of_a_gradient_that_only_ends_a_window(unused):
+    """Of weight 0, or not finite: they do not count in the step that it makes."""
+    params, axes, _ = attention("Flax")
+    tx = om.multi_steps(om.chain(om.sgd(0.0), om.clip_attention_logits(TAU, axes)), 4)
+    g = jax.tree.map(jnp.ones_like, params)
+    _, state = tx.update(
+        g, tx.init(params), params, attention_logits={"block/attn": jnp.array([9.0, 2, 1, 1])}
+    )
+    bad = g if unused else jax.tree.map(lambda x: x * jnp.nan, g)
+    end = jax.jit(
+        lambda state, weight: tx.update(
+            bad, state, params, weight=weight, flush=True, attention_logits={"block/attn": jnp.full(4, 1e9)}
+        )
+    )
+    updates, _ = end(state, unused.get("weight", 1.0))
+    want = om.qk_clip(params, {"block/attn": jnp.array([9.0, 2, 1, 1])}, axes, TAU)
+    rounding.close(optax.apply_updates(params, updates), want, units=8)
+
+
 def test_narrow_weights_and_missing_gradients():
     params, axes, _ = attention("Flax")
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)

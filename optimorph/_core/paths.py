@@ -35,14 +35,7 @@ def leaf_paths(tree: PyTree) -> list[str]:
     for path, _ in entries:
         for k in range(len(path)):
             inside.setdefault(path[:k], set()).add(path[k])
-
-    def name(path: tuple[Any, ...]) -> str:
-        *_, last = path or (None,)
-        nameless = isinstance(last, jax.tree_util.FlattenedIndexKey) or getattr(last, "name", None) == "value"
-        boxed = nameless and len(path) > 1 and len(inside[path[:-1]]) == 1
-        return "/".join(map(_word, path[:-1] if boxed else path))
-
-    return [name(path) for path, leaf in entries if not is_absent(leaf)]
+    return [_name(path, inside) for path, leaf in entries if not is_absent(leaf)]
 
 
 @functools.lru_cache(maxsize=1 << 8)
@@ -61,6 +54,14 @@ def distinct_paths(who: str, tree: PyTree) -> list[str]:
     if twice := [path for path, times in collections.Counter(paths).items() if times > 1]:
         raise ValueError(f"{who}: several leaves have the path {twice[0]!r}. Use keys without slashes.")
     return paths
+
+
+def _name(path: tuple[Any, ...], inside: dict[tuple[Any, ...], set[Any]]) -> str:
+    """A leaf's path without its box."""
+    *_, last = path or (None,)
+    nameless = isinstance(last, jax.tree_util.FlattenedIndexKey) or getattr(last, "name", None) == "value"
+    boxed = nameless and len(path) > 1 and len(inside[path[:-1]]) == 1
+    return "/".join(map(_word, path[:-1] if boxed else path))
 
 
 def _word(key: Any) -> str:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.moments import Fields, map_moments, moments_of, with_moments
+from optimorph._core.moments import Fields, moments_of, with_moments
 from optimorph._core.paths import map_paths
 from optimorph._core.rounding import leaf_key
 from optimorph._core.rule import handed_down
@@ -75,38 +75,39 @@ def codecs_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree,
 
 def with_stored(state: PyTree, codecs: Codecs) -> PyTree:
     """The state with `Stored` in the place of every array of compressed moments, and without scales."""
-
-    def one(node: CompressedState) -> CompressedState:
-        trees = [
-            map_paths(lambda path, c, s, kind=kind: _stored(codecs, kind, path, c, s), codes, scales)
-            for (kind, codes), scales in zip(moments_of(node.inner, codecs.fields), node.scales, strict=True)
-        ]
-        return node._replace(inner=with_moments(node.inner, trees, codecs.fields), scales=())
-
-    return _each(one, state)
+    return _each(_with_stored, state, codecs)
 
 
 def without_stored(state: PyTree, codecs: Codecs) -> PyTree:
     """The state as its transformation has it: the inverse of `with_stored`."""
-
-    def one(node: CompressedState) -> CompressedState:
-        scales: list[PyTree] = []
-
-        def codes(kind: str, moment: PyTree) -> PyTree:
-            scales.append(jax.tree.map(lambda x: x.scales, moment))
-            return jax.tree.map(lambda x: x.codes, moment)
-
-        inner = map_moments(codes, node.inner, codecs.fields)
-        return node._replace(inner=inner, scales=tuple(scales))
-
-    return _each(one, state)
+    return _each(_without_stored, state, codecs)
 
 
-def _each(f: Any, state: PyTree) -> PyTree:
-    def is_compressed(node: Any) -> bool:
-        return isinstance(node, CompressedState)
+def _each(f: Any, state: PyTree, codecs: Codecs) -> PyTree:
+    return jax.tree.map(
+        lambda node: f(node, codecs) if _is_compressed(node) else node, state, is_leaf=_is_compressed
+    )
 
-    return jax.tree.map(lambda node: f(node) if is_compressed(node) else node, state, is_leaf=is_compressed)
+
+def _is_compressed(node: Any) -> bool:
+    return isinstance(node, CompressedState)
+
+
+def _with_stored(node: CompressedState, codecs: Codecs) -> CompressedState:
+    trees = [
+        map_paths(lambda path, c, s, kind=kind: _stored(codecs, kind, path, c, s), codes, scales)
+        for (kind, codes), scales in zip(moments_of(node.inner, codecs.fields), node.scales, strict=True)
+    ]
+    return node._replace(inner=with_moments(node.inner, trees, codecs.fields), scales=())
+
+
+def _without_stored(node: CompressedState, codecs: Codecs) -> CompressedState:
+    moments = [moment for _, moment in moments_of(node.inner, codecs.fields)]
+    codes, scales = (
+        [jax.tree.map(lambda x, part=part: getattr(x, part), moment) for moment in moments]
+        for part in ("codes", "scales")
+    )
+    return node._replace(inner=with_moments(node.inner, codes, codecs.fields), scales=tuple(scales))
 
 
 def _stored(codecs: Codecs, kind: str, path: str, codes: Any, scales: Any) -> Stored:

@@ -1,5 +1,6 @@
 """One step for several gradients."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,9 +82,16 @@ def multi_steps(
     - A state inside may have a method `observe(sound, **extra)`. It gets the extra arguments of the gradients
       between two steps. `clip_attention_logits` keeps the largest logits this way.
 
+    A step passes the extra arguments of its own call to `inner`, even if the weight of that call is 0. To
+    flush, pass those of the last batch. States with a method `observe` also get `sound`, whether the gradient
+    is used.
+
     A leaf whose gradient is None has a gradient of zeros, so some of the k gradients may lack a leaf. If the
     mean of a leaf is exactly zero and its last gradient was None, its update is zero, even if `inner` returns
-    another update, such as weight decay. Leaves that are None in the parameters, or integers, stay None.
+    another update, such as weight decay. If this holds for every leaf that the last gradient lacks, `inner`
+    gets None for these leaves, so transformations of this library keep their moments. Otherwise `inner` gets
+    zeros. A transformation of optax that cannot process None gets zeros too. Leaves that are None in the
+    parameters, or integers, stay None.
 
     Args:
       inner: any transformation.
@@ -136,7 +144,7 @@ def multi_steps(
         lacking = [g is None and is_array(m) for g, m in zip(gs, means, strict=True)]
         pairs = zip(gs, means, lacking, largest, strict=True)
         gs = [(jnp.asarray(m) if top else jnp.zeros_like(m)) if none else g for g, m, none, top in pairs]
-        updates = tree.unflatten(gs)
+        updates, missing = tree.unflatten(gs), tree.unflatten(lacking)
 
         weight, before = jnp.asarray(weight, jnp.result_type(state.weight)), jnp.asarray(state.weight)
         fit = (weight > 0) & jnp.isfinite(weight)
@@ -157,15 +165,30 @@ def multi_steps(
         due = (total > 0) & ((count >= k_now(state)) | jnp.asarray(flush, bool))
         due = _on_all_devices(due)
 
-        def step():
+        def take(absent, **extra):
+            """The step, in which `inner` gets None for leaves that the window lacks, if they are `absent`."""
+
+            def given(g, m, none):
+                return None if none and absent else with_type_of(m.astype(upcast(g).dtype), g)
+
             def narrow(g, u, m, none):
-                u = jnp.where(jnp.any(m != 0), u, jnp.zeros_like(u)) if none else u
+                if none:
+                    u = jnp.zeros_like(m) if u is None else jnp.where(jnp.any(m != 0), u, jnp.zeros_like(u))
                 return with_type_of(cast_like(u, g), g)
 
-            given = map_updates(who, lambda g, m: with_type_of(m.astype(upcast(g).dtype), g), updates, mean)
-            out, after = inner.update(given, state.inner, params, **extra)
-            out = map_updates(who, narrow, updates, out, mean, tree.unflatten(lacking))
+            means = map_updates(who, given, updates, mean, missing)
+            out, after = inner.update(means, state.inner, params, **extra)
+            out = map_updates(who, narrow, updates, out, mean, missing)
             return out, jax.tree.map(with_type_of, after, state.inner)
+
+        def step():
+            told = extra | ({"sound": added} if _any_observes(state.inner) else {})
+            with_zeros, without = (functools.partial(take, absent, **told) for absent in (False, True))
+            if not any(lacking) or not _runs(without):
+                return with_zeros()
+            rest = map_updates(who, lambda _, m, none: m if none else None, updates, mean, missing)
+            unseen = all_of([~jnp.any(m != 0) for m in jax.tree.leaves(rest)], real_dtype(rest))
+            return jax.lax.cond(_on_all_devices(unseen), without, with_zeros)
 
         def wait():
             shapes, _ = jax.eval_shape(step)
@@ -181,16 +204,31 @@ def multi_steps(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _observes(node: Any) -> bool:
+    return hasattr(node, "observe")
+
+
+def _any_observes(state: Any) -> bool:
+    """Whether a state inside has a method `observe`."""
+    return any(map(_observes, jax.tree.leaves(state, is_leaf=_observes)))
+
+
 def _observed(state: Any, sound: jax.Array, extra: dict[str, Any]) -> Any:
     """The inner state, after every state in it that has a method `observe` has seen the extra arguments."""
 
-    def observes(node: Any) -> bool:
-        return hasattr(node, "observe")
-
     def seen(node: Any) -> Any:
-        return node.observe(sound, **extra) if observes(node) else node
+        return node.observe(sound, **extra) if _observes(node) else node
 
-    return jax.tree.map(seen, state, is_leaf=observes)
+    return jax.tree.map(seen, state, is_leaf=_observes)
+
+
+def _runs(f: Callable[[], Any]) -> bool:
+    """Whether a function can be traced; transformations of optax refuse None, or lose the moment."""
+    try:
+        jax.eval_shape(f)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:

@@ -129,11 +129,11 @@ def clip_attention_logits(
                 maxima[module] = jnp.full(attention.logits_shape(), -jnp.inf, jnp.finfo(dtype).dtype)
         return QKClipState(maxima)
 
-    def update(updates, state, params=None, *, attention_logits=None, **extra):
+    def update(updates, state, params=None, *, attention_logits=None, sound=True, **extra):
         check_params(who, params, "it multiplies some of them")
         state = checked_state(who, state, QKClipState)
         us, tree, ws = aligned(who, updates, params, strict=False)
-        largest = state.observe(True, attention_logits).maxima
+        largest = state.observe(sound, attention_logits).maxima
         for k, factor in _factors(who, axes, threshold, Leaves(tree, ws).paths, ws, largest).items():
             if is_absent(us[k]):
                 continue
