@@ -119,7 +119,10 @@ class Chooser:
 
     @functools.cached_property
     def _choices(self) -> dict[int, Roles]:
-        """For every possible number of owners the roles for which these are the nearest."""
+        """For every possible number of owners the roles for which these are the nearest.
+
+        What is sent depends on the number of owners alone (2).
+        """
         idle = [name for name in self.owners if name not in self.axes]
         pairs = itertools.product(_subsets(self.axes), _subsets(idle))
         choices = [Roles(a, tuple(name for name in self.axes if name not in a), r) for a, r in pairs]
