@@ -114,6 +114,7 @@ STATE_BYTES = (
     | dict.fromkeys(("momentum", "nesterov", "adagrad", "rmsprop", "muon", "muonh", "scion"), 4)
     | dict.fromkeys(("adam", "adamw", "adamuon", "muon2"), 8)
     | {"normuon": 4 + 4 / 32}  # a number for each row
+    | {"soap": 24}  # two factors and two bases of a square matrix
 )
 
 

@@ -76,6 +76,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adamuon": _of_matrices(om.adamuon),
     "muon2": _of_matrices(om.muon2),
     "scion": _alone(om.scion),
+    "soap": _of_matrices(om.soap),
 }
 """Name → its optimizer."""
 
@@ -84,7 +85,7 @@ DEFAULT = ("sgd", "momentum", "rmsprop", "adam", "adamw", "muon", "muonh", "norm
 
 OTHERS_OF = {
     **dict.fromkeys(("ademamix", "mars_adamw"), "adamw"),
-    **dict.fromkeys(("muonh", "normuon", "adamuon", "muon2"), "muon"),
+    **dict.fromkeys(("muonh", "normuon", "adamuon", "muon2", "soap"), "muon"),
 }
 """Optimizer → the one whose tuned rate of the other leaves it has, as both have the same AdamW for them."""
 
