@@ -82,8 +82,8 @@ def load_flights() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     The package is not imported, because it would read all of its tables with pandas.
     """
     spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"The task flights needs data of a package. Type pip install {PACKAGE}.")
     (folder,) = spec.submodule_search_locations
     with zipfile.ZipFile(Path(folder) / "data" / "flights.csv.zip") as archive:
         names, *lines = archive.read("flights.csv").decode().splitlines()
