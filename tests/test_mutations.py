@@ -29,7 +29,6 @@ PARTS = [  # modules, functions, and the entries that run them, or else those of
         "in_eigenbasis in_eigenbasis-kl soap_muon",
     ),
     ("_distributed.bases", "refreshed*", "in_eigenbasis"),
-    ("_recipes.soap", "klsoap shampoo", ""),
     ("_transforms.combine", "_combined*", "divide add mix adam"),
     ("_transforms.combine", "chain* _chain* _merged _of_rules*", "chain adam compress_state muon"),
     ("_transforms.matrices", "module", "orthogonalize scale_by_shape route_matrices muon"),
