@@ -379,8 +379,8 @@ def test_moments_are_stored_in_one_way(recipe, dtype):
 
 
 def test_rules_of_muon_that_mean_nothing():
-    tree = drawn(shapes={"layer/kernel": (64, 64), "embed": (64, 64)})
-    rules = {"first/layer*": Signed8(64), "second/embed": Nonneg8()}
+    tree = drawn(shapes={"up/kernel": (64, 64), "embed": (64, 64)})
+    rules = {"first/up*": Signed8(64), "second/embed": Nonneg8()}
     om.muon(0.1, state=rules).init(tree)
     with pytest.warns(UserWarning, match=r"muon: no moment matches the rule 'frist/\*' of state"):
         om.muon(0.1, state=rules | {"frist/*": None}).init(tree)
