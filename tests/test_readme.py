@@ -94,8 +94,11 @@ def sentences():
     seconds = losses_at_equal_seconds(found)
     steps = f"after {steps_to_target(found)['muon']} of {race['steps']} steps, and ends {lead:.3f} lower"
     yield "docs/guides/choosing.md", steps
+    most = rows["adamw"]["loss"] - rows["muonh"]["loss"]
+    yield "docs/guides/choosing.md", f"`om.muonh` ends {most:.3f} lower"
     left = f"{seconds['adamw'] - seconds['muon']:.3f}"
     yield "docs/guides/choosing.md", f"{left} of that lead is left at equal seconds"
+    yield "docs/benchmarks.md", f"At equal seconds {left} of its lead of {lead:.3f} is left."
     found = RaceData.read(tables.RESULTS / "flights" / "race.json")
     rows, seconds = {row.name: row.loss for row in found.rows}, losses_at_equal_seconds(found)
     steps = f"after {steps_to_target(found)['muon']} of {found.rows[0].steps} steps. But its update"
