@@ -83,6 +83,24 @@ def test_muon_divides_the_work(target, layout, way):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_soap_divides_its_decompositions(target):
+    """Each of eight devices decomposes 4 of the 32 factors of side 128, in the compiler's own QR."""
+    mesh = mesh_of(target)
+    params = shapes_over(mesh, "FSDP x TP")
+    tx = om.soap(0.1, axes={"*": "io"}, max_dim=128)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+    whole, owners = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXES))
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=owners if x.ndim == 3 else whole), state
+    )
+    text = targets.compiled(tx.update, params, state, params, mesh=mesh).as_text()
+    name = "QrDecompositionBlock" if target in TPUS else "cusolver_geqrf_ffi"
+    (call,) = {line.split(" custom-call(")[0] for line in text.splitlines() if f'target="{name}"' in line}
+    assert "[4,128,128]" in call
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_one_device_computes_alone(target):
     mesh = mesh_of(target, sizes=(1, 1))
     params = shapes_over(mesh, "replicated")
