@@ -13,6 +13,7 @@ import mutants
 import numpy as np
 import pytest
 import test_qk_clip
+from jax.experimental.compilation_cache import compilation_cache
 
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
     ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
@@ -246,7 +247,7 @@ UNSEEN = {
         "_transforms.skip_nonfinite: _sound: if * always",
         "_transforms.skip_nonfinite: _sound: BitOr 0 left",
         "_transforms.skip_nonfinite: _sound: Invert *",
-        "_recipes.of_matrices: of_matrices: if 0 *",
+        "_recipes.of_matrices: of_matrices: if 0 never",
         "_recipes.of_matrices: of_matrices: for [01] *",
         "linalg._axes: Axes.counts: Sub 1 right",
         "_recipes.route_matrices: routed.init: if 0 always",
@@ -285,17 +286,31 @@ def entries(mutant, names):
     return [entry for entry in catalog.ENTRIES if entry.name in names or entry.id in names]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_from_disk():
+    """Few are there, and reading many programs with decompositions has crashed jaxlib 0.10."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 NAMES = {entry.name for entry in catalog.ENTRIES}
 ALL = {str(each): (each, names) for modules, functions, names in PARTS for each in found(modules, functions)}
 HIDDEN = set().union(*(unseen(pattern) for patterns in UNSEEN.values() for pattern in patterns))
 
 
-def a_formula_fails(package, tried):
-    """In two steps, which are enough for most, in eight, or in half precision; or there is an error."""
+RUNS = (("float64", 2), ("float64", 8), ("float16", 8))
+"""Two steps are enough for most."""
+
+
+def a_formula_fails(package, tried, runs=RUNS):
+    """In any of the runs of any entry, or there is an error."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         return any(
             not error(entry, package, dtype, steps) < formulas.tolerance(entry, dtype)
-            for dtype, steps in (("float64", 2), ("float64", 8), ("float16", 8))
+            for dtype, steps in runs
             for entry in tried
         )
 
@@ -365,7 +380,8 @@ def test_every_change_is_made(change, monkeypatch):
 def test_unseen(name):
     mutant, names = ALL[name]
     with mutants.package(mutant) as package:
-        assert not a_formula_fails(package, entries(mutant, names)), "it is seen: take it off the list"
+        seen = a_formula_fails(package, entries(mutant, names), [("float64", 8)])
+        assert not seen, "it is seen: take it off the list"
 
 
 @pytest.mark.parametrize("pattern", [each for patterns in UNSEEN.values() for each in patterns])

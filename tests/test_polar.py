@@ -389,7 +389,7 @@ def test_empty_stacks_stay_empty():
 def test_the_program_grows_with_shapes_not_leaves():
     def products(count):
         params = {f"w{k}": jnp.zeros((8, 8)) for k in range(count)}
-        tx = om.muon(0.02)
+        tx = om.muon(0.02, axes={"*": "io"})
         return jax.jit(tx.update).lower(params, tx.init(params), params).as_text().count("dot_general")
 
     assert products(40) == products(2) == products(1)

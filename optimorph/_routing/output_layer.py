@@ -19,6 +19,9 @@ _IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/|attn|atten
 
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
 
+_SCAN = re.compile(r"(^|/)layers?/(kernel|weight|w)$", re.IGNORECASE)
+"""The name of all layers of a scan, where the leaf is a stack."""
+
 _DISTRIBUTION = "distribution"
 
 _OF_LAYER = re.compile(r"/(kernel|weight|w)$|(?<=\d)/\d+$", re.IGNORECASE)
@@ -51,6 +54,7 @@ def with_output_layer(
         k
         for k, spec in enumerate(specs)
         if nameless[k] and spec.role == "dense" and spec.axes is not None and _is_one(spec.axes)
+        if not ("b" in spec.axes.spec and _SCAN.search(paths[k]))
     ]
     heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
     if not unnamed or not all(nameless[k] for k in heads):

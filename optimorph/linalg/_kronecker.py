@@ -89,7 +89,9 @@ def with_gradient_kl(
     """
     n, m = g.shape[-2:]
     roots = [
-        jnp.ones(1, jnp.finfo(g.dtype).dtype) if x is None else jnp.where(first, 1, jax.lax.rsqrt(x))
+        jnp.ones((len(g), 1), jnp.finfo(g.dtype).dtype)
+        if x is None
+        else jnp.where(first, 1, jax.lax.rsqrt(x))
         for x in (k.left_values, k.right_values)
     ]
     rows, columns = roots[0][..., :, None], roots[1][..., None, :]
