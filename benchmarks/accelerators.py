@@ -1,13 +1,14 @@
 """Updates compiled for TPUs and GPUs that are not there: what each device would do.
 
     pip install 'jax[tpu]' 'jax[cuda12]'
-    python benchmarks/accelerators.py [mesh] [chip] [large]
+    python benchmarks/accelerators.py [mesh] [recipes] [chip] [large]
 
 Nothing is run. The compilers of v5e, v5p, v6e and H100 say what one device sends, computes and holds; on TPUs
 also how many cycles each operation takes, without communication.
 
 mesh: one update of Muon for the 84 matrices of a transformer (12 layers of width 768) in four layouts: by
 sharding hints or `custom_partitioning` ("found"), by the exchange (`shardings=`, "given"), and optax's.
+recipes: one update of the same matrices in FSDP, with `shardings=`, of Muon and of its relatives.
 chip: one update of GPT-2 small on one device: AdamW, moments in bfloat16 and in 8 bits, Muon, beside optax's.
 large: one update of Muon for Llama-3-8B on 64 v5p, with matrices whole and divided over devices, beside what
 is expected from published numbers.
@@ -47,6 +48,7 @@ MESHES = {
 }
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "H100": "H100"}
 NAMES = ("data", "model")
+RECIPES = ("muon", "muonh", "normuon", "adamuon", "muon2", "scion")
 
 
 def largest(shape, axes):
@@ -79,7 +81,8 @@ def counted(tx, shapes, places, mesh):
             for end, leaf in known.items()
             if jax.tree_util.keystr(path).endswith(end) and leaf.ndim == x.ndim
         ]
-        place = alike[0].sharding if alike else NamedSharding(mesh, P())
+        sizes = zip(alike[0].sharding.spec, alike[0].shape, x.shape, strict=False) if alike else ()
+        place = NamedSharding(mesh, P(*(axes if own == size else None for axes, own, size in sizes)))
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(tx.init, params))
@@ -93,6 +96,14 @@ def counted(tx, shapes, places, mesh):
     return targets.counted(program) | {"state": stored, "compile_seconds": seconds}
 
 
+def placed_by(spec, shapes, mesh):
+    """The shardings of the matrices of layers."""
+    return {
+        layer: {leaf: NamedSharding(mesh, spec(leaf, shape)) for leaf, shape in leaves.items()}
+        for layer, leaves in shapes.items()
+    }
+
+
 def over_meshes(console):
     """Mesh → layout → way → counts."""
     shapes, rows = sharding.transformer(), {}
@@ -104,16 +115,29 @@ def over_meshes(console):
         for layout, spec in LAYOUTS.items():
             if name == "v5p 4x4x4" and layout != "FSDP x TP":
                 continue
-            places = {
-                layer: {leaf: NamedSharding(mesh, spec(leaf, shape)) for leaf, shape in leaves.items()}
-                for layer, leaves in shapes.items()
-            }
+            places = placed_by(spec, shapes, mesh)
             ways = {"found": sharding.ours(), "given": om.muon(0.02, axes={"*": "io"}, shardings=places)}
             if layout in OPTAX.get(name, ()):
                 ways["optax"] = sharding.theirs()
             rows[name][layout] = {way: counted(tx, shapes, places, mesh) for way, tx in ways.items()}
             for way, row in rows[name][layout].items():
                 console.print(name, layout, way, _in_words(row), soft_wrap=True)
+    return rows
+
+
+def of_recipes(console):
+    """Mesh → recipe → counts."""
+    shapes, rows = sharding.transformer(), {}
+    for name in ("v5p 2x2x2", "H100 x 8"):
+        target, sizes = MESHES[name]
+        if not targets.available(target):
+            continue
+        mesh = targets.mesh_of(target, dict(zip(NAMES, sizes, strict=True)))
+        places, rows[name] = placed_by(LAYOUTS["FSDP"], shapes, mesh), {}
+        for recipe in RECIPES:
+            tx = getattr(om, recipe)(0.02, axes={"*": "io"}, shardings=places)
+            rows[name][recipe] = counted(tx, shapes, places, mesh)
+            console.print(name, recipe, _in_words(rows[name][recipe]), soft_wrap=True)
     return rows
 
 
@@ -234,7 +258,7 @@ def draw(found, path):
     figure.savefig(path, dpi=150)
 
 
-PARTS = {"mesh": over_meshes, "chip": on_chips, "large": large}
+PARTS = {"mesh": over_meshes, "recipes": of_recipes, "chip": on_chips, "large": large}
 
 
 def main():

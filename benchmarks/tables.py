@@ -392,6 +392,21 @@ def meshes():
             )
 
 
+def recipes():
+    """Muon and its relatives compiled for meshes of accelerators."""
+    yield (
+        "optimizer",
+        *(f"{devices}: collectives, MB sent, MB temporary, work" for devices in ("v5p 2x2x2", "H100 x 8")),
+    )
+    found = recorded("accelerators")["recipes"]
+    for name in found["v5p 2x2x2"]:
+        rows = (found[devices][name] for devices in ("v5p 2x2x2", "H100 x 8"))
+        cells = (
+            (sum(x["collectives"].values()), x["sent"] / 1e6, x["temporary"] / 1e6, _work(x)) for x in rows
+        )
+        yield name, *(f"{count}, {sent:.0f}, {held:.0f}, {work}" for count, sent, held, work in cells)
+
+
 def chips():
     """Updates of GPT-2 small compiled for one chip."""
     yield "update", "v5p: M cycles, MB temporary, compile s", "H100: kernels, MB temporary, compile s"
@@ -442,6 +457,7 @@ TABLES = {
         eigenbasis_steps,
         large,
         meshes,
+        recipes,
         chips,
         probes,
         sweeps,
