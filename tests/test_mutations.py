@@ -289,10 +289,11 @@ def entries(mutant, names):
 @pytest.fixture(scope="module", autouse=True)
 def no_programs_from_disk():
     """Few are there, and reading many programs with decompositions has crashed jaxlib 0.10."""
+    before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_enable_compilation_cache", before)
     compilation_cache.reset_cache()
 
 
