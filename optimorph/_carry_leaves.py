@@ -56,7 +56,7 @@ def new_names(renamed: Renamed | None, paths: list[str]) -> Callable[[str], str 
         isinstance(old, str) and isinstance(new, str | None) for old, new in renamed.items()
     ):
         raise ValueError(
-            f"carry_state: renamed maps paths in the state to paths in the parameters, but is {renamed!r}. "
+            f"{WHO}: renamed maps paths in the state to paths in the parameters, but is {renamed!r}. "
             "Type renamed={'encoder': 'backbone/encoder', 'old_head': None}."
         )
 

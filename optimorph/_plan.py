@@ -134,9 +134,8 @@ def plan(
       optimizer: any transformation. The default is `muon` with `arguments`.
       mesh: if given, the plan of an optimizer of matrices also says what each device of this mesh computes
         and sends. The shardings are those of the optimizer's `shardings`, or else those of the leaves. A leaf
-        without a sharding is replicated.
-        The numbers are those of polar factors: of `soap`, `klsoap` and `shampoo`, which compute others, they
-        show only how evenly matrices are distributed.
+        without a sharding is replicated. The numbers are those of polar factors. For `soap`, `klsoap` and
+        `shampoo` they only show how evenly matrices are distributed.
       arguments: arguments of `muon`. The plan depends on `axes`, `scale`, `others`, `state` and `mu_dtype`,
         and with a mesh on `shardings`, `orthogonalizer` and `divide`.
 

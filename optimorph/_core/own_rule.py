@@ -1,4 +1,4 @@
-"""A transform by a rule of the user's own, whose functions are checked."""
+"""`transform` for a user's own rule: what the functions of the rule return is checked."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,20 +22,20 @@ _CALLED_WITH = {
 
 
 def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
-    """The transformation of trees that updates each leaf by `rule`; it names errors after `who`.
+    """Make an optax transformation that updates each leaf by `rule`, and check what its functions return.
 
-    Leaves whose gradient is missing get None and keep their state. Parameters that are no real or complex
-    numbers have no state. Updates have the gradients' dtype.
+    A leaf without a gradient has the update None and keeps its state. Integers and other parameters that are
+    not real or complex numbers have no state. Updates have the dtype of the gradients.
 
     Args:
-      who: the name of the transform.
-      rule: for one leaf.
-      strict: whether gradients must be real or complex as their parameters are; without it, they may be
-        updates of another transformation, such as squares.
+      who: the name of the transformation in error messages.
+      rule: the rule for one leaf.
+      strict: whether a gradient must be complex exactly where its parameter is. If not, it may be the update
+        of another transformation, such as a square.
 
     Raises:
-      ValueError: naming `who`: a function of the rule that takes other arguments; at `init` and `update`,
-        naming the leaf, what a function of the rule returned in place of updates and states.
+      ValueError: a function of the rule that takes other arguments; at `init` and `update`, a function that
+        returns something other than updates and states. The error names the leaf.
     """
     for name, arguments in _CALLED_WITH.items():
         if (fault := call_fault(getattr(rule, name), *arguments)) is not None:

