@@ -1,5 +1,6 @@
 """Every test runs with types checked, dtypes strict, and all warnings errors."""
 
+import collections
 import fnmatch
 import gc
 import os
@@ -31,6 +32,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 gc.set_threshold(50_000, 20, 10)  # compilation makes many objects and few cycles: a seventh of the time
+
+PROGRAMS = 1500
+"""In memory at once. Each has up to 23 memory maps; Linux allows a process 65,530, and XLA crashes beyond that."""
+_events = collections.Counter()
+jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _events.update([event]))
+
+
+def pytest_runtest_teardown():
+    if _events["/jax/core/compile/backend_compile_duration"] > PROGRAMS:
+        jax.clear_caches()
+        _events.clear()
 
 
 @pytest.fixture(scope="module")

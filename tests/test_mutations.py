@@ -13,7 +13,6 @@ import mutants
 import numpy as np
 import pytest
 import test_qk_clip
-from jax.experimental.compilation_cache import compilation_cache
 
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
     ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
@@ -284,17 +283,6 @@ def entries(mutant, names):
     own = mutant.function.split(".")[0], mutant.module.split(".")[-1]
     names = names.split() or [name for name in own if name in NAMES][:1]
     return [entry for entry in catalog.ENTRIES if entry.name in names or entry.id in names]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_programs_from_disk():
-    """Few are there, and reading many programs with decompositions has crashed jaxlib 0.10."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
 
 
 NAMES = {entry.name for entry in catalog.ENTRIES}
