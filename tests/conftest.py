@@ -34,7 +34,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 gc.set_threshold(50_000, 20, 10)  # compilation makes many objects and few cycles: a seventh of the time
 
 PROGRAMS = 1500
-"""In memory at once. Each has up to 23 memory maps; Linux allows a process 65,530, and XLA crashes beyond that."""
+"""In memory at once. Each has up to 23 memory maps; a process may have 65,530, and XLA crashes beyond."""
 _events = collections.Counter()
 jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _events.update([event]))
 
