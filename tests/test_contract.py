@@ -59,8 +59,8 @@ def test_programs_grow_with_the_number_of_leaves(entry):
         program = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
         return program.as_text().count("\n")
 
-    ten, twenty, forty = lines(10), lines(20), lines(40)
-    assert forty - twenty < 2.4 * (twenty - ten), (ten, twenty, forty)
+    five, ten, twenty = lines(5), lines(10), lines(20)
+    assert twenty - ten < 2.4 * (ten - five), (five, ten, twenty)
 
 
 @every
@@ -302,8 +302,7 @@ def test_every_number_may_be_traced(name, argument):
     values = jnp.asarray([0.3, 0.7])
     swept = jax.jit(jax.vmap(two_steps))(values)
     for k, value in enumerate(values.tolist()):
-        expected = jax.jit(lambda value=value: two_steps(value))()
-        rounding.close(jax.tree.map(lambda x, k=k: x[k], swept), expected, condition=CONDITION)
+        rounding.close(jax.tree.map(lambda x, k=k: x[k], swept), two_steps(value), condition=CONDITION)
 
 
 SWEPT = {

@@ -112,11 +112,17 @@ FLAGS = {
         lambda: jax.debug_infs(True),
     ],
     "of programs": [
-        jax.checking_leaks,
         lambda: jax.numpy_dtype_promotion("strict"),
         lambda: jax.numpy_rank_promotion("raise"),
     ],
 }
+
+
+def two_updates(tx, update, params):
+    state = tx.init(params)
+    for seed in range(2):
+        updates, state = update(gradients(params, seed), state, params)
+    return updates, state
 
 
 @pytest.mark.examples("*-adamw", *(f"of numbers-{name}" for name in FEW))
@@ -133,9 +139,15 @@ def test_flags(flags, entry):
             stack.enter_context(flag())
         tx, params = entry.make(om), parameters(entry, jnp.bfloat16)
         for update in (tx.update, jax.jit(tx.update)):
-            state = tx.init(params)
-            for seed in range(2):
-                _, state = update(gradients(params, seed), state, params)
+            two_updates(tx, update, params)
+
+
+@every
+def test_no_tracer_leaks(entry):
+    tx, params = entry.make(om), parameters(entry)
+    with jax.checking_leaks():
+        for update in (tx.update, jax.jit(tx.update)):
+            jax.eval_shape(lambda params, update=update: two_updates(tx, update, params), params)
 
 
 @pytest.mark.examples(*FEW)
