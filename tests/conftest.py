@@ -20,7 +20,7 @@ if "backend_optimization_level" not in _flags:  # nearly all the time is compila
 collect_ignore = [] if "host_platform_device_count" in _flags else ["mesh"]  # which test_mesh.py runs
 if not any(find_spec(compiler) for compiler in ("libtpu", "jax_cuda12_plugin")):
     collect_ignore.append("accelerators")  # which .ci/accelerators runs
-_hook = install_import_hook("optimorph", "beartype.beartype")
+_hook = install_import_hook("optimorph", "types_checked.at_first_call")
 _hook.__enter__()
 
 import jax  # noqa: E402
