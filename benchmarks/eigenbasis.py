@@ -1,9 +1,10 @@
 """What optimizers in an eigenbasis cost: over a mesh, on one CPU, and compiled for accelerators.
 
-    python benchmarks/eigenbasis.py [mesh] [steps] [accelerators]
+    python benchmarks/eigenbasis.py [mesh] [balance] [steps] [accelerators]
 
 mesh: one update of SOAP for the 84 matrices of a transformer (12 layers of width 768) on 8 forced devices,
 beside a port leaf by leaf: averages are divided as the parameters are, factors and bases are on every device.
+balance: the QR of the busiest device over the mean of all, from the plan, of models with uneven matrices.
 steps: milliseconds of one update beside AdamW and Muon (the median of interleaved rounds), and seconds to
 compile. Set OPENBLAS_NUM_THREADS=1: the threads of LAPACK wait for each other where cores are busy.
 accelerators: QR of four matrices, compiled for one v5p or H100.
@@ -41,6 +42,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
+from optimorph._distributed.balance import balanced
 
 RESULTS = Path(__file__).parent / "results" / "eigenbasis.json"
 AXES = {"*": "io"}
@@ -121,6 +123,55 @@ def _is_shape(x):
     return isinstance(x, tuple)
 
 
+UNEVEN = {
+    "GPT-2: 12 layers of width 768, 48 matrices": {
+        (768, 2304): 12,
+        (768, 768): 12,
+        (768, 3072): 12,
+        (3072, 768): 12,
+    },
+    "12 layers of width 768, 84 matrices": {(768, 768): 48, (768, 3072): 24, (3072, 768): 12},
+    "15 matrices of 7 sizes, sides 256 to 2048": {
+        (256, 512): 1,
+        (512, 512): 3,
+        (512, 1024): 2,
+        (768, 768): 5,
+        (1024, 2048): 1,
+        (2048, 1000): 1,
+        (2048, 2048): 2,
+    },
+}
+
+
+def balance():
+    """Model → devices → the busiest device over the mean: at the owners, as computed, and at best."""
+    rows = {}
+    for name, sizes in UNEVEN.items():
+        rows[name] = {}
+        for devices in (8, 16, 64):
+            slots = {}
+            for side, count in ((side, count) for shape, count in sizes.items() for side in shape):
+                end = -(-count // devices) * devices
+                slots.setdefault(side, []).append((np.arange(end) < count).reshape(devices, -1))
+            filled = [np.concatenate(each, axis=1) for each in slots.values()]
+            costs = [float(side) ** 3 for side in slots]
+            plans = balanced(costs, filled)
+            mean = sum(cost * x.sum() for cost, x in zip(costs, filled, strict=True)) / devices
+            owners = sum(cost * x.shape[1] for cost, x in zip(costs, filled, strict=True))
+            work = [
+                cost * plan.chosen.shape[1] * (plan.chosen[:, 0] < x.shape[1] + len(plan.rounds))
+                for cost, x, plan in zip(costs, filled, plans or (), strict=plans is not None)
+            ]
+            busiest = owners if plans is None else np.max(sum(work))
+            rows[name][str(devices)] = {
+                "owners": float(owners / mean),
+                "balanced": float(busiest / mean),
+                "at_best": max(1.0, float(max(costs) / mean)),
+            }
+        print(name, rows[name], flush=True)
+    return rows
+
+
 MODELS = {"GPT, 4 layers of width 128": (128, 4), "GPT, 2 layers of width 256": (256, 2)}
 
 
@@ -184,7 +235,7 @@ def on_accelerators():
     return rows
 
 
-PARTS = {"mesh": over_meshes, "steps": steps, "accelerators": on_accelerators}
+PARTS = {"mesh": over_meshes, "balance": balance, "steps": steps, "accelerators": on_accelerators}
 
 
 def main():

@@ -356,6 +356,14 @@ def eigenbasis_mesh():
         )
 
 
+def eigenbasis_balance():
+    """QR of the busiest device, over the mean."""
+    yield "model", "devices", "at the owners", "balanced", "at best"
+    for model, rows in recorded("eigenbasis")["balance"].items():
+        for devices, row in rows.items():
+            yield model, devices, *(f"{row[name]:.2f}" for name in ("owners", "balanced", "at_best"))
+
+
 def eigenbasis_steps():
     """Updates in an eigenbasis on a CPU, beside AdamW and Muon."""
     yield "model", "optimizer", "ms", "ms of a refresh", "ms of the first", "compile s", "state B/param"
@@ -454,6 +462,7 @@ TABLES = {
         sharding,
         planned,
         eigenbasis_mesh,
+        eigenbasis_balance,
         eigenbasis_steps,
         large,
         meshes,

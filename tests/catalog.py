@@ -123,6 +123,8 @@ def _muon_matrices(om, **kwargs):
     return om.muon(0.02, axes={"*": "io"}, **kwargs)
 
 
+INDEPENDENT = {"weight_decay_form": "independent", "axes": {"*": "io"}}
+
 TRANSFORMS = [
     Entry("momentum", lambda om: om.momentum(0.9), lambda: papers.momentum(0.9)),
     Entry(
@@ -505,8 +507,8 @@ RECIPES = [
     ),
     Entry(
         "soap",
-        lambda om: om.soap(0.1, eps=1e-2, every=4, max_dim=5, axes={"*": "io"}),
-        lambda: papers.soap(0.1, eps=1e-2, every=4, decay=0.01, max_dim=5),
+        lambda om: om.soap(0.1, 0.8, 0.85, 1e-2, 0.02, every=4, max_dim=5, **INDEPENDENT),
+        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=4, max_dim=5),
         matrices=True,
         real=True,
         condition=10,
@@ -594,7 +596,6 @@ RECIPES = [
     ),
 ]
 
-INDEPENDENT = {"weight_decay_form": "independent", "axes": {"*": "io"}}
 LIKE_SOAP = {"matrices": True, "real": True, "condition": 10, "stacks": True, "like": "soap"}
 
 MORE = [  # recipes under other arguments, which have no other states
@@ -762,8 +763,8 @@ MORE = [  # recipes under other arguments, which have no other states
     ),
     Entry(
         "klsoap",
-        lambda om: om.klsoap(0.1, 0.8, 0.85, 1e-2, 0.02, every=1, max_dim=5, **INDEPENDENT),
-        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=1, kl=True, correct=False, max_dim=5),
+        lambda om: om.klsoap(0.1, 0.8, 0.85, 1e-2, 0.02, every=1, max_dim=5, factor_decay=0.9, **INDEPENDENT),
+        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=1, beta=0.9, kl=True, correct=False, max_dim=5),
         **LIKE_SOAP,
     ),
     Entry(
@@ -780,8 +781,10 @@ MORE = [  # recipes under other arguments, which have no other states
     ),
     Entry(
         "soap_muon",
-        lambda om: om.soap_muon(0.02, max_dim=5, weight_decay=0.2, axes={"*": "io"}),
-        lambda: papers.soap_muon(0.02, decay=0.2, max_dim=5),
+        lambda om: om.soap_muon(
+            0.1, 0.8, 0.85, 1e-2, every=2, max_dim=5, weight_decay=0.02, scale="adamw_rms", **INDEPENDENT
+        ),
+        lambda: papers.soap_muon(0.1, 0.8, 0.85, 1e-2, every=2, decay=0.2, scale="adamw_rms", max_dim=5),
         **LIKE_SOAP,
     ),
 ]

@@ -1,13 +1,17 @@
 """In the eigenbasis of the gradient's factors: what does not matter, what it is good for, what it costs."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import rounding
+from jax.sharding import AbstractMesh
 
 import optimorph as om
+from optimorph._distributed.balance import balanced
 from optimorph.linalg import Axes
 from optimorph.linalg._kronecker import orthogonal_iteration
 
@@ -131,23 +135,116 @@ def test_other_orientation_and_stacks():
 @rounding.in_float64
 def test_a_spread_refresh():
     """Every factor once in `every` steps; all in the first."""
-    shapes = {f"w{k}": (4, 4) for k in range(3)}
-    tx = om.in_eigenbasis(ADAM, decay=0.9, every=4, spread=True, axes={"*": "io"})
-    _, state = trained(tx, shapes, 1)
-    whole = om.in_eigenbasis(ADAM, decay=0.9, every=4, axes={"*": "io"})
-    _, other = trained(whole, shapes, 1)
-    rounding.close(state, other, condition=1e3)
-    changes = np.zeros(6, int)
-    for step in range(1, 9):
-        _, after = trained(tx, shapes, 1, state, step)
-        pairs = zip(_bases(after), _bases(state), strict=True)
-        changes += [int(not np.array_equal(a, b)) for a, b in pairs]
+    params = {f"w{k}": drawn((99, k), (4, 4)) for k in range(3)}
+    txs = [om.soap(0.1, every=4, spread=spread, axes={"*": "io"}) for spread in (True, False)]
+    update, whole = (jax.jit(tx.update) for tx in txs)
+    state = txs[0].init(params)
+    _, other = whole(params, state, params)
+    changes = []
+    for step in range(9):
+        gs = {f"w{k}": drawn((step, k), (4, 4)) for k in range(3)} if step else params
+        _, after = update(gs, state, params)
+        if step == 0:
+            rounding.close(after, other, condition=1e3)
+        changes.append([not np.array_equal(a, b) for a, b in zip(_bases(after), _bases(state), strict=True)])
         state = after
-    assert set(changes.tolist()) == {2}
+    assert changes[0] == [True] * 6
+    assert np.sum(changes[1:], axis=0).tolist() == [2] * 6
+
+
+def turns_are_wrong(package):
+    """Whether not those factors change whose turn it is, or in the first step not all."""
+    try:
+        return not _takes_turns(package._distributed.bases._in_turn, 5, 4)
+    except Exception:
+        return True
+
+
+def _takes_turns(in_turn, length, every):
+    p, counts, size = jnp.arange(1.0, 1 + length), jnp.arange(2 * every), -(-length // every)
+
+    def at(count):
+        return in_turn(
+            lambda p, q: (p + 0 * q, jnp.ones_like(p, int)), p, 0 * p, 0 * p.astype(int), count, every
+        )
+
+    got, moved = map(np.asarray, jax.vmap(at)(counts))
+    counts = np.asarray(counts)[:, None]
+    k, start = np.arange(length), counts % every * size
+    turn = (k >= np.minimum(start, length - size)) & (k < start + size) & (start < length)
+    due = turn | (counts == 0)
+    return np.array_equal(got, due * np.asarray(p)) and np.array_equal(moved, due)
+
+
+BALANCED = (  # devices, and for each size a cost and how many matrices each stack has → work, exchanges
+    (8, ((4.0, (12, 12)), (2.0, (12,)), (1.0, (60,))), (24.0, [3, 0, 4])),
+    (4, ((9.0, (1,)), (8.0, (1, 1)), (1.0, (3,))), (9.0, [0, 2, 1])),
+    (4, ((4.0, (5,)), (3.0, (1,)), (2.0, (1,)), (1.5, (1,))), (8.0, [0, 1, 1, 1])),
+    (2, ((1.0, (1, 1, 1)),), (2.0, [1])),
+    (2, ((10.0, (2,)), (1.0, (1, 1))), None),
+    (4, ((1.0, (3,)),), None),
+)
+
+
+def balance_is_wrong(package):
+    """Whether a device computes more than it should, or anything but each matrix once."""
+    try:
+        if not all(_balances(package._distributed.balance, *case) for case in BALANCED):
+            return True
+        bases = {"4x9": (jnp.zeros((80, 4, 4)), None), "6x6": (jnp.zeros((16, 6, 6)),) * 2}
+        mesh = AbstractMesh((8,), ("d",))
+        names, plans = package._distributed.bases._plans(mesh, bases, {"4x9": 80, "6x6": 12})
+        wanted = balanced([4.0**3, 6.0**3], [_filled(8, 80), _filled(8, 12, 12)])
+        return names != ("d",) or not all(
+            np.array_equal(x.chosen, y.chosen) for x, y in zip(plans, wanted, strict=True)
+        )
+    except Exception:
+        return True
+
+
+def _balances(balance, devices, sizes, wanted):
+    filled = [_filled(devices, *counts) for _, counts in sizes]
+    plans, work = balance.balanced([cost for cost, _ in sizes], filled), 0.0
+    for (cost, _), full, plan in zip(sizes, filled, plans or (), strict=plans is not None):
+        x = jnp.arange(1.0, 1 + full.size).reshape(full.shape)
+
+        def device(x, y, z, plan=plan):
+            return plan.map(lambda x, y: (x + y, 3 * x), ("d",), x, y, z)
+
+        with mock.patch.object(jax.lax, "ppermute", _sent):
+            got = jax.vmap(device, axis_name="d")(x, -0.5 * x, -x)
+        if not all(map(np.array_equal, got, (np.where(full, 0.5 * x, -0.5 * x), np.where(full, 3 * x, -x)))):
+            return False
+        work += cost * plan.chosen.shape[1] * (plan.chosen[:, 0] < full.shape[1] + len(plan.rounds))
+    return (
+        plans is wanted if wanted is None else (np.max(work), [len(plan.rounds) for plan in plans]) == wanted
+    )
+
+
+def _filled(devices, *counts):
+    """Which slots of stacks have a matrix."""
+    ends = [-(-count // devices) * devices for count in counts]
+    return np.hstack([(np.arange(n) < k).reshape(devices, -1) for n, k in zip(ends, counts, strict=True)])
+
+
+def _sent(x, names, pairs):
+    """`ppermute`, which `jax.vmap` has for permutations of all devices only."""
+    sources = dict(pair[::-1] for pair in pairs)
+    assert len({*sources.values()}) == len(sources) == len(pairs)
+    me, every = jax.lax.axis_index(names), jax.lax.all_gather(x, names)
+    source = jnp.asarray([sources.get(d, -1) for d in range(len(every))])[me]
+    return jnp.where(source < 0, jnp.zeros_like(x), every[source])
+
+
+def test_work_is_divided():
+    """In turns over steps, and over a mesh."""
+    assert not turns_are_wrong(om)
+    assert not balance_is_wrong(om)
 
 
 def _bases(state):
-    return [q for side in (state.left_basis, state.right_basis) for stack in side.values() for q in stack]
+    sides = (optax.tree.get(state, name) for name in ("left_basis", "right_basis"))
+    return [q for side in sides for stack in side.values() for q in stack]
 
 
 @pytest.mark.parametrize("every", [1, 10])

@@ -261,7 +261,9 @@ def in_eigenbasis(
             return with_gradient(k, x, weight)
 
         learned = {key: learn(now[key], x) for key, x in g.items()}
-        learned, orders = refreshed(mesh, learned, state.basis_count, every, sort=sort, spread=spread)  # (4)
+        learned, orders = refreshed(  # (4)
+            mesh, learned, slots.counts, state.basis_count, every, sort=sort, spread=spread
+        )
         if sort:
             due = (state.basis_count % every == 0) | spread
             after = jax.lax.cond(
