@@ -545,6 +545,7 @@ def layouts():
     }
 
 
+@pytest.mark.examples("states-0.1.0")
 @pytest.mark.parametrize("path", LAYOUTS, ids=[path.stem for path in LAYOUTS])
 @rounding.in_float32
 def test_states_of_earlier_versions(path):

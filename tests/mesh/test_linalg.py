@@ -31,7 +31,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.examples("explicit-*place0", "explicit-*place3")
+@pytest.mark.examples("explicit-*place0")
 @pytest.mark.parametrize("place", PLACES, ids=[f"place{k}" for k in range(len(PLACES))])
 @pytest.mark.parametrize("name", [*POLAR, *NUMBERS])
 def test_any_sharding(name, place, mode):

@@ -51,7 +51,7 @@ LAYOUTS = [("normuon", layout) for layout in trees.LAYOUTS]
 LAYOUTS += [(name, layout) for name in TX if name != "normuon" for layout in ("fsdp x tensor", "mixed")]
 
 
-@pytest.mark.examples("auto-normuon-fsdp x tensor", "explicit-shorter-mixed")
+@pytest.mark.examples("explicit-shorter-mixed")
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 @rounding.in_float64
 def test_in_every_layout(layout, name, mode):
