@@ -200,3 +200,35 @@ def test_restored_as_other_numbers(entry):
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert (x.dtype, jnp.asarray(x).weak_type) == (y.dtype, False)
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+NARROW = catalog.Entry(
+    "narrow",
+    lambda om: om.soap(0.1, mu_dtype="bfloat16", nu_dtype="bfloat16", factor_dtype="bfloat16"),
+    None,
+    matrices=True,
+    real=True,
+)
+
+
+@pytest.mark.examples("adamw", "narrow", "multi_steps")
+@pytest.mark.parametrize("entry", [*ENTRIES, NARROW], ids=lambda entry: entry.id)
+def test_restored_in_another_dtype(entry):
+    """After one update the state has the dtypes that the arguments say, through every wrapper."""
+    if entry.id.startswith(("compress_state", "int8", "muon-int8")):
+        return  # codes have the dtypes of their codecs, or are refused
+    params = parameters(entry)
+    wrapped = [entry.build()]
+    if entry.id in ("adamw", "soap", "narrow", "sgd-momentum"):
+        wrapped.append(om.skip_nonfinite(om.multi_steps(probes.probe(entry.build()), 2)))
+    for tx in wrapped:
+        blank = jax.eval_shape(tx.init, params)
+        for dtype in (jnp.bfloat16, jnp.float32):
+
+            def restored(x, dtype=dtype):
+                changes = x.ndim and jnp.issubdtype(x.dtype, jnp.floating)
+                return jax.ShapeDtypeStruct(x.shape, dtype if changes else x.dtype)
+
+            state = jax.tree.map(restored, blank)
+            _, after = jax.eval_shape(lambda s, tx=tx: tx.update(gradients(params), s, params), state)
+            assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, blank)

@@ -62,6 +62,11 @@ def cast_like(x: jax.Array, like: Any) -> jax.Array:
     return x.astype(dtype)
 
 
+def in_dtype_of(x: Any, like: Any) -> Any:
+    """A part of a state in the dtype of the same part after an update; random keys stay as they are."""
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
+
+
 def as_scalar(value: Numeric, like: jax.Array) -> Any:
     """A hyperparameter that can be combined with the array `like` without a loss of precision.
 

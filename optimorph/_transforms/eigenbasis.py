@@ -14,6 +14,7 @@ from optimorph._core.moments import map_moments
 from optimorph._core.numbers import (
     as_scalar,
     cast_like,
+    in_dtype_of,
     increment,
     is_absent,
     is_trainable,
@@ -248,7 +249,7 @@ def in_eigenbasis(
             signal, averaged = before.update(known.joined(others, g), state.average, None, **extra)
             held = known.moments(FIRST, _into, now, state.inner)
             out, after = inner.update(known.map(_into, now, signal), held, None, **extra)  # (1)
-        out, after = known.map(_back, now, out), known.moments(FIRST, _back, now, after)
+        out, after = known.map(_back, now, out), known.moments(FIRST, _moment_back, now, after)
         started = jax.tree.map(jnp.zeros_like, signal) if skip_first else signal
         out, after = _where(first, started, out), _where(first, state.inner, after)
 
@@ -272,7 +273,8 @@ def in_eigenbasis(
                 lambda same: same,
                 after,
             )
-        learned = jax.tree.map(lambda x, was: x.astype(was.dtype), learned, old)
+        if dtype is not None:
+            learned = jax.tree.map(lambda x: x.astype(stored_dtype(dtype, x.dtype)), learned)
         missing = slots.missing(there)
         after, averaged, learned = (
             _where_missing(missing, was, new)
@@ -363,6 +365,10 @@ def _back(k: Kronecker, x: jax.Array) -> jax.Array:
     return rotated_back(k, _in_precision(x, *jax.tree.leaves(k)))
 
 
+def _moment_back(k: Kronecker, x: jax.Array) -> jax.Array:
+    return _back(k, x).astype(x.dtype)
+
+
 def _in_precision(x: jax.Array, *others: jax.Array) -> jax.Array:
     """A stored array in the precision of others; real ones stay real."""
     dtype = np.result_type(*(upcast_dtype(y.dtype) for y in (x, *others)))
@@ -370,7 +376,7 @@ def _in_precision(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 
 def _where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y.astype(x.dtype)), a, b)
+    return jax.tree.map(lambda x, y: jnp.where(condition, in_dtype_of(x, y), y), a, b)
 
 
 def _where_missing(missing: dict[str, np.ndarray], old: PyTree, new: PyTree) -> PyTree:
@@ -382,6 +388,6 @@ def _where_missing(missing: dict[str, np.ndarray], old: PyTree, new: PyTree) -> 
         if gone is None or not new.ndim:
             return new
         gone = np.pad(gone, (0, len(new) - len(gone)))
-        return jnp.where(gone.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+        return jnp.where(gone.reshape(-1, *[1] * (new.ndim - 1)), in_dtype_of(old, new), new)
 
     return jax.tree_util.tree_map_with_path(keep, old, new) if missing else new

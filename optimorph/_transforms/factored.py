@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_flags, check_numbers
-from optimorph._core.numbers import as_scalar, common, full_like, stored_dtype
+from optimorph._core.numbers import as_scalar, common, full_like, stored_dtype, upcast
 from optimorph._core.roles import Role, holds, roles_of
 from optimorph._core.rule import Rule, transform
 from optimorph._core.types import AxesRules, Numeric, PyTree, Rules
@@ -94,7 +94,7 @@ def factored(
 
         if form is None or np.size(g) == 0:
             rows = average(g, state.rows)
-            return rows.astype(g.dtype), FactoredState(rows, state.columns)
+            return rows.astype(g.dtype), FactoredState(rows, upcast(state.columns))
         stacks = form.matrices(g)
         rows, columns = (
             average(jnp.concatenate([jnp.mean(x, axis) for x in stacks], axis=-1), before)  # (1), (2)

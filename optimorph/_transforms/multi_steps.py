@@ -16,11 +16,14 @@ from optimorph._core.numbers import (
     as_scalar,
     as_schedule,
     cast_like,
+    common,
     full_like,
+    in_dtype_of,
     increment,
     is_absent,
     is_array,
     is_trainable,
+    stored_dtype,
     upcast,
     with_type_of,
 )
@@ -154,8 +157,8 @@ def multi_steps(
         share = weight / jnp.where(added, total, 1)
 
         def add(g, mean, top):
-            m = upcast(mean)
-            g = with_type_of(upcast(g).astype(m.dtype), m)
+            g, m = common(upcast(g), mean)
+            g = with_type_of(g, m)
             w = as_scalar(share, m)
             new = jnp.where(before == 0, g, jnp.maximum(g, m)) if top else m + (w * g - w * m)  # (1)
             return jnp.where(added, new, m)
@@ -191,12 +194,12 @@ def multi_steps(
             return jax.lax.cond(_on_all_devices(unseen), without, with_zeros)
 
         def wait():
-            shapes, _ = jax.eval_shape(step)
+            shapes, after = jax.eval_shape(step)
             nothing = map_updates(who, lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, shapes)
-            return nothing, _observed(state.inner, added, extra)
+            return nothing, jax.tree.map(in_dtype_of, _observed(state.inner, added, extra), after)
 
         out, after = jax.lax.cond(due, step, wait)  # (2), (3)
-        kept = jax.tree.map(lambda m, old: cast_like(jnp.where(due, 0, m), old), mean, state.mean)
+        kept = jax.tree.map(lambda m: _stored(jnp.where(due, 0, m), accumulator_dtype), mean)
         count, weight = jnp.where(due, 0, count), jnp.where(due, 0, total)
         steps = jnp.where(due, increment(state.steps), state.steps)
         return out, MultiStepsState(after, kept, count, weight, steps)
@@ -236,6 +239,10 @@ def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:
     return tree.unflatten(
         full_like(w, 0.0, dtype) if is_trainable(w) else (w if is_absent(w) else None) for w in leaves
     )
+
+
+def _stored(mean: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    return mean if dtype is None else mean.astype(stored_dtype(dtype, mean.dtype))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 from optimorph._core.checks import abbreviated, check_transforms, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
-from optimorph._core.numbers import increment, is_missing, is_trainable
+from optimorph._core.numbers import in_dtype_of, increment, is_missing, is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 
@@ -88,7 +88,7 @@ def skip_nonfinite(
             )
 
         def chosen(new, old):
-            return jax.lax.select(fine, new, old)
+            return jax.lax.select(fine, new, in_dtype_of(old, new))
 
         def or_zero(u):
             return None if is_missing(u) else chosen(jnp.asarray(u), jnp.zeros_like(u))
