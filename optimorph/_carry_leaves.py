@@ -102,7 +102,7 @@ def chosen(fresh: Mask | None, params: PyTree) -> set[str]:
         return set()
     values, structure = arrays(WHO, params)
     leaves = Leaves(structure, values)
-    check_mask(WHO, fresh, leaves)
+    check_mask(WHO, fresh, leaves, "fresh")
     return {path for path, so in zip(leaves.paths, masked_leaves(WHO, fresh, leaves), strict=True) if so}
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import RANGES
+from optimorph._core.checks import RANGES, call_fault
 from optimorph._core.types import DTypeLike
 
 _SCHEDULE = " schedule"
@@ -68,8 +68,9 @@ def inject_hyperparams(
             f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is {dtype}, which "
             "rounds 0.999 to 1. Type hyperparam_dtype=jnp.float32, or leave it out."
         )
-    static |= {name for name, parameter in names.items() if not _may_be_number(parameter)}
-    injected: Any = optax.inject_hyperparams(inner_factory, tuple(sorted(static)), dtype)
+    ours = getattr(inner_factory, "__module__", "").startswith("optimorph.")
+    number = jax.Array if ours else float  # here a number that cannot be traced is annotated as a float alone
+    static |= {name for name, parameter in names.items() if not _may_be(number, parameter)}
 
     @functools.wraps(inner_factory)
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
@@ -79,6 +80,8 @@ def inject_hyperparams(
             if name in RANGES and type(number) is int:
                 number = float(number)  # an integer would stay one in the state
             given.arguments[name] = number
+        functions = {name for name, x in given.arguments.items() if callable(x) and call_fault(x, 0)}
+        injected: Any = optax.inject_hyperparams(inner_factory, tuple(sorted(static | functions)), dtype)
         tx = injected(*given.args, **given.kwargs)
 
         def init(params):
@@ -102,9 +105,9 @@ def _renamed(state: Any, name_of: Callable[[str], str]) -> Any:
     return state._replace(hyperparams_states=states)
 
 
-def _may_be_number(parameter: inspect.Parameter) -> bool:
-    """Whether an argument's annotation allows a number; one without annotation may be anything."""
+def _may_be(kind: type, parameter: inspect.Parameter) -> bool:
+    """Whether an argument's annotation allows this type; one without annotation may be anything."""
     annotation = parameter.annotation
     if annotation is parameter.empty or isinstance(annotation, str):
         return True
-    return annotation is float or float in typing.get_args(annotation)
+    return annotation is kind or kind in typing.get_args(annotation)

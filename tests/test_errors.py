@@ -19,6 +19,12 @@ from optimorph.linalg import Axes, Coefficients, NewtonSchulz, polar_express
 
 W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
 
+
+def accumulated(every_k, **extra):
+    tx = om.multi_steps(om.sgd(0.1), every_k)
+    return tx.update(W, tx.init(W), W, **extra)
+
+
 REFUSED = {
     "negative learning rate": (
         lambda: om.adamw(-1.0),
@@ -128,6 +134,32 @@ REFUSED = {
     ),
     "no parameters": (lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), None), ["params is None"]),
     "no role": (lambda: om.not_roles(), ["not_roles('norm', 'bias')"]),
+    "never a new basis": (lambda: om.soap(0.1, every=0), ["soap: every", "at least 1", "0"]),
+    "factors that grow": (lambda: om.klsoap(0.1, factor_decay=2), ["klsoap: factor_decay", "[0, 1)"]),
+    "factors of bytes": (
+        lambda: om.soap_muon(0.1, factor_dtype="int8"),
+        ["soap_muon: factor_dtype", "'int8'"],
+    ),
+    "a word for a flag": (lambda: om.shampoo(0.1, spread="no"), ["shampoo: spread", "True or False", "'no'"]),
+    "no bound": (
+        lambda: om.in_eigenbasis(om.ema(0.9), decay=0.9, largest_inverse_root=0.0),
+        ["in_eigenbasis: largest_inverse_root", "above 0"],
+    ),
+    "no norm": (
+        lambda: om.scion(0.1, norms={"*": "max"}).init({"hidden": {"kernel": jnp.ones((3, 3))}}),
+        ["scion: the norm of 'hidden/kernel'", "'spectral'", "'max'"],
+    ),
+    "no radius": (lambda: om.scion(0.1, radius="large").init(W), ["scion: the radius of 'w'", "'large'"]),
+    "an infinite factor": (
+        lambda: om.scale_by_rules({"*": [1.0, 2.0, np.inf]}).init({"b": jnp.ones(3)}),
+        ["scale_by_rules: the factor of 'b'", "finite", "inf"],
+    ),
+    "flush of 3": (lambda: accumulated(3, flush=3), ["multi_steps: flush", "one boolean", "3"]),
+    "flush of several": (lambda: accumulated(3, flush=np.zeros(2, bool)), ["multi_steps: flush"]),
+    "two gradients and a half": (
+        lambda: accumulated(optax.constant_schedule(2.5)),
+        ["multi_steps: every_k", "integer", "float32", "jnp.round(schedule(steps)).astype(int)"],
+    ),
     "zero eigenvalue": (lambda: theory.nesterov(1.0, 0.0), ["nesterov", "strong_convexity", "0.0"]),
 }
 
@@ -145,6 +177,27 @@ def refused(call, *words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_an_argument_that_is_none():
+    with pytest.raises(TypeError, match="soap: got an unexpected keyword argument 'b4'"):
+        om.soap(0.1, b4=0.9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rules: om.scion(0.1, norms=rules),
+        lambda rules: om.scion(0.1, radius=rules),
+        lambda rules: om.scion(0.1, axes=rules),
+        lambda rules: om.orthogonalize(axes=rules),
+        lambda rules: om.hyperball(0.1, rules),
+        lambda rules: om.clip_attention_logits(axes=rules),
+    ],
+)
+def test_rules_of_no_leaf(make):
+    with pytest.warns(UserWarning, match="no leaf matches the rule 'hiden/.' of .* Similar: 'hidden/kernel'"):
+        make({"hiden/*": None}).init({"hidden": {"kernel": jnp.ones((3, 3))}})
 
 
 @pytest.mark.parametrize("tx", [om.adamw(0.1), om.sgd(0.1, weight_decay=0.1), om.add_decayed_weights(0.1)])

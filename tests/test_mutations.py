@@ -114,8 +114,9 @@ UNSEEN = {
         "_transforms.eigenbasis: in_eigenbasis.step: if 0 always",
         "_transforms.eigenbasis: in_eigenbasis.step: map [15] only 1",
         "_transforms.eigenbasis: in_eigenbasis.step: if 1 *",
-        "_transforms.eigenbasis: in_eigenbasis.step: if 5 always",
-        "_transforms.eigenbasis: in_eigenbasis.step: if 6 never",
+        "_transforms.eigenbasis: in_eigenbasis.step: if 5 *",
+        "_transforms.eigenbasis: in_eigenbasis.step: if 6 always",
+        "_transforms.eigenbasis: in_eigenbasis.step: if 7 never",
         "_transforms.eigenbasis: in_eigenbasis.step: handed_down 0 without matrix_axes",
         "_transforms.eigenbasis: in_eigenbasis.step: spread [01] ignored",
         "_transforms.eigenbasis: in_eigenbasis.step: BitOr 0 left",
@@ -182,6 +183,7 @@ UNSEEN = {
         "_transforms.clip_leaf: _clipped.update: BitAnd 0 left",
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: if 0 never",
         "_core.rule: transform.init: if 1 *",
+        "_transforms.multi_steps: _stored: if 0 always",
         "_transforms.multi_steps: _zeros: if 0 always",
         "_transforms.multi_steps: _zeros: if 1 *",
         "_transforms.multi_steps: multi_steps.update: if 0 never",
@@ -191,6 +193,7 @@ UNSEEN = {
         "_transforms.multi_steps: multi_steps.update.take.narrow: *",
         "_transforms.multi_steps: multi_steps.update.take: map *",
         "_transforms.multi_steps: multi_steps.update.step: [BINi]*",
+        "_transforms.multi_steps: multi_steps.update.wait: map *",
         "_transforms.multi_steps: multi_steps.update.step: for 1 late",
         "_core.rule: transform.update: if 0 always",
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: where 0 *",
@@ -216,7 +219,7 @@ UNSEEN = {
         "linalg._axes: Axes.repeat: if 1 never",
         "_recipes.scion: _radius: if 0 never",
         "_recipes.scion: _lmo.norm: if 1 never",
-        "_recipes.scion: _radius.own: if 0 never",
+        "_recipes.scion: _radius.own: if 1 never",
         "_recipes.scion: _with_tables.spec: if 0 never",
         "_recipes.scion: _with_tables.spec: if 1 *",
         "_recipes.scion: _with_tables.spec: Eq *",
@@ -238,6 +241,7 @@ UNSEEN = {
         "_recipes.of_matrices: of_polar_factors: * without polar",
         "_recipes.scion: scion: * without divide",
         "_recipes.scion: scion: * without polar",
+        "_recipes.scion: scion: * without reads",
         "_transforms.factored: factored.init: if 0 never",
         "_transforms.factored: factored.update: if 0 never",
         "_transforms.factored: _outer: for 1 late",
@@ -350,6 +354,7 @@ CHECKED = [  # modules, functions, and what finds their faults at less cost than
 CHECKS = {str(each): (each, is_wrong) for *part, is_wrong in CHECKED for each in found(*part)}
 CHANGES_NOTHING = {
     "_transforms.qk_clip: _factors: if 0 never",  # all modules have logits
+    "_transforms.qk_clip: QKClipState.observe: if 0 always",  # there are parameters
     "_transforms.qk_clip: _factors: where 1 only 1",  # a division whose result is not used
     "_routing.attention: Attention._of_keys: if 1 never",  # heads of queries have an axis, those of keys none
     "_routing.attention: Attention._of_keys: if 2 never",  # an error

@@ -451,3 +451,16 @@ def is_wrong(package):
         except Exception:
             return True
         return not all(alike)
+
+
+def test_its_state_is_plain():
+    """Without infinities, and known to optax: what is beside the parameters passes `map_params`."""
+    params = {"attn": {"query": {"kernel": jnp.ones((4, 2, 2))}, "key": {"kernel": jnp.ones((4, 2, 2))}}}
+    tx = om.multi_steps(om.chain(om.ema(0.9), om.clip_attention_logits()), 2)
+    with jax.debug_infs(True):
+        state = tx.init(params)
+        _, state = tx.update(params, state, params, attention_logits={"attn": jnp.array([3.0, -1.0])})
+    marked = optax.tree.map_params(tx, lambda leaf, p: leaf + 1, state, params)
+    np.testing.assert_array_equal(marked.inner[1].maxima["attn"], [3.0, 0.0])
+    np.testing.assert_array_equal(marked.inner[0].average["attn"]["key"]["kernel"], 1.0)
+    assert jax.tree.structure(marked) == jax.tree.structure(state)

@@ -212,8 +212,11 @@ def test_numbers_by_name(name):
     np.testing.assert_array_equal(updates["w"], 0)
 
 
+RELATIVES = [entry for entry in catalog.MORE if entry.id in ("klsoap", "shampoo", "soap_muon")]
+
+
 @pytest.mark.examples("adamw*", "muon*", "sgd*")
-@pytest.mark.parametrize("entry", catalog.RECIPES, ids=[entry.id for entry in catalog.RECIPES])
+@pytest.mark.parametrize("entry", catalog.RECIPES + RELATIVES, ids=lambda entry: entry.id)
 def test_every_recipe_can_be_injected(entry):
     """By its name alone: no argument has to be called static."""
     params = {"kernel": jnp.ones((3, 4), jnp.bfloat16)}
@@ -225,6 +228,23 @@ def test_every_recipe_can_be_injected(entry):
     np.testing.assert_allclose(
         np.asarray(updates["kernel"], np.float32), np.asarray(expected["kernel"], np.float32), rtol=2**-7
     )
+
+
+def test_rules_are_no_schedules():
+    """An argument may be a number or rules: of these a function has two arguments. Numbers are traced."""
+    params = {"kernel": jnp.ones((3, 4))}
+    for make, numbers, name in (
+        (om.scion, {"learning_rate": 0.5, "radius": lambda path, shape: 2.0}, "learning_rate"),
+        (om.scion, {"learning_rate": 0.5, "radius": 2.0}, "radius"),
+        (om.normuon, {"learning_rate": 0.5, "average": "shorter"}, "eps"),
+        (om.in_eigenbasis, {"inner": om.ema(0.9), "decay": 0.9, "kl": True, "largest_inverse_root": 9.0},
+         "largest_inverse_root"),
+    ):  # fmt: skip
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+            tx = om.inject_hyperparams(make)(**numbers)
+            state = jax.eval_shape(tx.init, params)
+            assert name in state.hyperparams
+            jax.eval_shape(tx.update, params, state, params)
 
 
 @pytest.mark.parametrize("rate", [0.5, np.float32(0.5), np.float64(0.5), np.array(0.5), jnp.bfloat16(0.5)])

@@ -4,8 +4,9 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -30,12 +31,14 @@ RANGES = {
     "decay": _DECAY,
     "eps": _NOT_NEGATIVE,
     "eps_root": _NOT_NEGATIVE,
+    "factor_decay": _DECAY,
     "exponent": ("in (1/2, 1]", lambda x: 0.5 < x <= 1, "1.0"),
     "gamma": _NOT_NEGATIVE,
     "initial": _NOT_NEGATIVE,
     "initial_accumulator_value": _NOT_NEGATIVE,
     "initial_scale": _NOT_NEGATIVE,
     "initial_value": _POSITIVE,
+    "largest_inverse_root": _POSITIVE,
     "learning_rate": _RATE,
     "lookahead": _DECAY,
     "max_norm": ("above 0", lambda x: x > 0, "1.0"),
@@ -56,11 +59,15 @@ SCHEDULED = ("alpha", "b3", "learning_rate", "others_learning_rate", "weight_dec
 """Hyperparameters that may be functions of the step count."""
 
 
-DTYPES = ("accumulator_dtype", "mu_dtype", "nu_dtype")
+DTYPES = ("accumulator_dtype", "factor_dtype", "mu_dtype", "nu_dtype")
 """Arguments that say how states are stored."""
 
 STORED = ("bfloat16", "float16", "float32", "float64")
 """What they may be; of complex numbers both halves."""
+
+
+COUNTS = ("block_size", "every", "max_dim")
+"""Arguments that are integers of at least 1."""
 
 
 class LeafError(ValueError):
@@ -148,6 +155,37 @@ def check_transforms(who: str, *transforms: Any) -> None:
             )
 
 
+def check_counts(who: str, **counts: Any) -> None:
+    """Refuse what is no integer of at least 1; None passes where it has a meaning.
+
+    Raises:
+      ValueError: naming `who`, the argument and its value.
+    """
+    for name, value in counts.items():
+        if not (is_integer(value, 1) or (value is None and name != "every")):
+            raise ValueError(
+                f"{who}: {name} must be an integer of at least 1, but is {value!r}. Type {name}=10."
+            )
+
+
+def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name: str = "factor") -> None:
+    """Refuse what is no factor of a leaf of this shape.
+
+    Raises:
+      ValueError: naming `who`, the leaf and the factor, which the user knows as `name`.
+    """
+    known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array)
+    if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
+        raise ValueError(f"{who}: the {name} of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
+    if not isinstance(factor, Tracer) and not np.all(np.isfinite(np.asarray(factor, float))):
+        raise ValueError(f"{who}: the {name} of {path!r} must be finite, but is {factor!r}. Type 0.5.")
+    if np.ndim(factor) > 1 or np.shape(factor) not in ((), shape[:1]):
+        raise ValueError(
+            f"{who}: {path!r} has shape {shape}, but its {name} has shape {np.shape(factor)}. Type a number, "
+            "or one for each index of the first axis."
+        )
+
+
 def _name(x: Any) -> str:
     return getattr(x, "__name__", repr(x)) if callable(x) else repr(x)
 
@@ -181,21 +219,32 @@ def dtype_name(dtype: Any) -> str | None:
 
 
 def checked(recipe: Callable[P, R]) -> Callable[P, R]:
-    """Check every boolean of `recipe`, and what `RANGES` or `DTYPES` name, under the recipe's own name.
+    """Check every boolean of `recipe`, and what the tables here name, under the recipe's own name.
 
     None is a value where it is the default.
     """
     signature = inspect.signature(recipe)
     absent = {name for name, parameter in signature.parameters.items() if parameter.default is None}
-    flags = {name for name, parameter in signature.parameters.items() if isinstance(parameter.default, bool)}
+    flags = {
+        name
+        for name, parameter in signature.parameters.items()
+        if isinstance(parameter.default, bool) or bool in get_args(parameter.annotation)
+    }
 
     @functools.wraps(recipe)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature.bind(*args, **kwargs).arguments
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{recipe.__name__}: {error}") from None
         numbers = {k: v for k, v in given.items() if k in RANGES and not (v is None and k in absent)}
         check_numbers(recipe.__name__, **numbers)
         check_dtypes(recipe.__name__, **{k: v for k, v in given.items() if k in DTYPES})
-        check_flags(recipe.__name__, **{k: v for k, v in given.items() if k in flags})
+        check_counts(recipe.__name__, **{k: v for k, v in given.items() if k in COUNTS})
+        check_flags(
+            recipe.__name__,
+            **{k: v for k, v in given.items() if k in flags and not (v is None and k in absent)},
+        )
         return recipe(*args, **kwargs)
 
     return build

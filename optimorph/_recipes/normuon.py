@@ -5,6 +5,7 @@ from typing import Unpack
 import jax.numpy as jnp
 import optax
 
+from optimorph._core.numbers import as_scalar
 from optimorph._core.rule import pointwise, transform
 from optimorph._core.types import Numeric, ScalarOrSchedule
 from optimorph._recipes.moments import identity
@@ -78,5 +79,5 @@ def _second_moment(average: str, b2: Numeric, eps: Numeric) -> optax.GradientTra
         raise ValueError(f"normuon: average must be 'inputs' or 'shorter', but is {average!r}.")
     inputs = mean("i", ema(b2), where=lambda inputs, outputs: inputs <= outputs)
     outputs = mean("o", ema(b2), where=lambda inputs, outputs: inputs > outputs)
-    at_least = transform("normuon", pointwise(lambda v: jnp.maximum(v, eps)))
+    at_least = transform("normuon", pointwise(lambda v: jnp.maximum(v, as_scalar(eps, v))))
     return chain(square(), add(inputs, outputs), at_least, root())

@@ -85,10 +85,12 @@ def routed(
     scale: Any = None,
     polar: Callable[..., Any] | None = None,
     divide: str | Hardware = AUTO,
+    reads: AxesRules | None = None,
 ) -> Transform:
-    """`route_matrices` under a recipe's own name."""
+    """`route_matrices` under a recipe's own name; `reads` are the recipe's rules, with `axes` in them."""
     check_transforms(who, matrices, others)
-    resolve, match = resolve_leaves(who, axes, find_output=True), lookup_if_given(shardings, who)
+    resolve = resolve_leaves(who, axes if reads is None else reads, find_output=True)
+    match = lookup_if_given(shardings, who)
     transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
 
     def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:

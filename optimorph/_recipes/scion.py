@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from optimorph._core.checks import LeafError, check_factor
+from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule, Shape
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._recipes.moments import identity
@@ -14,7 +16,7 @@ from optimorph._recipes.route_matrices import routed
 from optimorph._recipes.state_storage import with_state_storage
 from optimorph._routing.default_roles import role_of
 from optimorph._routing.partition import partition
-from optimorph._routing.rules import NO_MATCH, lookup
+from optimorph._routing.rules import NO_MATCH, lookup, warn_unused
 from optimorph._storage.codec_rules import linear
 from optimorph._transforms.averages import ema
 from optimorph._transforms.combine import chain, divide
@@ -87,10 +89,25 @@ def scion(
         chain(average, direction, scale_by_rules(_radius(radius)), *step)
         for direction in (lmo, _over_rms("io"))  # (2-5), (6)
     )
-    names = ("scion", "rms")
-    return routed(
-        "scion", matrices, others, _with_tables(axes), shardings, names, polar=orthogonalizer, divide=divide
+    tx = routed(
+        "scion",
+        matrices,
+        others,
+        axes,
+        shardings,
+        ("scion", "rms"),
+        polar=orthogonalizer,
+        divide=divide,
+        reads=_with_tables(axes),
     )
+
+    def init(params):
+        for name, rules in {"norms": norms, "radius": radius}.items():
+            if isinstance(rules, Mapping):
+                warn_unused("scion", name, rules, leaf_paths(params))
+        return tx.init(params)
+
+    return tx.with_init(init)
 
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -99,7 +116,11 @@ def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.Grad
 
     def norm(path: str, shape: Shape) -> Any:
         found = given(path, shape)
-        return ("sign" if role_of(path, shape) in TABLES else "spectral") if found is NO_MATCH else found
+        if found is NO_MATCH:
+            found = "sign" if role_of(path, shape) in TABLES else "spectral"
+        if found not in [*directions]:  # a list: the norm may not be hashable
+            raise LeafError(f"scion: the norm of {path!r} must be one of {[*directions]}, but is {found!r}.")
+        return found
 
     over_inputs = scale_by_shape(lambda inputs, outputs: 1 / inputs)
     directions = {
@@ -118,8 +139,10 @@ def _radius(radius: Numeric | Rules | None) -> Callable[[str, Shape], Any]:
 
     def own(path: str, shape: Shape) -> Any:
         found = given(path, shape)
-        default = 3000.0 if role_of(path, shape) in TABLES else 50.0
-        return default if found is NO_MATCH or found is None else found
+        if found is NO_MATCH or found is None:
+            return 3000.0 if role_of(path, shape) in TABLES else 50.0
+        check_factor("scion", path, shape, found, "radius")
+        return found
 
     return own
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Unpack
 
+import jax
 import optax
 
 from optimorph._core.types import DTypeLike, Numeric, ScalarOrSchedule
@@ -168,7 +169,7 @@ def shampoo(
       Gupta, Koren & Singer 2018, "Shampoo", arXiv:1802.09568, algorithm 1, with averages in place of sums;
       (2): Vyas et al. 2024, arXiv:2409.11321, claim 1.
     """
-    if power not in (0.25, 0.5):
+    if isinstance(power, jax.Array) or power not in (0.25, 0.5):
         raise ValueError(f"shampoo: power must be 0.25 or 0.5, but is {power!r}. Type power=0.25.")
     first = chain(ema(b1, dtype=arguments.get("mu_dtype")), debias(b1))
     rank_one = chain(square(), factored(b2, geometric=power == 0.25), debias(b2), root(eps))

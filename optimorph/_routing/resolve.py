@@ -17,7 +17,7 @@ from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name, offers, with_layers, without_layers
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
-from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern
+from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern, warn_unused
 from optimorph._routing.siblings import expert_spec, layer_axes, low_rank_spec
 from optimorph.linalg import Axes
 
@@ -95,19 +95,20 @@ class AxesOfLeaves:
     """How a transform finds the axes of leaves: from `route_matrices` around it, or from its own rules."""
 
     def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
-        self.who, self.given, self.match = who, axes is not None, lookup_if_given(shardings, who)
+        self.who, self.axes, self.match = who, axes, lookup_if_given(shardings, who)
         self.resolve = resolve_leaves(who, axes)
         self.known: weakref.WeakKeyDictionary[Leaves, tuple[Sequence[Axes | None], Any]]
         self.known = weakref.WeakKeyDictionary()
 
     def check(self, leaves: Leaves) -> None:
         """Refuse leaves that the transform's own rules do not decide, if it has any."""
-        if self.given:
+        if self.axes is not None:
+            warn_unused(self.who, "axes", self.axes, leaves.paths)
             resolved_axes(self.who, self.resolve, self.match, leaves)
 
     def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
         """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""
-        if not self.given and handed("matrix_axes") is not None:
+        if self.axes is None and handed("matrix_axes") is not None:
             return handed("matrix_axes"), handed("shardings")
         return resolved_axes(self.who, self.resolve, self.match, leaves), self.match
 

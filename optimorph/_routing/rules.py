@@ -216,12 +216,12 @@ def warn_unused(
         warnings.warn(f"{who}: no {what} matches the rule {rule!r} of {argument}.{text}", stacklevel=3)
 
 
-def check_mask(who: str, mask: Mask | None, leaves: Leaves) -> None:
+def check_mask(who: str, mask: Mask | None, leaves: Leaves, argument: str = "mask") -> None:
     """Refuse a mask that has no value for a leaf, as `masked_leaves` does, and warn of its unused rules."""
     if mask is not None:
         masked_leaves(who, mask, leaves)
         if has_patterns(mask) and _is_rules(mask):
-            warn_unused(who, "mask", mask, leaves.paths)
+            warn_unused(who, argument, mask, leaves.paths)
 
 
 def _is_rules(mask: Mask) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_dtypes, check_flags, check_numbers, check_transforms, is_integer
+from optimorph._core.checks import check_counts, check_dtypes, check_flags, check_numbers, check_transforms
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import map_moments
 from optimorph._core.numbers import (
@@ -111,7 +111,7 @@ def in_eigenbasis(
     spread: bool = False,
     max_dim: int | None = 10_000,
     block_size: int | None = None,
-    largest_inverse_root: float | None = None,
+    largest_inverse_root: Numeric | None = None,
     whole_first: bool = False,
     dtype: DTypeLike | None = None,
     axes: AxesRules | None = None,
@@ -160,7 +160,7 @@ def in_eigenbasis(
       max_dim: the longest side (number of rows or columns) that has a factor. A longer side is not rotated.
       block_size: the longest side that is not divided. Longer sides are divided into blocks of at most this
         size, and each block has its own factors.
-      largest_inverse_root: the upper bound of 1/√λ in (5)-(7). The default is max(10, min(n, 4000)).
+      largest_inverse_root: the upper bound of 1/√λ in (5)-(7), above 0. The default is max(10, min(n, 4000)).
       whole_first: whether the first gradient enters the factors with weight 1 instead of 1 - β.
       dtype: the dtype of the stored factors and bases. The default is float32, or the parameter's dtype if
         that is wider. In bfloat16 a basis is orthogonal up to 2⁻⁸.
@@ -180,11 +180,9 @@ def in_eigenbasis(
     who = "in_eigenbasis"
     check_numbers(who, decay=decay)
     check_dtypes(who, dtype=dtype)
-    for name, value in {"every": every, "max_dim": max_dim, "block_size": block_size}.items():
-        if not (is_integer(value, 1) or (value is None and name != "every")):
-            raise ValueError(
-                f"{who}: {name} must be an integer of at least 1, but is {value!r}. Type {name}=10."
-            )
+    check_counts(who, every=every, max_dim=max_dim, block_size=block_size)
+    if largest_inverse_root is not None:
+        check_numbers(who, largest_inverse_root=largest_inverse_root)
     check_flags(who, kl=kl, sort=sort, skip_first=skip_first, spread=spread, whole_first=whole_first)
     check_transforms(who, inner, *([] if average is None else [average]))
     sort, every = sort and not kl, min(every, np.iinfo(np.int32).max)  # the count's dtype

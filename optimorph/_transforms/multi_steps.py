@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, check_transforms, is_integer
@@ -108,7 +109,7 @@ def multi_steps(
 
     Raises:
       ValueError: `every_k` that is not an integer of at least 1; at `update`, a weight that is negative or
-        not a number.
+        not a number, a `flush` that is not a boolean, or a function that does not return an integer.
 
     Equals:
       optax.MultiSteps(inner, every_k)
@@ -128,20 +129,28 @@ def multi_steps(
 
     def init(params):
         leaves, tree = arrays(who, params)
-        check_mask(who, maximum, Leaves(tree, leaves))
+        check_mask(who, maximum, Leaves(tree, leaves), "maximum")
         mean, weight = _zeros(params, accumulator_dtype), jnp.zeros([], real_dtype(params))
         count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return MultiStepsState(inner.init(params), mean, count, weight, steps)
 
     def k_now(state):
         try:
-            return jnp.asarray(k_at(jnp.asarray(state.steps))).astype(jnp.int32)
+            k = k_at(jnp.asarray(state.steps))
         except NotScalarError as error:
             raise ValueError(f"{who}: every_k: {error}") from error
+        if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
+            raise ValueError(
+                f"{who}: every_k must return an integer, but returned {jnp.result_type(k)}. Type "
+                "lambda steps: jnp.round(schedule(steps)).astype(int)."
+            )
+        return jnp.asarray(k).astype(jnp.int32)
 
     def update(updates, state, params=None, *, weight=1.0, flush=False, **extra):
         state = checked_state(who, state, MultiStepsState)
         check_numbers(who, weight=weight)
+        if not (is_array(flush) and jnp.issubdtype(jnp.result_type(flush), jnp.bool_) and not np.ndim(flush)):
+            raise ValueError(f"{who}: flush must be one boolean, but is {flush!r}. Type flush=True.")
         gs, tree, means = aligned(who, updates, state.mean)
         largest = masked_leaves(who, by_maximum, Leaves(tree, means))
         lacking = [g is None and is_array(m) for g, m in zip(gs, means, strict=True)]

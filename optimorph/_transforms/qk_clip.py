@@ -15,12 +15,16 @@ from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned, arrays
 from optimorph._core.types import AxesRules, Numeric, PyTree
 from optimorph._routing.attention import attention_modules, attention_of
+from optimorph._routing.rules import warn_unused
 
 
 class QKClipState(NamedTuple):
-    """For the path of each attention module, its largest logits `(*layers, heads)` since the last step."""
+    """For the path of each attention module, its largest logits `(*layers, heads)` since the last step.
 
-    maxima: Mapping[str, jax.Array]
+    They are 0 at least: a smaller logit is not clipped. Of no parameters it is an empty array.
+    """
+
+    maxima: Any
 
     def observe(self, sound: Any = True, attention_logits: PyTree | None = None, **_: Any) -> "QKClipState":
         """With the logits of a gradient for which no step is taken; `sound` if that gradient counts."""
@@ -36,7 +40,7 @@ class QKClipState(NamedTuple):
             logits = upcast(logits).astype(before.dtype)
             counts = sound & ~jnp.isnan(logits)
             maxima[module] = jnp.where(counts, jnp.maximum(before, logits), before)
-        return QKClipState(maxima)
+        return QKClipState(maxima) if maxima else self
 
 
 def qk_clip(
@@ -84,6 +88,7 @@ def qk_clip(
     check_numbers(who, threshold=threshold)
     leaves, tree = arrays(who, params)
     paths = Leaves(tree, leaves).paths
+    warn_unused(who, "axes", axes, paths)
     logits = _by_module(who, [*attention_modules(paths, leaves)], max_logits)
     for k, factor in _factors(who, axes, threshold, paths, leaves, logits).items():
         w = upcast(leaves[k])
@@ -123,11 +128,13 @@ def clip_attention_logits(
     def init(params):
         leaves, tree = arrays(who, params)
         paths, maxima = Leaves(tree, leaves).paths, {}
+        warn_unused(who, "axes", axes, paths)
         for module, members in attention_modules(paths, leaves).items():
             if attention := attention_of(who, axes, members, paths, leaves):
                 dtype = upcast_dtype(jnp.result_type(leaves[min(members)]))
-                maxima[module] = jnp.full(attention.logits_shape(), -jnp.inf, jnp.finfo(dtype).dtype)
-        return QKClipState(maxima)
+                maxima[module] = jnp.zeros(attention.logits_shape(), jnp.finfo(dtype).dtype)
+        # of no parameters one array: optax.tree.map_params calls init so, and has it match what is there
+        return QKClipState(maxima if leaves else jnp.zeros(0))
 
     def update(updates, state, params=None, *, attention_logits=None, sound=True, **extra):
         check_params(who, params, "it multiplies some of them")
@@ -140,8 +147,7 @@ def clip_attention_logits(
             u = upcast(us[k])
             f = factor.astype(u.dtype)
             us[k] = cast_like((f - 1) * upcast(ws[k]).astype(u.dtype) + f * u, us[k])  # (1)
-        nothing = {module: jnp.full_like(x, -jnp.inf) for module, x in state.maxima.items()}
-        return tree.unflatten(us), QKClipState(nothing)
+        return tree.unflatten(us), jax.tree.map(jnp.zeros_like, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

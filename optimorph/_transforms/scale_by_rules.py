@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._core.checks import check_factor
 from optimorph._core.numbers import is_absent
 from optimorph._core.rule import Rule, transform
-from optimorph._core.types import Rules
+from optimorph._core.types import Rules, Shape
 from optimorph._routing.rules import NO_MATCH, lookup, warn_unused
 
 
@@ -64,15 +64,7 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
 
 
-def _check(who: str, path: str, shape: tuple[int, ...], factor: Any) -> None:
-    """Refuse what is no factor of a leaf of this shape."""
-    if factor is NO_MATCH or factor is None:
-        return
-    known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array)
-    if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
-        raise ValueError(f"{who}: the factor of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
-    if np.ndim(factor) > 1 or np.shape(factor) not in ((), shape[:1]):
-        raise ValueError(
-            f"{who}: {path!r} has shape {shape}, but its factor has shape {np.shape(factor)}. Type a number, "
-            "or one for each index of the first axis."
-        )
+def _check(who: str, path: str, shape: Shape, factor: Any) -> None:
+    """Refuse what is no factor of a leaf of this shape, if a rule matches."""
+    if factor is not NO_MATCH and factor is not None:
+        check_factor(who, path, shape, factor)

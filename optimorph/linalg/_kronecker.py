@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.numbers import as_scalar
+from optimorph._core.types import Numeric
+
 FIRST_STEPS = 2
 """Of orthogonal iteration, for the first bases, which start from the identity. More have not been better."""
 
@@ -77,7 +80,7 @@ def with_gradient(k: Kronecker, g: jax.Array, weight: jax.Array) -> Kronecker:
 
 
 def with_gradient_kl(
-    k: Kronecker, g: jax.Array, weight: jax.Array, first: jax.Array, largest_inverse_root: float | None
+    k: Kronecker, g: jax.Array, weight: jax.Array, first: jax.Array, largest_inverse_root: Numeric | None
 ) -> Kronecker:
     """The factors after one more gradient, each seen through the inverse of the other.
 
@@ -101,7 +104,8 @@ def with_gradient_kl(
     def values(old, new):
         if old is None:
             return None
-        most = largest_inverse_root or max(10, min(old.shape[-1], 4000))
+        default = max(10, min(old.shape[-1], 4000))
+        most = as_scalar(default if largest_inverse_root is None else largest_inverse_root, old)
         return jnp.where(first, old, jnp.maximum(_mean(old, new, weight), most**-2))
 
     return k._replace(
