@@ -316,6 +316,7 @@ SWEPT = {
     "alpha": [1.0, 3.0],
     "gamma": [0.1, 0.3],
     "max_norm": [0.5, 2.0],
+    "factor_decay": [0.8, 0.9],
     "eps": [1e-2, 1e-3],
     "eps_root": [1e-3, 1e-2],
     "weight_decay": [0.1, 0.3],

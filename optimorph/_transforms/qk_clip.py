@@ -140,7 +140,7 @@ def clip_attention_logits(
         check_params(who, params, "it multiplies some of them")
         state = checked_state(who, state, QKClipState)
         us, tree, ws = aligned(who, updates, params, strict=False)
-        largest = state.observe(sound, attention_logits).maxima
+        largest = dict(state.observe(sound, attention_logits).maxima)
         for k, factor in _factors(who, axes, threshold, Leaves(tree, ws).paths, ws, largest).items():
             if is_absent(us[k]):
                 continue
