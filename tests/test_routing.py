@@ -713,7 +713,7 @@ OUTPUTS = {
         {"Embed_0": {"embedding": jnp.ones((11, 16))}, **layers(Dense_0=(16, 64), Dense_1=(64, 16))},
         None,
     ),
-    "a head": (layers(Dense_0=(28, 64), Dense_1=(64, 11), head=(64, 13)), None),
+    "a head": (layers(Dense_0=(28, 64), Dense_1=(64, 64), head=(64, 13)), None),
     "one layer": (layers(Dense_0=(28, 64)), None),
     "a norm behind it": (
         layers(Dense_0=(28, 64), Dense_1=(64, 11)) | {"norm": {"scale": jnp.ones(11)}},
@@ -745,6 +745,10 @@ def test_the_output_layer_by_widths(name):
 
 
 ENDS = {
+    "beside a named head": (
+        layers(Dense_0=(28, 64), Dense_1=(64, 11), head=(64, 13)),
+        {"Dense_1/kernel"},
+    ),
     "two outputs": (
         layers(Dense_0=(28, 64), Dense_1=(64, 11), Dense_2=(64, 12)),
         {"Dense_1/kernel", "Dense_2/kernel"},
@@ -783,6 +787,22 @@ HIDDEN, WORDS = (64, 64), {"embed/embedding": (999, 64)}
 CRITIC = {"Dense_3/w": (376, 64), "Dense_4/w": HIDDEN, "Dense_5/w": (64, 1)}
 ACTOR_CRITIC = {"Dense_0/w": (376, 64), "Dense_1/w": HIDDEN} | CRITIC
 LAST = {
+    "another name": ({"graph_decoder/w": (64, 11), "l1/w": HIDDEN, "l0/w": (28, 64)}, "-"),
+    "channels of an image": (
+        {"d/Dense_0/w": (11, 72), "d/up/kernel": (3, 3, 8, 3), "e/Conv_0/w": (3, 3, 3, 8), "e/l/w": (72, 11)},
+        "io",
+    ),
+    "a convolution": ({"Conv_0/kernel": (1, 1, 64, 11), "Up_0/Conv_0/kernel": (3, 3, 9, 64)}, "-"),
+    "a convolution with outputs first": ({"l/2/weight": (11, 8, 1, 1), "l/1/weight": (8, 3, 3, 3)}, "-"),
+    "a convolution before a dense layer": (
+        {"Conv_1/w": (3, 3, 8, 9), "Conv_0/w": (3, 3, 3, 8), "d/w": (36, 9)},
+        "iiio",
+    ),
+    "a convolution beside a skip": (
+        {"Conv_1/w": (3, 3, 8, 9), "Conv_0/w": (3, 3, 3, 8), "up/kernel": (1, 1, 17, 5)},
+        "iiio",
+    ),
+    "a convolution of inputs": ({"Conv_0/kernel": (1, 9, 14), "a/conv/kernel": (3, 14, 9)}, "?"),
     "as wide as hidden layers": ({"l3/w": HIDDEN, "l2/w": HIDDEN, "l1/w": (28, 64)}, "-"),
     "weights without layers": ({"w2": (64, 11), "b2": (11,), "w1": (28, 64), "b1": (64,)}, "-"),
     "pairs in lists": ({"1/0": (64, 11), "1/1": (11,), "0/0": (28, 64), "0/1": (64,)}, "-"),
@@ -806,6 +826,14 @@ def test_the_last_layer_of_a_chain(name):
     plan = om.plan({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()})
     row = plan[next(iter(tree))]
     assert (row.spec or "-?"[row.unresolved is not None]) == expected
+
+
+def test_a_confirmed_output_layer_makes_no_other_one():
+    tree = {"graph_decoder/w": (64, 11), "l1/w": HIDDEN, "l0/w": (28, 64)}
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    for answer in (None, "head"):
+        plan = om.plan(params, axes={"graph_decoder/w": answer})
+        assert [plan[path].spec for path in tree] == [None, "io", "io"]
 
 
 def test_missing_gradients_and_the_output_layer():

@@ -21,7 +21,8 @@ def trees():
         if lines:
             leaves = (line.split(" ") for line in lines[1:])
             found[lines[0].split(" | ")[0]] = {
-                path: (tuple(map(int, shape.split(","))), accepted) for path, shape, *accepted in leaves
+                path: (tuple(map(int, shape.split(","))), [spec.replace("_", " ") for spec in accepted])
+                for path, shape, *accepted in leaves
             }
     return found
 

@@ -60,15 +60,16 @@ def unresolved(
 def likely(path: str, shape: Shape) -> list[str | None]:
     """Everything that a leaf may be by its shape, and whether its outputs come first by its name."""
     window_first = len(shape) == 4 and max(shape[:2]) <= 7 < min(shape[2:])
-    return _likely(re.search(r"weight(_\w+)?$", path) is not None and not window_first, shape)
+    outputs_first = re.search(r"weight(_\w+)?$", path) is not None and not window_first
+    return _likely(outputs_first, shape, re.search("conv", path, re.IGNORECASE) is not None)
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def _likely(outputs_first: bool, shape: Shape) -> list[str | None]:
+def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str | None]:
     meanings = _WEIGHTS if outputs_first else _KERNELS
     window = shape[2:] if outputs_first else shape[:-2]
     found = [spec for spec in meanings if _fits(spec, shape)]
-    if len(window) > 1 and (max(window) > 32 or len({*window} - {1}) > 1):  # not that of a convolution
+    if len(window) > 1 and (max(window) > 32 or (len({*window} - {1}) > 1 and not window_named)):
         found = sorted(found, key=lambda spec: spec.count("i") - spec.count("b") > 2)
     if not found and len(shape) > 1:
         found = ["b" * (len(shape) - 2) + "io"]

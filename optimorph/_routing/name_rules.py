@@ -63,7 +63,7 @@ def _maybe_convolution(shape: Shape) -> bool:
 
 def _is_patches(shape: Shape) -> bool:
     """(height, width, channels, out) of large windows of an image."""
-    return len(shape) == 4 and shape[2] <= 4 and 8 <= shape[0] == shape[1]
+    return len(shape) == 4 and shape[2] <= 4 and 8 <= shape[0] == shape[1] <= 64
 
 
 def _few_channels(shape: Shape) -> bool:
@@ -72,9 +72,10 @@ def _few_channels(shape: Shape) -> bool:
 
 
 def _heads(shape: Shape) -> bool:
-    """(model, heads, size), not a stack: heads x size is at most 4 x model."""
+    """(model, heads, size), not a stack, also of small matrices: heads x size is at most 4 x model."""
     model, *heads = shape
-    return len(heads) < 2 or math.prod(heads) <= 4 * model
+    size = math.prod(heads)
+    return len(heads) < 2 or (size <= 4 * model and (heads[1] >= 8 or 16 * size > model))
 
 
 def _heads_of_latents(shape: Shape) -> bool:
@@ -101,6 +102,11 @@ def _maxtext_rule(
 ) -> NameRule:
     """A rule for MaxText's scanned layers, which the second axis counts."""
     return NameRule(role, pattern, (spec,), when, batch_axes=True)
+
+
+def _gpt2_rule(role: str, name: str, spec: str, when: Callable[[Shape], bool]) -> NameRule:
+    """A rule for kernels of GPT-2 whose outputs come first."""
+    return NameRule(role, f"h/0/{name}/kernel", (UNDECIDED, spec), when, layout="hf_flax_gpt2()")
 
 
 def _maybe_not_layers_first(shape: Shape) -> bool:
@@ -145,7 +151,7 @@ def _three_before_heads(shape: Shape) -> bool:
     return shape[-3:-2] == (3,) != shape[-2:-1]
 
 
-_GPT2, _NEOX, _MAXTEXT = "hf_flax_gpt2()", "gpt_neox(heads=12)", "maxtext(scan_axis=1)"
+_NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?", "maxtext(scan_axis=1)"
 _WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
 _CONV = r"\w*conv\w*/"
@@ -153,7 +159,7 @@ _IN_CONV = _CONV + "[^/]+/"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
 _IN_ATTENTION = r"\w*(attn|attention|mha|msa)\w*/(.*/)?"
 _ATTENTION = r"attn|attention|multi_?head|(^|/)(query|key|value|[qkvo])/"
-_BLOCK = (
+BLOCK = (
     _ATTENTION + r"|mlp|(^|[/_])ffn?([/_]|$)|block|layers|layer_?\d|(^|/)(layer|h)/|stage|mixer|expert|moe|"
     "cell|rnn|lstm|gru|ssm|mamba|conv|lora"
 )
@@ -161,8 +167,12 @@ _SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
 _SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
 _SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
 _LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
-_GATE = r"(gate|gating)(_\d+)?"
+_GATE = r"(\w*gate|gating)(_\d+)?"
 _EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{_WEIGHT})?"
+_MOMENT, _OF_POLICY = "(mean|log_?(std|var|sigma|scale))", "(policy|value|actions?|q|advantage)"
+_SEVEN = rf"\w*(linear|proj|fc|dense)\w*/{_WEIGHT}"
+_LAYER = "(mlp|ffn?|attn|attention)"
+_GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
 _QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 _ROOT = "^((params|model)/)*"
 _GENERIC = _ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
@@ -171,7 +181,7 @@ _NOT_A_LAYER = (
     r"(?!\w*(proj|project|projection|mapping\w*|dense|linear|fc|mlp|ffn?|attn|attention)(_?\d+)?(/|$))"
 )
 _EMBEDDING = (
-    r"(\w*(embed|positional|codebook|posemb)\w*|\w*emb(s|_\w+)?(_0)?|wte|wpe|w_e|w_pos|pe|pos_enc\w*|"
+    r"(\w*(embed|positional|codebook|posemb)\w*|\w*emb(s|_\w+)?(_0)?|wte|wpe|pe|pos_enc\w*|"
     r"rel_pos\w*|relative_\w+|vocab\w*|lookup\w*|word_vectors)"
 )
 _TABLE = r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
@@ -202,9 +212,7 @@ RULES = (
     NameRule("norm", r"(\w+_)?scale|gamma|\w*norms?(_weights?|\d*)|(ln|rms|ls)(_\w+|\d*)"),
     NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
-    NameRule(
-        "norm", r"\w*norm_(mlp|ffn?|attn|attention)/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2
-    ),
+    NameRule("norm", rf"\w*norm_{_LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
     NameRule("vector", r"alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule(
         "head",
@@ -215,20 +223,18 @@ RULES = (
     NameRule(
         "head",
         rf"(\w*readout|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{_WEIGHT})?|"
-        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(out|output|output_(layer|dense)|proj_out|fc_out)(/{_WEIGHT})?",
-        not_in=_BLOCK,
+        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|output_(layer|dense)|proj_out|fc_out)(/{_WEIGHT})?",
+        not_in=BLOCK,
     ),
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
-    NameRule("head", _GENERIC + "(kernel|w)", when=_is_output, not_in=_BLOCK),
-    NameRule("head", _GENERIC + "weight", when=lambda s: _is_output(s[::-1]), not_in=_BLOCK),
+    NameRule("head", _GENERIC + "(kernel|w)", when=_is_output, not_in=BLOCK),
+    NameRule("head", _GENERIC + "weight", when=lambda s: _is_output(s[::-1]), not_in=BLOCK),
     # the outputs of a distribution, of a policy, of a value
-    NameRule(
-        "distribution",
-        rf"(\w*(mean|log_?(std|var|sigma|scale))|(\w+_)?mu)/{_WEIGHT}",
-        when=lambda s: len(s) == 2,
-    ),
-    NameRule("head", r"(policy|value|actions?|q|advantage)/(kernel|w)", when=_is_output),
-    NameRule("head", r"(policy|value|actions?|q|advantage)/weight", when=lambda s: _is_output(s[::-1])),
+    NameRule("distribution", rf"(\w*{_MOMENT}|(\w+_)?mu)/{_WEIGHT}", when=lambda s: len(s) == 2),
+    NameRule("head", _OF_POLICY + "/(kernel|w)", when=_is_output),
+    NameRule("head", _OF_POLICY + "/weight", when=lambda s: _is_output(s[::-1])),
+    NameRule("head", rf"{_ROOT}(policy|advantage)/{_WEIGHT}"),
+    NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{_WEIGHT}", not_in=BLOCK),
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{_WEIGHT}"),
     NameRule("head", _CONV + "([^/]+/)?" + _KERNEL, when=_few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
     NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{_WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
@@ -241,8 +247,9 @@ RULES = (
     NameRule(
         "embedding", rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)", not_in=_ATTENTION + "|proj|mlp|dense"
     ),
-    NameRule("embedding", r"x_embedder/.*"),
+    NameRule("embedding", r"x_embedder/.*|w_e|w_pos"),
     NameRule("embedding", "kernel", when=_is_patches),
+    NameRule("embedding", "weight", when=_flipped(_is_patches)),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
     NameRule("router", r"\w*router\w*(/[^/]+)?|switch/(kernel|weight|w)"),
@@ -303,27 +310,13 @@ RULES = (
     NameRule("attention", _LEVANTER + "o_proj/weight", ("oi", "oii")),
     NameRule("experts", _LEVANTER + r"experts/(\w+/)?weight", ("io",)),
     # GPT-2 of Hugging Face's Flax: outputs come first
-    NameRule(
-        "attention",
-        "h/0/(attn|crossattention)/(c_proj|q_attn)/kernel",
-        (UNDECIDED, "oi"),
-        lambda s: len(s) == 2,
-        layout=_GPT2,
-    ),
-    NameRule(
-        "dense",
-        "h/0/mlp/c_fc/kernel",
-        (UNDECIDED, "oi"),
-        lambda s: len(s) == 2 and s[0] > s[1],
-        layout=_GPT2,
-    ),
-    NameRule(
-        "dense",
-        "h/0/mlp/c_proj/kernel",
-        (UNDECIDED, "oi"),
-        lambda s: len(s) == 2 and s[0] < s[1],
-        layout=_GPT2,
-    ),
+    _gpt2_rule("attention", "(attn|crossattention)/(c_proj|q_attn)", "oi", lambda s: len(s) == 2),
+    _gpt2_rule("dense", "mlp/c_fc", "oi", lambda s: len(s) == 2 and s[0] > s[1]),
+    _gpt2_rule("dense", "mlp/c_proj", "oi", lambda s: len(s) == 2 and s[0] < s[1]),
+    # GPT-2 of Hugging Face's PyTorch: inputs come first
+    NameRule("attention", "h/0/attn/c_attn/weight", ("i(3o)",), _fused(3)),
+    NameRule("dense", "h/0/mlp/c_fc/weight", ("io",), lambda s: s[0] < s[1]),
+    NameRule("dense", "h/0/mlp/c_proj/weight", ("io",), lambda s: s[0] > s[1]),
     # Gemma: heads are the first axis, and gate and input, of which the inner width is the larger
     NameRule("attention", "q_einsum/(w|kernel)", ("oio",)),
     NameRule("attention", "(kv|qkv)_einsum/(w|kernel)", ("boio",)),
@@ -332,10 +325,10 @@ RULES = (
     NameRule("dense", "gating_einsum(/w)?", ("boi",), lambda s: len(s) > 2 and s[-2] > s[-1]),
     # GEGLU: a gate and its input side by side
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
-    NameRule("dense", rf"\w*(adaln|modulation)\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED, None)),
+    NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED, None)),
     # GPT-NeoX and BLOOM order query, key and value head by head
-    NameRule("attention", r"query_key_value(/(kernel|w))?", (UNDECIDED,), _fused(3), layout=_NEOX),
-    NameRule("attention", r"query_key_value/weight", (UNDECIDED,), _fused(3, -2), layout=_NEOX),
+    NameRule("attention", _NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), _fused(3), layout=_NEOX),
+    NameRule("attention", _NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), _fused(3, -2), layout=_NEOX),
     NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), _fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), _fused(3)),
     NameRule("attention", _QKV + "/kernel", ("iboo",), _three_before_heads, batch_axes=True),
@@ -343,7 +336,7 @@ RULES = (
     NameRule(
         "attention", _QKV + "/kernel", ("iobo",), lambda s: s[-2:-1] == (3,) != s[-3:-2], batch_axes=True
     ),
-    NameRule("attention", "h/0/attn/c_attn/kernel", (UNDECIDED, "(3o)i"), _fused(3, -2), layout=_GPT2),
+    _gpt2_rule("attention", "attn/c_attn", "(3o)i", _fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     NameRule(
         "attention",
@@ -360,7 +353,7 @@ RULES = (
     NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=_heads_of_latents),
     NameRule(
         "attention",
-        _IN_ATTENTION + "((out|o|proj|o_proj|out_proj|output|wo|c_proj)/kernel|w?o|output_w)",
+        _IN_ATTENTION + r"((out|o|proj|o_proj|\w*out_proj|output|wo|c_proj)/kernel|w?o|output_w)",
         ("io", "iio"),
         shape_ok=_heads_first,
     ),
@@ -375,6 +368,12 @@ RULES = (
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
     # the gates of several GRUs side by side
     NameRule("gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and _fused(3)(s)),
+    # gate and input in one matrix: side by side, or alternating
+    NameRule("dense", _GATE_AND_UP + "(/kernel)?", (UNDECIDED, "i(2o)", "i(~2 o)", "bi(2o)", "bi(~2 o)")),
+    NameRule("dense", _GATE_AND_UP + "/weight", (UNDECIDED, "(2o)i", "(~2 o)i")),
+    # query, key, value and the input of an MLP side by side
+    NameRule("dense", _SEVEN, (UNDECIDED, "i(1+1+1+4 o)"), _fused(7)),
+    NameRule("dense", _SEVEN, (UNDECIDED, "(1+1+1+4 o)i"), _fused(7, -2)),
     NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),

@@ -38,7 +38,11 @@ def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, st
 def offers(path: str, shape: Shape, layers: int | None = None) -> tuple[list[str | None], str]:
     """What the rule that leaves a leaf `UNDECIDED` takes for likely, and its layout."""
     rule = _deciding(_normal(path, layers), without_layers(shape, layers))
-    return [with_layers(spec, layers) for spec in rule.specs if spec != UNDECIDED], rule.layout
+    specs = rule.specs[1:] if rule.specs[:1] == (UNDECIDED,) else ()
+    heads = max(min(without_layers(shape, layers)) // 64, 1)  # most models' heads have 64 numbers
+    return [with_layers(spec and spec.replace("HEADS", str(heads)), layers) for spec in specs], (
+        rule.layout.replace("HEADS", str(heads))
+    )
 
 
 @lru_cache(maxsize=1 << 16)

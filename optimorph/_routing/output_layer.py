@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
+from optimorph._routing.name_rules import BLOCK
+from optimorph._routing.names import by_name
 from optimorph.linalg import Axes
 
 _ANY_LAYER = re.compile(
-    r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|hidden_?\d+|\d+)/(kernel|weight|w)|w_?\d+|\d+)$",
+    r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
+    r"(kernel|weight|w)|w_?\d+|\d+)$",
     re.IGNORECASE,
 )
 """A name that does not say what a layer is for."""
@@ -18,6 +21,9 @@ _ANY_LAYER = re.compile(
 _IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/|attn|attention", re.IGNORECASE)
 
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
+
+_INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt"))
+"""Parts of names of layers and modules that are no output layers, whatever their widths."""
 
 _SCAN = re.compile(r"(^|/)layers?/(kernel|weight|w)$", re.IGNORECASE)
 """The name of all layers of a scan, where the leaf is a stack."""
@@ -41,7 +47,9 @@ def with_output_layer(
     whose outputs no other leaf takes in. If there is only one, the last of its module, it is inferred. It is
     asked for if there are several; if outputs are taken in by no later layer, as in an autoencoder; and if
     a layer is the last of its module, or the next begins anew, but others take in as many inputs as it has
-    outputs. Where a leaf is called a head, nothing changes.
+    outputs. A layer outside blocks whose
+    name no rule knows is the output layer likewise, if it has fewer outputs than inputs. Beside a leaf that
+    is called a head, a layer without a telling name is asked for if no other leaf takes in its outputs.
 
     Args:
       paths: of all leaves.
@@ -50,23 +58,35 @@ def with_output_layer(
     """
     specs = list(specs)
     nameless = [has_no_name(path) for path in paths]
-    unnamed = [
+    single = [
         k
         for k, spec in enumerate(specs)
-        if nameless[k] and spec.role == "dense" and spec.axes is not None and _is_one(spec.axes)
-        if not (_is_stack(spec.axes) and _SCAN.search(paths[k]))
+        if spec.role in ("dense", "convolution") and spec.axes is not None and _is_one(spec.axes)
+        if not (_is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
     ]
+    unnamed = [k for k in single if nameless[k]]
+    others = [k for k in single if not nameless[k] and not _is_inside(paths[k])]
     heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
-    if not unnamed or not all(nameless[k] for k in heads):
+    if not unnamed and not others:
         return specs
+    named = not all(nameless[k] for k in heads)
     ruled = [k for k, spec in enumerate(specs) if nameless[k] and spec.role.startswith("rule")]
     heads += [k for k in ruled if specs[k].axes is None and len(shapes[k]) > 1]
-    layers = _Layers(paths, shapes, specs, sorted({*unnamed, *heads, *ruled}))
+    confirmed = any(
+        spec.role.startswith("rule") and spec.axes is None and _may_be_head(path, shape)
+        for path, shape, spec in zip(paths, shapes, specs, strict=True)
+    )
+    layers = _Layers(paths, shapes, specs, sorted({*unnamed, *heads, *ruled}), others)
     fed = [k for k in unnamed if layers.is_fed(k)]
     sinks = [k for k in fed if layers.is_sink(k)]
-    if sinks or heads:
+    if not named:
+        sinks += [k for k in others if layers.is_narrower(k) and layers.is_fed(k) and layers.is_sink(k)]
+    if named:
+        certain = set[int]()
+        ends = [k for k in sinks if layers.next_of(k) is None and not _is_stack(specs[k].axes)]
+    elif sinks or heads or confirmed:
         certain = {*sinks}
-        ends = [k for k in fed if k in certain or layers.next_begins_anew(k)]
+        ends = sinks + [k for k in fed if k not in certain and layers.next_begins_anew(k)]
     else:
         own = {k for k in fed if layers.takes_its_own_end(k)}
         certain = own if len(unnamed) == 1 else {k for k in fed if k not in own and layers.is_last_of_all(k)}
@@ -83,23 +103,57 @@ def with_output_layer(
     return specs
 
 
+def _is_inside(path: str) -> bool:
+    """Whether a name says that a layer is a part of a block."""
+    return _INSIDE.search(_name(path).lower()) is not None
+
+
+def _may_be_head(path: str, shape: Shape) -> bool:
+    """Whether a leaf that is called no matrix may be an output layer with a name that no rule knows."""
+    role, spec = by_name(path, shape)
+    return role in ("dense", "convolution") and spec is not None and not _is_inside(path)
+
+
 class _Layers:
     """What widths and numbers tell of the layers without names, and of all other leaves."""
 
     def __init__(
-        self, paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec], unnamed: list[int]
+        self,
+        paths: Sequence[str],
+        shapes: Sequence[Shape],
+        specs: Sequence[LeafSpec],
+        unnamed: list[int],
+        others: list[int],
     ):
         self.paths, self.specs = paths, specs
         sides = [*map(_sides, paths, shapes, specs)]
         self.inputs, self.outputs = zip(*sides, strict=True)
         self.with_inputs, self.with_outputs = _by_width(self.inputs), _by_width(self.outputs)
+        self.channels, self.flat = (
+            {
+                n
+                for k, spec in enumerate(specs)
+                if spec.axes and self.has_window(k) == window
+                for n in self.inputs[k]
+            }
+            for window in (True, False)
+        )
+        self.channels_in: dict[str, tuple[set[int], set[int]]] = {}
+        for k in range(len(paths)):
+            module = self.module(k) if self.has_window(k) else ""
+            while module:
+                taken, given = self.channels_in.setdefault(module, (set(), set()))
+                taken |= self.inputs[k]
+                given |= self.outputs[k]
+                module = module.rpartition("/")[0]
         self.convolutions = any(spec.role == "convolution" for spec in specs)
         self.chains = {}
-        for chain in group_by(unnamed, lambda k: self.module(k)):
+        for chain in group_by(unnamed, lambda k: (self.module(k), _kind(paths[k]))):
             chain.sort(key=lambda k: _number(_name(paths[k])))
             self.chains |= {k: (chain, place) for place, k in enumerate(chain)}
         layers = {k for k, spec in enumerate(specs) if spec.axes is not None or spec.role == _DISTRIBUTION}
         named = layers - {*self.chains}
+        self.chains |= {k: ([k], 0) for k in others}
         self.in_named_layers = _by_width([x if k in named else set() for k, x in enumerate(self.inputs)])
         self.matrices = sum(spec.axes is not None for spec in specs)
         self.embeddings = {n for k, s in enumerate(specs) if s.role == "embedding" for n in self.outputs[k]}
@@ -134,12 +188,44 @@ class _Layers:
 
     def is_sink(self, k: int) -> bool:
         """Whether no other leaf takes in its outputs, or a part of them, or these and others together."""
-        return next(self.takers(k), None) is None and not self.has_parts(k) and not self.is_joined(k)
+        if next(self.takers(k), None) is not None or self.has_parts(k):
+            return False
+        if self.has_window(k):
+            return self.is_root(k) and not self.is_reshaped(k)
+        return not self.is_joined(k) and not self.is_reshaped(k)
+
+    def is_root(self, k: int) -> bool:
+        """Whether all leaves are in its module, or in modules of that."""
+        own = re.sub(r"(^|/)layers?$", "", self.module(k))
+        return all(path.startswith(own + "/") for path in self.paths) if own else True
+
+    def is_reshaped(self, k: int) -> bool:
+        """Whether a layer takes in its outputs in another shape.
+
+        Of a convolution, a dense layer takes in the channels of several places, or another convolution takes
+        in these and more. Of a dense layer, a convolution of its module takes in the outputs as channels.
+        """
+        width = max(self.outputs[k])
+        if self.has_window(k):
+            joined = {2 * width, *(width + n for n in self.with_outputs)}
+            return not joined.isdisjoint(self.channels) or any(
+                n > width and n % width == 0 for n in self.flat
+            )
+        taken, given = self.channels_in.get(self.module(k), ((), ()))
+        return any(4 <= n < width and width % n == 0 for n in {*taken} - {*given})
 
     def is_fed(self, k: int) -> bool:
         """Whether it takes in the outputs of another layer, or features of convolutions."""
-        narrower = self.convolutions and min(self.inputs[k]) > max(self.outputs[k])
-        return narrower or next(self.givers(k), None) is not None
+        features = self.convolutions and not self.has_window(k) and self.is_narrower(k)
+        return features or next(self.givers(k), None) is not None
+
+    def is_narrower(self, k: int) -> bool:
+        """Whether it has fewer outputs than inputs."""
+        return min(self.inputs[k]) > max(self.outputs[k])
+
+    def has_window(self, k: int) -> bool:
+        """Whether it is a convolution."""
+        return _channels(self.specs[k].axes) is not None
 
     def has_parts(self, k: int) -> bool:
         """Whether the next layer takes in a part of its outputs, as behind a gate."""
@@ -177,7 +263,9 @@ class _Layers:
         """Whether only layers before it take in its outputs, and these have no other inputs."""
         takers = self.takers(k) if self.inputs[k] != self.outputs[k] else iter(())
         first = next(takers, None)
-        return first is not None and all(
+        if first is None or self.is_reshaped(k):
+            return False
+        return all(
             self.specs[j].axes is not None
             and self.is_before(j, k)
             and [*itertools.islice(self.givers(j), 2)] == [k]
@@ -202,14 +290,16 @@ class _Layers:
         Beside an embedding as wide as its outputs, which may be the output layer too, it is so only if its
         inputs are as wide.
         """
-        module = re.sub(r"(^|/)layers?$", "", self.module(k))
         if self.next_of(k) is not None or _is_stack(self.specs[k].axes) or self.is_needed(k):
             return False
-        own = module + "/" if module else ""
-        is_root = all(path.startswith(own) for path in self.paths)
+        if self.has_window(k) and self.is_reshaped(k):
+            return False
+        is_root = self.is_root(k)
         if self.embeddings & self.outputs[k]:
             return is_root and self.inputs[k] == self.outputs[k]
-        return is_root or (self.follows(k) and not _IN_PERCEPTRON.search(self.paths[k]))
+        return is_root or (
+            self.follows(k) and not self.has_window(k) and not _IN_PERCEPTRON.search(self.paths[k])
+        )
 
 
 def _by_width(sides: Sequence[set[int]]) -> dict[int, dict[int, None]]:
@@ -222,9 +312,18 @@ def _by_width(sides: Sequence[set[int]]) -> dict[int, dict[int, None]]:
 
 
 def _is_one(axes: Axes) -> bool:
-    """Whether a leaf is one matrix, or one for each index of other axes."""
+    """Whether a leaf is one matrix, or one for each index of other axes, or a convolution."""
     sides = [axis for axis in axes.parts if axis.letter != "b"]
-    return len(sides) == 2 and all(axis.whole for axis in sides)
+    return (len(sides) == 2 or _channels(axes) is not None) and all(axis.whole for axis in sides)
+
+
+def _channels(axes: Axes | None) -> tuple[int, int] | None:
+    """The axes of a convolution's input and output channels; None for other leaves."""
+    letters = "".join(axis.letter for axis in axes.parts) if axes is not None else ""
+    if letters.count("o") != 1 or letters.count("i") < 2:
+        return None
+    o = letters.index("o")
+    return (o - 1 if o == len(letters) - 1 else o + 1), o
 
 
 def _is_stack(axes: Axes | None) -> bool:
@@ -235,6 +334,11 @@ def _is_stack(axes: Axes | None) -> bool:
 def _name(path: str) -> str:
     """The path of a layer, of that of its matrix."""
     return _OF_LAYER.sub("", path)
+
+
+def _kind(path: str) -> str:
+    """Whether a layer without a name is a convolution, and a transposed one."""
+    return "".join(re.findall("conv|transpose", _name(path).rpartition("/")[2].lower()))
 
 
 def _number(name: str) -> int:
@@ -258,5 +362,7 @@ def _sides(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]
         return {*shape}, {*shape}
     if spec.axes is None:
         return ({*shape} if spec.role == "norm" else set()), set()
+    if spec.role != "attention" and (channels := _channels(spec.axes)):
+        return {shape[channels[0]]}, {shape[channels[1]]}
     stacks = spec.axes.stacks(shape)
     return {stack[-2] for stack in stacks}, {stack[-1] for stack in stacks}
