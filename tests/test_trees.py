@@ -43,6 +43,12 @@ def planned(params, **arguments):
     return specs(om.plan(params, **arguments))
 
 
+@functools.cache
+def planned_tree(name):
+    """How the default rules read a public model."""
+    return planned(shapes(TREES[name]))
+
+
 def one_answer(text):
     """The rules of the last question, which is about all leaves."""
     source = text[text.rindex("axes={") + len("axes=") :].split("\n")
