@@ -97,8 +97,11 @@ def race():
 def choice():
     """Optimizers on text, digits and flights."""
     yield "optimizer", "text: nats per character", "digits: nats per picture", "flights: nats per flight"
-    files = {"race": 3, "digits/race": 4, "flights/race": 3}
-    races = [{row["name"]: _loss(row, places) for row in recorded(f)["rows"]} for f, places in files.items()]
+    files = {("race",): 3, ("digits/race", "soap/digits"): 4, ("flights/race",): 3}
+    races = [
+        {row["name"]: _loss(row, places) for name in names for row in recorded(name)["rows"]}
+        for names, places in files.items()
+    ]
     for name in dict.fromkeys(name for race in races for name in race):
         yield name, *(race.get(name, "-") for race in races)
 
