@@ -11,7 +11,7 @@ from optimorph._core.numbers import as_float32, as_scalar, as_schedule, incremen
 from optimorph._core.roles import roles_of
 from optimorph._core.rule import Rule, transform
 from optimorph._core.types import AxesRules, Rules, ScalarOrSchedule
-from optimorph._distributed.reductions import reduction
+from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph._transforms.step import LearningRateState
 
@@ -26,7 +26,8 @@ def hyperball(
 
     It replaces the learning rate and the weight decay. The scale of u has no effect. If u is orthogonal to w,
     a small η is the angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf
-    that is not a matrix has one norm. Over a mesh this takes all-reduces of five numbers for each matrix.
+    that is not a matrix has one norm. Numbers of about 10⁻³⁰ to 10³⁰ are in its range. Over a mesh this takes
+    all-reduces of six numbers for each matrix.
 
     A matrix of zeros takes the step -η u, and keeps its new norm from then on. A matrix whose u is zero does
     not change. A scalar parameter can only keep its absolute value, so it does not train. η should be far
@@ -66,26 +67,36 @@ def hyperball(
         if leaf.weight is None:
             check_params(who, None, "the norm that it keeps is theirs")
         over, w = reduction(who, match, leaf, forms[leaf.index]), upcast(leaf.weight).astype(u.dtype)
-        sizes = over.maxima(*[jax.lax.stop_gradient(jnp.abs(x)) for x in (w, u)])
-        sizes = [over.spread(size, u.shape) for size in sizes]
-        scales = [jnp.where(size > 0, size, 1).astype(u.dtype) for size in sizes]
-        x, y = w / scales[0], u / scales[1]  # whose squares are numbers
-        sums = over.sums(*[(a * b.conj()).real for a, b in ((x, x), (x, y), (y, y))])
-        sums = [over.spread(x, u.shape) for x in sums]
-        eta, size = as_scalar(rate, u), sizes[0]
-        return jnp.where(size > 0, size.astype(u.dtype) * _on_sphere(x, y, eta, *sums), -eta * u), state
+        factors = _on_sphere(as_scalar(rate, u).real, *_norms(over, w, u))
+        of_w, of_unit, length = (over.spread(x, u.shape).astype(u.dtype) for x in factors)
+        return of_w * w - of_unit * (u / length), state  # (1), (2)
 
     return transform(who, Rule(roles_of(LearningRateState), update, begin=begin, advance=advance))
 
 
-def _on_sphere(
-    w: jax.Array, u: jax.Array, eta: Any, ww: jax.Array, wu: jax.Array, uu: jax.Array
-) -> jax.Array:
-    """The update, from ‖w‖², ⟨w, u⟩ and ‖u‖²."""
-    ww = jnp.where(ww > 0, ww, 1)
-    s = eta.real * jnp.sqrt(ww / jnp.where(uu > 0, uu, 1))
-    more = 2 * s * wu - s * s * uu  # ‖w‖² - ‖x‖²
-    xx = jnp.where(ww > more, ww - more, 1)
-    ratio = jnp.sqrt(ww / xx)  # ‖w‖ / ‖x‖
-    less = more / xx / (ratio + 1)  # ratio - 1, without cancellation
-    return less.astype(w.dtype) * w - (ratio * s).astype(u.dtype) * u  # (1), (2)
+def _norms(over: Reduction, w: jax.Array, u: jax.Array) -> list[jax.Array]:
+    """‖w‖, ‖u‖ and the cosine of the angle between them; 0 of zeros.
+
+    Each product is summed twice, with both factors multiplied by 2⁴⁸ and by 2⁻⁴⁸. One of the two sums is in
+    range, so no maxima must be known before.
+    """
+    kind = jnp.finfo(u.dtype).dtype
+    scales = (jnp.asarray(2.0**48, kind), jnp.asarray(2.0**-48, kind))
+    pairs = ((w, w), (u, u), (w, u))
+    sums = over.sums(*[((c * a) * (c * b).conj()).real for a, b in pairs for c in scales])
+    fits = [jnp.abs(x) < 2.0**124 for x in sums[::2]]
+    ww, uu, wu = (jnp.where(fit, *sums[2 * k : 2 * k + 2]) for k, fit in enumerate(fits))
+    of_w, of_u, of_both = (jnp.where(fit, *scales) for fit in fits)
+    norms = [jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0) / c for x, c in ((ww, of_w), (uu, of_u))]
+    lengths = [of_both * jnp.where(x > 0, x, 1) for x in norms]
+    return [*norms, wu / lengths[0] / lengths[1]]
+
+
+def _on_sphere(eta: Any, w: jax.Array, u: jax.Array, cosine: jax.Array) -> tuple[jax.Array, ...]:
+    """Of the norms and the cosine: a, b and c of the update a w - b u / c."""
+    less = jnp.where(u > 0, 2 * eta * cosine - eta * eta, 0)  # 1 - ‖x‖² / ‖w‖²
+    rest = jnp.where(less < 1, 1 - less, 1)
+    ratio = 1 / jnp.sqrt(rest)  # ‖w‖ / ‖x‖
+    of_w = less / rest / (ratio + 1)  # ratio - 1, without cancellation
+    there = w > 0
+    return jnp.where(there, of_w, 0), eta * jnp.where(there, ratio * w, 1), jnp.where(there & (u > 0), u, 1)
