@@ -507,8 +507,8 @@ RECIPES = [
     ),
     Entry(
         "soap",
-        lambda om: om.soap(0.1, 0.8, 0.85, 1e-2, 0.02, every=4, max_dim=5, **INDEPENDENT),
-        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=4, max_dim=5),
+        lambda om: om.soap(0.1, eps=1e-2, every=4, max_dim=5, axes={"*": "io"}),
+        lambda: papers.soap(0.1, eps=1e-2, every=4, decay=0.01, max_dim=5),
         matrices=True,
         real=True,
         condition=10,
@@ -759,6 +759,12 @@ MORE = [  # recipes under other arguments, which have no other states
         lambda: papers.soap(
             -1.0, 0.8, 0.9, 1e-2, every=1, correct=False, max_dim=5, kl=True, whole_first=True, clamp=0.8
         ),
+        **LIKE_SOAP,
+    ),
+    Entry(
+        "soap-numbers",
+        lambda om: om.soap(0.1, 0.8, 0.85, 1e-2, 0.02, every=4, max_dim=5, **INDEPENDENT),
+        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=4, max_dim=5),
         **LIKE_SOAP,
     ),
     Entry(

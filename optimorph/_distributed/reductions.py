@@ -33,9 +33,9 @@ class Reduction:
         found = [self._each(jnp.sum, x) for x in arrays]
         return jax.lax.psum(found, self.names) if self.names else found
 
-    def maxima(self, *arrays: jax.Array) -> list[jax.Array]:
-        """Of each array the largest number, or 0 if none is larger."""
-        found = [self._each(jnp.max, x) for x in arrays]
+    def maximum(self, x: jax.Array) -> jax.Array:
+        """The largest number, or 0 if none is larger."""
+        found = self._each(jnp.max, x)
         return jax.lax.pmax(found, self.names) if self.names else found
 
     def mean(self, x: jax.Array) -> jax.Array:

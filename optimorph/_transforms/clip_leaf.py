@@ -74,7 +74,7 @@ def _clipped(who: str, bound: Numeric, shardings: Rules | None, of_squares: Call
 
     def update(g, state, leaf, now):
         over = reduction(who, match, leaf, None)
-        (largest,) = over.maxima(jax.lax.stop_gradient(jnp.abs(g)))
+        largest = over.maximum(jax.lax.stop_gradient(jnp.abs(g)))
         scale = jnp.where(largest > 0, largest, 1)
         x = g / scale.astype(g.dtype)  # whose squares are numbers
         squares = of_squares(over, (x * x.conj()).real)

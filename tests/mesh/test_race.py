@@ -38,7 +38,7 @@ def test_a_race_is_that_of_one_device():
             loss,
             tree,
             given,
-            {"adamw": om.adamw, "muon": om.muon(0.02)},
+            {"adamw": om.adamw, "muon": om.muon(0.02, axes={"*": "io"})},
             learning_rates={"adamw": [1e-3, 1e-2]},
             held_out=given[-1:],
             steps=6,
