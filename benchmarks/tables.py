@@ -68,6 +68,12 @@ def _loss(row, digits):
     return f"{row['loss']:.{digits}f} ± {row['spread']:.{digits}f}"
 
 
+def _rates(row):
+    """Of hidden matrices and, if it has one of its own, of all other leaves."""
+    rates = (row[kind] for kind in ("learning_rate", "others_learning_rate"))
+    return " / ".join(f"{rate:.3g}" for rate in rates if rate is not None)
+
+
 def race():
     """The optimizers of the race on text."""
     yield (
@@ -82,7 +88,6 @@ def race():
     found = RaceData.read(RESULTS / "race.json")
     equal_seconds, to_target = losses_at_equal_seconds(found), steps_to_target(found)
     for row in recorded("race")["rows"]:
-        others = row["others_learning_rate"]
         yield (
             row["name"],
             _loss(row, 3),
@@ -90,7 +95,7 @@ def race():
             to_target.get(row["name"], "-"),
             f"{row['optimizer_ms']:.1f}",
             f"{row['state_bytes_per_parameter']:.2f}",
-            f"{row['learning_rate']:.3g}" + ("" if others is None else f" / {others:.3g}"),
+            _rates(row),
         )
 
 
@@ -104,6 +109,18 @@ def choice():
     ]
     for name in dict.fromkeys(name for race in races for name in race):
         yield name, *(race.get(name, "-") for race in races)
+
+
+def longer():
+    """The race on text over more steps, most with the rates that were tuned for 250."""
+    yield "steps", "optimizer", "learning rate", "seeds", "validation loss", f"steps to the loss of {TARGET}"
+    races = [RaceData.read(path) for path in sorted((RESULTS / "longer").glob("*.json"))]
+    for race in sorted(races, key=lambda race: (race.steps, -race.seeds)):
+        to_target = steps_to_target(race)
+        for row in race.rows:
+            loss = _loss(vars(row), 3) if row.seeds > 1 else f"{row.loss:.3f}"
+            steps = to_target.get(row.name, "-")
+            yield f"{row.steps:,}", row.name, _rates(vars(row)), row.seeds, loss, steps
 
 
 def rates():
@@ -450,6 +467,7 @@ TABLES = {
     for table in (
         race,
         choice,
+        longer,
         rates,
         widths,
         batches,
