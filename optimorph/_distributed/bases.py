@@ -41,7 +41,6 @@ def refreshed(
     factors = {key: (k.left, k.right) for key, k in kept.items()}
     bases = {key: (k.left_basis, k.right_basis) for key, k in kept.items()}
     orders = jax.tree.map(_in_order, bases)
-
     plans = None if spread or mesh is None else _plans(mesh, bases, matrices)
 
     def refresh(bases, orders):

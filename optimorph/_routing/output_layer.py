@@ -47,9 +47,9 @@ def with_output_layer(
     whose outputs no other leaf takes in. If there is only one, the last of its module, it is inferred. It is
     asked for if there are several; if outputs are taken in by no later layer, as in an autoencoder; and if
     a layer is the last of its module, or the next begins anew, but others take in as many inputs as it has
-    outputs. A layer outside blocks whose
-    name no rule knows is the output layer likewise, if it has fewer outputs than inputs. Beside a leaf that
-    is called a head, a layer without a telling name is asked for if no other leaf takes in its outputs.
+    outputs. A layer outside blocks whose name no rule knows is also the output layer if it has fewer outputs
+    than inputs. Beside a leaf that is called a head, a layer without a telling name is asked for if no other
+    leaf takes in its outputs.
 
     Args:
       paths: of all leaves.
