@@ -7,7 +7,6 @@ import jax
 import optax
 
 from optimorph._core.checks import LeafError, check_factor
-from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule, Shape
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._recipes.moments import identity
@@ -16,7 +15,7 @@ from optimorph._recipes.route_matrices import routed
 from optimorph._recipes.state_storage import with_state_storage
 from optimorph._routing.default_roles import role_of
 from optimorph._routing.partition import partition
-from optimorph._routing.rules import NO_MATCH, lookup, warn_unused
+from optimorph._routing.rules import NO_MATCH, lookup, warning_of_unused
 from optimorph._storage.codec_rules import linear
 from optimorph._transforms.averages import ema
 from optimorph._transforms.combine import chain, divide
@@ -83,31 +82,16 @@ def scion(
       Pethick et al. 2025, "Training deep learning models with norm-constrained LMOs", arXiv:2502.07529.
     """
     average = with_state_storage("scion", ema(momentum, dtype=mu_dtype), state, linear, mu_dtype=mu_dtype)
+    polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide)
+    factors = scale_by_rules(_radius(radius))
     step = decay_and_step("scion", learning_rate, weight_decay, mask, weight_decay_form)
-    lmo = _lmo(norms, orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide))
-    matrices, others = (
-        chain(average, direction, scale_by_rules(_radius(radius)), *step)
-        for direction in (lmo, _over_rms("io"))  # (2-5), (6)
-    )
+    matrices = chain(average, _lmo(norms, polar), factors, *step)  # (2-5)
+    others = chain(average, _over_rms("io"), factors, *step)  # (6)
+    reads, names = _with_tables(axes), ("scion", "rms")
     tx = routed(
-        "scion",
-        matrices,
-        others,
-        axes,
-        shardings,
-        ("scion", "rms"),
-        polar=orthogonalizer,
-        divide=divide,
-        reads=_with_tables(axes),
+        "scion", matrices, others, axes, shardings, names, polar=orthogonalizer, divide=divide, reads=reads
     )
-
-    def init(params):
-        for name, rules in {"norms": norms, "radius": radius}.items():
-            if isinstance(rules, Mapping):
-                warn_unused("scion", name, rules, leaf_paths(params))
-        return tx.init(params)
-
-    return tx.with_init(init)
+    return warning_of_unused(tx, "scion", norms=norms, radius=radius)
 
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:

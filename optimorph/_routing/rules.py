@@ -16,7 +16,7 @@ import numpy as np
 from optimorph._core.checks import LeafError, call_fault, not_an_array
 from optimorph._core.numbers import is_array
 from optimorph._core.paths import by_path, leaf_paths, map_paths
-from optimorph._core.rule import Leaves
+from optimorph._core.rule import Leaves, Transform
 from optimorph._core.types import Mask, PyTree, Rules, Shape
 from optimorph._routing.grouping import format_groups
 from optimorph.linalg import Axes
@@ -214,6 +214,18 @@ def warn_unused(
         similar = difflib.get_close_matches(rule, paths, 3, 0.3)
         text = f" Similar: {', '.join(map(repr, similar))}." if similar else ""
         warnings.warn(f"{who}: no {what} matches the rule {rule!r} of {argument}.{text}", stacklevel=3)
+
+
+def warning_of_unused(tx: Transform, who: str, **arguments: Any) -> Transform:
+    """The same transformation, whose `init` warns of rules that match no leaf."""
+
+    def init(params):
+        for argument, rules in arguments.items():
+            if isinstance(rules, Mapping):
+                warn_unused(who, argument, rules, leaf_paths(params))
+        return tx.init(params)
+
+    return tx.with_init(init)
 
 
 def check_mask(who: str, mask: Mask | None, leaves: Leaves, argument: str = "mask") -> None:
