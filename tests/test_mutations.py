@@ -243,6 +243,7 @@ UNSEEN = {
         "_recipes.scion: scion: * without divide",
         "_recipes.scion: scion: * without polar",
         "_recipes.scion: scion: * without reads",
+        "_recipes.scion: scion: warning_of_unused *",
         "_transforms.factored: factored.init: if 0 never",
         "_transforms.factored: factored.update: if 0 never",
         "_transforms.factored: _outer: for 1 late",
