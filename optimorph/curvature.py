@@ -109,28 +109,33 @@ def _extremes(loss: Callable[..., Any], params: PyTree, args: Any, key: jax.Arra
 
 def _lanczos(hessian: Callable[[PyTree], PyTree], start: PyTree, steps: int) -> tuple[jax.Array, jax.Array]:
     """α and β of (1). Once v has run out, they are α₁ and 0, whose eigenvalue is never beyond the others."""
-    length = _norm(start)
-    zeros, eps = jnp.zeros(steps, length.dtype), jnp.finfo(length.dtype).eps
+    length, v = _normalized(start)
+    zeros = jnp.zeros(steps, length.dtype)
+
+    def outside(basis, w):
+        return jax.tree.map(operator.sub, w, _combination(basis, _components(basis, w)))
 
     def step(k, carry):
-        basis, v, alpha, beta, largest = carry
+        basis, v, alpha, beta = carry
         basis = jax.tree.map(lambda b, x: b.at[k].set(x), basis, v)
         w = hessian(v)
-        a = _inner(v, w)
-        for _ in range(2):  # twice is enough to be orthogonal to rounding
-            w = jax.tree.map(operator.sub, w, _combination(basis, _components(basis, w)))  # (1)
-        b = _norm(w)
-        largest = jnp.maximum(largest, jnp.maximum(jnp.abs(a), b))
-        alive, goes_on = _norm(v) > 0, b > eps * largest
-        alpha = alpha.at[k].set(jnp.where(alive | (k == 0), a, alpha[0]))
-        beta = beta.at[k].set(jnp.where(goes_on, b, 0))
-        v = jax.tree.map(lambda x: jnp.where(goes_on, x / safe_denominator(b), 0), w)
-        return basis, v, alpha, beta, largest
+        alpha = alpha.at[k].set(jnp.where((_norm(v) > 0) | (k == 0), _inner(v, w), alpha[0]))
+        w = outside(basis, outside(basis, w))  # (1); twice is enough to be orthogonal to rounding
+        b, v = _normalized(w)
+        c, v = _normalized(outside(basis, v))  # 1, or less where w is rounding noise
+        goes_on = c > 0.5
+        beta = beta.at[k].set(jnp.where(goes_on, b * c, 0))
+        return basis, jax.tree.map(lambda x: jnp.where(goes_on, x, 0), v), alpha, beta
 
     basis = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), start)
-    v = jax.tree.map(lambda x: x / length, start)
-    _, _, alpha, beta, _ = jax.lax.fori_loop(0, steps, step, (basis, v, zeros, zeros, zeros[0]))
+    _, _, alpha, beta = jax.lax.fori_loop(0, steps, step, (basis, v, zeros, zeros))
     return alpha, beta
+
+
+def _normalized(w: PyTree) -> tuple[jax.Array, PyTree]:
+    """‖w‖ and w / ‖w‖; zeros of zeros."""
+    length = _norm(w)
+    return length, jax.tree.map(lambda x: x / safe_denominator(length), w)
 
 
 def _components(basis: PyTree, w: PyTree) -> jax.Array:

@@ -58,6 +58,16 @@ def test_known_spectra(values, dtype):
             assert all(leaf.dtype == dtype for leaf in found)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_rounding_noise_is_no_direction(dtype):
+    """What is left of a Krylov space that has run out, in other rounding for every basis."""
+    with jax.enable_x64(dtype == "float64"):
+        for seed in range(20):
+            h, w = jnp.asarray(symmetric([3.0] * 12, seed), dtype), jnp.ones(12, dtype)
+            found = extremes(quadratic, w, h, steps=12)
+            rounding.close(ends(found), np.array([3.0, 3.0]), condition=12, dtype=dtype)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(-1, 1), min_size=40, max_size=40), st.integers(0, 100))
 def test_too_few_steps_know_their_error(values, seed):
