@@ -96,4 +96,7 @@ def test_collectives(name, rows, norms):
     assert other["collectives"].pop("all-reduce", 0) <= (len(leaves) + 4 if rows else 4 * norms)
     assert other["collectives"] == muon["collectives"]
     numbers = rows * sum(outputs for _, outputs in leaves) + norms * len(leaves)
-    assert other["sent"] - muon["sent"] <= 2 * 4 * numbers
+    each = (
+        4 * 2 * (3 / 4 + 1 / 2)
+    )  # bytes of a number over 4 devices and then over 2; over all 8 at once it is less
+    assert other["sent"] - muon["sent"] <= each * numbers
