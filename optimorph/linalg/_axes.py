@@ -207,10 +207,14 @@ class Axes:
             initial=0,
         )
         for k, blocks in sides:
-            if len(blocks) > 1:
-                ends = np.cumsum(blocks)[:-1] * (x.shape[k] // sum(blocks))
-                parts = [f(part, axis=k, keepdims=True, initial=0) for part in jnp.split(x, ends, axis=k)]
-                x = jnp.concatenate(parts, axis=k)
+            if letters != "io" and axes[k].equal and len(blocks) > 8:  # of a large array a view
+                x = x.reshape(*x.shape[:k], len(blocks), -1, *x.shape[k + 1 :])
+                x = f(x, axis=k + 1, initial=0)
+            elif len(blocks) > 1:  # masks: slices of a divided axis would be sent
+                within = np.repeat(np.arange(len(blocks)), _sizes(axes[k], x.shape[k]))
+                within = within.reshape(-1, *[1] * (x.ndim - 1 - k))
+                parts = [jnp.where(within == j, x, 0) for j in range(len(blocks))]
+                x = jnp.concatenate([f(part, axis=k, keepdims=True, initial=0) for part in parts], axis=k)
         return x
 
     def repeat(self, y: jax.Array, shape: Shape) -> jax.Array:
@@ -218,9 +222,7 @@ class Axes:
         axes, longer = _laid_out(self.spec, shape)
         for k, (axis, size) in enumerate(zip(axes, longer, strict=True)):
             if 1 < len(axis.blocks) == y.shape[k] < size:
-                pairs = zip(jnp.split(y, len(axis.blocks), axis=k), _sizes(axis, size), strict=True)
-                parts = [jnp.broadcast_to(x, (*x.shape[:k], n, *x.shape[k + 1 :])) for x, n in pairs]
-                y = jnp.concatenate(parts, axis=k)
+                y = jnp.take(y, np.repeat(np.arange(y.shape[k]), _sizes(axis, size)), axis=k)
         return y if longer == shape else jnp.broadcast_to(y, longer).reshape(shape)
 
     def counts(self, shape: Shape, letters: str = "io") -> np.ndarray:

@@ -73,3 +73,13 @@ def test_collectives():
     found = hlo.counted(program)
     assert found.collectives == {"all-reduce": 1}
     assert found.sent <= 2 * 4 * 6 * 4
+
+
+@pytest.mark.parametrize("spec", ["i(3o)", "i(12o)", "i(2+1 o)"])
+def test_blocks_that_lie_on_several_devices(spec):
+    """Also then one all_reduce: no block is sent."""
+    place = NamedSharding(trees.mesh_of(8, 2, jax.sharding.AxisType.Auto), P(None, ("data", "model")))
+    w = jax.ShapeDtypeStruct((64, 192), np.float32, sharding=place)
+    for tx in (om.hyperball(0.1, {"*": spec}), om.keep_norm(om.sign(), {"*": spec})):
+        program = jax.jit(lambda g, w, tx=tx: tx.update(g, tx.init(w), w)[0]).lower(w, w).compile()
+        assert hlo.counted(program).collectives == {"all-reduce": 1}
