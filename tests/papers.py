@@ -381,8 +381,8 @@ def levanter_muonh(lr, momentum=0.95, rows=None):
     return levanter_hyperball(direction, lr)
 
 
-def published_laprop(lr, b1=0.9, b2=0.999, eps=1e-15):
-    """The average holds lr g / √v and is corrected by the average of lr."""
+def published_laprop(lr, b1=0.9, b2=0.999, eps=1e-15, weight_decay=0.0):
+    """The average holds lr g / √v and is corrected by the average of lr; weights decay after the step."""
     m, v, rates, weights = 0.0, 0.0, 0.0, 0.0
 
     def step(g, w):
@@ -391,7 +391,7 @@ def published_laprop(lr, b1=0.9, b2=0.999, eps=1e-15):
         weights = b2 * weights + (1 - b2)
         m = b1 * m + (1 - b1) * lr * g / (np.sqrt(v / weights) + eps)
         rates = b1 * rates + (1 - b1) * lr
-        return w - m / (rates / lr)
+        return (1 - weight_decay) * (w - m / (rates / lr))
 
     return step
 

@@ -323,6 +323,11 @@ PROOFS = {
     "laprop.LaProp(lr=learning_rate, betas=(b1, b2), eps=eps), for a constant learning rate": lambda: (
         same_as_published(om.laprop(0.01), papers.published_laprop(0.01))
     ),
+    "laprop.LaProp(lr=lr, weight_decay=weight_decay), which decays after the step, with "
+    'learning_rate=(1 - weight_decay) * lr and weight_decay_form="independent"': lambda: same_as_published(
+        om.laprop(0.9 * 0.01, weight_decay=0.1, weight_decay_form="independent"),
+        papers.published_laprop(0.01, weight_decay=0.1),
+    ),
     "levanter.optim.AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps)": lambda: (
         same_as_published(
             om.adamh(0.02, axes={"w": "io"}),

@@ -101,6 +101,24 @@ def test_weights_of_any_size(size):
     rounding.close(tx.update(g, tx.init(w), scaled)[0]["w"] / jnp.float32(size), plain, units=64)
 
 
+def test_bfloat16_weights():
+    """With a key many small steps add up as in float32, and the norm stays within what is said of it."""
+    rng = np.random.default_rng(0)
+    start, g = (jnp.asarray(rng.standard_normal((64, 64)), jnp.bfloat16) for _ in range(2))
+    tx = om.hyperball(5e-4, {"*": "io"})
+    state = tx.init(start)
+
+    def step(w, key):
+        key = key if w.dtype == jnp.bfloat16 else None
+        return om.apply_updates(w, tx.update(g, state, w)[0], key=key), None
+
+    keys = jax.random.split(jax.random.key(0), 300)
+    ends = (jax.lax.scan(step, start.astype(dtype), keys)[0] for dtype in (jnp.bfloat16, jnp.float32))
+    got, want = (np.asarray(w, np.float64) for w in ends)
+    assert abs(np.linalg.norm(got) / np.linalg.norm(want) - 1) < 5e-3
+    assert np.linalg.norm(got - want) < np.linalg.norm(want - np.asarray(start, np.float64)) / 3
+
+
 def test_derivatives_with_a_leaf_of_zeros():
     tx, g = om.hyperball(0.1, {"*": None}), {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
 

@@ -33,6 +33,8 @@ def ademamix(
 
         ademamix(1e-3, b3=schedules.decay_warmup(0.9, 0.9999, T), alpha=schedules.linear_warmup(8.0, T))
 
+    The defaults are those of optax. The default α of the published program is 2.
+
     The slow average is stored in float32 or wider, independently of `mu_dtype` and `state`: see `slow_ema`.
 
     Equals:

@@ -27,12 +27,14 @@ def hyperball(
     It replaces the learning rate and the weight decay. The scale of u has no effect. If u is orthogonal to w,
     a small η is the angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf
     that is not a matrix has one norm. Numbers of about 10⁻³⁰ to 10³⁰ are in its range. Over a mesh this takes
-    all-reduces of six numbers for each matrix.
+    all-reduces of six numbers for each matrix, or at most for each row or column of a fused kernel.
 
     A matrix of zeros takes the step -η u, and keeps its new norm from then on. A matrix whose u is zero does
     not change. A scalar parameter can only keep its absolute value, so it does not train. η should be far
-    below 1: if ‖x‖ is nearly 0, rounding decides the norm. With `apply_updates(key=)` the norm of bfloat16
-    weights is kept on average.
+    below 1: if ‖x‖ is nearly 0, rounding decides the norm.
+
+    With `apply_updates(key=)` every bfloat16 weight is right on average, but the norm grows by the rounding
+    noise, by about 0.3 % in 1,000 steps. The float32 weights of `split_weights` keep their norm.
 
     Args:
       learning_rate: η, at least 0, a number, an array, a tracer or a schedule. The last value is in the
