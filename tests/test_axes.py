@@ -213,3 +213,24 @@ def test_fused_parameters_are_separate_ones(model, blocks, unit, scale):
     assert_equal(first_update(fused.T, f"{spec}i", scale=scale), alone.T)
     if len(set(blocks)) == 1:
         assert_equal(first_update(fused, "i(3o)", scale=scale), alone)
+
+
+@pytest.mark.parametrize("letters", ["i", "o", "io"])
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    [
+        ("i(3o)", (4, 12)),
+        ("i(1+2 o)", (4, 12)),
+        ("i(2*(1+2) o)", (4, 12)),
+        ("i(4~3 o)", (4, 24)),
+        ("(3i)(2o)", (6, 4)),
+        ("b(2+1 i)(2o)", (2, 6, 4)),
+    ],
+)
+def test_sums_of_blocks(spec, shape, letters):
+    """Those of the separate matrices, each beside its numbers."""
+    form, x = Axes(spec), np.random.default_rng(0).integers(0, 99, shape)
+    got = np.broadcast_to(form.repeat(form.reduce(jnp.sum, jnp.asarray(x), letters), shape), shape)
+    sides = tuple({"i": -2, "o": -1}[letter] for letter in letters)
+    each = [jnp.broadcast_to(m.sum(sides, keepdims=True), m.shape) for m in form.matrices(jnp.asarray(x))]
+    np.testing.assert_array_equal(got, form.array(each, shape))

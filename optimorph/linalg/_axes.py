@@ -206,11 +206,10 @@ class Axes:
             keepdims=True,
             initial=0,
         )
-        for k, blocks in sides:
-            if letters != "io" and axes[k].equal and len(blocks) > 8:  # of a large array a view
-                x = x.reshape(*x.shape[:k], len(blocks), -1, *x.shape[k + 1 :])
-                x = f(x, axis=k + 1, initial=0)
-            elif len(blocks) > 1:  # masks: slices of a divided axis would be sent
+        for k, blocks in [side for side in sides if len(side[1]) > 1]:
+            if letters != "io" and axes[k].equal:  # of a large array a view
+                x = f(x.reshape(*x.shape[:k], len(blocks), -1, *x.shape[k + 1 :]), axis=k + 1, initial=0)
+            else:  # masks: slices of a divided axis would be sent
                 within = np.repeat(np.arange(len(blocks)), _sizes(axes[k], x.shape[k]))
                 within = within.reshape(-1, *[1] * (x.ndim - 1 - k))
                 parts = [jnp.where(within == j, x, 0) for j in range(len(blocks))]
