@@ -154,6 +154,7 @@ def _three_before_heads(shape: Shape) -> bool:
 _NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?", "maxtext(scan_axis=1)"
 _WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
+_UP = r"(\w+_)?up(s|samples?)?(_0)?/"
 _CONV = r"\w*conv\w*/"
 _IN_CONV = _CONV + "[^/]+/"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
@@ -193,7 +194,7 @@ _LAST_CONV = (
 )
 _BLOCK_OF_CONVOLUTIONS = r"(^|/)\w*(block|resnet|layer|stage|attention)s?(_?\d+)?/"
 _MATRIX_NAME = (
-    r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|w[iqkvogud](_?\d+)?|w_\w+|wqkv|"
+    r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|(\w+_)?w[iqkvogud](_?\d+)?|w_\w+|wqkv|"
     r"[qkvo]|query|key|value|(to_)?(in|out|up|down|gate|[qkv])(_?\d+)?|(up|down|gate|in|out)_\w+|c_(attn|proj|fc)|mlp\w*"
 )
 """Names that mean a matrix."""
@@ -216,7 +217,7 @@ RULES = (
     NameRule("vector", r"alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule(
         "head",
-        r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_layer|"
+        r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
         not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head",
     ),
@@ -227,12 +228,10 @@ RULES = (
         not_in=BLOCK,
     ),
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
-    NameRule("head", _GENERIC + "(kernel|w)", when=_is_output, not_in=BLOCK),
-    NameRule("head", _GENERIC + "weight", when=lambda s: _is_output(s[::-1]), not_in=BLOCK),
+    NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)(kernel|w)", when=_is_output, not_in=BLOCK),
+    NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)weight", when=_flipped(_is_output), not_in=BLOCK),
     # the outputs of a distribution, of a policy, of a value
     NameRule("distribution", rf"(\w*{_MOMENT}|(\w+_)?mu)/{_WEIGHT}", when=lambda s: len(s) == 2),
-    NameRule("head", _OF_POLICY + "/(kernel|w)", when=_is_output),
-    NameRule("head", _OF_POLICY + "/weight", when=lambda s: _is_output(s[::-1])),
     NameRule("head", rf"{_ROOT}(policy|advantage)/{_WEIGHT}"),
     NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{_WEIGHT}", not_in=BLOCK),
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{_WEIGHT}"),
@@ -240,7 +239,7 @@ RULES = (
     NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{_WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
     NameRule(
         "embedding",
-        _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_embed\w*/.*|cls",
+        _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_?embed\w*/.*|cls",
         not_in=_IN_ATTENTION + r"[^/]+/(kernel|w)$",  # a projection
     ),
     NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*(queries|codevectors)", not_in=_ATTENTION),
@@ -249,10 +248,11 @@ RULES = (
     ),
     NameRule("embedding", r"x_embedder/.*|w_e|w_pos"),
     NameRule("embedding", "kernel", when=_is_patches),
+    NameRule("embedding", r"\w*emb\w*/(.*/)?(kernel|w)", when=lambda s: len(s) == 4 and s[2] <= 4),
     NameRule("embedding", "weight", when=_flipped(_is_patches)),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
-    NameRule("router", r"\w*router\w*(/[^/]+)?|switch/(kernel|weight|w)"),
+    NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/(kernel|weight|w)"),
     NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or _few_outputs(shape)),
     NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
     NameRule("router", r"\w*moe\w*/dense(_\d+)?/kernel", when=_few_outputs),
@@ -265,6 +265,9 @@ RULES = (
     NameRule("convolution", "kernel", ("iiio",), lambda s: s[:-2] == (1, 1), batch_axes=True),
     # (window, channels), of a convolution of each channel by itself
     NameRule("one channel", _CONV + _KERNEL, (UNDECIDED, None), lambda s: len(s) == 2 and 16 * s[0] <= s[1]),
+    # transposed convolutions of Flax; those of Haiku have the outputs before the inputs
+    NameRule("convolution", _UP + "kernel", (UNDECIDED, "iio"), when=lambda s: len(s) == 3),
+    NameRule("convolution", _UP + "w", (UNDECIDED, "ioi", "iioi"), when=lambda s: len(s) > 2),
     _convolution_rule(r"\w*conv\w*_transpose\w*/w", ("ioi", "iioi", "iiioi"), _convolution),
     _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _convolution),
     _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), _flipped(_convolution)),

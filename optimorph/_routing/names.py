@@ -67,6 +67,7 @@ def with_layers(spec: str | None, layers: int | None) -> str | None:
 def _normal(path: str, layers: int | None) -> str:
     """A path as rules see it: where siblings tell of layers, their names do not."""
     path = re.sub(r"\d+", "0", path.replace(".", "/").replace("/~/", "/"))  # Haiku's ~ is no module
+    path = re.sub(r"/weight(/(weight|args|value))*(/0)+$", "/weight", path)  # a weight in a wrapper
     return path if layers is None else _ANY_STACK.sub(r"\g<0>0/", STACK.sub(r"\1blocks/0/", path))
 
 

@@ -35,7 +35,7 @@ _OF_LAYER = re.compile(r"/(kernel|weight|w)$|(?<=\d)/\d+$", re.IGNORECASE)
 
 def has_no_name(path: str) -> bool:
     """Whether a leaf belongs to a layer whose name does not say what it is for."""
-    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(_name(path))
+    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(layer_name(path))
 
 
 def with_output_layer(
@@ -65,7 +65,7 @@ def with_output_layer(
         if not (_is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
     ]
     unnamed = [k for k in single if nameless[k]]
-    others = [k for k in single if not nameless[k] and not _is_inside(paths[k])]
+    others = [k for k in single if not nameless[k] and not is_inside(paths[k])]
     heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
     if not unnamed and not others:
         return specs
@@ -103,15 +103,15 @@ def with_output_layer(
     return specs
 
 
-def _is_inside(path: str) -> bool:
+def is_inside(path: str) -> bool:
     """Whether a name says that a layer is a part of a block."""
-    return _INSIDE.search(_name(path).lower()) is not None
+    return _INSIDE.search(layer_name(path).lower()) is not None
 
 
 def _may_be_head(path: str, shape: Shape) -> bool:
     """Whether a leaf that is called no matrix may be an output layer with a name that no rule knows."""
     role, spec = by_name(path, shape)
-    return role in ("dense", "convolution") and spec is not None and not _is_inside(path)
+    return role in ("dense", "convolution") and spec is not None and not is_inside(path)
 
 
 class _Layers:
@@ -126,7 +126,7 @@ class _Layers:
         others: list[int],
     ):
         self.paths, self.specs = paths, specs
-        sides = [*map(_sides, paths, shapes, specs)]
+        sides = [*map(sides_of, paths, shapes, specs)]
         self.inputs, self.outputs = zip(*sides, strict=True)
         self.with_inputs, self.with_outputs = _by_width(self.inputs), _by_width(self.outputs)
         self.channels, self.flat = (
@@ -149,7 +149,7 @@ class _Layers:
         self.convolutions = any(spec.role == "convolution" for spec in specs)
         self.chains = {}
         for chain in group_by(unnamed, lambda k: (self.module(k), _kind(paths[k]))):
-            chain.sort(key=lambda k: _number(_name(paths[k])))
+            chain.sort(key=lambda k: number_of(layer_name(paths[k])))
             self.chains |= {k: (chain, place) for place, k in enumerate(chain)}
         layers = {k for k, spec in enumerate(specs) if spec.axes is not None or spec.role == _DISTRIBUTION}
         named = layers - {*self.chains}
@@ -160,7 +160,7 @@ class _Layers:
 
     def module(self, k: int) -> str:
         """The module that has the layer."""
-        return _name(self.paths[k]).rpartition("/")[0]
+        return layer_name(self.paths[k]).rpartition("/")[0]
 
     def takers(self, k: int) -> Iterator[int]:
         """The leaves outside the layer that take in its outputs."""
@@ -171,7 +171,7 @@ class _Layers:
         return self._others(k, self.inputs[k], self.with_outputs)
 
     def _others(self, k: int, widths: set[int], by_width: dict[int, dict[int, None]]) -> Iterator[int]:
-        own = _name(self.paths[k]) + "/"
+        own = layer_name(self.paths[k]) + "/"
         for j in by_width.get(min(widths), ()):
             if j != k and not self.paths[j].startswith(own) and all(j in by_width[n] for n in widths):
                 yield j
@@ -331,23 +331,23 @@ def _is_stack(axes: Axes | None) -> bool:
     return axes is not None and "b" in axes.spec
 
 
-def _name(path: str) -> str:
+def layer_name(path: str) -> str:
     """The path of a layer, of that of its matrix."""
     return _OF_LAYER.sub("", path)
 
 
 def _kind(path: str) -> str:
     """Whether a layer without a name is a convolution, and a transposed one."""
-    return "".join(re.findall("conv|transpose", _name(path).rpartition("/")[2].lower()))
+    return "".join(re.findall("conv|transpose", layer_name(path).rpartition("/")[2].lower()))
 
 
-def _number(name: str) -> int:
+def number_of(name: str) -> int:
     """The number of a layer; 0 for one without."""
     numbers = re.findall(r"\d+", name.rpartition("/")[2])
     return int(numbers[-1]) if numbers else 0
 
 
-def _sides(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
+def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
     """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix.
 
     Of an embedding these are the features: the output layer of a language model has as many outputs as the

@@ -12,13 +12,14 @@ from optimorph._core.numbers import is_trainable
 from optimorph._core.rule import Leaf, Leaves, handed
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, whole_shapes
+from optimorph._routing.fused import with_fused_layers
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
 from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name, offers, with_layers, without_layers
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
 from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern, warn_unused
-from optimorph._routing.siblings import expert_spec, layer_axes, low_rank_spec
+from optimorph._routing.siblings import expert_spec, hidden_of_heads, layer_axes, low_rank_spec
 from optimorph.linalg import Axes
 
 NOTHING = LeafSpec(None, "none")
@@ -48,7 +49,8 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
         specs = [default[k] if spec is None else spec for k, spec in enumerate(ruled)]
         if not default:
             return specs
-        return with_output_layer(paths, shapes, specs) if find_output else specs
+        specs = with_output_layer(paths, shapes, specs) if find_output else specs
+        return with_fused_layers(paths, shapes, specs)
 
     return resolve
 
@@ -57,6 +59,8 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     """The default rules for all leaves of a tree, with what each tells of the others."""
     layers = layer_axes(paths, shapes)
     found = [by_name(path, shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)]
+    for k in hidden_of_heads(paths, shapes, [k for k, (role, _) in enumerate(found) if role == HEAD]):
+        found[k] = by_name("/".join(re.split("[./]", paths[k])[-2:]), shapes[k], layers[k])
     single = {path: without_layers(shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)}
     routers = [(path, single[path]) for path, (role, _) in zip(paths, found, strict=True) if role == "router"]
     gates = {path: spec for path, (role, spec) in zip(paths, found, strict=True) if role == "gates"}

@@ -1,10 +1,12 @@
 """What the other leaves of a tree tell of a leaf: which axis counts layers, and which counts experts."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
+from optimorph._routing.grouping import group_by, without_numbers
 from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name
 
 _Counts = set[tuple[int, int]]
@@ -76,6 +78,16 @@ def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:
         if module.stacked_vectors and len(found) < 2:
             return found[0] if found else None
     return None
+
+
+def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
+    """The layers of a head before its last: those whose outputs the one with the next number takes in."""
+    for chain in group_by(heads, lambda k: without_numbers(paths[k])):
+        chain.sort(key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+        for k, after in itertools.pairwise(chain):
+            out, taken = (0, 1) if paths[k].endswith("weight") else (-1, -2)
+            if min(len(shapes[k]), len(shapes[after])) > 1 and shapes[k][out] == shapes[after][taken]:
+                yield k
 
 
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
