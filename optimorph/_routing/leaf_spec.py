@@ -60,7 +60,7 @@ def unresolved(
 def likely(path: str, shape: Shape) -> list[str | None]:
     """Everything that a leaf may be by its shape, and whether its outputs come first by its name."""
     window_first = len(shape) == 4 and max(shape[:2]) <= 7 < min(shape[2:])
-    outputs_first = re.search(r"weight(_\w+)?$", path) is not None and not window_first
+    outputs_first = re.search(r"weight(_\w+|(/args)?(/\d+)+)?$", path) is not None and not window_first
     return _likely(outputs_first, shape, re.search("conv", path, re.IGNORECASE) is not None)
 
 

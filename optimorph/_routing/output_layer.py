@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from optimorph._core.types import Shape
-from optimorph._routing.grouping import group_by
+from optimorph._routing.grouping import group_by, without_numbers
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
 from optimorph._routing.name_rules import BLOCK
 from optimorph._routing.names import by_name
@@ -65,7 +65,8 @@ def with_output_layer(
         if not (_is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
     ]
     unnamed = [k for k in single if nameless[k]]
-    others = [k for k in single if not nameless[k] and not is_inside(paths[k])]
+    ends_of_stacks = {*_ends_of_stacks([k for k in single if not nameless[k]], paths, shapes)}
+    others = [k for k in single if not nameless[k] and (not is_inside(paths[k]) or k in ends_of_stacks)]
     heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
     if not unnamed and not others:
         return specs
@@ -106,6 +107,15 @@ def with_output_layer(
 def is_inside(path: str) -> bool:
     """Whether a name says that a layer is a part of a block."""
     return _INSIDE.search(layer_name(path).lower()) is not None
+
+
+def _ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape]) -> Iterator[int]:
+    """The last of layers whose paths differ only in numbers, if no other has a side as long as its outputs."""
+    for group in group_by(layers, lambda k: without_numbers(paths[k])):
+        last = max(group, key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+        out = shapes[last][0 if paths[last].endswith("weight") else -1]
+        if len(group) > 1 and all(out not in shapes[k] for k in group if k != last):
+            yield last
 
 
 def _may_be_head(path: str, shape: Shape) -> bool:
