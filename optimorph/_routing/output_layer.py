@@ -80,11 +80,13 @@ def with_output_layer(
     layers = _Layers(paths, shapes, specs, sorted({*unnamed, *heads, *ruled}), others)
     fed = [k for k in unnamed if layers.is_fed(k)]
     sinks = [k for k in fed if layers.is_sink(k)]
+    ends_of_others = [k for k in others if layers.is_fed(k) and layers.is_sink(k)]
     if not named:
-        sinks += [k for k in others if layers.is_narrower(k) and layers.is_fed(k) and layers.is_sink(k)]
+        sinks += [k for k in ends_of_others if layers.is_narrower(k)]
     if named:
         certain = set[int]()
         ends = [k for k in sinks if layers.next_of(k) is None and not _is_stack(specs[k].axes)]
+        ends += [k for k in ends_of_others if layers.is_narrower(k)]
     elif sinks or heads or confirmed:
         certain = {*sinks}
         ends = sinks + [k for k in fed if k not in certain and layers.next_begins_anew(k)]
@@ -93,6 +95,7 @@ def with_output_layer(
         certain = own if len(unnamed) == 1 else {k for k in fed if k not in own and layers.is_last_of_all(k)}
         asked = {k for k in own if not _IN_PERCEPTRON.search(paths[k])}
         ends = [k for k in fed if k in asked or k in certain or layers.may_be_last(k)]
+        ends += [] if layers.embeddings else ends_of_others
     for k in ends:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
