@@ -133,6 +133,47 @@ STACKS = {
 }
 
 
+FUSED = {
+    "query, key and value": ({"attn_0/linear/w": (64, 192), "attn_0/linear_1/w": (64, 64)}, ("?", "io")),
+    "gate and input": ({"mlp_0/up/w": (64, 512), "mlp_0/down/w": (256, 64)}, ("?", "io")),
+    "an input for all": ({"mlp_0/up/w": (64, 512), "mlp_0/down/w": (512, 64)}, ("io", "io")),
+    "experts": (
+        {"moe/w_in": (4, 64, 256), "moe/w_out": (4, 128, 64), "moe/router/w": (64, 4)},
+        ("?", "bio", "-"),
+    ),
+    "one layer of attention": ({"attn_0/q_b/w": (64, 192), "attn_0/linear_1/w": (64, 64)}, ("io", "io")),
+    "a head of several layers": (
+        {"classifier/0/kernel": (64, 32), "classifier/2/kernel": (32, 9)},
+        ("io", "-"),
+    ),
+    "heads side by side": ({"heads/0/kernel": (64, 32), "heads/1/kernel": (64, 9)}, ("-", "-")),
+    "the last layer of a stack": (
+        {"a_layer_0/linear/w": (7, 64), "a_layer_1/linear/w": (64, 64), "a_layer_2/linear/w": (64, 5)},
+        ("io", "io", "-"),
+    ),
+    "a weight in a wrapper": ({"linear_0/weight/args/1": (32, 64)}, ("oi",)),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_what_layers_beside_a_leaf_take_in(name):
+    tree, found = FUSED[name]
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    plan = planned(params)
+    assert tuple(plan[path] for path in tree) == found
+
+
+def test_first_answers_of_layers_side_by_side():
+    """The parts are offered first; of the last of several numbered layers one matrix."""
+    for tree, answers in (
+        ({"attn_0/linear/w": (64, 192), "attn_0/linear_1/w": (64, 64)}, ("i(3o)", "io")),
+        ({"block_0/linear_0/w": (64, 64), "block_0/linear_1/w": (64, 192)}, ("io", "i(3o)")),
+    ):
+        params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+        row = next(row for row in om.plan(params | {"lm_head/kernel": jnp.ones((64, 9))}) if row.unresolved)
+        assert row.answers[:2] == answers
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_siblings_tell_layers_and_experts(name):
     """Without evidence, or with two answers, the leaf is asked about."""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from optimorph._core.types import Shape
-from optimorph._routing.grouping import group_by, without_numbers
+from optimorph._routing.grouping import without_numbers
 from optimorph._routing.leaf_spec import LeafSpec, unresolved
 from optimorph._routing.output_layer import is_inside, layer_name, number_of, sides_of
 
@@ -23,28 +23,40 @@ def with_fused_layers(
     all of its outputs, and a leaf of the same module takes in a half of them, or a third, ..., or an eighth.
     The last of several numbered layers is more likely a single one.
     """
-    names = [layer_name(path.replace(".", "/")) for path in paths]
-    modules = [name.rpartition("/")[0] for name in names]
-    chains = group_by(range(len(names)), lambda k: (modules[k], without_numbers(names[k])))
-    last = {max(chain, key=lambda k: number_of(names[k])) for chain in chains if len(chain) > 1}
     sides = [*map(sides_of, paths, shapes, specs)]
     taken = set[int]().union(*(inputs for inputs, _ in sides))
+    names = {k: layer_name(paths[k].replace(".", "/")) for k, spec in enumerate(specs) if spec.axes}
     takers: dict[tuple[str, int], set[int]] = {}
-    for k, (inputs, _) in enumerate(sides):
-        module = names[k] if specs[k].axes is not None else ""
+    for k, module in names.items():
         while module := module.rpartition("/")[0]:
-            for width in inputs:
+            for width in sides[k][0]:
                 takers.setdefault((module, width), set()).add(k)
+
+    def parts(k: int) -> list[int]:
+        module, width = names[k].rpartition("/")[0], max(sides[k][1])
+        return [n for n in _PARTS if width % n == 0 and takers.get((module, width // n), {k}) != {k}]
+
+    fused = [
+        k
+        for k, name in names.items()
+        if specs[k].role in ("dense", "experts") and _spec(specs[k]).strip("b") in ("io", "oi")
+        if sides[k][1].isdisjoint(taken) and is_inside(paths[k]) and not _ONE.search(name) and parts(k)
+    ]
     found = list(specs)
-    for k, (_, outputs) in enumerate(sides):
-        axes = specs[k].axes
-        if axes is None or specs[k].role not in ("dense", "experts") or not is_inside(paths[k]):
-            continue
-        if axes.spec.strip("b") not in ("io", "oi") or not outputs.isdisjoint(taken) or _ONE.search(names[k]):
-            continue
-        parts = [n for n in _PARTS if takers.get((modules[k], max(outputs) / n), {k}) != {k}]
-        if parts:
-            answers = [axes.spec.replace("o", f"({parts[0]}o)"), axes.spec][:: -1 if k in last else 1]
-            cause = "may be several layers side by side, by its width"
-            found[k] = unresolved(paths[k], shapes[k], cause, first=answers)
+    for k in fused:
+        spec = _spec(specs[k])
+        module, kind = names[k].rpartition("/")[0], without_numbers(names[k])
+        numbers = [
+            number_of(name)
+            for name in names.values()
+            if name.startswith(module + "/") and without_numbers(name) == kind
+        ]
+        is_last = number_of(names[k]) == max(numbers) > min(numbers)
+        answers = [spec.replace("o", f"({parts(k)[0]}o)"), spec][:: -1 if is_last else 1]
+        cause = "may be several layers side by side, by its width"
+        found[k] = unresolved(paths[k], shapes[k], cause, first=answers)
     return found
+
+
+def _spec(spec: LeafSpec) -> str:
+    return "" if spec.axes is None else spec.axes.spec

@@ -129,11 +129,6 @@ def _few_outputs_first(shape: Shape) -> bool:
     return len(shape) in (2, 3) and 16 * shape[-2] <= shape[-1]
 
 
-def _is_wide(shape: Shape) -> bool:
-    """Two axes, neither of which is short."""
-    return len(shape) == 2 and min(shape) >= 64
-
-
 def _is_output(shape: Shape) -> bool:
     """(in, out), with a vocabulary of outputs, or a few for many inputs."""
     return len(shape) == 2 and (
@@ -154,7 +149,7 @@ def _three_before_heads(shape: Shape) -> bool:
 _NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?", "maxtext(scan_axis=1)"
 _WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
-_UP = r"(\w+_)?up(s|samples?)?(_0)?/"
+_UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
 _CONV = r"\w*conv\w*/"
 _IN_CONV = _CONV + "[^/]+/"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
@@ -255,12 +250,13 @@ RULES = (
     NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/(kernel|weight|w)"),
     NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or _few_outputs(shape)),
     NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
-    NameRule("router", r"\w*moe\w*/dense(_\d+)?/kernel", when=_few_outputs),
+    NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=_few_outputs),
     NameRule("router", _GATE + "/weight", when=_few_outputs_first, not_in=_ATTENTION + "|expert"),
     NameRule("router", _GATE + "/(kernel|w)", when=_few_outputs, not_in=_ATTENTION + "|expert"),
     NameRule("router", r"experts?/gate/kernel", when=lambda s: len(s) == 2 and _few_outputs(s)),
     # (*window, 1, out): depthwise, or the first convolution of grey images
     NameRule("one channel", _CONV + "([^/]+/)?" + _KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
+    NameRule("one channel", r"(\w+_)?depthwise_kernel"),
     NameRule("one channel", _CONV + "([^/]+/)?weight", when=lambda s: len(s) > 2 and s[1] == 1),
     NameRule("convolution", "kernel", ("iiio",), lambda s: s[:-2] == (1, 1), batch_axes=True),
     # (window, channels), of a convolution of each channel by itself
@@ -343,7 +339,7 @@ RULES = (
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     NameRule(
         "attention",
-        r"(query|key|value|[qkv]_proj|w?[qkv]|to_[qkv])/kernel|(\w+_)?[qkv]_projection/(kernel|weights)",
+        r"(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/kernel|(\w+_)?[qkv]_projection/(kernel|weights)",
         ("io", "ioo"),
         shape_ok=_heads,
     ),
@@ -356,7 +352,8 @@ RULES = (
     NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=_heads_of_latents),
     NameRule(
         "attention",
-        _IN_ATTENTION + r"((out|o|proj|o_proj|\w*out_proj|output|wo|c_proj)/kernel|w?o|output_w)",
+        _IN_ATTENTION
+        + r"((out|o|proj|o_proj|\w*out_proj|(\w+_)?output(_dense)?|wo|c_proj)/kernel|w?o|output_w)",
         ("io", "iio"),
         shape_ok=_heads_first,
     ),
@@ -396,7 +393,7 @@ RULES = (
     NameRule("dense", _MATRIX_NAME, ("io",)),
     NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
-    NameRule("dense", _IN_LAYER + "[^/]+", ("io",), _is_wide),
+    NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
     NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

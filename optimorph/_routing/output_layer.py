@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, without_numbers
@@ -113,11 +114,16 @@ def is_inside(path: str) -> bool:
 
 
 def _ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape]) -> Iterator[int]:
-    """The last of layers whose paths differ only in numbers, if no other has a side as long as its outputs."""
-    for group in group_by(layers, lambda k: without_numbers(paths[k])):
-        last = max(group, key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+    """The last of layers in modules that differ only in numbers, if no other has a side like its outputs."""
+
+    def kind(k: int) -> tuple[Any, str]:
+        module, _, name = layer_name(paths[k]).rpartition("/")
+        return without_numbers(module), name
+
+    for group in group_by(layers, kind):
+        *others, last = sorted(group, key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
         out = shapes[last][0 if paths[last].endswith("weight") else -1]
-        if len(group) > 1 and all(out not in shapes[k] for k in group if k != last):
+        if others and all(out not in shapes[k] for k in others):
             yield last
 
 
