@@ -159,8 +159,10 @@ def _sent(
     """Packets `(devices, ...)` sent as one; on TPUs one by one, where a row of many matrices is a copy."""
 
     def together(*packets):
-        flat = _joined([x.reshape(len(x), -1) for x in packets])
-        return _separated(_in_comm_dtype(exchange, send, flat), [x.shape[1:] for x in packets])
+        rows = [x.reshape(len(x), -1) for x in packets]
+        sent = _in_comm_dtype(exchange, send, jnp.concatenate(rows, axis=1))
+        parts = jnp.split(sent, np.cumsum([x.shape[1] for x in rows])[:-1], axis=1)
+        return [part.reshape(len(part), *x.shape[1:]) for part, x in zip(parts, packets, strict=True)]
 
     def each(*packets):
         return [_in_comm_dtype(exchange, send, x) for x in packets]
@@ -189,16 +191,6 @@ def _packed(group: Group, count: int, shards: Sequence[jax.Array]) -> jax.Array:
 def _own(x: jax.Array, names: Names) -> jax.Array:
     """This device's entry of an array with one for each device along some mesh axes."""
     return jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(names), keepdims=False) if names else x[0]
-
-
-def _joined(rows: list[jax.Array]) -> jax.Array:
-    return rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1)
-
-
-def _separated(flat: jax.Array, shapes: Sequence[Shape]) -> list[jax.Array]:
-    ends = np.cumsum([0, *(np.prod(shape, dtype=int) for shape in shapes)])
-    columns = [jax.lax.slice_in_dim(flat, int(i), int(j), axis=1) for i, j in itertools.pairwise(ends)]
-    return [x.reshape(len(flat), *shape) for x, shape in zip(columns, shapes, strict=True)]
 
 
 def _whole(sizes: Sizes, exchange: Exchange, group: Group, x: jax.Array) -> jax.Array:

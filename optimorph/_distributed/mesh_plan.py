@@ -16,34 +16,18 @@ from optimorph.linalg import Axes, NewtonSchulz
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshPlan:
-    """How matrices are divided over a mesh.
+class MeshPlan(Placement):
+    """The placement of matrices of float32 over a mesh, in one update.
 
     Args:
-      mesh: the names and sizes of its axes.
-      platform: of its devices, or "" if the mesh does not name it.
+      platform: of the mesh's devices, or "" if the mesh does not name it.
       way: "exchange", "custom_partitioning" or "hints".
-      flops: multiplications and additions of the busiest device in one update.
-      least_flops: those of a device if the matrices could be divided evenly.
-      sent: bytes that a device sends, in float32.
-      divided: the number of matrices that are divided over several devices.
-      inside: bytes that a device sends within the iterations of those.
-      collectives: within these iterations.
       hardware: the numbers of the devices; None if nothing is known of the devices.
-      seconds: expected by these numbers, of products and of sending, one after the other.
     """
 
-    mesh: tuple[tuple[str, int], ...]
     platform: str
     way: str
-    flops: float
-    least_flops: float
-    sent: float
-    divided: int = 0
-    inside: float = 0.0
-    collectives: int = 0
-    hardware: Hardware | None = None
-    seconds: tuple[float, float] = (0.0, 0.0)
+    hardware: Hardware | None
 
     def __str__(self) -> str:
         """What happens, in words."""
@@ -117,29 +101,12 @@ def plan_mesh(
         raise ValueError("\n".join(faults))
     platform = _platform(mesh)
     explicit = all(kind is AxisType.Explicit for kind in mesh.axis_types)
-    way = (
-        "exchange"
-        if match is not None or explicit
-        else "hints"
-        if platform == "tpu"
-        else "custom_partitioning"
-    )
+    by_compiler = "hints" if platform == "tpu" else "custom_partitioning"
+    way = "exchange" if match is not None or explicit else by_compiler
     hardware, method = hardware_for(divide, mesh), NewtonSchulz() if polar is None else polar
     division = division_of(method, hardware, divide != NEVER and way != "hints")
-    found: Placement = place(sizes, matrices, cost=cost_of(method, hardware), division=division)
-    return MeshPlan(
-        tuple(sizes.items()),
-        platform,
-        way,
-        found.flops,
-        found.least_flops,
-        found.sent,
-        found.divided,
-        found.inside,
-        found.collectives,
-        hardware,
-        found.seconds,
-    )
+    found = place(sizes, matrices, cost=cost_of(method, hardware), division=division)
+    return MeshPlan(**vars(found), platform=platform, way=way, hardware=hardware)
 
 
 def _short(x: float) -> str:

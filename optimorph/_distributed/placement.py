@@ -70,7 +70,7 @@ class Placement:
     """
 
     mesh: tuple[tuple[str, int], ...]
-    exchanges: tuple[Exchange, ...]
+    exchanges: tuple[Exchange, ...] = dataclasses.field(repr=False)
     flops: float
     least_flops: float
     sent: float
