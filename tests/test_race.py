@@ -34,7 +34,7 @@ from optimorph._racing import command, grids, result, training
 from optimorph._racing.comparisons import losses_at_equal_seconds, steps_to_target
 from optimorph._racing.display import plain_console, training_display
 from optimorph._racing.interrupt import STOPPING, stop_on_ctrl_c
-from optimorph._racing.options import DEFAULTS, USES, find_conflict
+from optimorph._racing.options import MODES, OPTIONS, RACE, find_conflict
 from optimorph._racing.race_data import Curve
 from optimorph._racing.registry import (
     DEFAULT,
@@ -320,7 +320,7 @@ BAD = {
     "sweep with lr": (["--sweep", "--lr", "adam=1"], ["--sweep", "--lr"]),
     "condition of text": (["--condition", "100"], ["--condition", "--task quadratic"]),
     "condition of digits": (["--task", "digits", "--condition", "100"], ["--task quadratic"]),
-    "two at a time": (["--list", "--redraw"], ["--list and --redraw", "one of them"]),
+    "two at a time": (["--list", "--redraw"], ["--list", "--redraw", "not allowed with"]),
     "nothing to sweep": (["--task", "quadratic", "--sweep", "--optimizers", "sgd"], ["theory", "sgd"]),
     "folder": (["--out", "/proc/nothing"], ["'/proc/nothing'", "--out"]),
     "nothing to redraw": (["--redraw", "--out", "nowhere"], ["race.json", "--out"]),
@@ -342,25 +342,22 @@ def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
 
 
 def test_what_has_no_effect_is_refused():
-    typed = {name: ["adam=1"] if name == "lr" else "1" for name in USES["a race"]}
-    modes = [mode.lstrip("-") for mode in USES if mode.startswith("--")]
-    nothing = dict.fromkeys(typed) | dict.fromkeys(modes, False)
-    for mode, used in USES.items():
-        for name, value in typed.items():
-            given = argparse.Namespace(**nothing | {mode.lstrip("-"): True, name: value})
+    for mode in (RACE, *MODES):
+        for name, (*_, modes) in OPTIONS.items():
+            given = argparse.Namespace(**dict.fromkeys(OPTIONS) | {"mode": mode, name: "1"})
             if name == "condition":
-                given.task = "quadratic" if "task" in used else None
+                given.task = "quadratic" if mode in OPTIONS["task"][-1] else None
             problem = find_conflict(given)
-            assert (problem is None) == (name in used), (mode, name, problem)
-            assert problem is None or (f"--{name} " in problem and mode in problem)
+            assert (problem is None) == (mode in modes), (mode, name, problem)
+            assert problem is None or (f"--{name} " in problem and f"--{mode};" in problem)
 
 
 def test_every_option_is_in_the_table_of_what_is_used(capsys):
     with pytest.raises(SystemExit):
         main(["race", "--help"])
     options = set(re.findall(r"--([a-z]+)", capsys.readouterr().out)) - {"help"}
-    assert options == {*USES["a race"]} | {mode.lstrip("-") for mode in USES if mode.startswith("--")}
-    assert set(DEFAULTS) < set(USES["a race"])
+    assert options == {*OPTIONS, *MODES}
+    assert all(RACE in modes for *_, modes in OPTIONS.values())
 
 
 def test_version(capsys):

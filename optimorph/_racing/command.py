@@ -15,8 +15,8 @@ from rich.console import Console
 from optimorph._racing.display import plain_console, sweep_display, training_display
 from optimorph._racing.grids import at_edge, grid, toml
 from optimorph._racing.interrupt import stop_on_ctrl_c
+from optimorph._racing.options import LIST, REDRAW, SWEEP, fill_defaults, find_conflict
 from optimorph._racing.options import add_arguments as add_arguments
-from optimorph._racing.options import fill_defaults, find_conflict
 from optimorph._racing.race_data import Trial
 from optimorph._racing.registry import OPTIMIZERS, LearningRates, make_optimizer, tuned_learning_rates
 from optimorph._racing.result import RaceResult, collect
@@ -58,9 +58,9 @@ def main(args: argparse.Namespace) -> int:
         raise BadInput(conflict)
     fill_defaults(args)
     condition = _parse_float("--condition", args.condition, low=1.0, high=quadratic.WORST)
-    if args.list:
+    if args.mode == LIST:
         return _list(console, condition)
-    if args.redraw:
+    if args.mode == REDRAW:
         return _redraw(console, Path(args.out))
     if args.task not in TASKS:
         raise BadInput(f"no task is called {args.task!r}; the tasks are {', '.join(TASKS)}")
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
     if task.package is not None and importlib.util.find_spec(task.package) is None:
         raise BadInput(f"{task.name} needs data of a package; type pip install {task.package}")
     steps = task.steps if steps is None else steps
-    if args.sweep:
+    if args.mode == SWEEP:
         return _sweep(console, task, _candidates(console, task, names), steps, _make_folder(args.out))
     rates = _parse_learning_rates(task, names, args.lr)
     return _race(console, task, rates, steps, seeds, _make_folder(args.out))
