@@ -42,7 +42,7 @@ def one(plan):
 )
 def test_roles_of_mesh_axes(over, spec, roles, matrices, slots):
     exchange, group = one(place(MESH, [leaf((16, 8, 24), spec, over)]))
-    assert (exchange.batch_axes, exchange.all_to_all_axes, exchange.replica_axes) == roles
+    assert (exchange.batch_axes, exchange.roles.all_to_all, exchange.roles.replica) == roles
     assert (group.matrices, group.slots) == (matrices, slots)
 
 
@@ -50,9 +50,9 @@ def test_blocks_that_no_shard_cuts_are_matrices_of_their_own():
     _, group = one(place(MESH, [leaf((8, 48), "i(3o)", (("x",), ()))]))
     assert (group.matrices, group.form.spec, group.whole(MESH)) == (3, "bio", (8, 16))
     exchange, group = one(place(MESH, [leaf((8, 48), "i(12o)", ((), ("x",)))]))
-    assert (exchange.batch_axes, exchange.all_to_all_axes, group.matrices) == (("x",), (), 3)
+    assert (exchange.batch_axes, exchange.roles.all_to_all, group.matrices) == (("x",), (), 3)
     exchange, group = one(place(MESH, [leaf((8, 48), "i(2o)", ((), ("y", "x")))]))
-    assert (exchange.batch_axes, exchange.all_gather_axes, group.whole(MESH)) == (("y",), ("x",), (8, 24))
+    assert (exchange.batch_axes, exchange.roles.all_gather, group.whole(MESH)) == (("y",), ("x",), (8, 24))
 
 
 def test_blocks_that_shards_cut_come_whole():
@@ -85,20 +85,20 @@ def test_functions_that_are_not_equivariant_get_matrices_unchanged():
 def test_work_is_shared_over_no_more_than_it_needs():
     """Four matrices are one each on four devices: eight would only be sent more."""
     exchange, _ = one(place(MESH, [leaf((4, 8, 24), "bio")]))
-    assert exchange.replica_axes == ("x",)
+    assert exchange.roles.replica == ("x",)
     exchange, _ = one(place(MESH, [leaf((8, 24))]))
-    assert exchange.replica_axes == ()
+    assert exchange.roles.replica == ()
 
 
 def test_a_lone_matrix_is_gathered():
     exchange, group = one(place(MESH, [leaf((8, 24), over=(("x",), ()))]))
-    assert (exchange.all_to_all_axes, exchange.all_gather_axes, group.slots) == ((), ("x",), 1)
+    assert (exchange.roles.all_to_all, exchange.roles.all_gather, group.slots) == ((), ("x",), 1)
 
 
 def test_few_matrices_move_over_few_axes():
     """Four on eight devices: four owners, whose neighbours are told the same, and have their part at hand."""
     exchange, group = one(place(MESH, [leaf((4, 8, 24), "bio", ((), ("y",), ("x",)))]))
-    assert (exchange.all_to_all_axes, exchange.all_gather_axes, group.slots) == (("x",), ("y",), 1)
+    assert (exchange.roles.all_to_all, exchange.roles.all_gather, group.slots) == (("x",), ("y",), 1)
     assert place(MESH, [leaf((4, 8, 24), "bio", ((), ("y",), ("x",)))]).sent == (7 + 3) * 4 * 8 * 24 / 8
 
 
@@ -281,7 +281,7 @@ def test_every_matrix_has_one_place(problem, at_once, equivariant, sent):
     assert all(shard.matrices == leaves[shard.leaf].shape[0] for shard in shards)
     assert plan.flops >= plan.least_flops * (1 - 1e-9)
     for exchange in plan.exchanges:
-        owners = math.prod(mesh[name] for name in (*exchange.all_to_all_axes, *exchange.replica_axes))
+        owners = math.prod(mesh[name] for name in (*exchange.roles.all_to_all, *exchange.roles.replica))
         seen = {k: [] for k in range(len(exchange.groups))}
         for span in itertools.chain.from_iterable(exchange.rounds):
             group = exchange.groups[span.group]

@@ -66,7 +66,7 @@ def _compute(
     """f of matrices: this replica's pieces `(owners, slots, *local_shape)` in, all replicas' out."""
     groups = [exchange.groups[span.group].part(span.parts) for span in spans]
     received = _all_to_all(exchange, pieces)
-    received = _all_gather(exchange, exchange.all_gather_axes, received, "varying")
+    received = _all_gather(exchange, exchange.roles.all_gather, received, "varying")
     wholes = [_whole(sizes, exchange, group, x) for group, x in zip(groups, received, strict=True)]
     alone = [k for k, span in enumerate(spans) if span.parts == 1]
     forms = [groups[k].form for k in alone]
@@ -76,7 +76,7 @@ def _compute(
         if span.parts > 1:
             results[k] = _shared(sizes, exchange, f, groups[k], span.parts, wholes[k])
     back = [_pieces(sizes, exchange, group, results[k]) for k, group in enumerate(groups)]
-    return _all_gather(exchange, exchange.replica_axes, _all_to_all(exchange, back), to)
+    return _all_gather(exchange, exchange.roles.replica, _all_to_all(exchange, back), to)
 
 
 def _shared(
@@ -84,7 +84,7 @@ def _shared(
 ) -> jax.Array:
     """The own columns of f of matrices that so many owners share."""
     assert isinstance(f, NewtonSchulz)  # only then has the plan divided matrices
-    names = (*exchange.replica_axes, *exchange.all_to_all_axes)
+    names = exchange.roles.owners
     return f.of_columns(x, Neighbours(names, devices(sizes, names), parts, group.repeat))
 
 
@@ -92,8 +92,7 @@ def _in_rounds(
     sizes: Sizes, exchange: Exchange, shards: Sequence[jax.Array], compute: Callable[..., list[jax.Array]]
 ) -> Iterable[tuple[LeafShard, list[jax.Array]]]:
     """For each leaf the pieces of its results, from each round that computed some."""
-    replicas = devices(sizes, exchange.replica_axes)
-    owners = devices(sizes, exchange.all_to_all_axes)
+    replicas, owners = devices(sizes, exchange.roles.replica), devices(sizes, exchange.roles.all_to_all)
     count = replicas * owners
     packed = [_packed(group, group.room(count), shards) for group in exchange.groups]
     results: dict[LeafShard, list[jax.Array]] = {s: [] for group in exchange.groups for s in group.shards}
@@ -103,7 +102,7 @@ def _in_rounds(
         pieces = []
         for span, (i, j) in zip(spans, places, strict=True):
             x = _cut(packed[span.group][i:j], span.parts, count)
-            pieces.append(_own(x.reshape(replicas, owners, *x.shape[1:]), exchange.replica_axes))
+            pieces.append(_own(x.reshape(replicas, owners, *x.shape[1:]), exchange.roles.replica))
         if len(in_flight) == PREFETCH:
             pieces, _ = jax.lax.optimization_barrier((pieces, in_flight.pop(0)))
         in_flight.append(compute(spans, pieces))
@@ -133,11 +132,11 @@ def _joined_parts(x: jax.Array, parts: int) -> jax.Array:
 
 def _all_to_all(exchange: Exchange, packets: Sequence[jax.Array]) -> list[jax.Array]:
     """An all_to_all of packets `(owners, ...)`."""
-    if not exchange.all_to_all_axes:
+    if not exchange.roles.all_to_all:
         return [*packets]
 
     def send(x):
-        return jax.lax.all_to_all(x, exchange.all_to_all_axes, 0, 0, tiled=True)
+        return jax.lax.all_to_all(x, exchange.roles.all_to_all, 0, 0, tiled=True)
 
     return _sent(exchange, send, packets)
 
@@ -195,20 +194,20 @@ def _own(x: jax.Array, names: Names) -> jax.Array:
 
 def _whole(sizes: Sizes, exchange: Exchange, group: Group, x: jax.Array) -> jax.Array:
     """Pieces `(all_gather, owners, slots, *local_shape)` assembled to matrices `(slots, *axes)`."""
-    names = (*exchange.all_gather_axes, *exchange.all_to_all_axes)
+    names = (*exchange.roles.all_gather, *exchange.roles.all_to_all)
     x = x.reshape(*(sizes[name] for name in names), *x.shape[2:]).transpose(_order(names, group))
     return x.reshape(x.shape[0], *group.whole(sizes))
 
 
 def _pieces(sizes: Sizes, exchange: Exchange, group: Group, y: jax.Array) -> jax.Array:
     """The pieces of matrices that return to each owner, `(owners, slots, *local_shape)`."""
-    names = (*exchange.all_gather_axes, *exchange.all_to_all_axes)
+    names = (*exchange.roles.all_gather, *exchange.roles.all_to_all)
     shape = [len(y)]
     for over, size in zip(group.mesh_axes, group.local_shape, strict=True):
         shape += [*(sizes[name] for name in over), size]
     y = y.reshape(shape).transpose(inverse(_order(names, group)))
-    y = y.reshape(-1, devices(sizes, exchange.all_to_all_axes), *y.shape[len(names) :])
-    return _own(y, exchange.all_gather_axes)
+    y = y.reshape(-1, devices(sizes, exchange.roles.all_to_all), *y.shape[len(names) :])
+    return _own(y, exchange.roles.all_gather)
 
 
 def _order(names: Names, group: Group) -> list[int]:

@@ -80,7 +80,6 @@ class Group(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        """Their number."""
         return sum(shard.matrices for shard in self.shards)
 
     def whole(self, mesh: Mapping[str, int]) -> Shape:
@@ -102,7 +101,6 @@ class Group(NamedTuple):
         return owners * self.slots + owners // self.parts * self.part_slots
 
     def cost(self, mesh: Mapping[str, int], cost: Cost) -> float:
-        """The cost of one matrix."""
         stacks = self.form.stacks((1, *self.whole(mesh)))
         return float(sum(math.prod(batch) * cost(min(n, m), max(n, m)) for *batch, n, m in stacks))
 

@@ -35,7 +35,8 @@ class Exchange:
     """Leaves of one dtype for which the mesh axes have the same roles.
 
     Args:
-      batch_axes, all_to_all_axes, all_gather_axes, replica_axes: mesh axes, in the mesh's order.
+      batch_axes: mesh axes, in the mesh's order.
+      roles: the other mesh axes by role.
       dtype: that of the leaves.
       comm_dtype: that of the data in collectives.
       groups: the matrices.
@@ -43,9 +44,7 @@ class Exchange:
     """
 
     batch_axes: Names
-    all_to_all_axes: Names
-    all_gather_axes: Names
-    replica_axes: Names
+    roles: Roles
     dtype: np.dtype
     comm_dtype: np.dtype
     groups: tuple[Group, ...] = ()
@@ -118,7 +117,7 @@ def place(
             least_sent += sent_dtype.itemsize * _least_sent(mesh, axes, owners, group)
         chooser = Chooser(mesh, axes, owners, sent_dtype.itemsize, cost, division)
         for found in map(chooser.placed, _merged(mesh, groups, chooser) if equivariant else groups):
-            exchange = Exchange(batch_axes, *found.roles, dtype, sent_dtype)
+            exchange = Exchange(batch_axes, found.roles, dtype, sent_dtype)
             placed.setdefault(exchange, []).append(found)
     exchanges = tuple(
         _in_rounds(mesh, exchange, [found.group for found in members], bytes_at_once)
@@ -149,7 +148,7 @@ def place(
 
 def _divided(mesh: Mapping[str, int], exchange: Exchange) -> int:
     """The number of matrices of all devices that are divided."""
-    owners = devices(mesh, (*exchange.replica_axes, *exchange.all_to_all_axes))
+    owners = devices(mesh, exchange.roles.owners)
     shared = [group for group in exchange.groups if group.part_slots]
     local = sum(group.matrices - group.slots * owners for group in shared)
     return local * devices(mesh, exchange.batch_axes)

@@ -51,7 +51,7 @@ class Division:
 
 
 class Roles(NamedTuple):
-    """The mesh axes of a group's leaves by role, as `Exchange` says, in the mesh's order."""
+    """The mesh axes of a group's leaves by role, in the mesh's order."""
 
     all_to_all: Names
     all_gather: Names

@@ -59,7 +59,6 @@ class Slots:
         return {key: sum(math.prod(s[:-2]) for _, _, s in parts) for key, parts in self.parts.items()}
 
     def size(self, key: str) -> tuple[int, int]:
-        """The numbers of rows and columns."""
         n, m = self.parts[key][0][2][-2:]
         return n, m
 

@@ -116,7 +116,6 @@ def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
 
 
 def _want(fine: bool, name: str, value: Any, wanted: str, advice: str) -> None:
-    """Refuse an argument that is not what is wanted."""
     if not fine:
         raise ValueError(f"race: {name} must be {wanted}, but is {value!r}. Type {advice}, for example.")
 

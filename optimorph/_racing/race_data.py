@@ -133,7 +133,6 @@ class RaceData:
 
     @property
     def styles(self) -> dict[str, Style]:
-        """Optimizer → its style in every plot."""
         return styles(list(dict.fromkeys(entry.optimizer for entry in (*self.curves, *self.trials))))
 
     def write_json(self, path: Path) -> None:

@@ -30,7 +30,6 @@ class CompiledTask:
         self._compiled: dict[Callable[..., Any], tuple[Callable[..., Any], float]] = {}
 
     def held_out_loss(self, params: Any) -> float:
-        """The mean loss over the held-out batches."""
         return float(np.mean([self._loss(params, batch) for batch in self._held_out]))
 
     def compile(

@@ -99,7 +99,6 @@ def notes(race: RaceData) -> list[str]:
 
 
 def print_table(console: Console, race: RaceData) -> None:
-    """Print the table and its notes."""
     plus_minus = " ± " if "utf" in console.encoding.lower() else " +- "
     console.print()
     for table in tables(race, console.width, plus_minus):

@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ class Coefficients:
         """The singular values after all steps, in float64."""
         sigma = np.asarray(sigma, np.float64)
         for row in self.rows:
-            sigma = sigma * _quotient(row, sigma)
+            sigma = value(row, sigma)
         return sigma
 
     @property
@@ -140,17 +141,15 @@ def checked_row(row: Sequence[float]) -> Row:
     return a, b, c
 
 
-def _quotient(row: Row, sigma: np.ndarray) -> np.ndarray:
-    """p(σ) / σ."""
+def _quotient(row: Row, sigma: Any) -> Any:
+    """p(σ) / σ, of a number or an array."""
     a, b, c = row
-    squared = sigma * sigma
-    return a + squared * (b + squared * c)
+    return a + sigma**2 * (b + sigma**2 * c)
 
 
-def value(row: Row, sigma: float) -> float:
-    """p(σ)."""
-    a, b, c = row
-    return sigma * (a + sigma**2 * (b + sigma**2 * c))
+def value(row: Row, sigma: Any) -> Any:
+    """p(σ), of a number or an array."""
+    return sigma * _quotient(row, sigma)
 
 
 def critical_points(row: Row) -> list[float]:
@@ -162,9 +161,9 @@ def critical_points(row: Row) -> list[float]:
 
 def _lowest(row: Row, top: float) -> tuple[float, float]:
     """The σ in [0, top] where p(σ)/σ is smallest, and that value."""
-    a, b, c = row
+    _, b, c = row
     inner = [math.sqrt(-b / (2 * c))] if c and -b / (2 * c) > 0 else []
-    return min(((s, a + s**2 * (b + s**2 * c)) for s in (0.0, *inner, top) if s <= top), key=lambda x: x[1])
+    return min(((s, _quotient(row, s)) for s in (0.0, *inner, top) if s <= top), key=lambda x: x[1])
 
 
 def highest(row: Row, top: float) -> tuple[float, float]:
@@ -177,7 +176,7 @@ def _condition(rows: Table, first: int, last: int) -> float:
     """max / min, over σ in [0, 1], of the factor by which the steps from `first` to `last` multiply σ."""
     sigma = np.concatenate([[0.0], np.geomspace(1e-6, 1e-2, 500), np.linspace(1e-2, 1, 4000)])
     for row in rows[:first]:
-        sigma = sigma * _quotient(row, sigma)
+        sigma = value(row, sigma)
     factor = np.ones_like(sigma)
     for row in rows[first:last]:
         quotient = _quotient(row, sigma)

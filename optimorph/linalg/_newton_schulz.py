@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -25,7 +24,14 @@ from optimorph.linalg._coefficients import (
     checked_row,
 )
 from optimorph.linalg._polar_express import polar_express
-from optimorph.linalg._shared_columns import Neighbours, Work, normalize_columns, polar_of_columns, work
+from optimorph.linalg._shared_columns import (
+    Neighbours,
+    Work,
+    normalize_columns,
+    polar_of_columns,
+    stretches,
+    work,
+)
 from optimorph.linalg._symmetric import Symmetric, apply, blocked, combine, gram, identity, multiply
 
 Stack = Inexact[Array, "*batch n m"]
@@ -221,12 +227,10 @@ def operations(shape: tuple[int, ...], rows: Table, restarts: Sequence[int] | No
     n, m = shape[-2:]
     share = 0.75 if in_blocks else 1.0
     square, wide = share * n**3, share * n * n * m
-    powers = [int(c != 0) for _, _, c in rows]  # an R² for each row with a fifth power
-    if restarts is None:
-        return round(sum(wide + power * square + n * n * m for power in powers))
-    stretches = [j - i for i, j in itertools.pairwise([0, *restarts, len(rows)])]
-    products = sum(powers) + sum(3 * (length - 1) for length in stretches)  # R²; R twice, Q
-    return round(products * square + len(stretches) * (wide + n * n * m))
+    lengths = [len(stretch) for stretch in stretches(rows, restarts)]
+    squares = sum(c != 0 for _, _, c in rows)  # an R² for each row with a fifth power
+    products = squares + sum(3 * (length - 1) for length in lengths)  # R twice, Q
+    return round(products * square + len(lengths) * (wide + n * n * m))
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -270,9 +274,9 @@ def _by_gram(
     x: jax.Array, rows: Table, restarts: Sequence[int], precision: str, in_blocks: bool
 ) -> jax.Array:
     dtype = x.dtype
-    for i, j in itertools.pairwise([0, *restarts, len(rows)]):
+    for stretch in stretches(rows, restarts):
         r = combine(dtype, (1.0, gram(x, precision, in_blocks)))
-        x = apply(_factor(r, rows[i:j], precision), x, precision).astype(dtype)
+        x = apply(_factor(r, stretch, precision), x, precision).astype(dtype)
     return x
 
 

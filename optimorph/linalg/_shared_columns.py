@@ -86,12 +86,12 @@ def work(
 ) -> Work:
     """What `polar_of_columns` does for a matrix n x m whose columns are divided over so many devices."""
     n, m = shape[0] + -shape[0] % size, -(-shape[1] // size)
-    powers, stretches = sum(c != 0 for _, _, c in rows), _stretches(rows, restarts)
-    products = powers + sum(3 * (len(stretch) - 1) for stretch in stretches)
+    powers, each = sum(c != 0 for _, _, c in rows), stretches(rows, restarts)
+    products = powers + sum(3 * (len(stretch) - 1) for stretch in each)
     own_rows = n if repeat else n // size
-    flops = 2.0 * n * (products * own_rows * n + len(stretches) * 2 * n * m)
-    gathers = 0 if repeat else powers + sum(len(stretch) for stretch in stretches if len(stretch) > 1)
-    collectives = gathers + 2 * len(stretches)
+    flops = 2.0 * n * (products * own_rows * n + len(each) * 2 * n * m)
+    gathers = 0 if repeat else powers + sum(len(stretch) for stretch in each if len(stretch) > 1)
+    collectives = gathers + 2 * len(each)
     return Work(flops, itemsize * collectives * n * n * (size - 1) / size, collectives + 1)
 
 
@@ -111,7 +111,7 @@ def polar_of_columns(
     """(1) of normalized matrices; without restarts R is computed anew in every step."""
     n, dtype = x.shape[1], x.dtype
     x = jnp.pad(x, [(0, 0), (0, -n % neighbours.size), (0, 0)])
-    for stretch in _stretches(rows, restarts):
+    for stretch in stretches(rows, restarts):
         r = neighbours.sum(product(x, x.mT.conj(), precision).astype(dtype))
         alpha, q = _factor(neighbours.rows(r) if neighbours.repeat else r, stretch, precision, neighbours)
         step = product(q if neighbours.repeat else neighbours.rows(q), x, precision)
@@ -141,7 +141,7 @@ def _factor(r: jax.Array, rows: Table, precision: str, neighbours: Neighbours) -
     return alpha, q
 
 
-def _stretches(rows: Table, restarts: Sequence[int] | None) -> list[Table]:
-    """The rows from each restart to the next."""
+def stretches(rows: Table, restarts: Sequence[int] | None) -> list[Table]:
+    """The rows from each restart to the next; each row alone without restarts."""
     starts = range(len(rows)) if restarts is None else [0, *restarts]
     return [rows[i:j] for i, j in itertools.pairwise([*starts, len(rows)])]

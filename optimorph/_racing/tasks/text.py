@@ -6,10 +6,10 @@ import importlib.resources
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from optimorph._racing.task import Task
+from optimorph._racing.tasks.classification import classification
 
 LAYERS, WIDTH, HEAD, CONTEXT, BATCH = 4, 128, 32, 64, 12  # HEAD: the width of one attention head
 PIECE = 8192  # characters; of every 20 pieces, one is for tuning and one for validation
@@ -74,16 +74,6 @@ def task(width: int = WIDTH, batch: int = BATCH, plays: slice = slice(None)) -> 
     """
     parts, vocabulary = load_characters(plays)
 
-    def model(seed):
-        return GPT(vocabulary, nnx.Rngs(seed), width)
-
-    graph = nnx.graphdef(model(0))
-
-    def loss(params, batch):
-        tokens, following = batch
-        logits = nnx.merge(graph, params)(tokens)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, following).mean()
-
     def batches(seed):
         text, rng = parts["train"], np.random.default_rng(seed)
         while True:
@@ -93,12 +83,11 @@ def task(width: int = WIDTH, batch: int = BATCH, plays: slice = slice(None)) -> 
         starts = np.linspace(0, len(parts[part]) - CONTEXT - 2, 4 * 64).astype(int)
         return [_windows(parts[part], chunk) for chunk in np.split(starts, 4)]
 
-    return Task(
+    return classification(
+        functools.partial(GPT, vocabulary, width=width),
         name="text",
         title=f"character GPT ({LAYERS} layers, width {width}) on Shakespeare",
         measure="validation loss (nats per character)",
-        init=lambda seed: nnx.state(model(seed), nnx.Param),
-        loss=loss,
         batches=batches,
         held_out=held_out,
         steps=250,
