@@ -38,8 +38,8 @@ from typing import TYPE_CHECKING, Any
 
 from optimorph import codecs, curvature, layouts, linalg, probes, rules, schedules, theory
 from optimorph._apply_updates import apply_updates
-from optimorph._carry_report import CarryReport, CarryRow
-from optimorph._carry_state import carry_state
+from optimorph._carry.carry_state import carry_state
+from optimorph._carry.report import CarryReport, CarryRow
 from optimorph._distributed.hardware import Hardware
 from optimorph._inject_hyperparams import inject_hyperparams
 from optimorph._plan import Plan, PlanRow, plan

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._carry_leaves import (
+from optimorph._carry.leaves import (
     WHO,
     Renamed,
     chosen,
@@ -21,11 +21,11 @@ from optimorph._carry_leaves import (
     under_old_names,
     with_names,
 )
-from optimorph._carry_match import ASKED, Match
-from optimorph._carry_report import DROPPED, CarryReport, CarryRow
+from optimorph._carry.match import ASKED, Match
+from optimorph._carry.report import DROPPED, CarryReport, CarryRow
+from optimorph._carry.slots import Slot, owners, slots
 from optimorph._core.checks import abbreviated, check_flags, check_transforms
 from optimorph._core.types import Mask, PyTree
-from optimorph._state_slots import Slot, owners, slots
 from optimorph._storage.stored import Codecs, Stored, codecs_of, with_stored, without_stored
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optimorph._carry.slots import HYPERPARAMETER, Slot
 from optimorph._core.checks import check_flags
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rule import Leaves, arrays
 from optimorph._core.types import Mask, PyTree, Shape
 from optimorph._routing.rules import check_mask, first_match, masked_leaves, warn_unused
-from optimorph._state_slots import HYPERPARAMETER, Slot
 from optimorph._storage.stored import Stored
 
 WHO = "carry_state"

@@ -10,12 +10,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType
 
-from optimorph import _state_slots as kinds
-from optimorph._carry_leaves import Place
-from optimorph._carry_report import CONVERTED, DROPPED, FRESH, KEPT, CarryRow
+from optimorph._carry import slots as kinds
+from optimorph._carry.leaves import Place
+from optimorph._carry.report import CONVERTED, DROPPED, FRESH, KEPT, CarryRow
+from optimorph._carry.slots import Part, Slot, is_known_zero, is_number
 from optimorph._core.numbers import cast_like
 from optimorph._core.types import Shape
-from optimorph._state_slots import Part, Slot, is_known_zero, is_number
 from optimorph._storage.stored import Stored
 
 ASKED = "as asked for"
