@@ -677,6 +677,23 @@ def test_accelerators_round(codec):
         assert ("round_nearest_even" in text) == (platform != "cpu")
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("codec", [Signed8(), Nonneg8()], ids=lambda codec: type(codec).__name__)
+def test_programs_hold_no_arrays(codec, platform):
+    """A table of which number is in which block would be megabytes of a program, for any platform."""
+    x, key = jax.ShapeDtypeStruct((4, 3072), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    there_and_back = jax.jit(lambda x, key: codec.decode(codec.encode(x, key)))
+    text = jax.export.export(there_and_back, platforms=[platform])(x, key).mlir_module()
+    assert 'dense<"' not in text
+
+
+@pytest.mark.parametrize("codec", [Signed8(), Nonneg8()], ids=lambda codec: type(codec).__name__)
+def test_codes_have_no_derivative(codec):
+    """And an update can be differentiated: JAX looks into the programs of all platforms for that."""
+    x = inputs(codec, (4, 256))
+    assert not np.any(jax.jvp(lambda x: codec.decode(codec.encode(x, KEY)), (x,), (x,))[1])
+
+
 @pytest.mark.parametrize("draw", [sparse, heaviest])
 def test_updates_would_explode(draw):
     """With a code for zero: why there is none."""

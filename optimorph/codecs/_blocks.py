@@ -61,7 +61,7 @@ class BlockCodec(Codec):
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         def encoded(form: Form, x: jax.Array, place: jax.Array) -> Encoded:
             split = form.split(x)
-            scales = self._scales(form.largest(self._bits(split)))
+            scales = self._scales(form.largest(split, self._bits))
             s = scales.astype(jnp.float32)
             quarters = split * form.spread(jnp.where(s >= TINY, 4 / s, 0))  # 1 / s may be subnormal
             codes = self._codes(quarters, key, form.split(place)).astype(self.code_dtype)
