@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import optimorph as om
 from optimorph._core.moments import OPTAX_FIELDS, moments_of
+from optimorph._core.target import Target
 from optimorph._storage import slabs
 from optimorph.codecs import BFloat16, Float8, Nonneg8, Signed8, Split16
 
@@ -662,6 +663,25 @@ def test_memory():
     assert memory.alias_size_in_bytes >= stored + 4 * size - 64  # but for counts, several of which are one
     assert memory.temp_size_in_bytes <= 0.3 * size
     assert memory.output_size_in_bytes <= stored + 4 * size + 256
+
+
+def test_the_order_of_leaves_on_tpus():
+    """An update waits for the codes of its moments: TPUs would keep the moments of all leaves otherwise."""
+    tx = om.compress_state(om.ema(0.9), {"first/*": Signed8()})
+    params = {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
+    update = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
+    for platform in ("cpu", "cuda", "tpu"):
+        text = update.lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in text) == (platform == "tpu")
+
+
+def test_slabs_of_tpus():
+    """Leaves of moderate size are updated whole; stacks of layers in slabs, as large on each device."""
+    stack = (12, 768, 3072)
+    assert slabs.slab_shape(stack[1:], Target("tpu")) is None
+    assert slabs.slab_shape(stack, Target("tpu")) == (12, 96, 3072)
+    assert slabs.slab_shape(stack, Target("tpu", devices=8)) is None
+    assert slabs.slab_shape((8, *stack), Target("tpu", devices=8)) == (8, 12, 96, 3072)
 
 
 def test_one_program_for_leaves_alike():

@@ -212,7 +212,9 @@ class LargeLeaf:
             return update, encode(new, old, self.codecs, keys, place)
 
         if slab_shape(self.step.whole, target) is None:
-            return store(None, make(written, (g, weight)), written)
+            stored = store(None, make(written, (g, weight)), written)
+            # a TPU would compute all updates first, and keep the moments of all leaves in float32 until then
+            return jax.lax.optimization_barrier(stored) if target.platform == "tpu" else stored
         return in_slabs(make, store, self.step.whole, target, written, (g, weight))
 
 

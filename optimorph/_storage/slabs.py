@@ -17,6 +17,9 @@ SIZES = {"cpu": (1 << 12, 1 << 14)}
 OTHER_SIZES = (1 << 26, 1 << 26)
 """The fewest and the most numbers of a slab: of a core's cache, or so many that launches do not matter."""
 
+ON_TPU = 1 << 22
+"""The numbers of a slab on each device of a TPU, where a turn of a loop costs little."""
+
 PARTS = 96
 """How many slabs an array has, if they are neither too small nor too large."""
 
@@ -26,6 +29,8 @@ def slab_shape(shape: Shape, target: Target) -> Shape | None:
     if len(shape) < 2 or 0 in shape:
         return None
     fewest, most = SIZES.get(target.platform, OTHER_SIZES)
+    if target.platform == "tpu":
+        fewest = most = ON_TPU * target.devices
     pieces = _pieces(shape, target)
     rows, size = shape[-2] // pieces, math.prod(shape)
     wanted = max(1, min(max(size // PARTS, fewest), most) * rows // size)
