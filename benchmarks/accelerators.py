@@ -7,7 +7,8 @@ Nothing is run. The compilers of v5e, v5p, v6e and H100 say what one device send
 also how many cycles each operation takes, without communication.
 
 mesh: one update of Muon for the 84 matrices of a transformer (12 layers of width 768) in four layouts: by
-sharding hints or `custom_partitioning` ("found"), by the exchange (`shardings=`, "given"), and optax's.
+sharding hints or `custom_partitioning` ("found"), by the exchange (`shardings=`, "given", or Explicit axes,
+"explicit"), and optax's, also with layers stacked and read as MaxText does ("MaxText").
 recipes: one update of the same matrices in FSDP, with `shardings=`, of Muon and of its relatives.
 chip: one update of GPT-2 small on one device: AdamW, moments in bfloat16 and in 8 bits, Muon, beside optax's.
 large: one update of Muon for Llama-3-8B on 64 v5p, with matrices whole and divided over devices, beside what
@@ -29,8 +30,9 @@ from pathlib import Path
 import accelerator
 import jax
 import jax.numpy as jnp
+import optax.contrib
 import sharding
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich import box
 from rich.console import Console
@@ -61,8 +63,17 @@ LAYOUTS = {
     "HSDP": lambda name, shape: largest(shape, "data"),
     "FSDP x TP": sharding.crossed,
 }
+WAYS = ("found", "given", "explicit", "optax", "MaxText")
 OPTAX = {"v5p 2x2x2": ("FSDP", "FSDP x TP"), "H100 x 8": ("FSDP",)}
 """Where optax's Muon is compiled too, which takes minutes."""
+
+
+def as_maxtext():
+    """Its Muon is that of optax. It reads most leaves so: inputs first, outputs last, and layers between."""
+    spec = optax.contrib.MuonDimensionNumbers(0, -1)
+    return optax.contrib.muon(
+        0.02, muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: spec, params)
+    )
 
 
 def counted(tx, shapes, places, mesh):
@@ -115,14 +126,31 @@ def over_meshes(console):
         for layout, spec in LAYOUTS.items():
             if name == "v5p 4x4x4" and layout != "FSDP x TP":
                 continue
-            places = placed_by(spec, shapes, mesh)
-            ways = {"found": sharding.ours(), "given": om.muon(0.02, axes={"*": "io"}, shardings=places)}
-            if layout in OPTAX.get(name, ()):
-                ways["optax"] = sharding.theirs()
-            rows[name][layout] = {way: counted(tx, shapes, places, mesh) for way, tx in ways.items()}
-            for way, row in rows[name][layout].items():
+            rows[name][layout] = {}
+            for way in WAYS if layout in OPTAX.get(name, ()) else WAYS[:3]:
+                row = rows[name][layout][way] = of_way(way, spec, shapes, mesh)
                 console.print(name, layout, way, _in_words(row), soft_wrap=True)
     return rows
+
+
+def of_way(way, spec, shapes, mesh):
+    """Counts of one row of `over_meshes`."""
+    if way == "explicit":
+        mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
+    places = placed_by(spec, shapes, mesh)
+    if way == "MaxText":
+        layer, count = next(iter(shapes.values())), len(shapes)
+        shapes = {leaf: (rows, count, columns) for leaf, (rows, columns) in layer.items()}
+        specs = ((leaf, spec(leaf, shape)) for leaf, shape in layer.items())
+        places = {leaf: NamedSharding(mesh, P(rows, None, columns)) for leaf, (rows, columns) in specs}
+    tx = {
+        "found": sharding.ours(),
+        "given": om.muon(0.02, axes={"*": "io"}, shardings=places),
+        "explicit": sharding.ours(),
+        "optax": sharding.theirs(),
+        "MaxText": as_maxtext(),
+    }[way]
+    return counted(tx, shapes, places, mesh)
 
 
 def of_recipes(console):

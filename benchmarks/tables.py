@@ -406,7 +406,7 @@ def meshes():
     yield "devices", "layout", "collectives", "Gflop", "MB temporary", "work"
     for mesh in ("v5p 2x2x2", "v5p 4x4x4", "H100 x 8"):
         for layout, ways in recorded("accelerators")["mesh"][mesh].items():
-            rows = [ways.get(way) for way in ("found", "given", "optax")]
+            rows = [ways.get(way) for way in ("found", "given", "explicit", "optax", "MaxText")]
             cells = (
                 lambda row: sum(row["collectives"].values()),
                 lambda row: f"{row['gflop']:.0f}",

@@ -139,14 +139,20 @@ def _cycles(text):
             bodies[name].append(line)
     found = collections.Counter()
 
+    def turns(line):
+        """Those that the compiler writes down, or, on TPUs, the number that the condition compares with."""
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line).group(1)
+        known = known or re.search(r" constant\((\d+)\)", "\n".join(bodies[condition]))
+        return int(known.group(1)) if known else 1
+
     def add(body, times):
         for line in bodies.get(body, ()):
             if estimate := re.search(r'"estimated_cycles":"(\d+)"', line):
                 kind = "products" if "convolution" in line else "rest"
                 found[kind] += int(estimate.group(1)) * times
             if loop := re.search(r"while\(.*body=%?([\w.\-]+)", line):
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                add(loop.group(1), times * (int(trips.group(1)) if trips else 1))
+                add(loop.group(1), times * turns(line))
 
     add(entry, 1)
     return found
