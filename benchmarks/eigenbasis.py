@@ -1,13 +1,16 @@
 """What optimizers in an eigenbasis cost: over a mesh, on one CPU, and compiled for accelerators.
 
-    python benchmarks/eigenbasis.py [mesh] [balance] [steps] [accelerators]
+    python benchmarks/eigenbasis.py [mesh] [balance] [steps] [accelerators] [first]
 
 mesh: one update of SOAP for the 84 matrices of a transformer (12 layers of width 768) on 8 forced devices,
 beside a port leaf by leaf: averages are divided as the parameters are, factors and bases are on every device.
 balance: the QR of the busiest device over the mean of all, from the plan, of models with uneven matrices.
 steps: milliseconds of one update beside AdamW and Muon (the median of interleaved rounds), and seconds to
 compile. Set OPENBLAS_NUM_THREADS=1: the threads of LAPACK wait for each other where cores are busy.
-accelerators: QR of four matrices, compiled for one v5p or H100.
+accelerators: QR of four matrices, compiled for one v5p or H100, and an update of uneven matrices for
+eight. Run it with `jax[tpu]` and with `jax[cuda12]`.
+first: losses on the race's text where every one of the first steps refreshes the bases, seed by seed. The
+rates are those of SOAP there.
 
 Part by part written to `benchmarks/results/eigenbasis.json`.
 """
@@ -21,7 +24,9 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = flags + " --xla_force_host_platform_device_count=8"
 
 import datetime
+import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import re
@@ -43,6 +48,10 @@ from jax.sharding import PartitionSpec as P
 
 import optimorph as om
 from optimorph._distributed.balance import balanced
+from optimorph._racing import registry
+from optimorph._racing.run import CompiledTask, Run
+from optimorph._racing.task import warmup_cosine
+from optimorph._racing.tasks import text
 
 RESULTS = Path(__file__).parent / "results" / "eigenbasis.json"
 AXES = {"*": "io"}
@@ -144,32 +153,51 @@ UNEVEN = {
 
 
 def balance():
-    """Model → devices → the busiest device over the mean: at the owners, as computed, and at best."""
+    """Model → devices → the busiest device over the mean: at the owners, as computed, and at best.
+
+    With `every`, the busiest device of the worst step in ten.
+    """
     rows = {}
     for name, sizes in UNEVEN.items():
         rows[name] = {}
         for devices in (8, 16, 64):
             slots = {}
             for side, count in ((side, count) for shape, count in sizes.items() for side in shape):
-                end = -(-count // devices) * devices
-                slots.setdefault(side, []).append((np.arange(end) < count).reshape(devices, -1))
-            filled = [np.concatenate(each, axis=1) for each in slots.values()]
+                slots.setdefault(side, []).append(count)
+            numbers = [_numbers(devices, counts) for counts in slots.values()]
             costs = [float(side) ** 3 for side in slots]
-            plans = balanced(costs, filled)
-            mean = sum(cost * x.sum() for cost, x in zip(costs, filled, strict=True)) / devices
-            owners = sum(cost * x.shape[1] for cost, x in zip(costs, filled, strict=True))
-            work = [
-                cost * plan.chosen.shape[1] * (plan.chosen[:, 0] < x.shape[1] + len(plan.rounds))
-                for cost, x, plan in zip(costs, filled, plans or (), strict=plans is not None)
-            ]
-            busiest = owners if plans is None else np.max(sum(work))
+            mean = sum(cost * np.sum(x >= 0) for cost, x in zip(costs, numbers, strict=True)) / devices
+            owners = sum(cost * x.shape[1] for cost, x in zip(costs, numbers, strict=True))
             rows[name][str(devices)] = {
                 "owners": float(owners / mean),
-                "balanced": float(busiest / mean),
+                "balanced": float(_busiest(costs, numbers, 1, owners) / mean),
                 "at_best": max(1.0, float(max(costs) / mean)),
+                "spread": float(_busiest(costs, numbers, 10, owners) / mean * 10),
+                "spread_at_best": max(1.0, float(max(costs) / mean) * 10),
             }
         print(name, rows[name], flush=True)
     return rows
+
+
+def _numbers(devices, counts):
+    """Which matrix of its size each slot of stacks has; -1 for none."""
+    firsts, each = np.cumsum([0, *counts]), []
+    for first, count in zip(firsts, counts, strict=False):
+        number = np.arange(-(-count // devices) * devices)
+        each.append(np.where(number < count, first + number, -1).reshape(devices, -1))
+    return np.concatenate(each, axis=1)
+
+
+def _busiest(costs, numbers, every, owners):
+    """The most work of one device in one turn."""
+    plans = balanced(costs, numbers, every)
+    if plans is None:
+        return float(owners)
+    work = [
+        cost * plan.chosen.shape[2] * (plan.chosen[..., 0] < x.shape[1] + len(plan.rounds))
+        for cost, x, plan in zip(costs, numbers, plans, strict=True)
+    ]
+    return float(np.max(sum(work)))
 
 
 MODELS = {"GPT, 4 layers of width 128": (128, 4), "GPT, 2 layers of width 256": (256, 2)}
@@ -232,10 +260,71 @@ def on_accelerators():
                 "lines": program.as_text().count("\n"),
             }
             print(name, n, rows[name][f"4 x {n} x {n}"], flush=True)
+        mesh = targets.mesh_of("H100" if name == "H100" else "v5p:2x2x2", {"data": 8})
+        for label, spread in (("together", False), ("spread", True)):
+            rows[name][label] = _of_uneven_matrices(mesh, spread)
+            print(name, label, rows[name][label], flush=True)
     return rows
 
 
-PARTS = {"mesh": over_meshes, "balance": balance, "steps": steps, "accelerators": on_accelerators}
+def _of_uneven_matrices(mesh, spread):
+    """What the compiler says of an update of 15 matrices of 7 sizes on eight devices."""
+    sizes = UNEVEN["15 matrices of 7 sizes, sides 256 to 2048"]
+    shapes = {f"{n}x{m}-{k}": (n // 8, m // 8) for (n, m), count in sizes.items() for k in range(count)}
+    whole, owners = NamedSharding(mesh, P()), NamedSharding(mesh, P(mesh.axis_names))
+    tx = om.soap(3e-3, axes=AXES, spread=spread)
+    params = {name: jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for name, s in shapes.items()}
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=owners if x.ndim > 1 else whole), state
+    )
+    started = time.perf_counter()
+    program = targets.compiled(tx.update, params, state, params, mesh=mesh)
+    seconds, text = time.perf_counter() - started, program.as_text()
+    return {
+        "compile_seconds": seconds,
+        "lines": text.count("\n"),
+        "collectives": dict(hlo.counted(program).collectives),
+        "permutations of a refresh": len(re.findall(r" collective-permute(?:-start)?\(", text)),
+    }
+
+
+VARIANTS = {
+    "soap, refresh_warmup=30": functools.partial(om.soap, refresh_warmup=30),
+    "klsoap, refresh_warmup=30": functools.partial(om.klsoap, refresh_warmup=30),
+    "klsoap": om.klsoap,
+    "soap, every=1": functools.partial(om.soap, every=1),
+}
+
+
+def first_steps():
+    """Variant → seed → validation loss of the race on text; what is recorded is not trained again."""
+    task, rates = text.task(), registry.recorded_learning_rates("text")["soap"]
+    rate, others = (warmup_cosine(peak, task.steps) for peak in rates)
+    compiled = CompiledTask(task)
+    rows = json.loads(RESULTS.read_text()).get("first", {})
+    for seed, name in itertools.product(range(3), VARIANTS):
+        if str(seed) not in rows.setdefault(name, {}):
+            adamw = om.adamw(others, b2=registry.B2, weight_decay=0.0)
+            tx = VARIANTS[name](rate, weight_decay=task.weight_decay, others=adamw)
+            run = Run(compiled, tx, seed)
+            while run.step < task.steps:
+                run.take_step()
+            run.evaluate()
+            rows[name][str(seed)] = run.losses[-1]
+            print(seed, name, run.losses[-1], flush=True)
+            RESULTS.write_text(json.dumps(json.loads(RESULTS.read_text()) | {"first": rows}, indent=1) + "\n")
+    return rows
+
+
+PARTS = {
+    "mesh": over_meshes,
+    "balance": balance,
+    "steps": steps,
+    "accelerators": on_accelerators,
+    "first": first_steps,
+}
 
 
 def main():

@@ -102,7 +102,7 @@ def race():
 def choice():
     """Optimizers on text, digits and flights."""
     yield "optimizer", "text: nats per character", "digits: nats per picture", "flights: nats per flight"
-    files = {("race",): 3, ("digits/race", "soap/digits"): 4, ("flights/race",): 3}
+    files = {("race", "soap/text"): 3, ("digits/race", "soap/digits"): 4, ("flights/race",): 3}
     races = [
         {row["name"]: _loss(row, places) for name in names for row in recorded(name)["rows"]}
         for names, places in files.items()
@@ -378,10 +378,23 @@ def eigenbasis_mesh():
 
 def eigenbasis_balance():
     """QR of the busiest device, over the mean."""
-    yield "model", "devices", "at the owners", "balanced", "at best"
+    yield "model", "devices", "at the owners", "balanced", "at best", "spread", "at best"
+    names = ("owners", "balanced", "at_best", "spread", "spread_at_best")
     for model, rows in recorded("eigenbasis")["balance"].items():
         for devices, row in rows.items():
-            yield model, devices, *(f"{row[name]:.2f}" for name in ("owners", "balanced", "at_best"))
+            yield model, devices, *(f"{row[name]:.2f}" for name in names)
+
+
+def eigenbasis_first():
+    """Losses on text, by how often the first steps refresh the bases."""
+    yield "optimizer", "seed 0", "seed 1", "seed 2"
+    race = RaceData.read(RESULTS / "soap" / "text.json")
+    rows = {
+        name: {str(c.seed): c.losses[-1] for c in race.curves if c.optimizer == name}
+        for name in ("soap", "muon")
+    }
+    for name, losses in (rows | recorded("eigenbasis")["first"]).items():
+        yield name, *(f"{losses[seed]:.3f}" if seed in losses else "-" for seed in "012")
 
 
 def eigenbasis_steps():
@@ -484,6 +497,7 @@ TABLES = {
         planned,
         eigenbasis_mesh,
         eigenbasis_balance,
+        eigenbasis_first,
         eigenbasis_steps,
         large,
         meshes,

@@ -226,10 +226,11 @@ TRANSFORMS = [
             om.divide(om.ema(0.8), by=om.chain(om.square(), om.ema(0.9), om.root(1e-2))),
             decay=0.95,
             every=3,
+            refresh_warmup=2,
             max_dim=5,
             axes={"*": "io"},
         ),
-        lambda: papers.soap(-1.0, 0.8, 0.9, 1e-2, every=3, beta=0.95, correct=False, max_dim=5),
+        lambda: papers.soap(-1.0, 0.8, 0.9, 1e-2, every=3, beta=0.95, correct=False, max_dim=5, warmup=2),
         matrices=True,
         real=True,
         condition=10,
@@ -763,8 +764,8 @@ MORE = [  # recipes under other arguments, which have no other states
     ),
     Entry(
         "soap-numbers",
-        lambda om: om.soap(0.1, 0.8, 0.85, 1e-2, 0.02, every=4, max_dim=5, **INDEPENDENT),
-        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=4, max_dim=5),
+        lambda om: om.soap(0.1, 0.8, 0.85, 1e-2, 0.02, every=4, refresh_warmup=2, max_dim=5, **INDEPENDENT),
+        lambda: papers.soap(0.1, 0.8, 0.85, 1e-2, 0.2, every=4, max_dim=5, warmup=2),
         **LIKE_SOAP,
     ),
     Entry(

@@ -805,8 +805,10 @@ def orthogonal_iteration(p, q, sort, steps=1):
 class Factors:
     """L and R of the official SOAP and KL-SOAP, and their eigenbases; a side above `max_dim` has none."""
 
-    def __init__(self, beta, every, max_dim=np.inf, kl=False, sort=True, whole_first=False, clamp=None):
-        self.beta, self.every, self.max_dim = beta, every, max_dim
+    def __init__(
+        self, beta, every, max_dim=np.inf, kl=False, sort=True, whole_first=False, clamp=None, warmup=1
+    ):
+        self.beta, self.every, self.max_dim, self.warmup = beta, every, max_dim, warmup
         self.kl, self.sort, self.whole_first, self.clamp = kl, sort and not kl, whole_first, clamp
         self.steps = -1
 
@@ -843,7 +845,7 @@ class Factors:
                     clamp = self.clamp or max(10, min(size, 4000))
                     self.values[k] = np.maximum(b * self.values[k] + (1 - b) * means[k], clamp**-2.0)
         self.factors = [b * p + (1 - b) * new for p, new in zip(self.factors, seen, strict=True)]
-        if self.steps % self.every:
+        if self.steps % self.every and self.steps >= self.warmup:
             return m, v
         whole = before[0] @ m @ before[1].T
         for k, p in enumerate(self.factors):

@@ -1,5 +1,6 @@
 """In the eigenbasis of the gradient's factors: what does not matter, what it is good for, what it costs."""
 
+import functools
 from unittest import mock
 
 import jax
@@ -152,93 +153,111 @@ def test_a_spread_refresh():
     assert np.sum(changes[1:], axis=0).tolist() == [2] * 6
 
 
-def turns_are_wrong(package):
-    """Whether not those factors change whose turn it is, or in the first step not all."""
-    try:
-        return not _takes_turns(package._distributed.bases._in_turn, 5, 4)
-    except Exception:
-        return True
-
-
-def _takes_turns(in_turn, length, every):
-    p, counts, size = jnp.arange(1.0, 1 + length), jnp.arange(2 * every), -(-length // every)
-
-    def at(count):
-        return in_turn(
-            lambda p, q: (p + 0 * q, jnp.ones_like(p, int)), p, 0 * p, 0 * p.astype(int), count, every
+@pytest.mark.parametrize("spread", [False, True])
+@rounding.in_float64
+def test_refreshes_in_the_first_steps(spread):
+    """As with `every=1` so long, and then in every third step, all factors or in turn."""
+    shapes = {f"w{k}": (4, 4) for k in range(3)}
+    make = functools.partial(om.soap, 0.1, spread=spread, axes={"*": "io"})
+    got, state = trained(make(every=3, refresh_warmup=4), shapes, 4)
+    want, other = trained(make(every=1), shapes, 4)
+    rounding.close((got, state), (want, other), condition=1e3)
+    changed = []
+    for step in range(4, 10):
+        _, after = trained(make(every=3, refresh_warmup=4), shapes, 1, state, step)
+        changed.append(
+            sum(not np.array_equal(a, b) for a, b in zip(_bases(after), _bases(state), strict=True))
         )
-
-    got, moved = map(np.asarray, jax.vmap(at)(counts))
-    counts = np.asarray(counts)[:, None]
-    k, start = np.arange(length), counts % every * size
-    turn = (k >= np.minimum(start, length - size)) & (k < start + size) & (start < length)
-    due = turn | (counts == 0)
-    return np.array_equal(got, due * np.asarray(p)) and np.array_equal(moved, due)
+        state = after
+    assert changed == ([2] * 6 if spread else [0, 0, 6] * 2)
 
 
-BALANCED = (  # devices, and for each size a cost and how many matrices each stack has → work, exchanges
-    (8, ((4.0, (12, 12)), (2.0, (12,)), (1.0, (60,))), (24.0, [3, 0, 4])),
-    (4, ((9.0, (1,)), (8.0, (1, 1)), (1.0, (3,))), (9.0, [0, 2, 1])),
-    (4, ((4.0, (5,)), (3.0, (1,)), (2.0, (1,)), (1.5, (1,))), (8.0, [0, 1, 1, 1])),
-    (2, ((1.0, (1, 1, 1)),), (2.0, [1])),
-    (2, ((10.0, (2,)), (1.0, (1, 1))), None),
-    (4, ((1.0, (3,)),), None),
+BALANCED = (  # devices, for each size a cost and how many matrices each stack has; turns → work, exchanges
+    (8, ((4.0, (12, 12)), (2.0, (12,)), (1.0, (60,))), {1: (24.0, [3, 0, 0]), 3: (9.0, [2, 0, 0])}),
+    (4, ((9.0, (1,)), (8.0, (1, 1)), (1.0, (3,))), {1: (9.0, [0, 2, 1]), 2: (9.0, [0, 1, 1])}),
+    (
+        4,
+        ((4.0, (5,)), (3.0, (1,)), (2.0, (1,)), (1.5, (1,))),
+        {1: (8.0, [0, 1, 1, 1]), 2: (4.0, [0, 1, 1, 1])},
+    ),
+    (2, ((1.0, (1, 1, 1)),), {1: (2.0, [1]), 2: (1.0, [1])}),
+    (2, ((10.0, (2,)), (1.0, (1, 1))), {1: None, 3: (10.0, [0, 1])}),
+    (4, ((1.0, (3,)),), {1: None, 10: (1.0, [0])}),
+    (3, ((1.0, (4,)), (8.0, (1,))), {1: (8.0, [2, 0])}),
+    (4, ((2.0, (1, 2)), (1.0, (2,)), (4.0, (6,))), {3: (4.0, [2, 1, 0])}),
+    (3, ((3.0, (6,)), (4.0, (1,)), (8.0, (2,))), {1: None}),
 )
 
 
 def balance_is_wrong(package):
-    """Whether a device computes more than it should, or anything but each matrix once."""
+    """Whether a device computes more than it should, or anything but each matrix once, in its turn."""
     try:
-        if not all(_balances(package._distributed.balance, *case) for case in BALANCED):
+        if not all(
+            _balances(package._distributed.balance.balanced, devices, sizes, every, wanted)
+            for devices, sizes, each in BALANCED
+            for every, wanted in each.items()
+        ):
+            return True
+        turns, every = package._distributed.bases._turns, ((4, 3), (1, 1))
+        spans = [
+            [[*range(*turns(jnp.asarray(n), jnp.asarray(n < 2), *each))] for n in range(6)] for each in every
+        ]
+        if spans != [[[0, 1, 2], [0, 1, 2], [2], [], [0], [1]], [[0]] * 6]:
             return True
         bases = {"4x9": (jnp.zeros((80, 4, 4)), None), "6x6": (jnp.zeros((16, 6, 6)),) * 2}
         mesh = AbstractMesh((8,), ("d",))
-        names, plans = package._distributed.bases._plans(mesh, bases, {"4x9": 80, "6x6": 12})
-        wanted = balanced([4.0**3, 6.0**3], [_filled(8, 80), _filled(8, 12, 12)])
-        return names != ("d",) or not all(
-            np.array_equal(x.chosen, y.chosen) for x, y in zip(plans, wanted, strict=True)
-        )
+        plans = package._distributed.bases._plans(mesh, bases, {"4x9": 80, "6x6": 12}, 1)
+        wanted = balanced([4.0**3, 6.0**3], [_numbers(8, 80), _numbers(8, 12, 12)])
+        return not all(np.array_equal(x.chosen, y.chosen) for x, y in zip(plans, wanted, strict=True))
     except Exception:
         return True
 
 
-def _balances(balance, devices, sizes, wanted):
-    filled = [_filled(devices, *counts) for _, counts in sizes]
-    plans, work = balance.balanced([cost for cost, _ in sizes], filled), 0.0
-    for (cost, _), full, plan in zip(sizes, filled, plans or (), strict=plans is not None):
-        x = jnp.arange(1.0, 1 + full.size).reshape(full.shape)
+def _balances(divide, devices, sizes, every, wanted):
+    numbers, costs = [_numbers(devices, *counts) for _, counts in sizes], [cost for cost, _ in sizes]
+    plans, work, first = divide(costs, numbers, every), 0.0, 0
+    if plans is None or wanted is None:
+        return plans is wanted
+    turns = min(every, sum(np.sum(x >= 0) for x in numbers))
+    for (cost, _), number, plan in sorted(zip(sizes, numbers, plans, strict=True), key=lambda x: -x[0][0]):
+        x = jnp.arange(1.0, 1 + number.size).reshape(number.shape)
+        for turn in (*range(turns), slice(0, turns)):
+            span = (turn, turn + 1) if isinstance(turn, int) else (turn.start, turn.stop)
 
-        def device(x, y, z, plan=plan):
-            return plan.map(lambda x, y: (x + y, 3 * x), ("d",), x, y, z)
+            def device(x, y, z, plan=plan, span=span):
+                return plan.map(lambda x, y: (x + y, 3 * x), ("d",), span, x, y, z)
 
-        with mock.patch.object(jax.lax, "ppermute", _sent):
-            got = jax.vmap(device, axis_name="d")(x, -0.5 * x, -x)
-        if not all(map(np.array_equal, got, (np.where(full, 0.5 * x, -0.5 * x), np.where(full, 3 * x, -x)))):
-            return False
-        work += cost * plan.chosen.shape[1] * (plan.chosen[:, 0] < full.shape[1] + len(plan.rounds))
-    return (
-        plans is wanted if wanted is None else (np.max(work), [len(plan.rounds) for plan in plans]) == wanted
-    )
-
-
-def _filled(devices, *counts):
-    """Which slots of stacks have a matrix."""
-    ends = [-(-count // devices) * devices for count in counts]
-    return np.hstack([(np.arange(n) < k).reshape(devices, -1) for n, k in zip(ends, counts, strict=True)])
+            with mock.patch.object(jax.lax, "ppermute", _sent):
+                got = jax.vmap(device, axis_name="d")(x, -0.5 * x, -x)
+            due = np.isin((first + number) % turns, range(*span)) & (number >= 0)
+            want = np.where(due, 0.5 * x, -0.5 * x), np.where(due, 3 * x, -x)
+            if not all(map(np.array_equal, got, want)):
+                return False
+        first += np.sum(number >= 0)
+        work += cost * plan.chosen.shape[2] * (plan.chosen[..., 0] < number.shape[1] + len(plan.rounds))
+    return (np.max(work), [len(plan.rounds) for plan in plans]) == wanted
 
 
-def _sent(x, names, pairs):
+def _numbers(devices, *counts):
+    """Which matrix a slot of stacks has; -1 for none."""
+    ends, found = np.cumsum([0, *counts]), []
+    for first, count in zip(ends, counts, strict=False):
+        number = np.arange(-(-count // devices) * devices)
+        found.append(np.where(number < count, first + number, -1).reshape(devices, -1))
+    return np.hstack(found)
+
+
+def _sent(x, axis_name, perm):
     """`ppermute`, which `jax.vmap` has for permutations of all devices only."""
-    sources = dict(pair[::-1] for pair in pairs)
-    assert len({*sources.values()}) == len(sources) == len(pairs)
-    me, every = jax.lax.axis_index(names), jax.lax.all_gather(x, names)
+    sources = dict(pair[::-1] for pair in perm)
+    assert len({*sources.values()}) == len(sources) == len(perm)
+    me, every = jax.lax.axis_index(axis_name), jax.lax.all_gather(x, axis_name)
     source = jnp.asarray([sources.get(d, -1) for d in range(len(every))])[me]
     return jnp.where(source < 0, jnp.zeros_like(x), every[source])
 
 
 def test_work_is_divided():
-    """In turns over steps, and over a mesh."""
-    assert not turns_are_wrong(om)
+    """Over turns and a mesh."""
     assert not balance_is_wrong(om)
 
 
@@ -351,7 +370,7 @@ def test_refusals():
         om.compress_state(om.soap(0.1, axes={"*": "io"})).init(params)
     with pytest.raises(ValueError, match=r"soap_muon: state must be None.*8 bits are too few"):
         om.soap_muon(0.1, state="int8")
-    for name in ("every", "max_dim", "block_size"):
+    for name in ("every", "refresh_warmup", "max_dim", "block_size"):
         with pytest.raises(ValueError, match=f"in_eigenbasis: {name} must be an integer of at least 1"):
             om.in_eigenbasis(ADAM, **{"decay": 0.9, name: 0})
     tx = om.in_eigenbasis(ADAM, decay=0.9, axes={"*": "io"})

@@ -125,7 +125,8 @@ UNSEEN = {
         "_transforms.eigenbasis: in_eigenbasis.step: BitOr 0 left",
         "_distributed.bases: refreshed: if 0 always",
         "_distributed.bases: refreshed: if 1 never",
-        "_distributed.bases: refreshed.refresh: if 0 never",
+        "_distributed.bases: refreshed: if 0 never",
+        "_distributed.bases: refreshed.refresh: if 0 always",
         "_distributed.bases: _refreshed: if [01] never",
         "_distributed.bases: _refreshed: map 0 only 1",
         "_distributed.bases: _refreshed: USub 0 gone",
@@ -352,8 +353,7 @@ CHECKED = [  # modules, functions, and what finds their faults at less cost than
         test_qk_clip.is_wrong,
     ),
     ("_routing.attention", "Part.spread Attention._of_keys _thirds", test_qk_clip.is_wrong),
-    ("_distributed.bases", "_in_turn*", test_eigenbasis.turns_are_wrong),
-    ("_distributed.bases", "_alike _plans", test_eigenbasis.balance_is_wrong),
+    ("_distributed.bases", "_turns _alike _plans*", test_eigenbasis.balance_is_wrong),
     ("_distributed.balance", "*", test_eigenbasis.balance_is_wrong),
 ]
 CHECKS = {str(each): (each, is_wrong) for *part, is_wrong in CHECKED for each in found(*part)}
@@ -368,7 +368,8 @@ CHANGES_NOTHING = {
     "_routing.attention: Part.spread: if 1 always",  # one number for many that are the same
     "_routing.attention: _thirds: for 5 late",  # the last axis is not the one of three
     "_distributed.balance: balanced: if 0 never",  # there are matrices
-    "_distributed.balance: _plan: for 4 late",  # the first device has most, and nothing is sent to it
+    "_distributed.balance: Balance._turn.exchanged: if 0 always",  # an exchange of nothing
+    "_distributed.balance: Balance._turn.exchanged: if 0 never",  # in every turn there is one
 }
 
 

@@ -162,7 +162,7 @@ def check_counts(who: str, **counts: Any) -> None:
       ValueError: naming `who`, the argument and its value.
     """
     for name, value in counts.items():
-        if not (is_integer(value, 1) or (value is None and name != "every")):
+        if not (is_integer(value, 1) or (value is None and name not in ("every", "refresh_warmup"))):
             raise ValueError(
                 f"{who}: {name} must be an integer of at least 1, but is {value!r}. Type {name}=10."
             )

@@ -21,6 +21,7 @@ class EigenbasisArguments(MatrixArguments, total=False):
 
     factor_decay: Numeric | None
     spread: bool | None
+    refresh_warmup: int | None
     block_size: int | None
     factor_dtype: DTypeLike | None
 
@@ -51,6 +52,7 @@ def soap(
       max_dim: the longest side of a matrix that has a factor; None for no limit.
       factor_decay: the decay of the factors. The default is `b2`.
       spread: whether every step updates a part of the bases, as in `in_eigenbasis`.
+      refresh_warmup: the number of first steps that update all bases, as in `in_eigenbasis`.
       block_size: longer sides are divided into blocks with their own factors, as in `in_eigenbasis`.
       factor_dtype: the dtype of stored factors and bases, as `dtype` of `in_eigenbasis`.
       state: must be None. 8 bits are too few for factors and bases, which are most of the state.
@@ -202,11 +204,13 @@ def basis(
     if others.get("state") is not None:
         raise ValueError(f"{who}: state must be None: {NOT_IN_8_BITS}")
     decay, spread = others.pop("factor_decay", None), others.pop("spread", None)
+    warmup = others.pop("refresh_warmup", None)
     return in_eigenbasis(
         inner,
         decay=b2 if decay is None else decay,
         every=every,
         spread=bool(spread),
+        refresh_warmup=1 if warmup is None else warmup,
         max_dim=max_dim,
         block_size=others.pop("block_size", None),
         dtype=others.pop("factor_dtype", None),

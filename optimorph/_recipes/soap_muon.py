@@ -41,7 +41,8 @@ def soap_muon(
     gradient's factors. The first step is a step of Muon.
 
     Args:
-      every: and `max_dim`, `factor_decay`, `spread`, `block_size`, `factor_dtype`: as in `soap`.
+      every: and `max_dim`, `factor_decay`, `spread`, `refresh_warmup`, `block_size`, `factor_dtype`: as in
+        `soap`.
       scale: and all further arguments: as in `muon`.
 
     Raises:

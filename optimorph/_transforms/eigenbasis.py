@@ -109,6 +109,7 @@ def in_eigenbasis(
     average: optax.GradientTransformation | None = None,
     skip_first: bool = True,
     spread: bool = False,
+    refresh_warmup: int = 1,
     max_dim: int | None = 10_000,
     block_size: int | None = None,
     largest_inverse_root: Numeric | None = None,
@@ -155,8 +156,10 @@ def in_eigenbasis(
       average: a transformation that is applied before `inner`, in the parameter's basis, such as momentum.
         The factors are computed from the gradient itself.
       skip_first: whether the first update is zero. If not, it is the output of `average`.
-      spread: whether every step updates 1/k of the bases of each size, in turn. By default every k-th step
-        updates all of them.
+      spread: whether every step updates about 1/k of the bases, in turn, so that all steps cost about the
+        same. By default every k-th step updates all of them.
+      refresh_warmup: the number of first steps that update all bases, whatever k is. The first bases are
+        those of one gradient, and the next gradients may differ much from it.
       max_dim: the longest side (number of rows or columns) that has a factor. A longer side is not rotated.
       block_size: the longest side that is not divided. Longer sides are divided into blocks of at most this
         size, and each block has its own factors.
@@ -171,8 +174,8 @@ def in_eigenbasis(
     this state. The length of these arrays depends on the mesh at `init`.
 
     Raises:
-      ValueError: β outside [0, 1); `every`, `max_dim` or `block_size` below 1; at `init`, a spec that does
-        not fit its leaf, or a leaf that no rule decides.
+      ValueError: β outside [0, 1); `every`, `refresh_warmup`, `max_dim` or `block_size` below 1; at `init`,
+        a spec that does not fit its leaf, or a leaf that no rule decides.
 
     References:
       Vyas et al. 2024, "SOAP", arXiv:2409.11321, algorithm 3; (5)-(7): Lin et al. 2025, arXiv:2509.03378.
@@ -180,12 +183,13 @@ def in_eigenbasis(
     who = "in_eigenbasis"
     check_numbers(who, decay=decay)
     check_dtypes(who, dtype=dtype)
-    check_counts(who, every=every, max_dim=max_dim, block_size=block_size)
+    check_counts(who, every=every, refresh_warmup=refresh_warmup, max_dim=max_dim, block_size=block_size)
     if largest_inverse_root is not None:
         check_numbers(who, largest_inverse_root=largest_inverse_root)
     check_flags(who, kl=kl, sort=sort, skip_first=skip_first, spread=spread, whole_first=whole_first)
     check_transforms(who, inner, *([] if average is None else [average]))
-    sort, every = sort and not kl, min(every, np.iinfo(np.int32).max)  # the count's dtype
+    sort = sort and not kl
+    every, refresh_warmup = (min(n, np.iinfo(np.int32).max) for n in (every, refresh_warmup))  # as the count
     inner, before = map(optax.with_extra_args_support, (inner, average or optax.identity()))
     own = AxesOfLeaves(who, axes, shardings)
 
@@ -260,13 +264,13 @@ def in_eigenbasis(
             return with_gradient(k, x, weight)
 
         learned = {key: learn(now[key], x) for key, x in g.items()}
+        whole = state.basis_count < refresh_warmup
         learned, orders = refreshed(  # (4)
-            mesh, learned, slots.counts, state.basis_count, every, sort=sort, spread=spread
+            mesh, learned, slots.counts, state.basis_count, whole, every, sort=sort, spread=spread
         )
         if sort:
-            due = (state.basis_count % every == 0) | spread
             after = jax.lax.cond(
-                due,
+                whole | (state.basis_count % every == 0) | spread,
                 lambda same: known.moments(SECOND, lambda order, x: permuted(x, *order), orders, same),
                 lambda same: same,
                 after,

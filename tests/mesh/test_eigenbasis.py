@@ -20,11 +20,12 @@ import optimorph as om
 FULL_RANK = {"every": 2, "max_dim": 16, "axes": trees.AXES}
 """Of longer sides the first gradients do not tell all eigenvectors; only rounding errors would."""
 TX = om.soap(0.1, eps=1e-2, **FULL_RANK)
+SPREAD = om.soap(0.1, eps=1e-2, **FULL_RANK | {"every": 3, "spread": True})
 
 
-def steps(place, count=4, state=None, first=0):
+def steps(place, count=4, state=None, first=0, tx=TX):
     params = place(trees.drawn(0, np.float64))
-    state, update = TX.init(params) if state is None else state, jax.jit(TX.update)
+    state, update = tx.init(params) if state is None else state, jax.jit(tx.update)
     for seed in range(first, first + count):
         updates, state = update(place(trees.drawn(1 + seed, np.float64)), state, params)
         params = optax.apply_updates(params, updates)
@@ -55,18 +56,31 @@ def test_as_on_one_device(layout, mode):
         assert x.sharding.shard_shape(x.shape)[0] == len(x) / 8
 
 
-@pytest.mark.slow
+@pytest.mark.examples("auto-mixed")
+@pytest.mark.parametrize("layout", LAYOUTS)
 @rounding.in_float64
-def test_resumed_on_another_mesh():
+def test_spread_as_on_one_device(layout, mode):
+    """The turn of a matrix does not depend on the mesh, wherever its bases are computed."""
+    places = trees.shardings(layout, 8, mode)
+    got, state = steps(lambda tree: trees.put(tree, places), 5, tx=SPREAD)
+    want, whole = steps(trees.on_one, 5, tx=SPREAD)
+    rounding.close(got, want, condition=1e5)
+    rounding.close(of_the_same_slots(state, whole), whole, condition=1e5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tx", [TX, SPREAD], ids=["together", "spread"])
+@rounding.in_float64
+def test_resumed_on_another_mesh(tx):
     """A state of eight devices goes on over four, over three that do not divide it, and on one."""
     places = trees.shardings("fsdp, last axis", 8, AxisType.Auto)
-    _, state = steps(lambda tree: trees.put(tree, places), 3)
-    want, _ = steps(trees.on_one, 2, jax.tree.map(np.asarray, state), 3)
+    _, state = steps(lambda tree: trees.put(tree, places), 3, tx=tx)
+    want, _ = steps(trees.on_one, 2, jax.tree.map(np.asarray, state), 3, tx)
     for devices in (4, 3):
         mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
         everywhere = NamedSharding(mesh, P())
         place = functools.partial(jax.device_put, device=everywhere)
-        got, _ = steps(place, 2, jax.tree.map(np.asarray, state), 3)
+        got, _ = steps(place, 2, jax.tree.map(np.asarray, state), 3, tx)
         rounding.close(got, want, condition=1e5)
 
 
