@@ -186,6 +186,7 @@ BALANCED = (  # devices, for each size a cost and how many matrices each stack h
     (3, ((1.0, (4,)), (8.0, (1,))), {1: (8.0, [2, 0])}),
     (4, ((2.0, (1, 2)), (1.0, (2,)), (4.0, (6,))), {3: (4.0, [2, 1, 0])}),
     (3, ((3.0, (6,)), (4.0, (1,)), (8.0, (2,))), {1: None}),
+    (3, ((9.0, (5,)), (8.0, (6, 6)), (4.0, (4,))), {3: (25.0, [0, 2, 1])}),
 )
 
 
@@ -206,9 +207,12 @@ def balance_is_wrong(package):
             return True
         bases = {"4x9": (jnp.zeros((80, 4, 4)), None), "6x6": (jnp.zeros((16, 6, 6)),) * 2}
         mesh = AbstractMesh((8,), ("d",))
-        plans = package._distributed.bases._plans(mesh, bases, {"4x9": 80, "6x6": 12}, 1)
-        wanted = balanced([4.0**3, 6.0**3], [_numbers(8, 80), _numbers(8, 12, 12)])
-        return not all(np.array_equal(x.chosen, y.chosen) for x, y in zip(plans, wanted, strict=True))
+        for every in (1, 3):
+            plans = package._distributed.bases._plans(mesh, bases, {"4x9": 80, "6x6": 12}, every)
+            wanted = balanced([4.0**3, 6.0**3], [_numbers(8, 80), _numbers(8, 12, 12)], every)
+            if not all(np.array_equal(x.chosen, y.chosen) for x, y in zip(plans, wanted, strict=True)):
+                return True
+        return False
     except Exception:
         return True
 
@@ -219,6 +223,8 @@ def _balances(divide, devices, sizes, every, wanted):
     if plans is None or wanted is None:
         return plans is wanted
     turns = min(every, sum(np.sum(x >= 0) for x in numbers))
+    if any(len(plan.chosen) != turns for plan in plans):
+        return False
     for (cost, _), number, plan in sorted(zip(sizes, numbers, plans, strict=True), key=lambda x: -x[0][0]):
         x = jnp.arange(1.0, 1 + number.size).reshape(number.shape)
         for turn in (*range(turns), slice(0, turns)):

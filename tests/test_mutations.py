@@ -367,6 +367,7 @@ CHANGES_NOTHING = {
     "_routing.attention: Part.spread: USub 1 gone",  # layers of latent attention
     "_routing.attention: Part.spread: if 1 always",  # one number for many that are the same
     "_routing.attention: _thirds: for 5 late",  # the last axis is not the one of three
+    "_distributed.bases: _turns: if 0 never",  # the same turn, but the compiler does not know it
     "_distributed.balance: balanced: if 0 never",  # there are matrices
     "_distributed.balance: Balance._turn.exchanged: if 0 always",  # an exchange of nothing
     "_distributed.balance: Balance._turn.exchanged: if 0 never",  # in every turn there is one
