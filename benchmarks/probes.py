@@ -50,7 +50,7 @@ class Step:
         """Compile one update."""
         state = transform.init(params)
         if count is not None:
-            state = state._replace(count=jax.numpy.int32(count))
+            state = state._replace(probe_count=jax.numpy.int32(count))
         self.arguments = (params, state, params)
         self.compiled = jax.jit(transform.update).lower(*self.arguments).compile()
         self.seconds = []

@@ -47,18 +47,18 @@ class ProbeState(NamedTuple):
 
     Args:
       inner: the state of the inner transformation.
-      count: the number of updates, int32.
+      probe_count: the number of updates, int32.
       values: one value for each name, float32 `(n,)`; 0 before the first measurement.
       measured: whether each value was measured, bool `(n,)`. It is False if the gradient was missing.
       names: the names `path/metric` of all values, as UTF-8 bytes with a line feed between two names, uint8.
     """
 
     inner: Any
-    count: jax.Array
+    probe_count: jax.Array
     values: jax.Array
     measured: jax.Array
     names: jax.Array
-    roles = holds(**dict.fromkeys(("count", "values", "measured", "names"), scalar("numbers of probe")))
+    roles = holds(**dict.fromkeys(("probe_count", "values", "measured", "names"), scalar("numbers of probe")))
 
 
 def _rms(x: Any) -> jax.Array:
@@ -198,13 +198,13 @@ def probe(
             check_params("probe", params, "without them it cannot tell which gradients are missing")
         values, measured = state.values.astype(jnp.float32), state.measured
         if names:
-            due = state.count % every == 0
+            due = state.probe_count % every == 0
             values, measured = jax.lax.cond(
                 due,
                 lambda: measure(names, _leaves(updates, out, params, after), forms),
                 lambda: (values, measured),
             )
-        return out, ProbeState(after, increment(state.count), values, measured, state.names)
+        return out, ProbeState(after, increment(state.probe_count), values, measured, state.names)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

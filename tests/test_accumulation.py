@@ -69,7 +69,7 @@ def test_the_last_window_is_flushed():
     last = np.arange(6) == 5
     found, state = train(tx, jnp.zeros(3), gs, weight=np.ones(6), flush=last)
     rounding.close(found, expected)
-    assert (int(state.count), float(state.weight), int(state.steps)) == (0, 0, 2)
+    assert (int(state.window_count), float(state.weight), int(state.steps)) == (0, 0, 2)
     more = [*gs, jnp.full(3, jnp.nan), gs[0]]
     weights, flushed = np.array([1.0] * 6 + [0.0] * 2), np.arange(8) >= 6
     found, after = train(tx, jnp.zeros(3), more, weight=weights, flush=flushed)

@@ -169,7 +169,7 @@ def test_a_smaller_window_ends():
     after, state = train(tx, params, state, [6])
     mean = jax.tree.map(lambda *g: sum(g) / 6, *[tree(seed) for seed in range(1, 7)])
     rounding.close(after, jax.tree.map(lambda w, g: w - 0.1 * g, params, mean))
-    assert int(state.count) == 0
+    assert int(state.window_count) == 0
 
 
 def test_hyperparameters():

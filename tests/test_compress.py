@@ -122,7 +122,7 @@ def test_float32_changes_nothing(name):
         chex.assert_trees_all_equal(after.inner, state)
         for leaf in SHAPES:
             assert apart(found[leaf], updates[leaf]) <= 4 * (name in ROOTS)
-        assert after.count == 3
+        assert after.noise_count == 3
 
 
 def test_float32_changes_nothing_of_matrices():

@@ -487,19 +487,28 @@ RENAMED = {
     "DecayState": {"count": "decay_count", "weight_decay": "last_weight_decay"},
     "DebiasState": {"count": "debias_count"},
     "DampenState": {"count": "dampen_count"},
+    "CompressedState": {"count": "noise_count"},
+    "BFloat16State": {"count": "noise_count"},
+    "MultiStepsState": {"count": "window_count"},
 }
 """Fields whose names were others in the first layouts."""
 
 
-def renamed(kept, state):
+def renamed(kept, tree, around=""):
     """What was written with the first names of fields, under today's."""
-    names = {}
-    for path, node in jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda node: type(node).__name__ in RENAMED
-    ):
-        for old, new in RENAMED.get(type(node).__name__, {}).items():
-            names[f"{jax.tree_util.keystr(path)}.{old}"] = f"{jax.tree_util.keystr(path)}.{new}"
-    return {path if path in names.values() else names.get(path, path): x for path, x in kept.items()}
+
+    def is_known(node):
+        return type(node).__name__ in RENAMED
+
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_known):
+        if is_known(node):
+            at = around + jax.tree_util.keystr(path)
+            names = {f"{at}.{old}": f"{at}.{new}" for old, new in RENAMED[type(node).__name__].items()}
+            if not {*names.values()} & {*kept}:
+                kept = {names.get(path, path): x for path, x in kept.items()}
+            for field in node._fields:
+                kept = renamed(kept, getattr(node, field), f"{at}.{field}")
+    return kept
 
 
 def read(kept, like):

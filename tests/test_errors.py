@@ -150,6 +150,15 @@ REFUSED = {
         ["scion: the norm of 'hidden/kernel'", "'spectral'", "'max'"],
     ),
     "no radius": (lambda: om.scion(0.1, radius="large").init(W), ["scion: the radius of 'w'", "'large'"]),
+    "a radius of zero": (lambda: om.scion(0.1, radius=0.0).init(W), ["radius of 'w'", "above 0", "0.0"]),
+    "one radius below zero": (
+        lambda: om.scion(0.1, radius={"w": np.array([1.0, -1.0])}).init({"w": jnp.ones((2, 3))}),
+        ["radius of 'w'", "above 0"],
+    ),
+    "no gradients": (
+        lambda: om.multi_steps(om.sgd(0.1), lambda steps: 0).init(W),
+        ["multi_steps: every_k", "at least 1", "returned 0"],
+    ),
     "an infinite factor": (
         lambda: om.scale_by_rules({"*": [1.0, 2.0, np.inf]}).init({"b": jnp.ones(3)}),
         ["scale_by_rules: the factor of 'b'", "finite", "inf"],
@@ -191,6 +200,11 @@ def test_an_argument_that_is_none():
         lambda rules: om.scion(0.1, radius=rules),
         lambda rules: om.scion(0.1, axes=rules),
         lambda rules: om.orthogonalize(axes=rules),
+        lambda rules: om.muon(0.1, shardings=rules),
+        lambda rules: om.orthogonalize(shardings=rules),
+        lambda rules: om.adamh(0.1, shardings=rules),
+        lambda rules: om.mars_adamw(0.1, shardings=rules),
+        lambda rules: om.cautious(om.ema(0.9), rules),
         lambda rules: om.hyperball(0.1, rules),
         lambda rules: om.clip_attention_logits(axes=rules),
     ],

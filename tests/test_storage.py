@@ -12,6 +12,7 @@ import pytest
 import rounding
 
 import optimorph as om
+from optimorph import probes
 
 STEPS = 20_000
 NUMBER = rounding.eps("float32") / (1 - 0.999)
@@ -210,6 +211,26 @@ def test_numbers_by_name(name):
     still = optax.tree.set(state, learning_rate=jnp.float32(0))
     updates, _ = injected.update(params, still, params)
     np.testing.assert_array_equal(updates["w"], 0)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        om.skip_nonfinite,
+        probes.probe,
+        om.compress_state,
+        om.in_bfloat16,
+        lambda tx: om.multi_steps(tx, 2),
+        lambda tx: om.adamw(0.1, state="int8"),
+        lambda tx: om.adamw(0.1, nu_dtype="bfloat16"),
+    ],
+)
+def test_a_wrapper_hides_no_number(wrap):
+    """The count of steps is one value, whatever else a wrapper counts."""
+    state = wrap(om.adamw(0.1)).init({"w": jnp.ones((3, 4))})
+    for name in ("count", "debias_count", "last_learning_rate"):
+        assert len({float(value) for _, value in optax.tree.get_all_with_path(state, name)}) == 1
+    assert optax.tree.get(state, "count") == 0
 
 
 RELATIVES = [entry for entry in catalog.MORE if entry.id in ("klsoap", "shampoo", "soap_muon")]

@@ -177,8 +177,10 @@ def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name:
     known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array)
     if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
         raise ValueError(f"{who}: the {name} of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
-    if not isinstance(factor, Tracer) and not np.all(np.isfinite(np.asarray(factor, float))):
-        raise ValueError(f"{who}: the {name} of {path!r} must be finite, but is {factor!r}. Type 0.5.")
+    value = np.asarray(1.0 if isinstance(factor, Tracer) else factor, float)
+    if not np.all(np.isfinite(value)) or (name == "radius" and np.any(value <= 0)):
+        what = "finite and above 0" if name == "radius" else "finite"
+        raise ValueError(f"{who}: the {name} of {path!r} must be {what}, but is {factor!r}. Type 0.5.")
     if np.ndim(factor) > 1 or np.shape(factor) not in ((), shape[:1]):
         raise ValueError(
             f"{who}: {path!r} has shape {shape}, but its {name} has shape {np.shape(factor)}. Type a number, "

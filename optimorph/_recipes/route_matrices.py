@@ -109,6 +109,7 @@ def routed(
         leaves, tree = arrays(who, params)
         known = Leaves(tree, leaves)
         warn_unused(who, "axes", axes, known.paths)
+        warn_unused(who, "shardings", shardings, known.paths)
         params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves)
         specs = specs_of(known)
         forms = [spec.axes for spec in specs]

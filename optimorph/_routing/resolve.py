@@ -99,13 +99,15 @@ class AxesOfLeaves:
     """How a transform finds the axes of leaves: from `route_matrices` around it, or from its own rules."""
 
     def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
-        self.who, self.axes, self.match = who, axes, lookup_if_given(shardings, who)
+        self.who, self.axes, self.shardings = who, axes, shardings
+        self.match = lookup_if_given(shardings, who)
         self.resolve = resolve_leaves(who, axes)
         self.known: weakref.WeakKeyDictionary[Leaves, tuple[Sequence[Axes | None], Any]]
         self.known = weakref.WeakKeyDictionary()
 
     def check(self, leaves: Leaves) -> None:
         """Refuse leaves that the transform's own rules do not decide, if it has any."""
+        warn_unused(self.who, "shardings", self.shardings, leaves.paths)
         if self.axes is not None:
             warn_unused(self.who, "axes", self.axes, leaves.paths)
             resolved_axes(self.who, self.resolve, self.match, leaves)

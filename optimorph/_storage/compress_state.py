@@ -157,7 +157,7 @@ def _compressed(
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
-        seed, count = jnp.uint32(shared.seed), increment(shared.count)
+        seed, count = jnp.uint32(shared.seed), increment(shared.noise_count)
         after = state(rule.slots(inner), [None] * len(moments), seed, count)
         return (now, _key(shared)), after
 
@@ -274,7 +274,7 @@ def _of_trees(
             after_scales.append(s)
         after = with_moments(after, after_codes, fields)
         return out, CompressedState(
-            after, tuple(after_scales), jnp.uint32(state.seed), increment(state.count)
+            after, tuple(after_scales), jnp.uint32(state.seed), increment(state.noise_count)
         )  # (2)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -288,7 +288,7 @@ def _note(codec_of: CodecRule, kinds: Sequence[str], paths: Sequence[str], field
 
 
 def _key(state: CompressedState) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(state.seed), state.count)
+    return jax.random.fold_in(jax.random.key(state.seed), state.noise_count)
 
 
 def _missing(updates: PyTree) -> set[str]:

@@ -13,12 +13,12 @@ class CompressedState(NamedTuple):
       scales: for each moment a tree like the parameters, whose leaves are `(*batch, blocks)`. Moments that
         are not compressed have zeros.
       seed: the seed of the noise, uint32.
-      count: the number of updates, int32.
+      noise_count: the number of updates, int32.
     """
 
     averages = holds(inner="")  # stored as codes, which are no moments to others
     inner: Any
     scales: tuple[Any, ...]
     seed: Any
-    count: Any
-    roles = holds(seed=scalar("seed of compress_state"), count=scalar("count of compress_state"))
+    noise_count: Any
+    roles = holds(seed=scalar("seed of compress_state"), noise_count=scalar("count of compress_state"))

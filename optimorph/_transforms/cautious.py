@@ -6,10 +6,11 @@ import optax
 
 from optimorph._core.checks import check_transforms
 from optimorph._core.numbers import cast_like, is_absent, upcast
+from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaf, Leaves, aligned, map_updates
 from optimorph._core.types import Rules
 from optimorph._distributed.reductions import Reduction, reduction
-from optimorph._routing.rules import lookup_if_given
+from optimorph._routing.rules import lookup_if_given, warn_unused
 
 LEAST = 1e-3
 
@@ -47,7 +48,11 @@ def cautious(
                 us[k] = cast_like(_kept(upcast(us[k]), upcast(g), over), g)
         return tree.unflatten(us), after
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    def init(params):
+        warn_unused("cautious", "shardings", shardings, leaf_paths(params))
+        return inner.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _kept(u: jax.Array, g: jax.Array, over: Reduction) -> jax.Array:

@@ -12,7 +12,7 @@ from optimorph._core.numbers import as_scalar
 from optimorph._core.rule import Rule, transform
 from optimorph._core.types import Numeric, Rules
 from optimorph._distributed.reductions import Reduction, reduction
-from optimorph._routing.rules import lookup_if_given
+from optimorph._routing.rules import lookup_if_given, warn_unused
 
 
 def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
@@ -83,4 +83,8 @@ def _clipped(who: str, bound: Numeric, shardings: Rules | None, of_squares: Call
         long = (size > limit / scale) & jnp.isfinite(largest)
         return jnp.where(long, (limit / size).astype(g.dtype) * x, g), state  # (1)
 
-    return transform(who, Rule(optax.EmptyState(), update))
+    def begin(leaves):
+        warn_unused(who, "shardings", shardings, leaves.paths)
+        return optax.EmptyState()
+
+    return transform(who, Rule(optax.EmptyState(), update, begin=begin))

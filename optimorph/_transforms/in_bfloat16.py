@@ -20,8 +20,8 @@ class BFloat16State(NamedTuple):
 
     inner: Any
     seed: Any
-    count: Any
-    roles = holds(seed=scalar("seed of in_bfloat16"), count=scalar("count of in_bfloat16"))
+    noise_count: Any
+    roles = holds(seed=scalar("seed of in_bfloat16"), noise_count=scalar("count of in_bfloat16"))
 
 
 def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -69,7 +69,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         rounded = [
             _rounded(new, leaf_key(key, path)) for path, new in zip(leaf_paths(after), leaves, strict=True)
         ]
-        seed, count = jnp.uint32(state.seed), increment(state.count)
+        seed, count = jnp.uint32(state.seed), increment(state.noise_count)
         return out, BFloat16State(structure.unflatten(rounded), seed, count)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -84,7 +84,9 @@ def _rule(rule: Rule, seed: int) -> Rule:
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
-        return (now, _key(shared)), BFloat16State(inner, jnp.uint32(shared.seed), increment(shared.count))
+        return (now, _key(shared)), BFloat16State(
+            inner, jnp.uint32(shared.seed), increment(shared.noise_count)
+        )
 
     def update(g, state, leaf, now):
         now, key = now
@@ -102,7 +104,7 @@ def _rule(rule: Rule, seed: int) -> Rule:
 
 
 def _key(state: BFloat16State) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(state.seed), state.count)
+    return jax.random.fold_in(jax.random.key(state.seed), state.noise_count)
 
 
 def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, check_transforms, is_integer
 from optimorph._core.differences import checked_state
@@ -40,12 +41,12 @@ class MultiStepsState(NamedTuple):
 
     inner: Any
     mean: PyTree
-    count: jax.Array
+    window_count: jax.Array
     weight: jax.Array
     steps: jax.Array
     roles = holds(
         mean=Role("mean of multi_steps", tree=True),
-        count=scalar("gradients in the window of multi_steps"),
+        window_count=scalar("gradients in the window of multi_steps"),
         weight=scalar("weight of the window of multi_steps"),
         steps=scalar("steps of multi_steps"),
     )
@@ -100,6 +101,7 @@ def multi_steps(
     Args:
       inner: any transformation.
       every_k: k, an integer of at least 1, or a function from the number of steps taken to such an integer.
+        In a compiled program a k below 1 has the effect of 1.
       maximum: the leaves for which `inner` gets the elementwise maximum of the gradients instead of the mean,
         as a mask of `add_decayed_weights`. The magnitudes that scale FP8 numbers are such leaves:
         `{"*amax*": True, "*": False}`. A gradient of weight 0 is left out of the maximum; other weights have
@@ -132,11 +134,12 @@ def multi_steps(
         check_mask(who, maximum, Leaves(tree, leaves), "maximum")
         mean, weight = _zeros(params, accumulator_dtype), jnp.zeros([], real_dtype(params))
         count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        k_now(steps)
         return MultiStepsState(inner.init(params), mean, count, weight, steps)
 
-    def k_now(state):
+    def k_now(steps):
         try:
-            k = k_at(jnp.asarray(state.steps))
+            k = k_at(steps)
         except NotScalarError as error:
             raise ValueError(f"{who}: every_k: {error}") from error
         if not jnp.issubdtype(jnp.result_type(k), jnp.integer):
@@ -144,6 +147,8 @@ def multi_steps(
                 f"{who}: every_k must return an integer, but returned {jnp.result_type(k)}. Type "
                 "lambda steps: jnp.round(schedule(steps)).astype(int)."
             )
+        if not isinstance(k, Tracer) and k < 1:
+            raise ValueError(f"{who}: every_k must return an integer of at least 1, but returned {k}.")
         return jnp.asarray(k).astype(jnp.int32)
 
     def update(updates, state, params=None, *, weight=1.0, flush=False, **extra):
@@ -173,8 +178,8 @@ def multi_steps(
             return jnp.where(added, new, m)
 
         mean = map_updates(who, add, updates, state.mean, tree.unflatten(largest))
-        count = jnp.asarray(state.count) + sound.astype(jnp.int32)
-        due = (total > 0) & ((count >= k_now(state)) | jnp.asarray(flush, bool))
+        count = jnp.asarray(state.window_count) + sound.astype(jnp.int32)
+        due = (total > 0) & ((count >= k_now(jnp.asarray(state.steps))) | jnp.asarray(flush, bool))
         due = _on_all_devices(due)
 
         def take(absent, **extra):
