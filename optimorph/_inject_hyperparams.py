@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import RANGES, call_fault
+from optimorph._core.checks import RANGES, call_fault, dtype_name, one_or_several
+from optimorph._core.differences import checked_state
 from optimorph._core.types import DTypeLike
 
 _SCHEDULE = " schedule"
@@ -49,39 +50,46 @@ def inject_hyperparams(
     Equals:
       optax.inject_hyperparams(inner_factory, static_args, hyperparam_dtype=jnp.float32)
     """
-    if not callable(inner_factory):
+    if isinstance(inner_factory, type) or not callable(inner_factory):
         raise ValueError(
             f"inject_hyperparams: inner_factory must be a function that makes an optimizer, but is "
             f"{inner_factory!r}. Type inject_hyperparams(optimorph.adamw)(learning_rate=1e-3)."
         )
     signature = inspect.signature(inner_factory)
     names = signature.parameters
-    static = {static_args} if isinstance(static_args, str) else set(static_args)
-    if unknown := static - set(names):
+    who = getattr(inner_factory, "__name__", repr(inner_factory))
+    given = one_or_several(static_args)
+    if unknown := [name for name in given if not isinstance(name, str) or name not in names]:
         raise ValueError(
-            f"inject_hyperparams: static_args has {sorted(unknown)}, which are not arguments of "
-            f"{getattr(inner_factory, '__name__', inner_factory)}. Type some of {sorted(names)}."
+            f"inject_hyperparams: static_args has {unknown}, which are not arguments of {who}. Type some of "
+            f"{sorted(names)}."
         )
-    dtype = jnp.result_type(float) if hyperparam_dtype is None else jnp.dtype(hyperparam_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+    dtype = dtype_name(jnp.result_type(float) if hyperparam_dtype is None else hyperparam_dtype)
+    if dtype not in ("float32", "float64"):
         raise ValueError(
-            f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is {dtype}, which "
-            "rounds 0.999 to 1. Type hyperparam_dtype=jnp.float32, or leave it out."
+            f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is "
+            f"{dtype or repr(hyperparam_dtype)}: bfloat16 rounds 0.999 to 1. Type "
+            "hyperparam_dtype=jnp.float32, or leave it out."
         )
     ours = getattr(inner_factory, "__module__", "").startswith("optimorph.")
     number = jax.Array if ours else float  # here a number that cannot be traced is annotated as a float alone
-    static |= {name for name, parameter in names.items() if not _may_be(number, parameter)}
+    static = {*given} | {name for name, parameter in names.items() if not _may_be(number, parameter)}
 
     @functools.wraps(inner_factory)
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
-        given = signature.bind(*args, **kwargs)
+        try:
+            given = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{who}: {error}") from None
         for name, value in given.arguments.items():
             number = value.item() if isinstance(value, np.generic) else value
             if name in RANGES and type(number) is int:
                 number = float(number)  # an integer would stay one in the state
             given.arguments[name] = number
         functions = {name for name, x in given.arguments.items() if callable(x) and call_fault(x, 0)}
-        injected: Any = optax.inject_hyperparams(inner_factory, tuple(sorted(static | functions)), dtype)
+        injected: Any = optax.inject_hyperparams(
+            inner_factory, tuple(sorted(static | functions)), jnp.dtype(dtype)
+        )
         tx = injected(*given.args, **given.kwargs)
 
         def init(params):
@@ -90,6 +98,7 @@ def inject_hyperparams(
             return _renamed(state._replace(hyperparams=own), lambda name: name + _SCHEDULE)
 
         def update(updates, state, params=None, **extra):
+            state = checked_state("inject_hyperparams", state, optax.InjectStatefulHyperparamsState)
             state = _renamed(state, lambda name: name.removesuffix(_SCHEDULE))
             updates, state = tx.update(updates, state, params, **extra)
             return updates, _renamed(state, lambda name: name + _SCHEDULE)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.checks import abbreviated, not_an_array
+from optimorph._core.checks import abbreviated, is_one_of, not_an_array
 from optimorph._core.numbers import is_array, kind
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rounding import check_key, leaf_key
@@ -63,7 +63,7 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
       FlashOptim 2026, arXiv:2602.23349, weight splitting. `codecs.Split8` and `codecs.Split16` have the
       equations.
     """
-    if bits not in (8, 16):
+    if not is_one_of(bits, (8, 16)):
         raise ValueError(f"split_weights: bits must be 8 or 16, but is {bits!r}. Type bits=8.")
     if key is not None:
         check_key("split_weights", key)

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
-from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer
+from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer, one_or_several
 from optimorph._core.differences import checked_state
 from optimorph._core.moments import moments_of
 from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
@@ -139,7 +139,7 @@ def probe(
       ValueError: an unknown metric, or `every` below 1; at `init`, two leaves with the same path, or with
         metrics of matrices a leaf that no rule decides; at `update`, with metrics of weights, params missing.
     """
-    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    metrics = tuple(one_or_several(metrics))
     check_transforms("probe", inner)
     check_flags("probe", exact=exact)
     _check(metrics, every)

@@ -7,6 +7,7 @@ import sys
 import catalog
 import jax
 import jax.numpy as jnp
+import mutants
 import numpy as np
 import optax
 import pytest
@@ -17,6 +18,7 @@ from optimorph import schedules, theory
 from optimorph._core.checks import SCHEDULED
 from optimorph.linalg import Axes, Coefficients, NewtonSchulz, polar_express
 
+PAIR = np.array([1.0, 2.0])
 W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
 
 
@@ -159,6 +161,53 @@ REFUSED = {
         lambda: om.multi_steps(om.sgd(0.1), lambda steps: 0).init(W),
         ["multi_steps: every_k", "at least 1", "returned 0"],
     ),
+    "a class for a schedule": (lambda: om.adamw(int), ["adamw: learning_rate", "not a function"]),
+    "a class for a mask": (lambda: om.adamw(0.1, mask=bool).init(W), ["the mask is", "bool"]),
+    "a mask of nothing": (lambda: om.adamw(0.1, mask=lambda: True).init(W), ["the mask is"]),
+    "a class for rules": (lambda: om.muon(0.1, axes=dict), ["muon: a function of rules", "not a function"]),
+    "an array for a word": (lambda: om.adamw(0.1, state=PAIR), ["adamw: state must be 'int8'"]),
+    "an array for norms": (lambda: om.scion(0.1, norms=PAIR), ["scion: rules", "shape (2,)"]),
+    "a word for a radius": (
+        lambda: om.scion(0.1, radius=np.array("large")).init(W),
+        ["the radius of 'w' must be a real number"],
+    ),
+    "where of one": (lambda: om.mean("i", where=abs), ["mean: where must be a function", "outputs"]),
+    "a scale of one": (lambda: om.scale_by_shape(lambda n: n), ["scale_by_shape: scale must be one of"]),
+    "a polar factor of two": (
+        lambda: om.orthogonalize(lambda x, y: x),
+        ["orthogonalize: orthogonalizer must be a function of stacks"],
+    ),
+    "shapes of words": (lambda: om.role_of("w", ("a",)), ["role_of: it takes a path and a shape"]),
+    "no dtype to inject": (
+        lambda: om.inject_hyperparams(om.adamw, hyperparam_dtype="real"),
+        ["hyperparam_dtype must be float32 or float64", "'real'"],
+    ),
+    "a class to inject": (lambda: om.inject_hyperparams(int), ["inner_factory must be a function"]),
+    "new names of two": (
+        lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), W, renamed=lambda x, y: x),
+        ["carry_state: renamed must be a function of paths"],
+    ),
+    "a function among parameters": (
+        lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), W | {"f": abs}),
+        ["carry_state: 'f' is", "not an array"],
+    ),
+    "a word for gradients": (
+        lambda: om.multi_steps(om.sgd(0.1), 2).update("w", om.multi_steps(om.sgd(0.1), 2).init(W)),
+        ["multi_steps: "],
+    ),
+    **{
+        f"another's state in {name}": (
+            lambda tx=tx: tx.update(W, om.adamw(0.1).init(W), W),
+            [name, "tx.init"],
+        )
+        for name, tx in {
+            "partition": om.partition({"*": "all"}, {"all": om.sgd(0.1)}),
+            "inject_hyperparams": om.inject_hyperparams(om.sgd)(0.1),
+            "divide": om.divide(optax.ema(0.9), by=om.ema(0.9)),
+            "add": om.add(optax.ema(0.9), om.ema(0.9)),
+            "mix": om.mix(0.5, optax.ema(0.9), om.ema(0.9)),
+        }.items()
+    },
     "an infinite factor": (
         lambda: om.scale_by_rules({"*": [1.0, 2.0, np.inf]}).init({"b": jnp.ones(3)}),
         ["scale_by_rules: the factor of 'b'", "finite", "inf"],
@@ -179,6 +228,35 @@ def test_refused(call, words):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+OF_OTHER_TYPES = {
+    "an array for sides": (lambda om: om.mean(PAIR), ["mean: over must be 'i', 'o' or 'io'"]),
+    "an array for an average": (lambda om: om.normuon(0.1, average=PAIR), ["normuon: average must be"]),
+    "an array for bits": (lambda om: om.split_weights(W, PAIR), ["split_weights: bits must be 8 or 16"]),
+    "where no function": (lambda om: om.mean("i", where="all"), ["mean: where must be a function"]),
+    "a metric of 3": (lambda om: om.probes.probe(om.ema(0.9), 3), ["probe: 3 is not a metric"]),
+    "one static number": (
+        lambda om: om.inject_hyperparams(om.adamw, 3),
+        ["inject_hyperparams: static_args has [3]", "adamw"],
+    ),
+    "bytes of None": (
+        lambda om: om.orthogonalize(bytes_at_once=None),
+        ["orthogonalize: bytes_at_once", "None"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def unchecked():
+    """The package as users have it, whose types nobody checks."""
+    with mutants.package() as package:
+        return package
+
+
+@pytest.mark.parametrize(("call", "words"), OF_OTHER_TYPES.values(), ids=OF_OTHER_TYPES)
+def test_other_types(call, words, unchecked):
+    refused(lambda: call(unchecked), *words)
 
 
 def refused(call, *words):

@@ -552,6 +552,19 @@ def test_the_state_is_made_inside_nnx_jit():
     assert "embed/embedding" not in held
 
 
+def test_a_mask_may_be_a_callable_module():
+    """Of booleans, of all leaves or of the whole model with its functions: a tree, which nobody calls."""
+    model = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for tree in (params, model):
+        mask = jax.tree.map(lambda x: eqx.is_array(x) and x.ndim > 1, tree)
+        tx = om.adamw(0.1, weight_decay=0.5, mask=mask)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        moved = {path: bool(jnp.any(u != 0)) for path, u in by_path(updates).items()}
+        assert moved == {path: path.endswith("weight") for path in moved}
+
+
 def test_equinox_training():
     model = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
     tx = om.muon(0.02, axes={"layers/2/weight": None})

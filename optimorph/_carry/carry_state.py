@@ -25,6 +25,7 @@ from optimorph._carry.match import ASKED, Match
 from optimorph._carry.report import DROPPED, CarryReport, CarryRow
 from optimorph._carry.slots import Slot, owners, slots
 from optimorph._core.checks import abbreviated, check_flags, check_transforms
+from optimorph._core.rule import arrays
 from optimorph._core.types import Mask, PyTree
 from optimorph._storage.stored import Codecs, Stored, codecs_of, with_stored, without_stored
 
@@ -125,6 +126,7 @@ def carry_state(
     check_transforms(WHO, tx, *([] if written_by is None else [written_by]))
     if params is None:
         raise ValueError(f"{WHO}: params is None. Type the parameters that tx is to update.")
+    arrays(WHO, params)
     check_flags(WHO, strict=strict)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
         raise ValueError(

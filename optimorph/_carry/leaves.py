@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph._carry.slots import HYPERPARAMETER, Slot
-from optimorph._core.checks import check_flags
+from optimorph._core.checks import check_flags, check_function
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rule import Leaves, arrays
 from optimorph._core.types import Mask, PyTree, Shape
@@ -51,6 +51,7 @@ def new_names(renamed: Renamed | None, paths: list[str]) -> Callable[[str], str 
     if renamed is None:
         return lambda path: path
     if callable(renamed):
+        check_function(WHO, "renamed", renamed, "paths in the state", "")
         return renamed
     if not isinstance(renamed, Mapping) or not all(
         isinstance(old, str) and isinstance(new, str | None) for old, new in renamed.items()

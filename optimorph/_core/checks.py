@@ -3,7 +3,7 @@
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar, get_args
 
 import jax
@@ -116,8 +116,10 @@ def check_schedule(who: str, name: str, schedule: Any) -> None:
         )
 
 
-def call_fault(f: Callable[..., Any], *arguments: Any) -> str | None:
+def call_fault(f: Any, *arguments: Any) -> str | None:
     """Why a function cannot be called with these arguments alone; None if it can, or does not say."""
+    if isinstance(f, type) or not callable(f):
+        return "it is not a function"
     try:
         signature = inspect.signature(f)
     except ValueError:  # of some functions that are not written in Python
@@ -127,6 +129,26 @@ def call_fault(f: Callable[..., Any], *arguments: Any) -> str | None:
     except TypeError as error:
         return str(error)
     return None
+
+
+def check_function(who: str, name: str, f: Any, of: str, *arguments: Any) -> None:
+    """Refuse what is no function of these arguments.
+
+    Raises:
+      ValueError: naming `who`, the argument and what it should be a function of.
+    """
+    if (fault := call_fault(f, *arguments)) is not None:
+        raise ValueError(f"{who}: {name} must be a function of {of}, but is {f!r}: {fault}.")
+
+
+def is_one_of(value: Any, choices: Sequence[Any]) -> bool:
+    """Whether it is one of these words and numbers; what is compared elementwise is none of them."""
+    return isinstance(value, str | int | float | np.generic) and value in choices
+
+
+def one_or_several(names: Any) -> list[Any]:
+    """What an argument names that takes one word or several."""
+    return [*names] if isinstance(names, Iterable) and not isinstance(names, str) else [names]
 
 
 def check_flags(who: str, **flags: Any) -> None:
@@ -162,7 +184,7 @@ def check_counts(who: str, **counts: Any) -> None:
       ValueError: naming `who`, the argument and its value.
     """
     for name, value in counts.items():
-        if not (is_integer(value, 1) or (value is None and name not in ("every", "refresh_warmup"))):
+        if not (is_integer(value, 1) or (value is None and name in ("block_size", "max_dim"))):
             raise ValueError(
                 f"{who}: {name} must be an integer of at least 1, but is {value!r}. Type {name}=10."
             )
@@ -174,7 +196,7 @@ def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name:
     Raises:
       ValueError: naming `who`, the leaf and the factor, which the user knows as `name`.
     """
-    known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array)
+    known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array) and is_array(factor)
     if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
         raise ValueError(f"{who}: the {name} of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
     value = np.asarray(1.0 if isinstance(factor, Tracer) else factor, float)

@@ -306,7 +306,7 @@ def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree)
 
 def _alike(g: Any, w: Any, strict: bool) -> bool:
     own = kind(g)
-    return np.shape(g) == np.shape(w) and own in (kind(w), "real" if not strict else "") and own != "integer"
+    return np.shape(g) == np.shape(w) and own in (kind(w), "real" if not strict else "") and is_trainable(g)
 
 
 def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from typing import Unpack
 import jax.numpy as jnp
 import optax
 
+from optimorph._core.checks import is_one_of
 from optimorph._core.numbers import as_scalar
 from optimorph._core.rule import pointwise, transform
 from optimorph._core.types import Numeric, ScalarOrSchedule
@@ -73,10 +74,10 @@ def normuon(
 
 def _second_moment(average: str, b2: Numeric, eps: Numeric) -> optax.GradientTransformation:
     """The root of the mean squares of rows, or along the longer side of each matrix."""
+    if not is_one_of(average, ("inputs", "shorter")):
+        raise ValueError(f"normuon: average must be 'inputs' or 'shorter', but is {average!r}.")
     if average == "inputs":
         return chain(square(), mean("i", ema(b2)), root(eps))
-    if average != "shorter":
-        raise ValueError(f"normuon: average must be 'inputs' or 'shorter', but is {average!r}.")
     inputs = mean("i", ema(b2), where=lambda inputs, outputs: inputs <= outputs)
     outputs = mean("o", ema(b2), where=lambda inputs, outputs: inputs > outputs)
     at_least = transform("normuon", pointwise(lambda v: jnp.maximum(v, as_scalar(eps, v))))

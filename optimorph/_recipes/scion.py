@@ -96,7 +96,7 @@ def scion(
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:
     """The direction of each matrix by its norm."""
-    given = lookup(norms or {}, "scion")
+    given = lookup({} if norms is None else norms, "scion")
 
     def norm(path: str, shape: Shape) -> Any:
         found = given(path, shape)

@@ -2,9 +2,9 @@
 
 from typing import Any, Unpack
 
-import jax
 import optax
 
+from optimorph._core.checks import is_one_of
 from optimorph._core.types import DTypeLike, Numeric, ScalarOrSchedule
 from optimorph._recipes.moments import stored
 from optimorph._recipes.of_matrices import MatrixArguments, of_matrices
@@ -171,7 +171,7 @@ def shampoo(
       Gupta, Koren & Singer 2018, "Shampoo", arXiv:1802.09568, algorithm 1, with averages in place of sums;
       (2): Vyas et al. 2024, arXiv:2409.11321, claim 1.
     """
-    if isinstance(power, jax.Array) or power not in (0.25, 0.5):
+    if not is_one_of(power, (0.25, 0.5)):
         raise ValueError(f"shampoo: power must be 0.25 or 0.5, but is {power!r}. Type power=0.25.")
     first = chain(ema(b1, dtype=arguments.get("mu_dtype")), debias(b1))
     rank_one = chain(square(), factored(b2, geometric=power == 0.25), debias(b2), root(eps))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import optax
 
+from optimorph._core.checks import is_one_of
 from optimorph._core.types import DTypeLike, Rules
 from optimorph._storage.compress_state import compress_state
 from optimorph.codecs import Codec
@@ -34,7 +35,7 @@ def with_state_storage(
     if state is None:
         return optax.with_extra_args_support(tx)
     rules = isinstance(state, Codec | Mapping) or (callable(state) and not isinstance(state, type))
-    if state != INT8 and not rules:
+    if not is_one_of(state, (INT8,)) and not rules:
         raise ValueError(
             f"{who}: state must be 'int8', the rules of compress_state or None, but is {state!r}. "
             "Type state='int8'."

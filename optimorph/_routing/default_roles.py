@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from optimorph._core.checks import is_integer
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND, SLOW
 from optimorph._core.types import PyTree, Shape
@@ -37,7 +38,8 @@ def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
     Raises:
       ValueError: a shape that is not a tuple of integers, or a path that is not in `params`.
     """
-    if not isinstance(path, str) or not isinstance(shape, tuple | list):
+    sizes = shape if isinstance(shape, tuple | list) else [None]
+    if not isinstance(path, str) or not all(is_integer(size, 0) for size in sizes):
         raise ValueError(
             f"role_of: it takes a path and a shape, but got {path!r} and {shape!r}. Type "
             "role_of('layers/0/kernel', (64, 64)), or roles('norm') for a mask."

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import optax
 
 from optimorph._core.checks import LeafError, check_transforms
+from optimorph._core.differences import checked_state
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import aligned
 from optimorph._core.types import Rules
@@ -51,6 +52,7 @@ def partition(
         return optax.partition({**transforms}, lambda _: tree_labels)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):
+        state = checked_state("partition", state, optax.transforms.PartitionState)
         gs, tree, ws = aligned("partition", updates, params)
         updates = tree.unflatten(gs)
         params = None if params is None else tree.unflatten(ws)

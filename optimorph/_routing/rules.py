@@ -171,12 +171,14 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
       ValueError: naming `who` and a leaf for which the mask has no value.
     """
     fix = "Pass a tree of booleans like the parameters, or rules such as {'*norm*': False, '*': True}."
-    if isinstance(mask, str | re.Pattern):
+    a_tree = not callable(mask) or any(isinstance(x, bool | np.bool_) for x in jax.tree.leaves(mask))
+    called = [None] if a_tree else [call_fault(mask, 0), call_fault(mask, "", ())]
+    if isinstance(mask, str | re.Pattern) or None not in called:
         raise ValueError(f"{who}: the mask is {mask!r}. {fix}")
     if _is_rules(mask):
         match = lookup(mask, who)
         mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
-    elif callable(mask):
+    elif not a_tree:  # a module of booleans may be callable
         mask = mask(leaves.tree)
         if isinstance(mask, bool) and len(leaves.values) > 1:
             raise ValueError(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_numbers, check_transforms
-from optimorph._core.differences import other_state
+from optimorph._core.differences import checked_state, other_state
 from optimorph._core.numbers import as_scalar, cast_like, upcast
 from optimorph._core.roles import SECOND, holds, relabeled
 from optimorph._core.rule import Rule, map_updates, rule_of, transform
@@ -177,10 +177,7 @@ def _combined(
 
     def update(updates, state, params=None, **extra):
         g = map_updates(who, upcast, updates)
-        try:
-            states = unpack(state)
-        except (TypeError, AttributeError) as error:
-            raise other_state(who) from error
+        states = unpack(checked_state(who, state, type(pack([None] * len(txs)))))
         values, states = zip(
             *(tx.update(g, s, params, **extra) for tx, s in zip(txs, states, strict=True)), strict=True
         )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import dtype_name
+from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of
 from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.hardware import AUTO, Hardware, check_divide
@@ -75,11 +75,8 @@ def orthogonalize(
     """
     who = "orthogonalize"
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
-    if not callable(polar):
-        raise ValueError(
-            f"{who}: orthogonalizer must be a function of stacks of matrices, but is {polar!r}. Type "
-            "orthogonalizer=optimorph.linalg.NewtonSchulz()."
-        )
+    check_function(who, "orthogonalizer", polar, "stacks of matrices, such as linalg.NewtonSchulz()", 0)
+    check_counts(who, bytes_at_once=bytes_at_once)
     polar = polar if isinstance(polar, Hashable) else _by_identity(polar)
     equivariant = isinstance(polar, NewtonSchulz | Exact)
     if comm_dtype is not None and dtype_name(comm_dtype) not in _COMM_DTYPES:
@@ -139,7 +136,7 @@ def scale_by_shape(
       hidden layers in neural networks"; (3) Liu et al. 2025, arXiv:2502.16982, equation 4.
     """
     who = "scale_by_shape"
-    if not (scale is None or callable(scale) or (isinstance(scale, str) and scale in SCALES)):
+    if not (scale is None or is_one_of(scale, [*SCALES]) or call_fault(scale, 1, 1) is None):
         raise ValueError(
             f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, None, or a function of the "
             f"numbers of inputs and outputs, but is {scale!r}."

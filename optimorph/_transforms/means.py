@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_transforms
+from optimorph._core.checks import check_function, check_transforms, is_one_of
 from optimorph._core.numbers import is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import Leaf, Leaves, Rule, arrays, map_updates, pointwise, rule_of, transform
@@ -66,7 +66,9 @@ def mean(
     """
     who = "mean"
     rule = pointwise(lambda g: g) if inner is None else rule_of(inner)
-    if over not in ("i", "o", "io"):
+    if where is not None:
+        check_function(who, "where", where, "the numbers of inputs and outputs", 1, 1)
+    if not is_one_of(over, ("i", "o", "io")):
         raise ValueError(f"{who}: over must be 'i', 'o' or 'io', but is {over!r}. Type mean('i').")
     if rule is None:
         raise ValueError(
