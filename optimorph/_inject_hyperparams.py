@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import RANGES, call_fault, dtype_name, one_or_several
+from optimorph._core.checks import RANGES, call_fault, check_numbers, dtype_name, one_or_several
 from optimorph._core.differences import checked_state
 from optimorph._core.types import DTypeLike
 
@@ -83,6 +83,10 @@ def inject_hyperparams(
             raise TypeError(f"{who}: {error}") from None
         for name, value in given.arguments.items():
             number = value.item() if isinstance(value, np.generic) else value
+            if hasattr(value, "__jax_array__"):  # which may be a function too
+                number = jnp.asarray(value)
+            if ours and name in RANGES and isinstance(number, int):
+                check_numbers(who, **{name: number})
             if name in RANGES and type(number) is int:
                 number = float(number)  # an integer would stay one in the state
             given.arguments[name] = number

@@ -22,7 +22,7 @@ from optimorph import linalg
 from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer, one_or_several
 from optimorph._core.differences import checked_state
 from optimorph._core.moments import moments_of
-from optimorph._core.numbers import increment, is_missing, is_trainable, upcast
+from optimorph._core.numbers import common, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role, holds, scalar
 from optimorph._core.rule import Leaves
@@ -66,13 +66,13 @@ def _rms(x: Any) -> jax.Array:
 
 
 def _ratio(leaf: Leaf) -> jax.Array:
-    step, size = _rms(leaf.update), _rms(leaf.weight)
+    step, size = common(_rms(leaf.update), _rms(leaf.weight))
     return jnp.where(step == 0, 0, step / size)
 
 
 def _cosine(leaf: Leaf) -> jax.Array:
-    size = _rms(leaf.gradient) * _rms(leaf.momentum)
-    product = jnp.mean((upcast(leaf.gradient) * upcast(leaf.momentum).conj()).real)
+    g, m = common(upcast(leaf.gradient), leaf.momentum)
+    size, product = _rms(g) * _rms(m), jnp.mean((g * m.conj()).real)
     return jnp.where(size == 0, 0, jnp.clip(product / jnp.where(size == 0, 1, size), -1, 1))
 
 

@@ -582,6 +582,16 @@ def test_states_of_earlier_versions(path):
             rounding.close(found[name], end, condition=CONDITION if "muon" in name or "scion" in name else 1)
 
 
+@pytest.mark.parametrize("make", [om.adamw, om.hyperball, om.slow_ema, om.inject_hyperparams(om.adamw)])
+def test_a_variable_of_flax_is_a_number(make):
+    """It may be called, but is no schedule."""
+    params = {"w": jnp.ones((3, 4))}
+    variable, plain = make(nnx.Param(jnp.asarray(0.25))), make(0.25)
+    updates, _ = variable.update(params, variable.init(params), params)
+    expected, _ = plain.update(params, plain.init(params), params)
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-15)
+
+
 def test_a_state_without_readings():
     """Of the first version, whose constant rates had no state: `carry_state` makes today's of it."""
     params, tx = weights(), om.adamw(0.1, weight_decay=0.2)

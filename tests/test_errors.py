@@ -161,6 +161,18 @@ REFUSED = {
         lambda: om.multi_steps(om.sgd(0.1), lambda steps: 0).init(W),
         ["multi_steps: every_k", "at least 1", "returned 0"],
     ),
+    "the shape of a rate": (
+        lambda: om.adamw(jax.ShapeDtypeStruct((), jnp.float32)),
+        ["adamw: learning_rate must be a number", "ShapeDtypeStruct"],
+    ),
+    "no float to inject": (
+        lambda: om.inject_hyperparams(om.adamw)(10**400).init(W),
+        ["adamw: learning_rate must be a number"],
+    ),
+    "a schedule of keys": (
+        lambda: om.adamw(lambda count: jax.random.key(0)).init(W),
+        ["adamw", "a schedule must return one number"],
+    ),
     "a class for a schedule": (lambda: om.adamw(int), ["adamw: learning_rate", "not a function"]),
     "a class for a mask": (lambda: om.adamw(0.1, mask=bool).init(W), ["the mask is", "bool"]),
     "a mask of nothing": (lambda: om.adamw(0.1, mask=lambda: True).init(W), ["the mask is"]),

@@ -374,3 +374,13 @@ def test_python_numbers(jit):
     for _ in range(2):
         _, state = jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
     assert read(state)["scale/weight_rms"] == 2.0
+
+
+def test_gradients_wider_than_weights():
+    """The metrics of bfloat16 weights and float64 gradients, in strict dtypes."""
+    params, tx = {"w": jnp.ones((3, 4), jnp.bfloat16)}, probe(om.ema(0.5), every=1)
+    with jax.enable_x64(True):
+        g = {"w": jnp.full((3, 4), 0.5, jnp.float64)}
+        _, state = tx.update(g, tx.init(params), params)
+    assert read(state)["w/update_to_weight"] == 0.25
+    assert read(state)["w/cosine"] == 1

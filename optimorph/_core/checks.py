@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optimorph._core.numbers import is_array
+from optimorph._core.numbers import is_array, is_schedule
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,14 +81,14 @@ def check_numbers(who: str, **values: Any) -> None:
       ValueError: naming `who`, the argument, its value, its range and a value that would do.
     """
     for name, value in values.items():
-        if callable(value) and name in SCHEDULED:
+        if is_schedule(value) and name in SCHEDULED:
             check_schedule(who, name, value)
             continue
         text, inside, example = RANGES[name]
         fix = f"Type {name}={example}, for example."
         if value is None:
             raise ValueError(f"{who}: {name} is missing. {fix}")
-        if not (is_array(value) and _is_real(value)):
+        if not (is_array(value) and _is_real(value)) or isinstance(value, jax.ShapeDtypeStruct):
             raise ValueError(f"{who}: {name} must be a number {text}, but is {value!r}. {fix}")
         shape = getattr(value, "shape", ())
         if shape != ():

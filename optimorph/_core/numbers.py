@@ -85,6 +85,11 @@ def increment(count: Any) -> jax.Array:
     return jnp.asarray(optax.safe_increment(count))
 
 
+def is_schedule(value: Any) -> bool:
+    """Whether it is a function and no array; a variable of Flax, which may be called, is one."""
+    return callable(value) and not hasattr(value, "__jax_array__")
+
+
 def as_schedule(value: ScalarOrSchedule) -> Schedule:
     """A number or schedule as a schedule: a function of the step count.
 
@@ -93,12 +98,13 @@ def as_schedule(value: ScalarOrSchedule) -> Schedule:
     Raises:
       NotScalarError: when the schedule is called, if it returns an array or something that is not a number.
     """
-    if not callable(value):
+    if not (callable(value) and is_schedule(value)):
         return lambda count: value
 
     def schedule(count):
         now = value(count.astype(int))
-        if kind(now) not in ("real", "integer") or np.ndim(now):
+        key = is_array(now) and jnp.issubdtype(jnp.result_type(now), jax.dtypes.extended)
+        if kind(now) not in ("real", "integer") or np.ndim(now) or key:
             raise NotScalarError(now)
         return now
 

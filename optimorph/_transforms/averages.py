@@ -14,6 +14,7 @@ from optimorph._core.numbers import (
     common,
     full_like,
     increment,
+    is_schedule,
     stored_dtype,
 )
 from optimorph._core.roles import AVERAGE, SLOW, TOTAL, VELOCITY, Role, holds, roles_of, scalar
@@ -131,7 +132,7 @@ def slow_ema(decay: ScalarOrSchedule, alpha: ScalarOrSchedule = 1.0) -> optax.Gr
       Pagliardini et al. 2024, "The AdEMAMix optimizer: better, faster, older", arXiv:2409.03137, section 3.
     """
     for name, value in {"decay": decay, "alpha": alpha}.items():
-        if callable(value):
+        if is_schedule(value):
             check_schedule("slow_ema", name, value)
         else:
             check_numbers("slow_ema", **{name: value})

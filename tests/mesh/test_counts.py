@@ -77,8 +77,8 @@ def test_replicated_memory():
 def test_memory_is_bounded_by_a_round(spec):
     """64 matrices in n rounds need an n-th of the memory: (4 + replicas) times the bytes of a round.
 
-    Where programs run in the order that needs least memory: on CPUs by a flag, which jaxlib 0.11 and later do not
-    heed for replicated leaves.
+    Where programs run in the order that needs least memory: on CPUs by a flag. From jaxlib 0.11 on this
+    order needs more for replicated leaves.
     """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
     leaf = jax.ShapeDtypeStruct((256, 512), jnp.float32, sharding=NamedSharding(mesh, spec))
