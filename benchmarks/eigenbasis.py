@@ -7,7 +7,7 @@ beside a port leaf by leaf: averages are divided as the parameters are, factors 
 balance: the QR of the busiest device over the mean of all, from the plan, of models with uneven matrices.
 steps: milliseconds of one update beside AdamW and Muon (the median of interleaved rounds), and seconds to
 compile. Set OPENBLAS_NUM_THREADS=1: the threads of LAPACK wait for each other where cores are busy.
-accelerators: QR of four matrices, compiled for one v5p or H100, and an update of uneven matrices for
+accelerators: QR and eigh of four matrices, compiled for one v5p or H100, and an update of uneven matrices for
 eight. Run it with `jax[tpu]` and with `jax[cuda12]`.
 first: losses on the race's text where every one of the first steps refreshes the bases, seed by seed. The
 rates are those of SOAP there.
@@ -55,6 +55,7 @@ from optimorph._racing.tasks import text
 
 RESULTS = Path(__file__).parent / "results" / "eigenbasis.json"
 AXES = {"*": "io"}
+BASES = {"": lambda x: jnp.linalg.qr(x)[0], "eigh of ": lambda x: jnp.linalg.eigh(x)[1]}
 
 
 def leaf_by_leaf(rate=3e-3, b1=0.95, b2=0.95, every=10):
@@ -244,22 +245,24 @@ def steps():
 
 
 def on_accelerators():
-    """Device → QR of four matrices → what its compiler says."""
+    """Device → QR and `eigh` of four matrices → what its compiler says."""
     rows = {}
     for name in ("v5p", "H100"):
         target = accelerators.CHIPS[name]
         if not targets.available(target):
             continue
         mesh, rows[name] = targets.mesh_of(target, {"data": 1}), {}
-        for n in (128, 768):
+        for n, (before, basis) in itertools.product((128, 768), BASES.items()):
             x = jax.ShapeDtypeStruct((4, n, n), jnp.float32, sharding=NamedSharding(mesh, P()))
-            started = time.perf_counter()
-            program = targets.compiled(lambda x: jnp.linalg.qr(x)[0], x, mesh=mesh)
-            rows[name][f"4 x {n} x {n}"] = {
+            started, cpu = time.perf_counter(), time.process_time()
+            program = targets.compiled(basis, x, mesh=mesh)
+            label = f"{before}4 x {n} x {n}"
+            rows[name][label] = {
                 "compile_seconds": time.perf_counter() - started,
+                "compile_cpu_seconds": time.process_time() - cpu,
                 "lines": program.as_text().count("\n"),
             }
-            print(name, n, rows[name][f"4 x {n} x {n}"], flush=True)
+            print(name, label, rows[name][label], flush=True)
         mesh = targets.mesh_of("H100" if name == "H100" else "v5p:2x2x2", {"data": 8})
         for label, spread in (("together", False), ("spread", True)):
             rows[name][label] = _of_uneven_matrices(mesh, spread)
