@@ -123,7 +123,6 @@ UNSEEN = {
         "_transforms.eigenbasis: in_eigenbasis.step: handed_down 0 without matrix_axes",
         "_transforms.eigenbasis: in_eigenbasis.step: spread [01] ignored",
         "_transforms.eigenbasis: in_eigenbasis.step: BitOr 0 left",
-        "_distributed.bases: refreshed: if 0 always",
         "_distributed.bases: refreshed: if 1 never",
         "_distributed.bases: refreshed: if 0 never",
         "_distributed.bases: refreshed.refresh: if 0 always",
@@ -185,6 +184,7 @@ UNSEEN = {
     "no entry has such input: none, zeros, integers, one fault of several, rules, a mesh, many bytes": [
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: BitOr 0 left",
         "_transforms.cautious: cautious.update: if 0 always",
+        "_transforms.clip_leaf: _clipped: Rule 0 without begin",
         "_transforms.clip_leaf: _clipped.update: where [01] only 1",
         "_transforms.clip_leaf: _clipped.update: Gt 0 opposite",
         "_transforms.clip_leaf: _clipped.update: BitAnd 0 left",

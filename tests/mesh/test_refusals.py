@@ -80,6 +80,7 @@ def test_inside_shard_map_nothing_is_guessed():
         jax.jit(run)(jnp.ones((8, 24)))
 
 
+@pytest.mark.filterwarnings("ignore:muon. no leaf matches the rule 'v'")
 def test_inside_shard_map_every_leaf_is_said():
     tx = om.muon(0.1, axes=PLAIN, shardings={"v": P("data")})
     run = jax.shard_map(
