@@ -99,7 +99,8 @@ def as_schedule(value: ScalarOrSchedule) -> Schedule:
       NotScalarError: when the schedule is called, if it returns an array or something that is not a number.
     """
     if not (callable(value) and is_schedule(value)):
-        return lambda count: value
+        number = jnp.asarray(value) if hasattr(value, "__jax_array__") else value
+        return lambda count: number
 
     def schedule(count):
         now = value(count.astype(int))
