@@ -42,7 +42,7 @@ class Reduction:
         """The mean of the numbers; that of none is 0."""
         count = np.array(np.size(x)) if self.form is None else self.form.counts(x.shape, self.letters)
         count = np.maximum(count * devices(manual_axes(), self.names), 1)
-        return self.sums(x)[0] / jnp.asarray(count, x.real.dtype)
+        return self.sums(x)[0] / jnp.asarray(count, x.dtype)
 
     def spread(self, y: jax.Array, shape: Shape) -> jax.Array:
         """What one of these leaves of an array of this shape, so that it broadcasts against that array."""

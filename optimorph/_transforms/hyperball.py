@@ -82,10 +82,10 @@ def _norms(over: Reduction, w: jax.Array, u: jax.Array) -> list[jax.Array]:
     Each product is summed twice, with both factors multiplied by 2⁴⁸ and by 2⁻⁴⁸. One of the two sums is in
     range, so no maxima must be known before.
     """
-    kind = jnp.finfo(u.dtype).dtype
-    scales = (jnp.asarray(2.0**48, kind), jnp.asarray(2.0**-48, kind))
+    scales = (jnp.asarray(2.0**48, u.dtype), jnp.asarray(2.0**-48, u.dtype))
     pairs = ((w, w), (u, u), (w, u))
     sums = over.sums(*[((c * a) * (c * b).conj()).real for a, b in pairs for c in scales])
+    scales = [c.real for c in scales]
     fits = [jnp.abs(x) < 2.0**124 for x in sums[::2]]
     ww, uu, wu = (jnp.where(fit, *sums[2 * k : 2 * k + 2]) for k, fit in enumerate(fits))
     of_w, of_u, of_both = (jnp.where(fit, *scales) for fit in fits)

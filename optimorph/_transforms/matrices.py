@@ -162,7 +162,7 @@ def scale_by_shape(
             return factor.item() * g, state
         if leaf.part:
             raise ValueError(f"compress_state: put {who} outside, because {leaf.path!r} has several scales.")
-        return local_shard(factor.astype(g.real.dtype), spec) * g, state
+        return local_shard(factor.astype(g.dtype), spec) * g, state
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
 
