@@ -306,7 +306,8 @@ def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree)
 
 def _alike(g: Any, w: Any, strict: bool) -> bool:
     own = kind(g)
-    return np.shape(g) == np.shape(w) and own in (kind(w), "real" if not strict else "") and is_trainable(g)
+    fits = own == kind(w) or (own == "real" and not strict)
+    return fits and own in ("real", "complex") and np.shape(g) == np.shape(w)
 
 
 def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: Any) -> list[Any]:
