@@ -27,8 +27,10 @@ def with_fused_layers(
     taken = set[int]().union(*(inputs for inputs, _ in sides))
     names = {k: layer_name(paths[k].replace(".", "/")) for k, spec in enumerate(specs) if spec.axes}
     takers: dict[tuple[str, int], set[int]] = {}
+    inside: dict[str, list[int]] = {}
     for k, module in names.items():
         while module := module.rpartition("/")[0]:
+            inside.setdefault(module, []).append(k)
             for width in sides[k][0]:
                 takers.setdefault((module, width), set()).add(k)
 
@@ -46,11 +48,7 @@ def with_fused_layers(
     for k in fused:
         spec = _spec(specs[k])
         module, kind = names[k].rpartition("/")[0], without_numbers(names[k])
-        numbers = [
-            number_of(name)
-            for name in names.values()
-            if name.startswith(module + "/") and without_numbers(name) == kind
-        ]
+        numbers = [number_of(names[j]) for j in inside[module] if without_numbers(names[j]) == kind]
         is_last = number_of(names[k]) == max(numbers) > min(numbers)
         answers = [spec.replace("o", f"({parts(k)[0]}o)"), spec][:: -1 if is_last else 1]
         cause = "may be several layers side by side, by its width"
