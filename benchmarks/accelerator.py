@@ -3,7 +3,8 @@
     python benchmarks/accelerator.py [--out FILE]
 
 Of each optimizer: seconds to compile, milliseconds of one jitted and donated update (median of interleaved
-rounds), bytes of state and of temporaries for each parameter. Layers are separate leaves, and in the rows
+rounds), bytes of state and of temporaries for each parameter, and on GPUs the kernels of the compiled program
+and the bytes that they read and write. Layers are separate leaves, and in the rows
 "stacked" one leaf for all layers. Writes `benchmarks/results/accelerator.json`, with the device, the versions
 and the date. It runs on CPUs too, where the numbers of `benchmarks/optimizers.py` are the better ones.
 """
@@ -16,6 +17,7 @@ import statistics
 import time
 from pathlib import Path
 
+import hlo
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,6 +28,8 @@ import optimorph as om
 ROUNDS, STEPS = 7, 10
 RESULTS = Path(__file__).parent / "results" / "accelerator.json"
 WIDTH, LAYERS = 768, 12
+LOOPED = ("optax.adamw", "adamw", "adamw int8")
+"""What is timed in a loop of one program too."""
 
 
 def shapes(stacked):
@@ -81,6 +85,8 @@ def optimizers(stacked):
         "normuon": muon(False, om.normuon),
         "adamuon": muon(False, om.adamuon),
         "muon2": muon(False, om.muon2),
+        "muonh": muon(False, om.muonh),
+        "scion": om.scion(1e-3, axes={"layer*/kernel": "io", "*": None}),
     }
 
 
@@ -106,7 +112,26 @@ def measured(tx, params, name):
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(state)) / size,
         "temporary_bytes": memory.temp_size_in_bytes / size,
     }
+    if jax.default_backend() == "gpu":
+        row["kernels"], row["traffic_bytes"] = hlo.launched(compiled)
     return row, run
+
+
+def looped(tx, params):
+    """Milliseconds of one of many updates in one program, without what a call costs on the host."""
+    state = jax.jit(tx.init)(params)
+
+    def one(_, carry):
+        return tx.update(*carry, params)
+
+    program = jax.jit(lambda g, s: jax.lax.fori_loop(0, 2 * STEPS, one, (g, s)))
+    compiled = program.lower(params, state).compile()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(params, state))
+        times.append((time.perf_counter() - start) / (2 * STEPS) * 1e3)
+    return statistics.median(times[1:])
 
 
 def timed(run):
@@ -164,6 +189,8 @@ def main():
                 times[k].append(timed(run))
         for k, (row, _) in enumerate(made):
             row |= {"stacked": stacked, "milliseconds": statistics.median(times[k])}
+            if row["name"] in LOOPED and not stacked:
+                row["looped_milliseconds"] = looped(optimizers(stacked)[row["name"]], params)
             rows.append(row)
             print(json.dumps(row), flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}

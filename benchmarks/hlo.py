@@ -14,6 +14,7 @@ import re
 
 WIDTHS = {"pred": 1, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+FREE = ("parameter", "get-tuple-element", "tuple", "constant", "bitcast")  # launches no kernel
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -35,6 +36,33 @@ def counted(compiled):
     found = Counts()
     _visit(computations, entry, 1, False, found)
     return found
+
+
+def launched(compiled):
+    """Of a program for a GPU: how many kernels it launches, and how many bytes these read and write."""
+    computations, entry = _parsed(compiled.as_text())
+    return _launched(computations, entry)
+
+
+def _launched(computations, name):
+    types = {own: kind for own, kind, _, _ in computations[name]}
+    kernels = size = 0
+    for _, kind, op, rest in computations[name]:
+        if op in ("while", "call"):
+            inner = re.search(r"(?:body|to_apply)=%?([\w.\-]+)", rest).group(1)
+            found, times = _launched(computations, inner), _trips(rest) if op == "while" else 1
+            kernels, size = kernels + times * found[0], size + times * found[1]
+        elif op not in FREE:
+            operands = re.findall(r"%([\w.\-]+)", rest.split("), ")[0])
+            kernels += 1
+            size += _bytes(kind) + sum(_bytes(types[each]) for each in operands if each in types)
+    return kernels, size
+
+
+def _trips(rest):
+    """The turns of a loop that the compiler writes down; 1 without."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
+    return int(known.group(1)) if known else 1
 
 
 def _parsed(text):
@@ -70,9 +98,8 @@ def _visit(computations, name, times, looping, found):
             found.in_loops += times * looping
             found.sent += times * _sent(base, size, _group(rest))
         elif op == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
             body = re.search(r"body=%?([\w.\-]+)", rest).group(1)
-            _visit(computations, body, times * (int(trips.group(1)) if trips else 1), True, found)
+            _visit(computations, body, times * _trips(rest), True, found)
         elif op in ("fusion", "call", "async-start"):
             inner = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", rest)
             if inner:

@@ -1,14 +1,15 @@
 """The polar factor beside its alternatives: time, accuracy, and the share of the machine's own peak.
 
-    python benchmarks/polar.py
+    python benchmarks/polar.py [--out FILE]
 
 At the same number of steps with the same coefficients: ours (the iteration of fewer operations, and the
-standard one), optax's, and where they are installed the same written out in PyTorch, and
-gram-newton-schulz's, with its kernels on GPUs. Milliseconds are medians of interleaved rounds; the ratio is
-optax's over ours. Peak is the fastest large product of two matrices seen in the same run. Written to
-`benchmarks/results/polar.json`.
+standard one; in float32 on CPUs, in float16 on GPUs), optax's, and where they are installed the same written
+out in PyTorch, and gram-newton-schulz's, with its kernels on GPUs. Milliseconds are medians of interleaved
+rounds; the ratio is optax's over ours. Peak is the fastest large product of two matrices seen in the same
+run. Written to `benchmarks/results/polar.json`, or to FILE.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import importlib.util
@@ -146,17 +147,15 @@ def timed(f, *arguments):
 
 def measure(shape):
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    auto = NewtonSchulz(dtype=jnp.float32)
+    auto = NewtonSchulz()
     rows = auto.table.rows
     sides = {
         "optimorph": auto,
-        "optimorph, standard": NewtonSchulz(dtype=jnp.float32, iteration="standard"),
+        "optimorph, standard": NewtonSchulz(iteration="standard"),
         "optax": optax_polar(rows),
     }
-    if ACCELERATED:
-        sides["optimorph, its default dtype"] = NewtonSchulz()
     calls = {name: (jax.jit(f).lower(x).compile(), x) for name, f in sides.items()}
-    light = ACCELERATED or shape[0] * operations(shape, rows, None) < HALF_ON_CPUS
+    light = ACCELERATED or shape[0] * operations(shape, rows, None, False) < HALF_ON_CPUS
     calls |= {
         name: (f, convert(x))
         for name, (f, convert) in torch_sides().items()
@@ -167,9 +166,10 @@ def measure(shape):
         for name, (f, argument) in calls.items():
             seconds[name].append(timed(f, argument))
     counts = {
-        name: shape[0] * min(operations(shape, rows, None), operations(shape, rows, auto.table.restarts()))
+        name: shape[0]
+        * min(operations(shape, rows, None, False), operations(shape, rows, auto.table.restarts(), False))
         if name == "optimorph"
-        else shape[0] * operations(shape, rows, None)
+        else shape[0] * operations(shape, rows, None, False)
         for name in ("optimorph", "optax")
     }
     return {
@@ -194,6 +194,9 @@ def table(rows, top):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out = parser.parse_args().out
     console = Console(width=150)
     top = peak()
     cases = CASES | (LARGE if ACCELERATED else {})
@@ -225,8 +228,8 @@ def main():
     for name, found in accurate.items():
         console.print(f"{name:<22} worst cosine {found['cosine']:.5f}, worst |1 - σ| {found['error']:.4f}")
     console.print(about)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(about | {"rows": rows, "accuracy": accurate}, indent=1) + "\n")
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(about | {"rows": rows, "accuracy": accurate}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

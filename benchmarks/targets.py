@@ -92,8 +92,7 @@ def compiled(f, *arguments, mesh, **options):
 def counted(program):
     """Of one device: collectives, Gflop, temporaries, and TPU cycles or GPU kernels.
 
-    Cycles are the compiler's estimate for products and for the rest; they hold no communication. Kernels are
-    what the entry computation launches, loops counted once.
+    Cycles are the compiler's estimate for products and for the rest; they hold no communication.
     """
     text, memory = program.as_text(), program.memory_analysis()
     cost = program.cost_analysis() or {}
@@ -107,7 +106,7 @@ def counted(program):
         "temporary": memory.temp_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "mcycles": {kind: count / 1e6 for kind, count in cycles.items()},
-        "kernels": sum(_launches(text)) if not cycles else 0,
+        "kernels": hlo.launched(program)[0] if not cycles else 0,
     }
 
 
@@ -117,14 +116,6 @@ def product_dtypes(text):
     products = re.findall(r" (?:convolution|dot)\((%[\w.\-]+), (%[\w.\-]+)\)", text)
     products += re.findall(r" custom-call\((%[\w.\-]+), (%[\w.\-]+)\), custom_call_target=\"__cublas", text)
     return {types[operand] for pair in products for operand in pair if operand in types}
-
-
-def _launches(text):
-    entry = text[text.index("\nENTRY ") :]
-    free = ("parameter", "get-tuple-element", "tuple", "constant", "bitcast")
-    return [
-        op not in free for op in re.findall(r"^\s+\S+ = (?:\(.*?\)|\S+) ([\w\-]+)\(", entry, re.MULTILINE)
-    ]
 
 
 def _cycles(text):
