@@ -29,6 +29,7 @@ import optax
 import pytest
 from rich.console import Console
 
+import optimorph as om
 from optimorph.__main__ import main
 from optimorph._racing import command, grids, result, training
 from optimorph._racing.comparisons import losses_at_equal_seconds, steps_to_target
@@ -46,6 +47,7 @@ from optimorph._racing.registry import (
 )
 from optimorph._racing.result import RaceResult, make_row
 from optimorph._racing.run import CompiledTask, Run
+from optimorph._racing.sweep import Sweep, best_rates
 from optimorph._racing.table import table_rows, tables
 from optimorph._racing.tasks import digits, flights, quadratic, text
 from optimorph._racing.training import Entry, train_all
@@ -632,6 +634,19 @@ def test_ctrl_c_among_the_spectra_keeps_the_race(small, monkeypatch, tmp_path):
     assert found["rows"][0]["steps"] == 5
     assert found["finished"] is False
     assert found["spectra"] == []
+
+
+def test_the_worse_half_of_the_rates_stops_at_a_quarter_and_at_half_of_the_steps():
+    task, rates = quadratic.task(10.0), [LearningRates(2.0**-k) for k in range(9)]
+    sweep = Sweep(task, "tuning", 40, threading.Event(), 0, lambda trial: None, rungs=(0.25, 0.5))
+    makers = {"sgd": lambda rates: om.sgd(rates.learning_rate)}
+    trials = sweep.run(makers, {"sgd": rates})
+    steps = {trial.learning_rate: trial.steps for trial in trials}
+    assert sorted(steps.values()) == [10] * 4 + [20] * 2 + [40] * 3
+    whole = Sweep(task, "tuning", 40, threading.Event(), 0, lambda trial: None).run(makers, {"sgd": rates})
+    assert best_rates(trials, "sgd") == best_rates(whole, "sgd")
+    losses = {trial.learning_rate: trial.loss for trial in whole}
+    assert all(trial.loss == losses[trial.learning_rate] for trial in trials if trial.steps == 40)
 
 
 def test_ctrl_c_before_any_rate_leaves_the_last_sweep_alone(small, monkeypatch, tmp_path, capsys):

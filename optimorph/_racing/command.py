@@ -159,7 +159,8 @@ def _sweep(
     makers = {name: functools.partial(make_optimizer, name, task, steps=steps) for name in candidates}
     total = sum(map(len, candidates.values()))
     with stop_on_ctrl_c(console) as stop, sweep_display(console, total) as on_trial:
-        sweep = Sweep(task, "tuning", steps, stop, 0, on_trial)  # not vmapped, which is slower on CPUs
+        # Not vmapped, which is slower on CPUs.
+        sweep = Sweep(task, "tuning", steps, stop, max_bytes=0, on_trial=on_trial, rungs=(0.25, 0.5))
         trials = sweep.run(makers, candidates)
     if not trials:
         console.print("Stopped before any learning rate was tried: nothing to report.")

@@ -31,6 +31,10 @@ class Sweep:
     All rates of an optimizer train in one vmapped program if that needs at most `max_bytes`. Otherwise they
     train one after another, in one program if the rate can be a traced array, in one program each if not.
 
+    Rates that train one after another pause at each of `rungs`, which are shares of the steps. Only the
+    better half of them goes on from there (successive halving; Jamieson & Talwalkar, 2016, arXiv:1502.07943).
+    Parameters and state of all of them are then in memory at once.
+
     Once `stop` is set, the sweep ends after the current step, and the trials of a vmapped program count.
     """
 
@@ -40,6 +44,7 @@ class Sweep:
     stop: threading.Event
     max_bytes: int
     on_trial: Callable[[Trial], None]
+    rungs: Sequence[float] = ()
 
     def __post_init__(self):
         self.compiled = CompiledTask(self.task, self.part)
@@ -63,7 +68,7 @@ class Sweep:
 
     def _train_vmapped(self, name, candidates, optimizer):
         compiled = CompiledTask(vmapped_task(self.task, len(candidates)), self.part)
-        run = self._train(Run(compiled, optimizer, SEED))
+        run = self._train(Run(compiled, optimizer, SEED), self.steps)
         if not run.step:
             return []
         losses = _vmapped_losses(self.task, self.part, run.params).tolist()
@@ -71,16 +76,33 @@ class Sweep:
 
     def _train_sequential(self, name, candidates, optimizers):
         trials = []
-        for rates, optimizer in zip(candidates, optimizers, strict=True):
-            run = self._train(Run(self.compiled, optimizer, SEED))
+        runs = zip(candidates, (Run(self.compiled, optimizer, SEED) for optimizer in optimizers), strict=True)
+        for share in (*self.rungs, 1.0):
+            runs, paused = self._train_all(runs, max(1, round(share * self.steps))), []
+            for rates, run in runs:
+                if share == 1.0:
+                    trials.append(self._trial(name, rates, run.losses[-1], run.step))
+                else:
+                    paused.append((rates, run))
             if self.stop.is_set():
                 break
-            run.evaluate()
-            trials.append(self._trial(name, rates, run.losses[-1], run.step))
-        return trials
+            paused.sort(key=lambda pair: (pair[1].diverged, pair[1].losses[-1]))
+            half = -(-len(paused) // 2)
+            trials += [self._trial(name, rates, run.losses[-1], run.step) for rates, run in paused[half:]]
+            runs = paused[:half]
+        return sorted(trials, key=lambda trial: candidates.index(trial.rates))
 
-    def _train(self, run: Run) -> Run:
-        while run.step < self.steps and not self.stop.is_set():
+    def _train_all(self, runs, steps):
+        """Each of the runs after so many steps, until the sweep is stopped."""
+        for rates, run in runs:
+            self._train(run, steps)
+            if self.stop.is_set():
+                return
+            run.evaluate()
+            yield rates, run
+
+    def _train(self, run: Run, steps: int) -> Run:
+        while run.step < steps and not self.stop.is_set():
             run.take_step()
         return run
 
@@ -91,9 +113,9 @@ class Sweep:
 
 
 def best_rates(trials: Sequence[Trial], name: str) -> LearningRates:
-    """An optimizer's learning rates of the lowest loss."""
+    """An optimizer's learning rates of the lowest loss, of those that trained for the most steps."""
     own = [trial for trial in trials if trial.optimizer == name]
-    return min(own, key=lambda trial: trial.finite_or_inf).rates
+    return min(own, key=lambda trial: (-trial.steps, trial.finite_or_inf)).rates
 
 
 def sequential(make: MakeOptimizer, candidates: Candidates) -> list[optax.GradientTransformation]:
