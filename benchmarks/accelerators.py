@@ -9,7 +9,7 @@ also how many cycles each operation takes, without communication.
 mesh: one update of Muon for the 84 matrices of a transformer (12 layers of width 768) in four layouts: by
 sharding hints or `custom_partitioning` ("found"), by the exchange (`shardings=`, "given", or Explicit axes,
 "explicit"), and optax's, also with layers stacked and read as MaxText does ("MaxText").
-recipes: one update of the same matrices in FSDP, with `shardings=`, of Muon and of its relatives.
+recipes: one update of the same matrices in FSDP, with `shardings=`, of Muon, AdamW and their relatives.
 chip: one update of GPT-2 small on one device: AdamW, moments in bfloat16 and in 8 bits, Muon, beside optax's.
 large: one update of Muon for Llama-3-8B on 64 v5p, with matrices whole and divided over devices, beside what
 is expected from published numbers.
@@ -23,6 +23,7 @@ import targets  # isort: skip  # before jax is imported
 import argparse
 import datetime
 import importlib.metadata
+import inspect
 import json
 import time
 from pathlib import Path
@@ -50,7 +51,10 @@ MESHES = {
 }
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "H100": "H100"}
 NAMES = ("data", "model")
-RECIPES = ("muon", "muonh", "normuon", "adamuon", "muon2", "scion")
+RECIPES = (
+    *("adamw", "lion", "laprop", "adamh", "ademamix", "mars_adamw"),
+    *("muon", "muonh", "normuon", "adamuon", "muon2", "scion", "soap"),
+)
 
 
 def largest(shape, axes):
@@ -163,10 +167,16 @@ def of_recipes(console):
         mesh = targets.mesh_of(target, dict(zip(NAMES, sizes, strict=True)))
         places, rows[name] = placed_by(LAYOUTS["FSDP"], shapes, mesh), {}
         for recipe in RECIPES:
-            tx = getattr(om, recipe)(0.02, axes={"*": "io"}, shardings=places)
-            rows[name][recipe] = counted(tx, shapes, places, mesh)
+            rows[name][recipe] = counted(_recipe(recipe, places), shapes, places, mesh)
             console.print(name, recipe, _in_words(rows[name][recipe]), soft_wrap=True)
     return rows
+
+
+def _recipe(name, places):
+    """A recipe of all leaves; those that work element by element take neither axes nor shardings."""
+    recipe, known = getattr(om, name), {"axes": {"*": "io"}, "shardings": places}
+    taken = inspect.signature(recipe).parameters
+    return recipe(0.02, **{argument: value for argument, value in known.items() if argument in taken})
 
 
 def on_chips(console):

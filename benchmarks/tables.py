@@ -5,6 +5,7 @@ that says when and where a file of results was recorded, below a mark such as `<
 """
 
 import json
+import math
 import re
 import statistics
 import tomllib
@@ -16,7 +17,7 @@ from optimorph._racing.race_data import RaceData
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
-_MARKED = re.compile(r"<!-- (table|recorded): ([\w/]+) -->\n+(?:(?:\||Recorded ).*\n)*\n*")
+_MARKED = re.compile(r"<!-- (table|recorded): ([\w/-]+) -->\n+(?:(?:\||Recorded ).*\n)*\n*")
 
 
 def recorded(name):
@@ -132,6 +133,21 @@ def rates():
         yield name, *(" / ".join(f"{x:g}" for x in rates[task][name].values()) for task in tasks)
 
 
+def tuned():
+    """Optimizers with as many candidates each."""
+    yield "optimizer", "learning rate", "weight decay", "validation loss", "loss of the next candidates"
+    for name, row in recorded("tuned/text-250")["optimizers"].items():
+        best, last = row["best"], [curve[-1] for curve in row["curves"]]
+        others = sorted(each[-1] for each in row["finalists"])
+        yield (
+            name,
+            " / ".join(f"{best[kind]:.3g}" for kind in ("learning_rate", "others")),
+            f"{best['third']:g}" if row["varied"] == "weight_decay" else "-",
+            f"{statistics.mean(last):.3f} ± {statistics.stdev(last):.3f}",
+            f"{others[1]:.3f} to {others[-1]:.3f}",
+        )
+
+
 def widths():
     """The best learning rates of hidden matrices, as powers of two."""
     best = recorded("transfer")["best"]
@@ -240,15 +256,26 @@ def polar():
         )
 
 
+def polar_gpu():
+    """The polar factor on a GPU."""
+    yield "stack of matrices", "optimorph", "the standard iteration", "gram-newton-schulz", "optax, float32"
+    for name, row in recorded("polar_gpu")["rows"].items():
+        sides = ("optimorph", "optimorph, standard", "gram-newton-schulz", "optax")
+        yield name, *(f"{row['ms'][side]:.1f}" if side in row["ms"] else "-" for side in sides)
+
+
 def gpu():
     """One update on a GPU."""
-    yield "update", "ms", "compile s", "state B/param", "temporary B/param"
+    yield "update", "ms", "ms in a loop", "ms estimated", "compile s", "state B/param", "temporary B/param"
     for row in recorded("accelerator")["rows"]:
-        digits = {"compile_seconds": 1, "state_bytes": 2, "temporary_bytes": 2}
+        row["estimate"] = 4e-3 * row.get("kernels", math.nan) + row.get("traffic_bytes", 0) / 3.35e9
+        digits = {"looped_milliseconds": 2, "estimate": 2, "compile_seconds": 1}
+        digits |= {"state_bytes": 2, "temporary_bytes": 2}
+        known = {key for key in digits if math.isfinite(row.get(key, math.nan))}
         yield (
             row["name"] + (", stacked layers" if row["stacked"] else ""),
             f"{row['milliseconds']:.2f}",
-            *(f"{row[key]:.{places}f}" if key in row else "-" for key, places in digits.items()),
+            *(f"{row[key]:.{places}f}" if key in known else "-" for key, places in digits.items()),
         )
 
 
@@ -434,7 +461,7 @@ def meshes():
 
 
 def recipes():
-    """Muon and its relatives compiled for meshes of accelerators."""
+    """Muon, AdamW and their relatives compiled for meshes of accelerators."""
     yield (
         "optimizer",
         *(f"{devices}: collectives, MB sent, MB temporary, work" for devices in ("v5p 2x2x2", "H100 x 8")),
@@ -482,6 +509,7 @@ TABLES = {
         choice,
         longer,
         rates,
+        tuned,
         widths,
         batches,
         decays,
@@ -489,6 +517,7 @@ TABLES = {
         pytorch,
         updates,
         polar,
+        polar_gpu,
         gpu,
         state_costs,
         state_races,

@@ -61,6 +61,7 @@ OPTIMIZERS = {
     "muonh": (lambda rate, others: om.muonh(rate, others=others), -3),
     "muon, adamw_rms": (lambda rate, others: om.muon(rate, scale="adamw_rms", others=others), -5),
     "normuon": (lambda rate, others: om.normuon(rate, others=others), -5),
+    "soap": (lambda rate, others: om.soap(rate, weight_decay=0.0, others=others), -7),
 }
 """Name → function (rate, transform of the other leaves) → optimizer; the power of 2 that is tried first."""
 

@@ -1,0 +1,278 @@
+"""Every optimizer of `optimorph race`, tuned alike: as many candidates, the same data and seeds for each.
+
+    python benchmarks/tuned.py [--task TASK] [--steps N] [--after FILE] [--out FILE] [optimizer ...]
+
+A candidate is a learning rate, a second one for leaves that are not matrices, and a third number such as the
+weight decay. Every optimizer has 36 candidates. They train together, as the lanes of one vmapped program,
+with one seed. The six of the lowest loss on the tuning data train again in the same program, with three
+seeds for the choice of the best and three others for the report: its loss on the validation data, which
+nothing was chosen by. With `--after FILE`, the candidates are the 18 best ones of a shorter training, and
+three of them train again.
+
+Writes `benchmarks/results/tuned/TASK-N.json`, after each optimizer. Optimizers that the file has are not
+trained again. All lanes are in memory at once: on GPUs the study takes minutes, on CPUs hours.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from transfer import machine, write
+
+import optimorph as om
+from optimorph._racing.registry import B2
+from optimorph._racing.task import Task
+from optimorph._racing.tasks import digits, flights, text
+from optimorph._routing.resolve import leaf_axes
+
+TASKS = {"text": text.task, "digits": digits.task, "flights": flights.task}
+CANDIDATES, EVALUATIONS = 36, 25
+CHOICE_SEEDS, REPORT_SEEDS = (1000, 1001, 1002), (0, 1, 2)
+RESULTS = Path(__file__).parent / "results" / "tuned"
+
+
+class Candidate(NamedTuple):
+    """Peak learning rates, and the number that `Study.varied` names."""
+
+    learning_rate: Any
+    others: Any
+    third: Any
+
+
+class Study(NamedTuple):
+    """How an optimizer is tuned.
+
+    Attributes:
+      make: function (schedule, schedule of other leaves, third number) → optimizer.
+      first: the lowest learning rate, as a power of two.
+      others: rates of leaves that are not matrices; (0,) if the optimizer has one rate.
+      third: values of the third number.
+      varied: its name.
+    """
+
+    make: Callable[..., Any]
+    first: float
+    others: Sequence[float] = (0.0,)
+    third: Sequence[float] = (0.0,)
+    varied: str = ""
+
+    def candidates(self) -> list[Candidate]:
+        """36, on a grid. Learning rates differ by a factor of two, or its root if nothing else varies."""
+        count = CANDIDATES // (len(self.others) * len(self.third))
+        factor = 2 ** (0.5 if count == CANDIDATES else 1)
+        rates = [2.0**self.first * factor**k for k in range(count)]
+        return [Candidate(*values) for values in itertools.product(rates, self.others, self.third)]
+
+
+def beside_adamw(recipe, **arguments):
+    """A recipe of the leaves that `muon` takes for matrices; AdamW without decay has the others."""
+
+    def make(rate, others, decay):
+        matrix = leaf_axes("tuned", None)
+        return om.partition(
+            lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
+            {"matrix": recipe(rate, weight_decay=decay, **arguments), "other": of_others(others)},
+        )
+
+    return make
+
+
+def of_matrices(recipe, **arguments):
+    """A recipe that takes the transform of the other leaves as an argument."""
+    return lambda rate, others, decay: recipe(rate, weight_decay=decay, others=of_others(others), **arguments)
+
+
+def of_others(rate):
+    return om.adamw(rate, b2=B2, weight_decay=0.0)
+
+
+def alone(recipe, varied, **arguments):
+    """A recipe of all leaves, whose third number is the argument of that name."""
+    return lambda rate, others, third: recipe(rate, **{varied: third}, **arguments)
+
+
+def matrices(make, first):
+    """The study of an optimizer with two rates and weight decay: 6 x 3 x 2."""
+    return Study(make, first, (2.0**-7, 2.0**-5, 2.0**-3), (0.1, 0.4), "weight_decay")
+
+
+B2S, MOMENTA = (0.95, 0.99, 0.999), (0.8, 0.9, 0.95)
+STUDIES: Mapping[str, Study] = {
+    "sgd": Study(lambda rate, others, third: om.sgd(rate), -9),
+    "momentum": Study(alone(om.sgd, "momentum"), -8, third=MOMENTA, varied="momentum"),
+    "nesterov": Study(alone(om.sgd, "momentum", nesterov=True), -8, third=MOMENTA, varied="momentum"),
+    "adagrad": Study(lambda rate, others, third: om.adagrad(rate), -12),
+    "rmsprop": Study(alone(om.rmsprop, "decay"), -14, third=(0.9, 0.99, 0.999), varied="decay"),
+    "adam": Study(alone(om.adam, "b2"), -14, third=B2S, varied="b2"),
+    "nadam": Study(alone(om.nadam, "b2"), -14, third=B2S, varied="b2"),
+    "laprop": Study(alone(om.laprop, "b2"), -14, third=B2S, varied="b2"),
+    "lion": Study(alone(om.lion, "weight_decay", b2=B2), -16, third=(0.0, 0.1, 1.0), varied="weight_decay"),
+    "adamh": Study(alone(om.adamh, "b2"), -10, third=B2S, varied="b2"),
+    "adamw": matrices(beside_adamw(om.adamw, b2=B2), -12),
+    "nadamw": matrices(beside_adamw(om.nadamw, b2=B2), -12),
+    "ademamix": matrices(beside_adamw(om.ademamix, b2=B2, b3=B2), -15),
+    "mars_adamw": matrices(beside_adamw(om.mars_adamw), -12),
+    "muon": matrices(of_matrices(om.muon), -8),
+    "normuon": matrices(of_matrices(om.normuon), -8),
+    "adamuon": matrices(of_matrices(om.adamuon), -12),
+    "muon2": matrices(of_matrices(om.muon2), -8),
+    "muonh": Study(
+        lambda rate, others, third: om.muonh(rate, others=of_others(others)),
+        -8,
+        tuple(2.0**k for k in range(-8, -2)),
+    ),
+    "scion": Study(alone(om.scion, "momentum"), -16, third=(0.8, 0.9, 0.95), varied="momentum"),
+    "soap": matrices(of_matrices(om.soap), -10),
+    "klsoap": matrices(of_matrices(om.klsoap), -10),
+    "shampoo": matrices(of_matrices(om.shampoo), -10),
+    "soap_muon": matrices(of_matrices(om.soap_muon, every=10), -8),
+}
+
+
+class Lanes:
+    """Copies of a model that train in one program, each with its own candidate and seed.
+
+    Attributes:
+      compile_seconds, run_seconds: what all calls of `train` took so far.
+    """
+
+    def __init__(self, study: Study, task: Task, steps: int):
+        """Draw the batches of all seeds, and compile nothing yet."""
+        self.task, self.steps, self.stride = task, steps, steps // EVALUATIONS
+        self.seeds = (*CHOICE_SEEDS, *REPORT_SEEDS)
+        streams = [list(itertools.islice(task.batches(seed), steps)) for seed in self.seeds]
+        self.batches = jax.device_put(_stacked([_stacked(stream) for stream in streams]))
+        self.starts = _stacked([task.init(seed) for seed in self.seeds])
+
+        def optimizer(candidate):
+            rates = (task.schedule(rate, steps) for rate in candidate[:2])
+            return study.make(*rates, candidate.third)
+
+        def advance(params, state, candidate, seed, batches, first):
+            tx = optimizer(candidate)
+
+            def step(k, carry):
+                params, state = carry
+                gradients = jax.grad(task.loss)(params, jax.tree.map(lambda x: x[seed, k], batches))
+                updates, state = tx.update(gradients, state, params)
+                return optax.apply_updates(params, updates), state
+
+            return jax.lax.fori_loop(first, first + self.stride, step, (params, state))
+
+        def loss(params, held_out):
+            return jnp.mean(jax.lax.map(lambda batch: task.loss(params, batch), held_out))
+
+        self._init = jax.jit(jax.vmap(lambda candidate, params: optimizer(candidate).init(params)))
+        self._advance = jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)), donate_argnums=(0, 1))
+        self._loss = jax.jit(jax.vmap(loss, (0, None)))
+        self._compiled = None
+        self.compile_seconds = self.run_seconds = 0.0
+
+    def train(self, lanes: Sequence[tuple[Candidate, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The last loss on the tuning data, by lane; those on the validation data, (evaluations, lanes).
+
+        Args:
+          lanes: pairs of candidate and seed.
+        """
+        candidates = jax.tree.map(lambda *x: jnp.asarray(x, jnp.float32), *(lane[0] for lane in lanes))
+        seed = jnp.asarray([self.seeds.index(lane[1]) for lane in lanes])
+        tuning, validation = (_stacked(list(self.task.held_out(part))) for part in ("tuning", "validation"))
+        params = jax.tree.map(lambda x: x[seed], self.starts)
+        arguments = (params, self._init(candidates, params), candidates, seed, self.batches)
+        if self._compiled is None:
+            began = time.perf_counter()
+            self._compiled = self._advance.lower(*arguments, jnp.int32(0)).compile()
+            self.compile_seconds += time.perf_counter() - began
+        began, losses = time.perf_counter(), []
+        params, state = arguments[:2]
+        for first in range(0, self.steps, self.stride):
+            params, state = self._compiled(params, state, candidates, seed, self.batches, jnp.int32(first))
+            losses.append(self._loss(params, validation))
+        last, losses = np.asarray(self._loss(params, tuning)), np.stack(losses)
+        self.run_seconds += time.perf_counter() - began
+        return last, losses
+
+
+def _stacked(trees):
+    return jax.tree.map(lambda *x: np.stack(x), *trees)
+
+
+def tuned(study: Study, candidates: Sequence[Candidate], task: Task, steps: int) -> dict[str, Any]:
+    """Losses of all candidates, the best one, and its validation losses."""
+    lanes = Lanes(study, task, steps)
+    first, _ = lanes.train([(each, CHOICE_SEEDS[0]) for each in candidates])
+    finalists = np.argsort(_finite_or_inf(first))[: len(candidates) // len(lanes.seeds)]
+    pairs = [(candidates[k], seed) for k in finalists for seed in lanes.seeds]
+    tuning, validation = (x.reshape(*x.shape[:-1], -1, len(lanes.seeds)) for x in lanes.train(pairs))
+    choice = _finite_or_inf(np.mean(tuning[:, : len(CHOICE_SEEDS)], axis=1))
+    best = int(np.argmin(choice))
+    return {
+        "varied": study.varied,
+        "candidates": [[*each, _number(loss)] for each, loss in zip(candidates, first, strict=True)],
+        "finalists": [[*candidates[k], _number(loss)] for k, loss in zip(finalists, choice, strict=True)],
+        "best": candidates[finalists[best]]._asdict(),
+        "steps": [*range(lanes.stride, steps + 1, lanes.stride)],
+        "curves": [[_number(x) for x in curve] for curve in validation[:, best, len(CHOICE_SEEDS) :].T],
+        "compile_seconds": round(lanes.compile_seconds, 1),
+        "run_seconds": round(lanes.run_seconds, 1),
+    }
+
+
+def _number(x):
+    return round(float(x), 4) if math.isfinite(x) else None
+
+
+def _finite_or_inf(x):
+    return np.where(np.isfinite(x), x, np.inf)
+
+
+def best_half(record: Path, name: str) -> list[Candidate]:
+    """The 18 candidates of the lowest loss in another record."""
+    tried = json.loads(record.read_text())["optimizers"][name]["candidates"]
+    order = sorted(tried, key=lambda row: math.inf if row[-1] is None else row[-1])
+    return [Candidate(*row[:-1]) for row in order[: CANDIDATES // 2]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("optimizers", nargs="*", help=f"of {', '.join(STUDIES)}; all without")
+    parser.add_argument("--task", choices=TASKS, default="text")
+    parser.add_argument("--steps", type=int, help=f"a multiple of {EVALUATIONS}; the task's own without")
+    parser.add_argument("--after", type=Path, help="the JSON file of a shorter training")
+    parser.add_argument("--out", type=Path, help=f"a JSON file; in {RESULTS} without")
+    args = parser.parse_args()
+    if unknown := set(args.optimizers) - set(STUDIES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}. Type some of {', '.join(STUDIES)}.")
+    task = TASKS[args.task]()
+    steps = args.steps or task.steps
+    if steps % EVALUATIONS:
+        parser.error(f"--steps {steps} is not a multiple of {EVALUATIONS}")
+    out = args.out or RESULTS / f"{args.task}-{steps}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = json.loads(out.read_text()) if out.exists() else {}
+    after = f" --after {args.after.name}" if args.after else ""
+    record |= {
+        "command": f"python benchmarks/tuned.py --task {args.task} --steps {steps}{after}",
+        "steps": steps,
+    }
+    rows = record.setdefault("optimizers", {})
+    for name in args.optimizers or STUDIES:
+        if name not in rows:
+            candidates = best_half(args.after, name) if args.after else STUDIES[name].candidates()
+            rows[name] = tuned(STUDIES[name], candidates, task, steps)
+            last = [curve[-1] for curve in rows[name]["curves"]]
+            print(name, rows[name]["best"], last, rows[name]["run_seconds"], "s", flush=True)
+            write(record | machine(), out)
+
+
+if __name__ == "__main__":
+    main()
