@@ -53,7 +53,7 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "H100": "H100"}
 NAMES = ("data", "model")
 RECIPES = (
     *("adamw", "lion", "laprop", "adamh", "ademamix", "mars_adamw"),
-    *("muon", "muonh", "normuon", "adamuon", "muon2", "scion", "soap"),
+    *("muon", "muonh", "normuon", "adamuon", "muon2", "scion"),
 )
 
 
