@@ -100,10 +100,17 @@ def race():
         )
 
 
+def others():
+    """The optimizers that race by `--optimizers` only."""
+    yield "optimizer", "validation loss", "state B/param", "learning rate"
+    for row in recorded("others/text")["rows"]:
+        yield row["name"], _loss(row, 3), f"{row['state_bytes_per_parameter']:.2f}", _rates(row)
+
+
 def choice():
     """Optimizers on text, digits and flights."""
     yield "optimizer", "text: nats per character", "digits: nats per picture", "flights: nats per flight"
-    files = {("race", "soap/text"): 3, ("digits/race", "soap/digits"): 4, ("flights/race",): 3}
+    files = {("race", "others/text", "soap/text"): 3, ("digits/race", "soap/digits"): 4, ("flights/race",): 3}
     races = [
         {row["name"]: _loss(row, places) for name in names for row in recorded(name)["rows"]}
         for names, places in files.items()
@@ -506,6 +513,7 @@ TABLES = {
     table.__name__: table
     for table in (
         race,
+        others,
         choice,
         longer,
         rates,
