@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph._core.differences import difference
-from optimorph._core.numbers import ABSENT, as_kind_of, cast_like, is_absent, is_missing, kind, upcast
+from optimorph._core.numbers import ABSENT, as_kind_of, cast_like, copied, is_absent, is_missing, kind, upcast
 from optimorph._core.paths import structure_paths
 from optimorph._core.rounding import check_key, leaf_key, stochastic_bfloat16
 from optimorph._core.types import PyTree
@@ -63,7 +63,7 @@ def _fits(u: Any, w: Any) -> bool:
 
 def _updated(path: str, u: Any, w: Any, key: jax.Array | None) -> Any:
     if is_missing(u) or isinstance(u, ABSENT):
-        return jnp.asarray(w) if kind(w) in ("real", "complex") else w
+        return copied(jnp.asarray(w) if kind(w) in ("real", "complex") else w)
     dtype = jnp.result_type(w)
     if kind(w) == "integer":
         return w + jnp.asarray(u, dtype)

@@ -13,6 +13,7 @@ import optax
 
 from optimorph._core.checks import RANGES, call_fault, check_numbers, dtype_name, one_or_several
 from optimorph._core.differences import checked_state
+from optimorph._core.rule import wrapped
 from optimorph._core.types import DTypeLike
 
 _SCHEDULE = " schedule"
@@ -94,7 +95,7 @@ def inject_hyperparams(
         injected: Any = optax.inject_hyperparams(
             inner_factory, tuple(sorted(static | functions)), jnp.dtype(dtype)
         )
-        tx = injected(*given.args, **given.kwargs)
+        tx = wrapped("inject_hyperparams", injected(*given.args, **given.kwargs))
 
         def init(params):
             state: Any = tx.init(params)

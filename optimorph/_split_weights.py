@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph._core.checks import abbreviated, is_one_of, not_an_array
-from optimorph._core.numbers import is_array, kind
+from optimorph._core.numbers import copied, is_array, kind
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rounding import check_key, leaf_key
 from optimorph._core.types import PyTree
@@ -73,7 +73,7 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
         if kind(p) == "none":
             raise ValueError(not_an_array("split_weights", path, p))
         if jnp.result_type(p) != jnp.float32:
-            return p, None
+            return copied(p), None
         residual, weight = codec.encode(p, None if key is None else leaf_key(key, path))
         return weight, residual
 
@@ -98,7 +98,7 @@ def join_weights(weights: PyTree, residuals: PyTree) -> PyTree:
     def join(c, w):
         if not _belongs(c, w):
             raise ValueError
-        return w if c is None else CODECS[jnp.result_type(c)].decode(Encoded(c, w))
+        return copied(w) if c is None else CODECS[jnp.result_type(c)].decode(Encoded(c, w))
 
     try:
         return jax.tree.map(join, residuals, weights, is_leaf=lambda c: c is None)

@@ -19,13 +19,13 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
-from optimorph._core.checks import check_flags, check_params, check_transforms, is_integer, one_or_several
+from optimorph._core.checks import check_flags, check_params, is_integer, one_or_several
 from optimorph._core.differences import checked_state
 from optimorph._core.moments import moments_of
 from optimorph._core.numbers import common, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role, holds, scalar
-from optimorph._core.rule import Leaves
+from optimorph._core.rule import Leaves, wrapped
 from optimorph._core.types import AxesRules, PyTree
 from optimorph._distributed.map_by_shape import map_by_shape
 from optimorph._distributed.shardings import explicit_axes
@@ -140,10 +140,9 @@ def probe(
         metrics of matrices a leaf that no rule decides; at `update`, with metrics of weights, params missing.
     """
     metrics = tuple(one_or_several(metrics))
-    check_transforms("probe", inner)
     check_flags("probe", exact=exact)
     _check(metrics, every)
-    inner = optax.with_extra_args_support(inner)
+    inner = wrapped("probe", inner)
     of_matrices = [name for name in metrics if name not in OF_LEAVES]
     resolve = resolve_leaves("probe", axes)
 

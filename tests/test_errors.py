@@ -66,7 +66,7 @@ REFUSED = {
     "negative ahead": (lambda: om.debias(0.9, ahead=-1), ["debias", "ahead", "-1", "ahead=1"]),
     "divide by no device": (
         lambda: om.muon(0.1, divide="v99"),
-        ["orthogonalize", "divide", "'v99'", "'v5p'", "Hardware"],
+        ["muon: divide", "'v99'", "'v5p'", "Hardware"],
     ),
     "hardware that does nothing": (
         lambda: om.Hardware("tpu", flops=0.0, bytes_near=1e9, bytes_far=1e9, node=8),
@@ -117,7 +117,7 @@ REFUSED = {
         ["safe in exact, not in float64", "polar_express"],
     ),
     "short row": (lambda: NewtonSchulz(((1.0, 2.0),)), ["Coefficients", "(1.0, 2.0)"]),
-    "unknown scale": (lambda: om.muon(0.1, scale="spectral"), ["scale_by_shape", "'spectral'", "'keller'"]),
+    "unknown scale": (lambda: om.muon(0.1, scale="spectral"), ["muon: scale must", "'spectral'", "'keller'"]),
     "both others": (
         lambda: om.muon(0.1, others=om.sgd(0.1), others_learning_rate=0.1),
         ["muon", "others_learning_rate", "others"],
@@ -185,6 +185,12 @@ REFUSED = {
     ),
     "where of one": (lambda: om.mean("i", where=abs), ["mean: where must be a function", "outputs"]),
     "a scale of one": (lambda: om.scale_by_shape(lambda n: n), ["scale_by_shape: scale must be one of"]),
+    "a scale of words": (
+        lambda: om.muon(0.1, scale=lambda n, m: "large", axes={"w": "io", "b": None}).update(
+            W, om.muon(0.1, axes={"w": "io", "b": None}).init(W), W
+        ),
+        ["muon: scale must return a real number", "'w'", "'large'"],
+    ),
     "a polar factor of two": (
         lambda: om.orthogonalize(lambda x, y: x),
         ["orthogonalize: orthogonalizer must be a function of stacks"],
@@ -304,11 +310,12 @@ def test_rules_of_no_leaf(make):
         make({"hiden/*": None}).init({"hidden": {"kernel": jnp.ones((3, 3))}})
 
 
-@pytest.mark.parametrize("tx", [om.adamw(0.1), om.sgd(0.1, weight_decay=0.1), om.add_decayed_weights(0.1)])
-def test_missing_params(tx):
+@pytest.mark.parametrize("name", [*catalog.recipes_with("weight_decay", "mask"), "add_decayed_weights"])
+def test_missing_params(name):
+    tx = getattr(om, name)(weight_decay=0.1, **required(getattr(om, name)))
     refused(
         lambda: tx.update(W, tx.init(W)),
-        "add_decayed_weights",
+        name,
         "params",
         "tx.update(gradients, state, params)",
     )
@@ -317,6 +324,41 @@ def test_missing_params(tx):
 def test_no_decay_needs_no_params():
     for tx in (om.muon(0.1), om.sgd(0.1), om.adam(0.1), om.adamw(0.1, weight_decay=0)):
         tx.update(W, tx.init(W))
+
+
+WRONG = {
+    "learning_rate": lambda count: "large",
+    "weight_decay": lambda count: "large",
+    "others_learning_rate": lambda count: "large",
+    "mask": {"w": 1.5, "b": 1.5},
+    "axes": {"*": "xy"},
+    "shardings": 0.5,
+    "orthogonalizer": lambda x, y: x,
+    "comm_dtype": "int8",
+    "divide": "v99",
+    "scale": "spectral",
+}
+ARGUMENTS = [
+    (name, argument) for argument in WRONG for name in catalog.recipes_with("learning_rate", argument)
+]
+
+
+@pytest.mark.examples("muon-*", "muonh-*", "mars_adamw-*", "sgd-*")
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=["-".join(pair) for pair in ARGUMENTS])
+def test_an_optimizer_is_named_for_its_parts(name, argument):
+    """Errors about its arguments name it, and no transform of which it is made."""
+
+    def step():
+        tx = getattr(om, name)(**{"learning_rate": 0.1, argument: WRONG[argument]})
+        return tx.update(W, tx.init(W), W)
+
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        jax.eval_shape(step)
+
+
+def test_an_optimizer_that_the_user_made_names_itself():
+    others = om.adamw(0.1, mask={"w": 1.5, "b": 1.5})
+    refused(lambda: om.muon(0.1, others=others).init(W), "adamw: the mask is 1.5")
 
 
 @pytest.mark.parametrize("name", catalog.recipes_with("learning_rate"))
@@ -404,11 +446,47 @@ def test_the_state_of_what_is_wrapped(who):
         tx.update(W, optax.adam(0.1).init(W), W)
 
 
-@pytest.mark.parametrize("who", ["compress_state", "in_bfloat16", "in_float32"])
+AROUND = WRAPPERS | {
+    "in_float32": lambda: om.in_float32(optax.adam(0.1)),
+    "chain": lambda: om.chain(optax.adam(0.1), om.sign()),
+    "add": lambda: om.add(optax.adam(0.1), om.sign()),
+    "divide": lambda: om.divide(optax.adam(0.1), by=om.root(1.0)),
+    "mix": lambda: om.mix(0.5, optax.adam(0.1), om.sign()),
+    "cautious": lambda: om.cautious(optax.adam(0.1)),
+    "keep_norm": lambda: om.keep_norm(optax.adam(0.1)),
+    "partition": lambda: om.partition({"*": "all"}, {"all": optax.adam(0.1)}),
+    "route_matrices": lambda: om.route_matrices(optax.adam(0.1), optax.sgd(0.1), axes={"w": "io", "*": None}),
+    "in_eigenbasis": lambda: om.in_eigenbasis(optax.adam(0.1), decay=0.9, axes={"w": "io", "*": None}),
+    "inject_hyperparams": lambda: om.inject_hyperparams(optax.adam)(learning_rate=0.1),
+}
+
+
+@pytest.mark.parametrize("who", AROUND)
 def test_gradients_for_optax_are_those_of_the_parameters(who):
-    tx = getattr(om, who)(optax.adam(0.1))
+    tx = AROUND[who]()
+    state = tx.init(W)
     with pytest.raises(ValueError, match=rf"{who}: .*\n  'w': a gradient of shape \(3, 4\) for .* \(4, 3\)"):
-        tx.update(W | {"w": jnp.ones((3, 4))}, tx.init(W), W)
+        tx.update(W | {"w": jnp.ones((3, 4))}, state, W)
+    refused(lambda: tx.update({"w": W["w"]}, state, W), f"{who}: ", "'b': a parameter", "no gradient")
+    refused(lambda: tx.update(W | {"c": W["b"]}, state, W), f"{who}: ", "'c': a gradient", "no parameter")
+    refused(lambda: tx.update({"w": W["w"]}, tx.init({"w": W["w"]}), W), f"{who}: ", "'b': a parameter")
+
+
+@pytest.mark.parametrize("who", AROUND)
+def test_a_state_of_optax_is_that_of_the_parameters(who):
+    tx = AROUND[who]()
+    with pytest.raises(ValueError, match=rf"{who}: the (optimizer state|gradients)"):
+        tx.update(W, tx.init({"w": W["w"]}), W)
+
+
+def test_another_tree_beside_the_gradients():
+    """What is wrapped may take another tree than the parameters, such as two copies of them."""
+    tx = om.skip_nonfinite(optax.lookahead(optax.adam(0.1), 2, 0.5))
+    pair = optax.LookaheadParams.init_synced(W)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = tx.update(W, tx.init(pair), pair)
+    assert jax.tree.structure(updates) == jax.tree.structure(pair)
+    refused(lambda: tx.update({"w": W["w"]}, state, pair), "skip_nonfinite: the gradients do not match")
 
 
 @pytest.mark.parametrize("elementwise", [False, True])
@@ -528,7 +606,7 @@ CALLS = {
         "partition",
         "no rule matches 'b'",
     ],
-    "om.sgd(0.1, mask={'a*': True}).init({'b': np.ones(2)})": ["add_decayed_weights", "no rule matches 'b'"],
+    "om.sgd(0.1, mask={'a*': True}).init({'b': np.ones(2)})": ["sgd: no rule matches 'b'"],
     "om.plan({}, om.adamw)": ["plan", "init and update", "adamw(...)"],
     "om.layouts.maxtext('scan')": ["maxtext", "scan_axis=1"],
     "om.layouts.t5x(1.0)": ["t5x", "scan_axis=1"],

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from contextlib import nullcontext
 
+import catalog
 import chex
 import equinox as eqx
 import jax
@@ -952,7 +953,7 @@ def test_a_tree_without_matrices_is_reported():
     [
         ("*kernel", r"the mask is '\*kernel'"),
         ({"*bias": "no", "*": True}, r"the mask is 'no' for 'bias'"),
-        ({"kernel": 1.5, "bias": False}, r"the mask is 1\.5 for 'kernel'"),
+        ({"kernel": 1.5, "bias": 1.5}, r"the mask is 1\.5 for '(kernel|bias)'"),
         (lambda path: "bias" not in path, ".*returned one boolean"),
         ({"kernel": True}, "the mask has no value for 'bias'"),
     ],
@@ -960,8 +961,10 @@ def test_a_tree_without_matrices_is_reported():
 )
 def test_masks_that_mean_nothing_are_refused(mask, words):
     params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
-    for tx in (om.adamw(0.1, weight_decay=0.1, mask=mask), om.add_decayed_weights(0.1, mask)):
-        with pytest.raises(ValueError, match=f"add_decayed_weights: {words}"):
+    for name in ("add_decayed_weights", *catalog.recipes_with("learning_rate", "weight_decay", "mask")):
+        rate = {} if name == "add_decayed_weights" else {"learning_rate": 0.1}
+        tx = getattr(om, name)(**rate, weight_decay=0.1, mask=mask)
+        with pytest.raises(ValueError, match=f"^{name}: {words}"):
             tx.init(params)
 
 

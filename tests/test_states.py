@@ -114,6 +114,27 @@ def test_the_callers_numbers_stay_alive(name):
         check_donation(all_wrapped(WRAPPERS, tx), params, *arrays)
 
 
+def test_what_functions_return_is_not_what_they_took():
+    """Leaves that do not change have their own buffers too, so the arguments may be donated or kept."""
+    params = {
+        "attn": {"q": {"kernel": jnp.ones((8, 2, 4))}, "k": {"kernel": jnp.ones((8, 2, 4))}},
+        "narrow": jnp.ones((4, 4), jnp.bfloat16),
+        "count": jnp.arange(3),
+        "key": jax.random.key(0),
+    }
+    weights, residuals = om.split_weights(params)
+    joined = om.join_weights(weights, residuals)
+    stepped = om.apply_updates(params, jax.tree.map(lambda _: None, params))
+    clipped = om.qk_clip(params, {})
+    held = [params, weights, residuals, joined, stepped, clipped]
+    buffers = [pointer for tree in held for pointer in pointers(tree | {"key": None})]
+    assert len(set(buffers)) == len(buffers)
+    for tree in (joined, stepped, clipped):
+        for new, old in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
+            assert (new.dtype, new.shape) == (old.dtype, old.shape)
+            assert jnp.all(new == old)
+
+
 FLAGS = {
     "of numbers": [
         lambda: jax.enable_x64(True),

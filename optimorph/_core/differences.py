@@ -13,7 +13,11 @@ from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.types import PyTree
 
 
-def difference(who: str, updates: PyTree, other: PyTree | None) -> ValueError:
+class TreeError(ValueError):
+    """The error of trees that do not match, by the name of the transform that found it."""
+
+
+def difference(who: str, updates: PyTree, other: PyTree | None) -> TreeError:
     """The error that names every leaf where gradients differ from the tree beside them.
 
     Without such a tree, it names the gradients that are not real or complex numbers.
@@ -26,7 +30,7 @@ def difference(who: str, updates: PyTree, other: PyTree | None) -> ValueError:
         fix = "Take the gradient of the same tree that was given to init, and pass that tree as params."
         return _error(who, "the gradients do not match the parameters.", lines, fix)
     if lines := [not_an_array(who, path, g) for path, g in gradients.items() if kind(g) == "none"]:
-        return ValueError("\n".join(lines))
+        return TreeError("\n".join(lines))
     lines = [f"{path!r}: a gradient of {_dtype(g)}" for path, g in gradients.items() if kind(g) == "integer"]
     lines = lines or [
         f"{path!r}: a gradient of {_dtype(gradients[path])} for a parameter of {_dtype(leaf)}"
@@ -39,7 +43,7 @@ def difference(who: str, updates: PyTree, other: PyTree | None) -> ValueError:
             "trained: their gradient is None, or float0 as jax.grad(allow_int=True) has it."
         )
         return _error(who, "some gradients cannot be used.", lines, fix)
-    return ValueError(
+    return TreeError(
         f"{who}: the gradients do not match the parameters: their leaves are the same, but their "
         "containers differ, for example a list and a tuple. Pass trees of the same structure."
     )
@@ -48,16 +52,16 @@ def difference(who: str, updates: PyTree, other: PyTree | None) -> ValueError:
 def checked_state(who: str, state: Any, kind: type) -> Any:
     """A wrapper's own state, of arrays of JAX, however it was restored; refused if it is another's."""
     if not isinstance(state, kind):
-        raise ValueError(
+        raise TreeError(
             f"{who}: the state must be a {kind.__name__}, but is a {type(state).__name__}. Type "
             "state = tx.init(params), with the whole optimizer as tx and not the one that it wraps."
         )
     return jax.tree.map(restored, state)
 
 
-def other_state(who: str) -> ValueError:
+def other_state(who: str) -> TreeError:
     """The error for a state of another optimizer, or of other parameters."""
-    return ValueError(
+    return TreeError(
         f"{who}: the optimizer state does not match these parameters or this optimizer. Type "
         "state = tx.init(params) with the same tx and the same tree of parameters; "
         "optimorph.carry_state(state, tx, params) carries over the moments of another optimizer, or of other "
@@ -78,8 +82,8 @@ def _other_shapes(gradients: dict[str, Any], beside: dict[str, Any], missing: se
             yield f"'{path}': a gradient of shape {here} for a parameter of shape {there}"
 
 
-def _error(who: str, what: str, lines: list[str], fix: str) -> ValueError:
-    return ValueError(f"{who}: {what}\n  {abbreviated(lines)}\n{fix}")
+def _error(who: str, what: str, lines: list[str], fix: str) -> TreeError:
+    return TreeError(f"{who}: {what}\n  {abbreviated(lines)}\n{fix}")
 
 
 def _dtype(leaf: Any) -> str:

@@ -179,6 +179,11 @@ def restored(x: Any) -> Any:
     return jnp.asarray(x, jnp.result_type(x))
 
 
+def copied(x: Any) -> Any:
+    """An array of JAX in a buffer of its own, so that donating one does not delete the other."""
+    return jnp.copy(x) if isinstance(x, jax.Array) else x
+
+
 def full_like(w: Any, value: Numeric = 0.0, dtype: DTypeLike | None = None) -> jax.Array:
     """A new moment for the parameter `w`, with its shape and sharding. By default it is float32 or wider."""
     return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import not_an_array
-from optimorph._core.differences import difference, other_state
+from optimorph._core.checks import check_transforms, not_an_array
+from optimorph._core.differences import TreeError, difference, other_state
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
@@ -47,10 +47,14 @@ def handed(name: str) -> Any:
     """A fact about the leaves that a transformation around this one provides; None if none provides it.
 
     Args:
-      name: "matrix_axes", the `linalg.Axes` of each leaf (None for a leaf that is not a matrix), or
-        "shardings".
+      name: such as "matrix_axes", the `linalg.Axes` of each leaf (None for a leaf that is not a matrix).
     """
     return _HANDED.get().get(name)
+
+
+def called(name: str) -> str:
+    """What errors call a transform: the optimizer that is being made of it, or else its own name."""
+    return handed("optimizer") or name
 
 
 class Leaves:
@@ -203,6 +207,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
       strict: whether a gradient must be complex exactly where its parameter is. If not, it may be the update
         of another transformation, such as a square.
     """
+    who = called(who)
 
     def init(params):
         leaves, tree = arrays(who, params)
@@ -289,10 +294,41 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
     return gs, tree, ws
 
 
-def check_shapes(who: str, updates: PyTree, params: PyTree | None) -> None:
-    """Refuse gradients of other shapes, for a wrapped transformation that may take other trees as params."""
-    if jax.tree.structure(updates) == jax.tree.structure(params):
-        aligned(who, updates, params, strict=False)
+def wrapped(who: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation inside `who`, with extra arguments: where trees do not match, errors name `who`.
+
+    It may take another tree as `params` than the parameters. Then nothing is refused that it takes.
+
+    Raises:
+      ValueError: naming `who`, what is no transformation.
+    """
+    check_transforms(who, tx)
+    if isinstance(tx, Transform):
+        return tx  # its errors name itself
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, **extra):
+        if jax.tree.structure(updates) == jax.tree.structure(params):
+            aligned(who, updates, params, strict=False)
+        try:
+            return inner.update(updates, state, params, **extra)
+        except TreeError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            aligned(who, updates, params, strict=False)
+            trees = [jax.tree.structure(tree, is_leaf=is_absent) for tree in (updates, params)]
+            if params is not None and trees[0] != trees[1]:
+                raise difference(who, updates, params) from error
+            if fits(state, inner, updates if params is None else params):
+                raise
+            raise other_state(who) from error
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:
+    """Whether a state has the shapes of the one that `init` makes."""
+    return jax.tree.map(np.shape, jax.eval_shape(tx.init, params)) == jax.tree.map(np.shape, state)
 
 
 def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ does; `state` also takes its rules.
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.rule import Rule, pointwise, transform
+from optimorph._core.rule import Rule, called, pointwise, transform
 from optimorph._core.types import DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule
 from optimorph._recipes.moments import identity, second_moment, stored
 from optimorph._recipes.recipe import Recipe, recipe
@@ -327,10 +327,11 @@ def _not_negative() -> optax.GradientTransformation:
 def _l2(weight_decay: ScalarOrSchedule | None, mask: Mask | None) -> optax.GradientTransformation:
     if weight_decay is not None:
         return add_decayed_weights(weight_decay, mask)
+    who = called("add_decayed_weights")
     rule = Rule(
         optax.EmptyState(),
         lambda g, s, leaf, now: (g, s),
-        begin=lambda leaves: check_mask("add_decayed_weights", mask, leaves),
+        begin=lambda leaves: check_mask(who, mask, leaves),
     )
     return transform("add_decayed_weights", rule)
 

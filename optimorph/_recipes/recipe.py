@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, get_args, get_type_hints
 import optax
 
 from optimorph._core.checks import checked
-from optimorph._core.rule import rule_of, transform
+from optimorph._core.rule import called, handed_down, rule_of, transform
 
 Recipe = optax.GradientTransformationExtraArgs
 P = ParamSpec("P")
@@ -27,9 +27,10 @@ def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
     def build(*args: P.args, **kwargs: P.kwargs) -> Recipe:
         given: Any = {name: value for name, value in kwargs.items() if value is not None or name in own}
         build_checked: Callable[..., Recipe] = checked(make)
-        inner, who = build_checked(*args, **given), make.__name__
-        rule = rule_of(inner)
-        return inner if rule is None else transform(who, rule, strict=True)
+        with handed_down(optimizer=called(make.__name__)):
+            inner = build_checked(*args, **given)
+            rule = rule_of(inner)
+            return inner if rule is None else transform(make.__name__, rule, strict=True)
 
     return build
 

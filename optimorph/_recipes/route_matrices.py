@@ -5,14 +5,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_transforms
 from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
-from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
+from optimorph._core.rule import Leaves, Transform, aligned, arrays, fits, handed, handed_down, wrapped
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._distributed.shardings import Match
@@ -88,10 +86,12 @@ def routed(
     reads: AxesRules | None = None,
 ) -> Transform:
     """`route_matrices` under a recipe's own name; `reads` are the recipe's rules, with `axes` in them."""
-    check_transforms(who, matrices, others)
     resolve = resolve_leaves(who, axes if reads is None else reads, find_output=True)
     match = lookup_if_given(shardings, who)
-    transforms: dict[Any, optax.GradientTransformation] = {MATRIX: matrices, OTHER: others}
+    transforms: dict[Any, optax.GradientTransformation] = {
+        MATRIX: wrapped(who, matrices),
+        OTHER: wrapped(who, others),
+    }
 
     def parted(tree: Any, forms: Sequence[Any]) -> optax.GradientTransformationExtraArgs:
         parts = tree.unflatten([OTHER if f is None else MATRIX for f in forms])
@@ -140,7 +140,7 @@ def routed(
             with handed_down(matrix_axes=forms, shardings=match):
                 out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            if own is None or _shapes(jax.eval_shape(init, own)) == _shapes(state):
+            if own is None or fits(state, tx, own):
                 raise
             raise other_state(who) from error
         out = tree.flatten_up_to(out)
@@ -151,10 +151,6 @@ def routed(
     tx = Transform(init, update)
     tx.routes = Routes(resolve, axes, names, scale, match, polar, divide)
     return tx
-
-
-def _shapes(state: Any) -> Any:
-    return jax.tree.map(np.shape, state)
 
 
 def _inferred(who: str, path: str, shape: Shape, spec: str | None) -> str:

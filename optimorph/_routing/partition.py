@@ -1,13 +1,14 @@
 """Leaves to transformations, by rules."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import optax
 
-from optimorph._core.checks import LeafError, check_transforms
+from optimorph._core.checks import LeafError
 from optimorph._core.differences import checked_state
 from optimorph._core.paths import leaf_paths
-from optimorph._core.rule import aligned
+from optimorph._core.rule import aligned, wrapped
 from optimorph._core.types import Rules
 from optimorph._routing.rules import NO_MATCH, labelled, lookup, warn_unused
 
@@ -38,7 +39,7 @@ def partition(
             f"partition: transforms must map labels to transformations, but is {transforms!r}. Type "
             "{'matrices': optimorph.sgd(0.1), ...}."
         )
-    check_transforms("partition", *transforms.values())
+    txs: dict[Any, Any] = {name: wrapped("partition", tx) for name, tx in transforms.items()}
     match = lookup(rules, "partition")
 
     def label(path, shape):
@@ -49,7 +50,7 @@ def partition(
 
     def split(tree):
         tree_labels = labelled("partition", label, tree)
-        return optax.partition({**transforms}, lambda _: tree_labels)  # a module of labels may be callable
+        return optax.partition(txs, lambda _: tree_labels)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):
         state = checked_state("partition", state, optax.transforms.PartitionState)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_flags, check_seed, check_transforms
+from optimorph._core.checks import check_flags, check_seed
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import (
     Fields,
@@ -24,7 +24,7 @@ from optimorph._core.numbers import cast_like, increment, is_missing, is_trainab
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys
-from optimorph._core.rule import Rule, check_shapes, handed, rule_of, transform
+from optimorph._core.rule import Rule, handed, rule_of, transform, wrapped
 from optimorph._core.types import PyTree, Rules
 from optimorph._routing.rules import warn_unused
 from optimorph._storage.codec_rules import SMALL, codec_rule
@@ -108,14 +108,14 @@ def compress_state(
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861. The codecs have
       references of their own.
     """
-    check_transforms(WHO, inner)
+    inner = wrapped(WHO, inner)
     check_seed(WHO, seed)
     check_flags(WHO, elementwise=elementwise)
     check_fields(WHO, fields, rules)
     codec_of = codec_rule(rules)
     if rule := rule_of(inner):
         return transform(WHO, _compressed(rule, codec_of, rules, seed, fields))
-    return _of_trees(optax.with_extra_args_support(inner), codec_of, rules, elementwise, seed, fields)
+    return _of_trees(inner, codec_of, rules, elementwise, seed, fields)
 
 
 def _compressed(
@@ -237,7 +237,6 @@ def _of_trees(
 
     def update(updates, state, params=None, **extra):
         state = checked_state(WHO, state, CompressedState)
-        check_shapes(WHO, updates, params)
         trained = [jnp.result_type(g) for g in jax.tree.leaves(updates) if is_trainable(g)]
         for dtype in [dtype for dtype in trained if dtype.itemsize == 1]:
             raise ValueError(

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_transforms
 from optimorph._core.numbers import cast_like, is_absent, upcast
 from optimorph._core.paths import leaf_paths
-from optimorph._core.rule import Leaf, Leaves, aligned, map_updates
+from optimorph._core.rule import Leaf, Leaves, aligned, map_updates, wrapped
 from optimorph._core.types import Rules
 from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.rules import lookup_if_given, warn_unused
@@ -34,8 +33,7 @@ def cautious(
     References:
       Liang et al. 2024, "Cautious optimizers: improving training with one line of code", arXiv:2411.16085.
     """
-    check_transforms("cautious", inner)
-    inner, match = optax.with_extra_args_support(inner), lookup_if_given(shardings, "cautious")
+    inner, match = wrapped("cautious", inner), lookup_if_given(shardings, "cautious")
 
     def update(updates, state, params=None, **extra):
         wide = map_updates("cautious", upcast, updates)

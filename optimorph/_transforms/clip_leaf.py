@@ -9,7 +9,7 @@ import optax
 
 from optimorph._core.checks import check_numbers
 from optimorph._core.numbers import as_scalar
-from optimorph._core.rule import Rule, transform
+from optimorph._core.rule import Rule, called, transform
 from optimorph._core.types import Numeric, Rules
 from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.rules import lookup_if_given, warn_unused
@@ -36,7 +36,7 @@ def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.Gradie
       Pascanu, Mikolov & Bengio 2013, arXiv:1211.5063, algorithm 1 (of all leaves).
     """
     check_numbers("clip_norm", max_norm=max_norm)
-    return _clipped("clip_norm", max_norm, shardings, lambda over, squares: over.sums(squares)[0])
+    return _clipped(called("clip_norm"), max_norm, shardings, lambda over, squares: over.sums(squares)[0])
 
 
 def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
@@ -65,7 +65,7 @@ def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.Gr
       low-precision training for large-scale vision-language models", arXiv:2304.13013, algorithm 2.
     """
     check_numbers("clip_rms", max_rms=max_rms)
-    return _clipped("clip_rms", max_rms, shardings, Reduction.mean)
+    return _clipped(called("clip_rms"), max_rms, shardings, Reduction.mean)
 
 
 def _clipped(who: str, bound: Numeric, shardings: Rules | None, of_squares: Callable[..., Any]) -> Any:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_numbers, check_transforms
+from optimorph._core.checks import check_numbers
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.numbers import as_scalar, cast_like, upcast
 from optimorph._core.roles import SECOND, holds, relabeled
-from optimorph._core.rule import Rule, map_updates, rule_of, transform
+from optimorph._core.rule import Rule, map_updates, rule_of, transform, wrapped
 from optimorph._core.types import Numeric
 
 
@@ -49,9 +49,9 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     Args:
       transforms: transformations in the order in which they are applied.
     """
-    check_transforms("chain", *transforms)
+    txs = [wrapped("chain", tx) for tx in transforms]
     groups: list[list[Any]] = []
-    for tx in transforms:
+    for tx in txs:
         if groups and rule_of(tx) and rule_of(groups[-1][-1]):
             groups[-1].append(tx)
         else:
@@ -166,11 +166,10 @@ def _combined(
     unpack: Callable[[Any], Sequence[Any]] = tuple,
 ) -> optax.GradientTransformationExtraArgs:
     """`f` of the updates of all transforms; a rule for one leaf if each of them is one."""
-    check_transforms(who, *transforms)
-    rules = [rule for tx in transforms if (rule := rule_of(tx)) is not None]
-    if len(rules) == len(transforms):
+    txs = [wrapped(who, tx) for tx in transforms]
+    rules = [rule for tx in txs if (rule := rule_of(tx)) is not None]
+    if len(rules) == len(txs):
         return transform(who, _combined_rule(f, rules, pack, unpack))
-    txs = [optax.with_extra_args_support(tx) for tx in transforms]
 
     def init(params):
         return pack([tx.init(params) for tx in txs])
@@ -207,7 +206,7 @@ def _combined_rule(
 def _merged(group: Sequence[Any]) -> Any:
     """Neighbours that carry rules as one transformation."""
     if len(group) == 1:
-        return optax.with_extra_args_support(group[0])
+        return group[0]
     return transform("chain", _chained([tx.rule for tx in group]))
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_counts, check_dtypes, check_flags, check_numbers, check_transforms
+from optimorph._core.checks import check_counts, check_dtypes, check_flags, check_numbers
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import map_moments
 from optimorph._core.numbers import (
@@ -23,7 +23,7 @@ from optimorph._core.numbers import (
     upcast_dtype,
 )
 from optimorph._core.roles import FIRST, SECOND, Role, holds, scalar
-from optimorph._core.rule import Leaves, aligned, arrays, handed_down
+from optimorph._core.rule import Leaves, aligned, arrays, called, handed_down, wrapped
 from optimorph._core.types import AxesRules, DTypeLike, Numeric, PyTree, Rules
 from optimorph._distributed.bases import refreshed
 from optimorph._distributed.shardings import local_shard_spec, manual_axes
@@ -180,17 +180,16 @@ def in_eigenbasis(
     References:
       Vyas et al. 2024, "SOAP", arXiv:2409.11321, algorithm 3; (5)-(7): Lin et al. 2025, arXiv:2509.03378.
     """
-    who = "in_eigenbasis"
+    who = called("in_eigenbasis")
     check_numbers(who, decay=decay)
     check_dtypes(who, dtype=dtype)
     check_counts(who, every=every, refresh_warmup=refresh_warmup, max_dim=max_dim, block_size=block_size)
     if largest_inverse_root is not None:
         check_numbers(who, largest_inverse_root=largest_inverse_root)
     check_flags(who, kl=kl, sort=sort, skip_first=skip_first, spread=spread, whole_first=whole_first)
-    check_transforms(who, inner, *([] if average is None else [average]))
     sort = sort and not kl
     every, refresh_warmup = (min(n, np.iinfo(np.int32).max) for n in (every, refresh_warmup))  # as the count
-    inner, before = map(optax.with_extra_args_support, (inner, average or optax.identity()))
+    inner, before = wrapped(who, inner), wrapped(who, optax.identity() if average is None else average)
     own = AxesOfLeaves(who, axes, shardings)
 
     def read(leaves: Leaves) -> Slots:

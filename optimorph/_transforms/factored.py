@@ -10,7 +10,7 @@ import optax
 from optimorph._core.checks import check_flags, check_numbers
 from optimorph._core.numbers import as_scalar, common, full_like, stored_dtype, upcast
 from optimorph._core.roles import Role, holds, roles_of
-from optimorph._core.rule import Rule, transform
+from optimorph._core.rule import Rule, called, transform
 from optimorph._core.types import AxesRules, Numeric, PyTree, Rules
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph.linalg import Axes
@@ -65,7 +65,7 @@ def factored(
     References:
       Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235, algorithm 1.
     """
-    who = "factored"
+    who = called("factored")
     check_numbers(who, decay=decay)
     check_flags(who, geometric=geometric)
     own = AxesOfLeaves(who, axes, shardings)

@@ -9,7 +9,7 @@ import optax
 from optimorph._core.checks import check_numbers, check_params
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, upcast
 from optimorph._core.roles import roles_of
-from optimorph._core.rule import Rule, transform
+from optimorph._core.rule import Rule, called, transform
 from optimorph._core.types import AxesRules, Rules, ScalarOrSchedule
 from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.resolve import AxesOfLeaves
@@ -49,7 +49,7 @@ def hyperball(
     References:
       Wen et al. 2026, "Hyperball optimization", arXiv:2606.16899 (MuonH, AdamH).
     """
-    who = "hyperball"
+    who = called("hyperball")
     check_numbers(who, learning_rate=learning_rate)
     rate_at = as_schedule(learning_rate)
     own = AxesOfLeaves(who, axes, shardings)

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_seed, check_transforms
+from optimorph._core.checks import check_seed
 from optimorph._core.differences import checked_state
 from optimorph._core.numbers import increment
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.rounding import leaf_key, stochastic_bfloat16
-from optimorph._core.rule import Rule, check_shapes, rule_of, transform
+from optimorph._core.rule import Rule, rule_of, transform, wrapped
 
 
 class BFloat16State(NamedTuple):
@@ -50,11 +50,10 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     References:
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.
     """
-    check_transforms("in_bfloat16", inner)
+    inner = wrapped("in_bfloat16", inner)
     check_seed("in_bfloat16", seed)
     if rule := rule_of(inner):
         return transform("in_bfloat16", _rule(rule, seed))
-    inner = optax.with_extra_args_support(inner)
 
     def init(params):
         state = jax.tree.map(_narrow, inner.init(params))
@@ -62,7 +61,6 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
 
     def update(updates, state, params=None, **extra):
         state = checked_state("in_bfloat16", state, BFloat16State)
-        check_shapes("in_bfloat16", updates, params)
         out, after = inner.update(updates, jax.tree.map(_widen, state.inner), params, **extra)  # (1)
         key = _key(state)
         leaves, structure = jax.tree.flatten(after)

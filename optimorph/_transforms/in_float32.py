@@ -2,9 +2,8 @@
 
 import optax
 
-from optimorph._core.checks import check_transforms
 from optimorph._core.numbers import cast_like, upcast
-from optimorph._core.rule import check_shapes, map_updates, rule_of
+from optimorph._core.rule import map_updates, rule_of, wrapped
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -17,13 +16,11 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     Args:
       inner: any transformation. It gets updates in float32 or wider, and the parameters in their own dtype.
     """
-    check_transforms("in_float32", inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = wrapped("in_float32", inner)
     if rule_of(inner):
         return inner  # as every rule does
 
     def update(updates, state, params=None, **extra):
-        check_shapes("in_float32", updates, params)
         out, state = inner.update(map_updates("in_float32", upcast, updates), state, params, **extra)
         return map_updates("in_float32", lambda g, u: cast_like(u, g), updates, out), state  # (1)
 

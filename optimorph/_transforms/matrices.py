@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of
-from optimorph._core.rule import Leaves, Rule, aligned, arrays, transform
+from optimorph._core.rule import Leaves, Rule, aligned, arrays, called, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.hardware import AUTO, Hardware, check_divide
 from optimorph._distributed.sharded_function import ShardedFunction
@@ -73,7 +73,7 @@ def orthogonalize(
       Carlson et al. 2015, "Preconditioned spectral descent for deep learning"; Jordan et al. 2024,
       "Muon: An optimizer for hidden layers in neural networks".
     """
-    who = "orthogonalize"
+    who = called("orthogonalize")
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
     check_function(who, "orthogonalizer", polar, "stacks of matrices, such as linalg.NewtonSchulz()", 0)
     check_counts(who, bytes_at_once=bytes_at_once)
@@ -135,7 +135,7 @@ def scale_by_shape(
       (1) Bernstein & Newhouse 2024, arXiv:2410.21265; (2) Jordan et al. 2024, "Muon: An optimizer for
       hidden layers in neural networks"; (3) Liu et al. 2025, arXiv:2502.16982, equation 4.
     """
-    who = "scale_by_shape"
+    who = called("scale_by_shape")
     if not (scale is None or is_one_of(scale, [*SCALES]) or call_fault(scale, 1, 1) is None):
         raise ValueError(
             f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, None, or a function of the "
@@ -158,6 +158,11 @@ def scale_by_shape(
         shape = np.shape(leaf.leaves.values[leaf.index])
         spec, shape = ((), shape) if match is None else local_shard_spec(who, match)(leaf.path, shape)
         factor = forms[leaf.index].spread(factor_of, shape)
+        if factor.dtype.kind not in "fiu":
+            raise ValueError(
+                f"{who}: scale must return a real number for the numbers of inputs and outputs, but for "
+                f"{leaf.path!r} returned {factor.flat[0]!r}. Type scale='rms_to_rms', for example."
+            )
         if factor.size == 1:
             return factor.item() * g, state
         if leaf.part:

@@ -10,10 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_function, check_transforms, is_one_of
+from optimorph._core.checks import check_function, is_one_of
 from optimorph._core.numbers import is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
-from optimorph._core.rule import Leaf, Leaves, Rule, arrays, map_updates, pointwise, rule_of, transform
+from optimorph._core.rule import (
+    Leaf,
+    Leaves,
+    Rule,
+    arrays,
+    called,
+    map_updates,
+    pointwise,
+    rule_of,
+    transform,
+    wrapped,
+)
 from optimorph._core.types import AxesRules, Rules
 from optimorph._distributed.reductions import reduction
 from optimorph._distributed.shardings import Match, Spec, local_shard, local_shard_spec
@@ -64,7 +75,7 @@ def mean(
     References:
       Shazeer & Stern 2018, "Adafactor", arXiv:1804.04235; Li et al. 2025, "NorMuon", arXiv:2510.05491.
     """
-    who = "mean"
+    who = called("mean")
     rule = pointwise(lambda g: g) if inner is None else rule_of(inner)
     if where is not None:
         check_function(who, "where", where, "the numbers of inputs and outputs", 1, 1)
@@ -130,10 +141,8 @@ def keep_norm(
     References:
       Li et al. 2025, "NorMuon", arXiv:2510.05491, algorithm 1.
     """
-    who = "keep_norm"
-    check_transforms(who, inner)
-    own = AxesOfLeaves(who, axes, shardings)
-    inner = optax.with_extra_args_support(inner)
+    who = called("keep_norm")
+    inner, own = wrapped(who, inner), AxesOfLeaves(who, axes, shardings)
 
     def init(params):
         leaves, tree = arrays(who, params)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, check_transforms, is_integer
+from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import (
@@ -30,7 +30,7 @@ from optimorph._core.numbers import (
     with_type_of,
 )
 from optimorph._core.roles import Role, holds, scalar
-from optimorph._core.rule import Leaves, aligned, arrays, map_updates
+from optimorph._core.rule import Leaves, aligned, arrays, map_updates, wrapped
 from optimorph._core.types import DTypeLike, Mask, PyTree
 from optimorph._distributed.shardings import manual_axes
 from optimorph._routing.rules import check_mask, masked_leaves
@@ -120,10 +120,9 @@ def multi_steps(
       weights: West 1979, "Updating mean and variance estimates: an improved method".
     """
     who = "multi_steps"
-    check_transforms(who, inner)
+    inner = wrapped(who, inner)
     _check_k(every_k)
     check_dtypes(who, accumulator_dtype=accumulator_dtype)
-    inner = optax.with_extra_args_support(inner)
     if not callable(every_k) and every_k == 1:
         return inner
     k_at = as_schedule(every_k)

@@ -10,7 +10,7 @@ import optax
 
 from optimorph._core.checks import check_numbers, check_params
 from optimorph._core.differences import checked_state
-from optimorph._core.numbers import as_scalar, cast_like, is_absent, upcast, upcast_dtype
+from optimorph._core.numbers import as_scalar, cast_like, copied, is_absent, upcast, upcast_dtype
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned, arrays
 from optimorph._core.types import AxesRules, Numeric, PyTree
@@ -93,7 +93,7 @@ def qk_clip(
     for k, factor in _factors(who, axes, threshold, paths, leaves, logits).items():
         w = upcast(leaves[k])
         leaves[k] = cast_like(factor.astype(w.dtype) * w, leaves[k])  # (2), (3)
-    return tree.unflatten(leaves)
+    return tree.unflatten(map(copied, leaves))
 
 
 def clip_attention_logits(

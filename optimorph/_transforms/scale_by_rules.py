@@ -9,7 +9,7 @@ import optax
 
 from optimorph._core.checks import check_factor
 from optimorph._core.numbers import is_absent
-from optimorph._core.rule import Rule, transform
+from optimorph._core.rule import Rule, called, transform
 from optimorph._core.types import Rules, Shape
 from optimorph._routing.rules import NO_MATCH, lookup, warn_unused
 
@@ -34,7 +34,7 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
     References:
       Howard & Ruder 2018, arXiv:1801.06146, section 3.2 (a rate for each layer).
     """
-    who = "scale_by_rules"
+    who = called("scale_by_rules")
     if isinstance(rules, Mapping):
         rules = {key: np.asarray(x) if isinstance(x, list | tuple) else x for key, x in rules.items()}
     match = lookup(rules, who)

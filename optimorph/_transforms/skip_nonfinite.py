@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import abbreviated, check_transforms, is_integer
+from optimorph._core.checks import abbreviated, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import in_dtype_of, increment, is_missing, is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
+from optimorph._core.rule import wrapped
 
 
 class SkipState(NamedTuple):
@@ -61,9 +62,8 @@ def skip_nonfinite(
     References:
       Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740, section 3.2.
     """
-    check_transforms("skip_nonfinite", inner)
+    inner = wrapped("skip_nonfinite", inner)
     _check_limit(max_consecutive)
-    inner = optax.with_extra_args_support(inner)
 
     def init(params):
         return SkipState(inner.init(params), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))

@@ -11,7 +11,7 @@ import optax
 from optimorph._core.checks import check_flags, check_numbers, check_params
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, is_trainable, upcast
 from optimorph._core.roles import holds, roles_of, scalar
-from optimorph._core.rule import Rule, pointwise, rule_of, transform
+from optimorph._core.rule import Rule, called, pointwise, rule_of, transform
 from optimorph._core.types import Mask, ScalarOrSchedule
 from optimorph._routing.rules import check_mask, masked_leaves
 
@@ -79,7 +79,7 @@ def add_decayed_weights(
       Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2 (both places); (2): Chen et al. 2025,
       "Cautious weight decay", arXiv:2510.12402.
     """
-    who = "add_decayed_weights"
+    who = called("add_decayed_weights")
     check_numbers(who, weight_decay=weight_decay)
     check_flags(who, cautious=cautious)
     decay_at = as_schedule(weight_decay)
@@ -128,7 +128,7 @@ def scale_by_learning_rate(learning_rate: ScalarOrSchedule) -> optax.GradientTra
     References:
       Cauchy 1847, "Méthode générale pour la résolution des systèmes d'équations simultanées".
     """
-    who = "scale_by_learning_rate"
+    who = called("scale_by_learning_rate")
     check_numbers(who, learning_rate=learning_rate)
     rate_at = as_schedule(learning_rate)
 

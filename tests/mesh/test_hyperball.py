@@ -57,7 +57,7 @@ def test_inside_shard_map():
         in_specs=(specs, specs),
         out_specs=specs,
     )
-    with pytest.raises(ValueError, match=r"hyperball: inside jax\.shard_map 'bias' .* Type shardings="):
+    with pytest.raises(ValueError, match=r"adamh: inside jax\.shard_map 'bias' .* Type shardings="):
         jax.eval_shape(step, gradients, params)
 
 
