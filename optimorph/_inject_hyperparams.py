@@ -74,7 +74,12 @@ def inject_hyperparams(
         )
     ours = getattr(inner_factory, "__module__", "").startswith("optimorph.")
     number = jax.Array if ours else float  # here a number that cannot be traced is annotated as a float alone
+    spare = {name for name, p in names.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     static = {*given} | {name for name, parameter in names.items() if not _may_be(number, parameter)}
+
+    @functools.wraps(inner_factory)
+    def factory(**arguments: Any) -> optax.GradientTransformation:
+        return inner_factory(**{name: value for name, value in arguments.items() if name not in spare})
 
     @functools.wraps(inner_factory)
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
@@ -82,6 +87,11 @@ def inject_hyperparams(
             given = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise TypeError(f"{who}: {error}") from None
+        if unnamed := spare & {*given.arguments}:
+            raise ValueError(
+                f"inject_hyperparams: {who} has no name for {given.arguments[min(unnamed)]}, by which the "
+                "state could keep it. Type a function that names it, such as lambda learning_rate: ..."
+            )
         for name, value in given.arguments.items():
             number = value.item() if isinstance(value, np.generic) else value
             if hasattr(value, "__jax_array__"):  # which may be a function too
@@ -92,9 +102,7 @@ def inject_hyperparams(
                 number = float(number)  # an integer would stay one in the state
             given.arguments[name] = number
         functions = {name for name, x in given.arguments.items() if callable(x) and call_fault(x, 0)}
-        injected: Any = optax.inject_hyperparams(
-            inner_factory, tuple(sorted(static | functions)), jnp.dtype(dtype)
-        )
+        injected: Any = optax.inject_hyperparams(factory, tuple(sorted(static | functions)), jnp.dtype(dtype))
         tx = wrapped("inject_hyperparams", injected(*given.args, **given.kwargs))
 
         def init(params):

@@ -258,6 +258,14 @@ OF_OTHER_TYPES = {
         lambda om: om.inject_hyperparams(om.adamw, 3),
         ["inject_hyperparams: static_args has [3]", "adamw"],
     ),
+    "numbers without names": (
+        lambda om: om.inject_hyperparams(lambda **numbers: om.adamw(**numbers))(learning_rate=0.1),
+        ["inject_hyperparams: <lambda> has no name for {'learning_rate': 0.1}", "lambda learning_rate"],
+    ),
+    "a number without a name": (
+        lambda om: om.inject_hyperparams(lambda *numbers: om.adamw(*numbers))(0.1),
+        ["inject_hyperparams: <lambda> has no name for (0.1,)", "lambda learning_rate"],
+    ),
     "bytes of None": (
         lambda om: om.orthogonalize(bytes_at_once=None),
         ["orthogonalize: bytes_at_once", "None"],

@@ -295,6 +295,14 @@ def test_a_state_that_optax_injected_goes_on():
     assert optax.tree.get(state, "learning_rate") == 0.375
 
 
+def test_arguments_without_names_may_be_left_out():
+    def with_more(learning_rate, **more):
+        return om.adam(learning_rate, **more)
+
+    state = om.inject_hyperparams(with_more)(0.1).init({"w": jnp.ones(3)})
+    assert [*state.hyperparams] == ["learning_rate"]
+
+
 def test_injection_refuses():
     with pytest.raises(ValueError, match=r"inject_hyperparams: static_args has \['rule'\]"):
         om.inject_hyperparams(om.adam, static_args="rule")
