@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optimorph import linalg
 from optimorph._core.checks import check_flags, check_params, is_integer, one_or_several
 from optimorph._core.differences import checked_state
+from optimorph._core.flags import cond
 from optimorph._core.moments import moments_of
 from optimorph._core.numbers import common, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
@@ -198,7 +199,7 @@ def probe(
         values, measured = state.values.astype(jnp.float32), state.measured
         if names:
             due = state.probe_count % every == 0
-            values, measured = jax.lax.cond(
+            values, measured = cond(
                 due,
                 lambda: measure(names, _leaves(updates, out, params, after), forms),
                 lambda: (values, measured),

@@ -1,11 +1,12 @@
-"""Booleans of all leaves as one."""
+"""Booleans: all of them as one, and what happens if one holds."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.numbers import is_trainable, upcast_dtype
+from optimorph._core.numbers import is_trainable, upcast_dtype, varying
 from optimorph._core.types import DTypeLike, PyTree
 
 
@@ -21,6 +22,15 @@ def all_of(flags: Iterable[jax.Array], dtype: DTypeLike) -> jax.Array:
     """
     broken = jnp.max(jnp.asarray([~flag for flag in flags], dtype), initial=0)
     return jnp.sqrt(broken) == 0
+
+
+def cond(so: jax.Array, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
+    """`jax.lax.cond` of branches whose results may vary over other axes, inside `jax.shard_map`."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return jax.lax.cond(so, true, false)
+    kinds = jax.eval_shape(true), jax.eval_shape(false)
+    both = (lambda branch=branch: jax.tree.map(varying, branch(), *kinds) for branch in (true, false))
+    return jax.lax.cond(so, *both)
 
 
 def real_dtype(tree: PyTree) -> DTypeLike:

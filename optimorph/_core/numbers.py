@@ -47,7 +47,20 @@ def with_type_of(x: jax.Array, like: Any) -> jax.Array:
     other = jax.typeof(like).sharding if isinstance(like, jax.Array) else other
     if not isinstance(other, NamedSharding) or own.spec == other.spec:
         return x
+    if other.mesh.empty:  # as that of an array on one device
+        other = NamedSharding(own.mesh, other.spec)
     return jax.sharding.reshard(x, other) if AxisType.Explicit in other.mesh.axis_types else x
+
+
+def varying(x: jax.Array, *likes: Any) -> jax.Array:
+    """`x`, varying over the manual mesh axes over which other arrays vary, where types say so."""
+    own, *others = (_varies_over(like) for like in (x, *likes))
+    return jax.lax.pcast(x, tuple(own.union(*others) - own), to="varying")
+
+
+def _varies_over(x: Any) -> frozenset[str]:
+    kind: Any = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def cast_like(x: jax.Array, like: Any) -> jax.Array:

@@ -25,6 +25,7 @@ from optimorph._core.numbers import (
     kind,
     restored,
     upcast,
+    with_type_of,
 )
 from optimorph._core.paths import structure_paths
 from optimorph._core.roles import Role
@@ -243,7 +244,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
                 out.append(u if rule.narrow else cast_like(u, g))
                 for slot, role, new in zip(slots, rule.roles, rule.slots(s), strict=True):
                     if role.tree:
-                        slot[k] = new
+                        slot[k] = None if new is None else with_type_of(new, slot[k])
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
         after = [

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, is_integer
 from optimorph._core.differences import checked_state
-from optimorph._core.flags import all_of, real_dtype
+from optimorph._core.flags import all_of, cond, real_dtype
 from optimorph._core.numbers import (
     NotScalarError,
     as_scalar,
@@ -204,14 +204,16 @@ def multi_steps(
                 return with_zeros()
             rest = map_updates(who, lambda _, m, none: m if none else None, updates, mean, missing)
             unseen = all_of([~jnp.any(m != 0) for m in jax.tree.leaves(rest)], real_dtype(rest))
-            return jax.lax.cond(_on_all_devices(unseen), without, with_zeros)
+            return cond(_on_all_devices(unseen), without, with_zeros)
 
         def wait():
             shapes, after = jax.eval_shape(step)
-            nothing = map_updates(who, lambda g, u: jnp.zeros_like(g, dtype=u.dtype), updates, shapes)
+            nothing = map_updates(
+                who, lambda g, u: with_type_of(jnp.zeros_like(g, dtype=u.dtype), u), updates, shapes
+            )
             return nothing, jax.tree.map(in_dtype_of, _observed(state.inner, added, extra), after)
 
-        out, after = jax.lax.cond(due, step, wait)  # (2), (3)
+        out, after = cond(due, step, wait)  # (2), (3)
         kept = jax.tree.map(lambda m: _stored(jnp.where(due, 0, m), accumulator_dtype), mean)
         count, weight = jnp.where(due, 0, count), jnp.where(due, 0, total)
         steps = jnp.where(due, increment(state.steps), state.steps)

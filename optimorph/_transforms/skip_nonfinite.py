@@ -11,7 +11,7 @@ import optax
 from optimorph._core.checks import abbreviated, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
-from optimorph._core.numbers import in_dtype_of, increment, is_missing, is_trainable
+from optimorph._core.numbers import in_dtype_of, increment, is_missing, is_trainable, with_type_of
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.rule import wrapped
@@ -91,7 +91,7 @@ def skip_nonfinite(
             return jax.lax.select(fine, new, in_dtype_of(old, new))
 
         def or_zero(u):
-            return None if is_missing(u) else chosen(jnp.asarray(u), jnp.zeros_like(u))
+            return None if is_missing(u) else chosen(jnp.asarray(u), with_type_of(jnp.zeros_like(u), u))
 
         out = jax.tree.map(or_zero, out)  # (1), (2)
         after = jax.tree.map(chosen, after, state.inner)

@@ -111,3 +111,43 @@ def test_eight_bits_over_explicit_axes(spec):
             params = jax.device_put(params, jax.sharding.NamedSharding(mesh, spec))
         updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     rounding.close(np.asarray(updates["w"]), np.asarray(expected["w"]), units=8, dtype="float32")
+
+
+@pytest.mark.parametrize("wrapped", [lambda tx: om.multi_steps(tx, 2), probe], ids=["multi_steps", "probe"])
+def test_what_varies_inside_shard_map(wrapped):
+    """Where types say so: shards of gradients and parameters, beside a state that is the same everywhere."""
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    tx, whole = wrapped(om.adam(0.1)), {"w": jnp.ones((8, 3)), "b": jnp.ones(4)}
+
+    def step(g, state, params):
+        return jax.tree.map(lambda x: x[None], tx.update(g, state, params))
+
+    state = tx.init({"w": jnp.ones((2, 3)), "b": jnp.ones(1)})
+    specs = (P("data"), P(), P("data"))
+    step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P("data"), check_vma=True)
+    jax.eval_shape(step, whole, state, whole)
+
+
+IN_LOOPS = {
+    "multi_steps": om.multi_steps(om.adam(0.1), 2),
+    "extrapolate": om.chain(om.sgd(0.1), om.extrapolate(0.1, 0.9)),
+    "mars_adamw": om.mars_adamw(0.1),
+    "factored": om.factored(0.9, {"w": "io", "b": None}),
+    "skip_nonfinite": om.skip_nonfinite(om.chain()),
+}
+
+
+@pytest.mark.parametrize("gradient", [P("data"), P(), None])
+@pytest.mark.parametrize("name", IN_LOOPS)
+def test_a_loop_over_explicit_axes(name, gradient):
+    """The state keeps its type, whatever that of the gradient, which is also a constant of the program."""
+    tx, mesh = IN_LOOPS[name], trees.mesh_of(4, 2, AxisType.Explicit)
+    params = {"w": jnp.ones((8, 16)), "b": jnp.ones(4)}
+    with jax.set_mesh(mesh):
+        g = params if gradient is None else jax.device_put(params, jax.NamedSharding(mesh, gradient))
+        params = jax.device_put(params, jax.NamedSharding(mesh, P("data")))
+
+        def steps(state):
+            return jax.lax.scan(lambda s, _: (tx.update(g, s, params)[1], None), state, None, length=2)[0]
+
+        jax.eval_shape(steps, jax.jit(tx.init)(params))
