@@ -110,7 +110,11 @@ def others():
 def choice():
     """Optimizers on text, digits and flights."""
     yield "optimizer", "text: nats per character", "digits: nats per picture", "flights: nats per flight"
-    files = {("race", "others/text", "soap/text"): 3, ("digits/race", "soap/digits"): 4, ("flights/race", "soap/flights"): 3}
+    files = {
+        ("race", "others/text", "soap/text"): 3,
+        ("digits/race", "soap/digits"): 4,
+        ("flights/race", "soap/flights"): 3,
+    }
     races = [
         {row["name"]: _loss(row, places) for name in names for row in recorded(name)["rows"]}
         for names, places in files.items()

@@ -148,6 +148,15 @@ FLAGS = {
 }
 
 
+@pytest.mark.parametrize("flag", FLAGS["of programs"])
+def test_eight_bits_of_leaves_in_blocks(flag):
+    """The programs of all platforms; leaves of the catalog are too small for blocks."""
+    params = {"kernel": jnp.ones((64, 128))}
+    with flag():
+        tx = om.adamw(0.1, state="int8")
+        jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+
+
 def two_updates(tx, update, params):
     state = tx.init(params)
     for seed in range(2):

@@ -75,7 +75,7 @@ class Rows(NamedTuple):
 
     def spread(self, s: jax.Array) -> jax.Array:
         """As of `Blocks`. NaN is -1 in the product, where it would reach the whole row."""
-        place = jnp.arange(self.last) - self.width * jnp.arange(s.shape[-1])[:, None]
+        place = jnp.arange(self.last)[None] - self.width * jnp.arange(s.shape[-1])[:, None]
         inside = ((place >= 0) & (place < self.width)).astype(jnp.bfloat16)
         s = jnp.where(s >= 0, s, -1)
         axes = ((s.ndim - 1,), (0,)), ((), ())
