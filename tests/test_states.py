@@ -154,7 +154,7 @@ def test_eight_bits_of_leaves_in_blocks(flag):
     params = {"kernel": jnp.ones((64, 128))}
     with flag():
         tx = om.adamw(0.1, state="int8")
-        jax.eval_shape(tx.update, params, jax.eval_shape(tx.init, params), params)
+        jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
 
 
 def two_updates(tx, update, params):
