@@ -244,7 +244,9 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
                 out.append(u if rule.narrow else cast_like(u, g))
                 for slot, role, new in zip(slots, rule.roles, rule.slots(s), strict=True):
                     if role.tree:
-                        slot[k] = None if new is None else with_type_of(new, slot[k])
+                        if new is not None and jax.typeof(new) != jax.typeof(slot[k]):
+                            new = with_type_of(new, slot[k])
+                        slot[k] = new
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
         after = [

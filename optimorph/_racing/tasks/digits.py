@@ -31,7 +31,7 @@ def task() -> Task:
     """Classify images of digits; 1,200 are trained on."""
     from sklearn.datasets import load_digits
 
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(labels))
     images = (pixels[order] / 16.0).astype(np.float32).reshape(-1, 8, 8, 1)
     labels = labels[order].astype(np.int32)
