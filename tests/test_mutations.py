@@ -279,6 +279,10 @@ UNSEEN = {
         "_recipes.route_matrices: routed.update: if 1 never",
         "_recipes.route_matrices: routed.init: handed_down 0 without matrix_axes",
     ],
+    "sharded types, which tests/mesh/test_state.py sees": [
+        "_core.rule: transform.update: if 5 *",
+        "_core.rule: transform.update: NotEq 0 opposite",
+    ],
     "repeated blocks, which no entry has: test_means and test_hyperball see it; or the tree is read again": [
         "linalg._axes: Axes.reduce: USub 0 gone",
         "linalg._axes: Axes.repeat: if 1 always",
