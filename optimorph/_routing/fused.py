@@ -1,5 +1,6 @@
 """Layers that hold several side by side, where no name says so: by what the layers beside them take in."""
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -19,41 +20,73 @@ def with_fused_layers(
 ) -> list[LeafSpec]:
     """The specs with a question for each layer that may be several layers side by side.
 
-    Query, key and value, a gate and its input, or several modulations share one leaf. No other leaf takes in
-    all of its outputs, and a leaf of the same module takes in a half of them, or a third, ..., or an eighth.
-    The last of several numbered layers is more likely a single one.
+    Query, key and value, a gate and its input, or several modulations share one leaf. No other leaf of its
+    module takes in all of its outputs, but one takes in a half of them, or a third, ..., or an eighth, or two
+    take in a query and the hidden numbers of a perceptron. Either no leaf of the tree takes in all, or none of
+    the module puts out the part. The last of several numbered layers is more likely a single one.
     """
     sides = [*map(sides_of, paths, shapes, specs)]
     taken = set[int]().union(*(inputs for inputs, _ in sides))
     names = {k: layer_name(paths[k].replace(".", "/")) for k, spec in enumerate(specs) if spec.axes}
     takers: dict[tuple[str, int], set[int]] = {}
+    givers: dict[tuple[str, int], set[int]] = {}
     inside: dict[str, list[int]] = {}
     for k, module in names.items():
         while module := module.rpartition("/")[0]:
             inside.setdefault(module, []).append(k)
-            for width in sides[k][0]:
-                takers.setdefault((module, width), set()).add(k)
+            for widths, layers in zip(sides[k], (takers, givers), strict=True):
+                for width in widths:
+                    layers.setdefault((module, width), set()).add(k)
 
-    def parts(k: int) -> list[int]:
+    def follows(k: int, module: str, width: int) -> bool:
+        """Whether no layer before it takes in the width."""
+        same = [j for j in takers[module, width] if without_numbers(names[j]) == without_numbers(names[k])]
+        return all(number_of(names[j]) > number_of(names[k]) for j in same)
+
+    def parts(k: int) -> str | None:
+        """The blocks of its outputs."""
         module, width = names[k].rpartition("/")[0], max(sides[k][1])
-        return [n for n in _PARTS if width % n == 0 and takers.get((module, width // n), {k}) != {k}]
+        if takers.get((module, width), {k}) != {k}:
+            return None
+        equal = [n for n in _PARTS if width % n == 0 and takers.get((module, width // n), {k}) != {k}]
+        if width in taken:
+            equal = [n for n in equal if (module, width // n) not in givers and follows(k, module, width // n)]
+        elif not equal and module:
+            widths = {n for j in inside[module] if j != k for n in sides[j][0]}
+            return _attention_and_perceptron(width, widths, {n for n in widths if (module, n) not in givers})
+        return f"{equal[0]}o" if equal else None
 
-    fused = [
-        k
+    fused = {
+        k: blocks
         for k, name in names.items()
         if specs[k].role in ("dense", "experts") and _spec(specs[k]).strip("b") in ("io", "oi")
-        if sides[k][1].isdisjoint(taken) and is_inside(paths[k]) and not _ONE.search(name) and parts(k)
-    ]
+        if is_inside(paths[k]) and not _ONE.search(name) and (blocks := parts(k))
+    }
     found = list(specs)
-    for k in fused:
+    for k, blocks in fused.items():
         spec = _spec(specs[k])
         module, kind = names[k].rpartition("/")[0], without_numbers(names[k])
         numbers = [number_of(names[j]) for j in inside[module] if without_numbers(names[j]) == kind]
         is_last = number_of(names[k]) == max(numbers) > min(numbers)
-        answers = [spec.replace("o", f"({parts(k)[0]}o)"), spec][:: -1 if is_last else 1]
+        answers = [spec.replace("o", f"({blocks})"), spec][:: -1 if is_last else 1]
         cause = "may be several layers side by side, by its width"
         found[k] = unresolved(paths[k], shapes[k], cause, first=answers)
     return found
+
+
+def _attention_and_perceptron(width: int, taken: set[int], inner: set[int]) -> str | None:
+    """The blocks of a query, a key, a value, and the input of a perceptron and its gate, if they make up `width`.
+
+    Args:
+      width: of all of them.
+      taken: what the layers beside them take in: the query's width is one of these.
+      inner: those that no other layer puts out: the perceptron's width is one of these.
+    """
+    for query, hidden, times in itertools.product(sorted(taken), sorted(inner), (2, 1)):
+        key, odd = divmod(width - query - times * hidden, 2)
+        if not odd and 0 < key <= query and query % key == 0 and query != hidden:
+            return "+".join(map(str, (query, key, key, *[hidden] * times))) + " o"
+    return None
 
 
 def _spec(spec: LeafSpec) -> str:

@@ -59,7 +59,7 @@ def unresolved(
 
 def likely(path: str, shape: Shape) -> list[str | None]:
     """Everything that a leaf may be by its shape, and whether its outputs come first by its name."""
-    window_first = len(shape) == 4 and max(shape[:2]) <= 7 < min(shape[2:])
+    window_first = len(shape) == 4 and max(shape[:2]) <= 7 < shape[3]
     outputs_first = re.search(r"weight(_\w+|(/args)?(/\d+)+)?$", path) is not None and not window_first
     return _likely(outputs_first, shape, re.search("conv", path, re.IGNORECASE) is not None)
 
@@ -73,8 +73,9 @@ def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str |
         found = sorted(found, key=lambda spec: spec.count("i") - spec.count("b") > 2)
     if not found and len(shape) > 1:
         found = ["b" * (len(shape) - 2) + "io"]
-    depthwise = len(shape) > 2 and shape[1 if outputs_first else -2] == 1
-    return [None, *found] if depthwise else [*found, None]
+    channels = shape[1 if outputs_first else -2] if len(shape) > 2 else 0
+    few = channels == 1 or (len(shape) == 4 and channels <= 4)  # depthwise, or of an image
+    return [None, *found] if few else [*found, None]
 
 
 def _fits(spec: str | None, shape: Shape) -> bool:

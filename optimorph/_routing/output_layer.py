@@ -267,10 +267,15 @@ class _Layers:
             return all(g == k or (g in self.chains and self.follows(self.next_of(g))) for g in self.givers(j))
 
         layers = self._others(k, self.outputs[k], self.in_named_layers)
-        if any(self.module(j) == self.module(k) or has_no_others(j) for j in layers):
+        if any(self.is_beside(j, k) or has_no_others(j) for j in layers):
             return True
         roles = (self.specs[j].role for j in self.takers(k))
         return next(roles, None) == "norm" and all(role == "norm" for role in roles)
+
+    def is_beside(self, j: int, k: int) -> bool:
+        """Whether it is in the module of another layer, or a distribution in one around that."""
+        around = self.specs[j].role == _DISTRIBUTION and self.module(k).startswith(self.module(j))
+        return around or self.module(j) == self.module(k)
 
     def next_begins_anew(self, k: int) -> bool:
         """Whether it is the end of a chain of layers, and the next layer takes in what the first takes in."""

@@ -31,11 +31,14 @@ class _Module:
         self.stacked_vectors: list[Shape] = []
 
     def add(self, shape: Shape, is_vector: bool) -> None:
-        """One more leaf; a norm's scale or a bias is a vector, unless it is stacked."""
+        """One more leaf; a norm's scale or a bias is a vector, unless it is stacked.
+
+        Biases of one output in each layer, (layers, 1), may be both.
+        """
         own = {(k, size) for k, size in enumerate((shape if len(shape) > 1 else shape * 2)[:2])}
         self.counts = own if self.counts is None else self.counts & own
         sides = [size for size in shape if size > 1]
-        if is_vector and len(sides) == 1:
+        if is_vector and len(sides) == 1 and shape[1:] != (1,):
             self.vectors += 1
         elif is_vector and len(sides) == 2:
             self.stacked_vectors.append((*sides,))
