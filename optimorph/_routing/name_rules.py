@@ -92,6 +92,11 @@ def _heads_first(shape: Shape) -> bool:
     return size <= 256 and size != model and heads * size <= 4 * model
 
 
+def _heads_last(shape: Shape) -> bool:
+    """(model, heads, size) of as many numbers as the model has."""
+    return len(shape) == 3 and shape[0] == shape[1] * shape[2]
+
+
 def _layers_second(shape: Shape) -> bool:
     """(in, layers, ...): the second axis is far shorter than the first."""
     return 2 * shape[1] <= shape[0]
@@ -351,6 +356,8 @@ RULES = (
         shape_ok=_heads,
     ),
     NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=_heads_of_latents),
+    # (model, heads, size), where outputs come first
+    NameRule("attention", _IN_ATTENTION + r"(out|\w*output|o_proj)/kernel", (UNDECIDED, "oii"), _heads_last),
     NameRule(
         "attention",
         _IN_ATTENTION
@@ -358,14 +365,15 @@ RULES = (
         ("io", "iio"),
         shape_ok=_heads_first,
     ),
+    NameRule("attention", _IN_ATTENTION + "[^/]+/kernel", (UNDECIDED, "ioo"), _heads_last),
     NameRule("gates", r"\w*lstm\w*/(.*/)?weight_[ih]h", ("(4o)i",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?weight_[ih]h", ("(3o)i",)),
     NameRule("gates", "weight_hh", ("(4o)i",), _fused(4, -2)),
     NameRule("gates", "weight_hh", ("(3o)i",), _fused(3, -2)),
     NameRule("gates", r"\w*lstm\w*/(.*/)?(dense_[ih]/kernel|linear/w)", ("i(4o)",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
-    NameRule("gates", r"\w*cell\w*/dense_h/kernel", ("i(4o)",), _fused(4)),
-    NameRule("gates", r"\w*cell\w*/dense_h/kernel", ("i(3o)",), _fused(3)),
+    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), _fused(4)),
+    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), _fused(3)),
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
     # the gates of several GRUs side by side
     NameRule("gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and _fused(3)(s)),
@@ -392,6 +400,7 @@ RULES = (
     NameRule("dense", "weight_[vg]", (UNDECIDED, None)),  # of a weight norm
     NameRule("dense", r"\w+_weight", ("oi",)),
     NameRule("dense", _MATRIX_NAME, ("io",)),
+    NameRule("dense", "w[a-z]{1,3}", (UNDECIDED, "io", "bio")),
     NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
     NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),

@@ -97,6 +97,9 @@ def with_output_layer(
         asked = {k for k in own if not _IN_PERCEPTRON.search(paths[k])}
         ends = [k for k in fed if k in asked or k in certain or layers.may_be_last(k)]
         ends += [] if layers.embeddings else ends_of_others
+        narrow = [layers.outputs[k] for k in ends if layers.is_narrower(k) and k not in certain]
+        ends += [k for k in fed if k not in ends and layers.is_narrower(k) and layers.outputs[k] in narrow]
+    square = {k for k in ends if layers.inputs[k] == layers.outputs[k]}
     for k in ends:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
@@ -104,7 +107,8 @@ def with_output_layer(
             specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         else:
             cause = "may be the output layer, by its width"
-            specs[k] = unresolved(paths[k], shapes[k], cause, first=answers)
+            likelier = answers[::-1] if k in square and len(square) < len(ends) else answers
+            specs[k] = unresolved(paths[k], shapes[k], cause, first=likelier)
     return specs
 
 
@@ -152,7 +156,7 @@ class _Layers:
             {
                 n
                 for k, spec in enumerate(specs)
-                if spec.axes and self.has_window(k) == window
+                if spec.axes and spec.role != "gates" and self.has_window(k) == window
                 for n in self.inputs[k]
             }
             for window in (True, False)

@@ -19,7 +19,7 @@ from optimorph._routing.names import by_name, offers, with_layers, without_layer
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
 from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern, warn_unused
-from optimorph._routing.siblings import expert_spec, hidden_of_heads, layer_axes, low_rank_spec
+from optimorph._routing.siblings import arrays_beside_modules, expert_spec, hidden_of_heads, layer_axes, low_rank_spec
 from optimorph.linalg import Axes
 
 NOTHING = LeafSpec(None, "none")
@@ -63,6 +63,7 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
         found[k] = by_name("/".join(re.split("[./]", paths[k])[-2:]), shapes[k], layers[k])
     single = {path: without_layers(shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)}
     routers = [(path, single[path]) for path, (role, _) in zip(paths, found, strict=True) if role == "router"]
+    tables = {*arrays_beside_modules(paths)}
     gates = {path: spec for path, (role, spec) in zip(paths, found, strict=True) if role == "gates"}
     specs = []
     for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
@@ -74,12 +75,18 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
         if spec == UNDECIDED and (twin := _recurrent_twin(path)) != path:
             spec = gates.get(twin, spec)
         specs.append(_by_default(path, shape, k, role, spec))
+        if specs[-1].axes is not None and path in tables:
+            cause = "may be an embedding, because it has no name in a list of modules"
+            specs[-1] = unresolved(path, shape, cause, first=(None, spec))
+        if f"{path}_bias" in single:  # gpt-oss, whose gate and input alternate
+            answers = sorted(specs[-1].answers, key=lambda answer: "~" not in (answer or ""))
+            specs[-1] = specs[-1]._replace(answers=(*answers,))
     return specs
 
 
 def _recurrent_twin(path: str) -> str:
     """The leaf that has the gates of a recurrent layer as this one has, for hidden states."""
-    return re.sub(r"weight_ih$", "weight_hh", re.sub(r"dense_i/", "dense_h/", path))
+    return re.sub(r"(weight_|w_?)(?:i|x)(h?)$", r"\1h\2", re.sub(r"dense_i/", "dense_h/", path))
 
 
 def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes | None]:

@@ -83,6 +83,12 @@ def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:
     return None
 
 
+def arrays_beside_modules(paths: Sequence[str]) -> Iterator[str]:
+    """The arrays without names in lists that also have modules: one of these is an embedding."""
+    lists = {found[1] for path in paths if (found := re.search(r"^(|.*/)\d+/[^/]+$", path))}
+    yield from (path for path in paths if re.sub(r"\d+$", "", path) in lists and path[-1:].isdigit())
+
+
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
     """The layers of a head before its last: those whose outputs the one with the next number takes in."""
     for chain in group_by(heads, lambda k: without_numbers(paths[k])):
