@@ -19,7 +19,15 @@ from optimorph._routing.names import by_name, offers, with_layers, without_layer
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
 from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern, warn_unused
-from optimorph._routing.siblings import arrays_beside_modules, expert_spec, hidden_of_heads, layer_axes, low_rank_spec
+from optimorph._routing.siblings import (
+    arrays_beside_modules,
+    biases_of_layers,
+    expert_spec,
+    hidden_of_heads,
+    layer_axes,
+    low_rank_spec,
+    specs_by_bias,
+)
 from optimorph.linalg import Axes
 
 NOTHING = LeafSpec(None, "none")
@@ -61,10 +69,13 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     found = [by_name(path, shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)]
     for k in hidden_of_heads(paths, shapes, [k for k, (role, _) in enumerate(found) if role == HEAD]):
         found[k] = by_name("/".join(re.split("[./]", paths[k])[-2:]), shapes[k], layers[k])
+    roles = [*zip(paths, found, strict=True)]
     single = {path: without_layers(shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)}
-    routers = [(path, single[path]) for path, (role, _) in zip(paths, found, strict=True) if role == "router"]
+    routers = [(path, single[path]) for path, (role, _) in roles if role == "router"]
     tables = {*arrays_beside_modules(paths)}
-    gates = {path: spec for path, (role, spec) in zip(paths, found, strict=True) if role == "gates"}
+    biases = {*biases_of_layers(single, {path for path, (role, _) in roles if role == "attention"})}
+    by_bias = specs_by_bias(single)
+    gates = {path: spec for path, (role, spec) in roles if role == "gates"}
     specs = []
     for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
         if spec == UNDECIDED and (of_expert := expert_spec(path, single[path], routers)):
@@ -74,6 +85,10 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             role, spec = (role, spec) if of_factor in (None, spec) else ("low rank", of_factor)
         if spec == UNDECIDED and (twin := _recurrent_twin(path)) != path:
             spec = gates.get(twin, spec)
+        if path in biases:
+            role, spec = "bias", None
+        elif path in by_bias and spec is not None:
+            spec = _with_outputs(path, shape, k, spec, by_bias[path])
         specs.append(_by_default(path, shape, k, role, spec))
         if specs[-1].axes is not None and path in tables:
             cause = "may be an embedding, because it has no name in a list of modules"
@@ -82,6 +97,22 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             answers = sorted(specs[-1].answers, key=lambda answer: "~" not in (answer or ""))
             specs[-1] = specs[-1]._replace(answers=(*answers,))
     return specs
+
+
+def _with_outputs(path: str, shape: Shape, layers: int | None, spec: str, by_bias: str) -> str:
+    """The spec of a leaf whose outputs are those that the bias of its layer has, if it is no batch."""
+    if spec == UNDECIDED:
+        certain = len(by_bias) > 2 and None not in offers(path, shape, layers)[0][:1]
+        return str(with_layers(by_bias, layers)) if certain else spec
+    parts = axes_of(spec).parts
+    letters = "".join(axis.letter for axis in parts)
+    told = str(with_layers(by_bias, layers))
+    if letters == told or letters.count("b") != told.count("b"):
+        return spec
+    if letters.count("o") != told.count("o"):
+        return told
+    of = {letter: iter([axis for axis in parts if axis.letter == letter]) for letter in "bio"}
+    return "".join(str(next(of[letter])) for letter in told)
 
 
 def _recurrent_twin(path: str) -> str:

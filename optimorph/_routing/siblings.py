@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, without_numbers
@@ -87,6 +87,56 @@ def arrays_beside_modules(paths: Sequence[str]) -> Iterator[str]:
     """The arrays without names in lists that also have modules: one of these is an embedding."""
     lists = {found[1] for path in paths if (found := re.search(r"^(|.*/)\d+/[^/]+$", path))}
     yield from (path for path in paths if re.sub(r"\d+$", "", path) in lists and path[-1:].isdigit())
+
+
+def biases_of_layers(shapes: Mapping[str, Shape], attention: Collection[str]) -> Iterator[str]:
+    """The leaves with several axes that are biases: a `b` beside a `w` of more axes, and biases of heads.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+      attention: the paths of leaves of attention.
+    """
+    heads = {(_grandparent(path), shapes[path][1:]) for path in attention if len(shapes[path]) == 3}
+    for path, shape in shapes.items():
+        module, _, name = path.replace(".", "/").rpartition("/")
+        kernel = shapes.get(path[:-1] + "w", ()) if name == "b" else ()
+        if len(shape) > 1 and len(kernel) > len(shape) and path[:-1] + "a" not in shapes:
+            yield path
+        elif name in ("u", "v") and (module, shape) in heads:
+            yield path
+
+
+def specs_by_bias(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Path → the spec that the bias of its layer tells: its axes are the outputs, all others inputs.
+
+    Where they may be several, the outputs are the last, or of a `weight` the first. A layer without a bias
+    reads as one with the same shape in the same module. A bias that may be stacked tells nothing.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+    """
+    found, alike = {}, {}
+    for path, shape in shapes.items():
+        bias = tuple(n for n in shapes.get(_bias_of(path), ()) if n > 1)
+        others = len(shape) - len(bias)
+        if not bias or others < 1 or (len(bias) > 1 and bias[0] == shape[0]):
+            continue
+        usual = 0 if path.endswith("weight") else others
+        places = [k for k in range(others + 1) if shape[k : k + len(bias)] == bias]
+        if usual in places or len(places) == 1:
+            k = usual if usual in places else places[0]
+            found[path] = "i" * k + "o" * len(bias) + "i" * (others - k)
+            alike[_grandparent(path), shape] = found[path]
+    for path, shape in shapes.items():
+        if path not in found and (spec := alike.get((_grandparent(path), shape))):
+            found[path] = spec
+    return found
+
+
+def _bias_of(path: str) -> str:
+    """The path of the bias of a layer, of that of its matrix."""
+    found = re.search(r"(?<![^/.])(kernel|weight|w)$", path)
+    return f"{path}_bias" if found is None else path[: found.start()] + ("b" if found[0] == "w" else "bias")
 
 
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
