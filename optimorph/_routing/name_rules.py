@@ -158,8 +158,8 @@ _UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
 _CONV = r"\w*conv\w*/"
 _IN_CONV = _CONV + "[^/]+/"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
-_IN_ATTENTION = r"\w*(attn|attention|mha|msa)\w*/(.*/)?"
-_ATTENTION = r"attn|attention|multi_?head|(^|/)(query|key|value|[qkvo])/"
+_IN_ATTENTION = r"\w*(attn|(?<!fl)atten|mha|msa)\w*/(.*/)?"
+_ATTENTION = r"attn|(?<!fl)atten|multi_?head|(^|/)(query|key|value|[qkvo])/"
 BLOCK = (
     _ATTENTION + r"|mlp|(^|[/_])ffn?([/_]|$)|block|layers|layer_?\d|(^|/)(layer|h)/|stage|mixer|expert|moe|"
     "cell|rnn|lstm|gru|ssm|mamba|conv|lora"
@@ -211,8 +211,8 @@ RULES = (
     NameRule("bias", _IN_ATTENTION + "(query|key|value|gating|output)_b"),
     NameRule("bias", r"b\d*|g", when=lambda shape: len(shape) < 2),
     NameRule("bias", _IN_STACK + r"(b(\d+|_\w+)?|g)", when=lambda shape: len(shape) < 3),
-    NameRule("norm", r"(\w+_)?scale|gamma|\w*norms?(_weights?|\d*)|(ln|rms|ls)(_\w+|\d*)"),
-    NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
+    NameRule("norm", r"(\w+_)?scale|gamma|\w*norms?(_weights?|\d*)|(\w+_)?(ln|rms|ls)(_\w+|\d*)"),
+    NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(\w+_)?(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
     NameRule("norm", rf"\w*norm_{_LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
     NameRule("vector", r"alpha\d*|time_[a-z]+(_\w+)?"),
@@ -225,7 +225,7 @@ RULES = (
     NameRule(
         "head",
         rf"(\w*readout|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{_WEIGHT})?|"
-        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|output_(layer|dense)|proj_out|fc_out)(/{_WEIGHT})?",
+        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{_WEIGHT})?",
         not_in=BLOCK,
     ),
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
@@ -258,7 +258,7 @@ RULES = (
     NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
     NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=_few_outputs),
     NameRule("router", _GATE + "/weight", when=_few_outputs_first, not_in=_ATTENTION + "|expert"),
-    NameRule("router", _GATE + "/(kernel|w)", when=_few_outputs, not_in=_ATTENTION + "|expert"),
+    NameRule("router", _GATE + "(/(kernel|w))?", when=_few_outputs, not_in=_ATTENTION + "|expert"),
     NameRule("router", r"experts?/gate/kernel", when=lambda s: len(s) == 2 and _few_outputs(s)),
     # (*window, 1, out): depthwise, or the first convolution of grey images
     NameRule("one channel", _CONV + "([^/]+/)?" + _KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
@@ -270,7 +270,7 @@ RULES = (
     # transposed convolutions of Flax; those of Haiku have the outputs before the inputs
     NameRule("convolution", _UP + "kernel", (UNDECIDED, "iio"), when=lambda s: len(s) == 3),
     NameRule("convolution", _UP + "w", (UNDECIDED, "ioi", "iioi"), when=lambda s: len(s) > 2),
-    _convolution_rule(r"\w*conv\w*_transpose\w*/w", ("ioi", "iioi", "iiioi"), _convolution),
+    _convolution_rule(r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel", ("ioi", "iioi", "iiioi"), _convolution),
     _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _convolution),
     _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), _flipped(_convolution)),
     _convolution_rule(_IN_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _maybe_convolution, _ATTENTION),
@@ -337,6 +337,8 @@ RULES = (
     NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), _fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), _fused(3)),
     NameRule("attention", _QKV + "/kernel", ("iboo",), _three_before_heads, batch_axes=True),
+    NameRule("attention", _QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
+    NameRule("attention", "_?uvqk", ("i(4o)",), _fused(4)),
     # (model, heads, 3, size)
     NameRule(
         "attention", _QKV + "/kernel", ("iobo",), lambda s: s[-2:-1] == (3,) != s[-3:-2], batch_axes=True
@@ -345,7 +347,7 @@ RULES = (
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     NameRule(
         "attention",
-        r"(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/kernel|(\w+_)?[qkv]_projection/(kernel|weights)",
+        r"(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|(\w+_)?[qkv]_projection/(kernel|weights)",
         ("io", "ioo"),
         shape_ok=_heads,
     ),
@@ -357,15 +359,15 @@ RULES = (
     ),
     NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=_heads_of_latents),
     # (model, heads, size), where outputs come first
-    NameRule("attention", _IN_ATTENTION + r"(out|\w*output|o_proj)/kernel", (UNDECIDED, "oii"), _heads_last),
+    NameRule("attention", _IN_ATTENTION + r"(out|\w*output|o_proj|post)/(kernel|w)", (UNDECIDED, "oii"), _heads_last),
     NameRule(
         "attention",
         _IN_ATTENTION
-        + r"((out|o|proj|o_proj|\w*out_proj|(\w+_)?output(_dense)?|wo|c_proj)/kernel|w?o|output_w)",
+        + r"((out|o|proj|o_proj|\w*out_proj|(\w+_)?output(_dense)?|wo|c_proj)/(kernel|w)|w?o|output_w)",
         ("io", "iio"),
         shape_ok=_heads_first,
     ),
-    NameRule("attention", _IN_ATTENTION + "[^/]+/kernel", (UNDECIDED, "ioo"), _heads_last),
+    NameRule("attention", _IN_ATTENTION + "[^/]+/(kernel|w)", (UNDECIDED, "ioo"), _heads_last),
     NameRule("gates", r"\w*lstm\w*/(.*/)?weight_[ih]h", ("(4o)i",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?weight_[ih]h", ("(3o)i",)),
     NameRule("gates", "weight_hh", ("(4o)i",), _fused(4, -2)),
@@ -375,6 +377,7 @@ RULES = (
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), _fused(4)),
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), _fused(3)),
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
+    NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
     # the gates of several GRUs side by side
     NameRule("gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and _fused(3)(s)),
     # gate and input in one matrix: side by side, or alternating
@@ -400,10 +403,10 @@ RULES = (
     NameRule("dense", "weight_[vg]", (UNDECIDED, None)),  # of a weight norm
     NameRule("dense", r"\w+_weight", ("oi",)),
     NameRule("dense", _MATRIX_NAME, ("io",)),
-    NameRule("dense", "w[a-z]{1,3}", (UNDECIDED, "io", "bio")),
     NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
     NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
+    NameRule("dense", r"w[a-z]{1,3}(_\w+)?|kernel_(mu|mean)", (UNDECIDED, "io", "bio")),
     NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

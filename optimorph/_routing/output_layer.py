@@ -156,7 +156,8 @@ class _Layers:
             {
                 n
                 for k, spec in enumerate(specs)
-                if spec.axes and spec.role != "gates" and self.has_window(k) == window
+                if spec.axes or (spec.unresolved and len(shapes[k]) == 2)
+                if spec.role != "gates" and self.has_window(k) == window
                 for n in self.inputs[k]
             }
             for window in (True, False)
@@ -386,7 +387,7 @@ def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int
         return {shape[-1]}, {shape[-1]}
     if spec.axes is None and len(shape) == 2 and (spec.role == _DISTRIBUTION or has_no_name(path)):
         return ({shape[1]}, {shape[0]}) if path.endswith("weight") else ({shape[0]}, {shape[1]})
-    if spec.axes is None and len(shape) > 1:
+    if spec.axes is None and len(shape) > 1 and spec.role != "bias":
         return {*shape}, {*shape}
     if spec.axes is None:
         return ({*shape} if spec.role == "norm" else set()), set()

@@ -74,7 +74,7 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     routers = [(path, single[path]) for path, (role, _) in roles if role == "router"]
     tables = {*arrays_beside_modules(paths)}
     biases = {*biases_of_layers(single, {path for path, (role, _) in roles if role == "attention"})}
-    by_bias = specs_by_bias(single)
+    by_bias, alike = specs_by_bias(single)
     gates = {path: spec for path, (role, spec) in roles if role == "gates"}
     specs = []
     for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
@@ -87,8 +87,8 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             spec = gates.get(twin, spec)
         if path in biases:
             role, spec = "bias", None
-        elif path in by_bias and spec is not None:
-            spec = _with_outputs(path, shape, k, spec, by_bias[path])
+        elif spec is not None and (told := by_bias.get(path) or (spec != UNDECIDED and alike.get(path))):
+            spec = _with_outputs(path, shape, k, spec, told)
         specs.append(_by_default(path, shape, k, role, spec))
         if specs[-1].axes is not None and path in tables:
             cause = "may be an embedding, because it has no name in a list of modules"

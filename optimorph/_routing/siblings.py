@@ -18,6 +18,9 @@ _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
 _FACTOR = re.compile(
     r"((?<![A-Za-z0-9])[abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)|(?<=/[a-vx-z])[12]$"
 )
+_SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
+"""A name of a gate and its input in one leaf."""
+
 _TWIN = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down", "1": "2", "2": "1"}
 """The names of two factors of a matrix."""
 
@@ -78,8 +81,8 @@ def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:
             inside = not (MAYBE_STACK.search(rest) or STACK.search(rest))
             return UNSTACKED if inside and not module.stacked_vectors else None
         found = module.layers()
-        if module.stacked_vectors and len(found) < 2:
-            return found[0] if found else None
+        if len(found) == 1:
+            return found[0]
     return None
 
 
@@ -106,14 +109,17 @@ def biases_of_layers(shapes: Mapping[str, Shape], attention: Collection[str]) ->
             yield path
 
 
-def specs_by_bias(shapes: Mapping[str, Shape]) -> dict[str, str]:
+def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str, str]]:
     """Path → the spec that the bias of its layer tells: its axes are the outputs, all others inputs.
 
-    Where they may be several, the outputs are the last, or of a `weight` the first. A layer without a bias
-    reads as one with the same shape in the same module. A bias that may be stacked tells nothing.
+    Where they may be several, the outputs are the last, or of a `weight` the first. A bias that may be
+    stacked tells nothing.
 
     Args:
       shapes: of all leaves, without an axis of layers.
+
+    Returns:
+      of layers with a bias; and of those without one, beside one of the same shape in the same module.
     """
     found, alike = {}, {}
     for path, shape in shapes.items():
@@ -127,10 +133,8 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> dict[str, str]:
             k = usual if usual in places else places[0]
             found[path] = "i" * k + "o" * len(bias) + "i" * (others - k)
             alike[_grandparent(path), shape] = found[path]
-    for path, shape in shapes.items():
-        if path not in found and (spec := alike.get((_grandparent(path), shape))):
-            found[path] = spec
-    return found
+    keys = {path: (_grandparent(path), shape) for path, shape in shapes.items() if path not in found}
+    return found, {path: alike[key] for path, key in keys.items() if key in alike}
 
 
 def _bias_of(path: str) -> str:
@@ -157,7 +161,7 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
       shape: without an axis of layers.
       routers: paths and shapes of the tree's routers, likewise.
     """
-    if len(shape) != 3:
+    if len(shape) != 3 or _SEVERAL.search(path):
         return None
     outputs_first = path.endswith("weight")
     name = re.sub(r"/(kernel|weight|w)$", "", path)
