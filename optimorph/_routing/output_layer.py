@@ -57,7 +57,7 @@ def with_output_layer(
       shapes: of all leaves.
       specs: how the default rules and the user's read them.
     """
-    specs = list(specs)
+    specs, paths = list(specs), [path.replace(".", "/") for path in paths]
     nameless = [has_no_name(path) for path in paths]
     single = [
         k
@@ -74,6 +74,8 @@ def with_output_layer(
     named = not all(nameless[k] for k in heads)
     ruled = [k for k, spec in enumerate(specs) if nameless[k] and spec.role.startswith("rule")]
     heads += [k for k in ruled if specs[k].axes is None and len(shapes[k]) > 1]
+    vectors = [k for k, spec in enumerate(specs) if spec.role == "vector" and len(shapes[k]) > 1]
+    heads += [k for k in vectors if nameless[k] and shapes[k][0 if paths[k].endswith("weight") else -1] == 1]
     confirmed = any(
         spec.role.startswith("rule") and spec.axes is None and _may_be_head(path, shape)
         for path, shape, spec in zip(paths, shapes, specs, strict=True)
@@ -87,7 +89,8 @@ def with_output_layer(
     if named:
         certain = set[int]()
         ends = [k for k in sinks if layers.next_of(k) is None and not _is_stack(specs[k].axes)]
-        ends += [k for k in ends_of_others if layers.is_narrower(k)]
+        widths = [layers.outputs[k] for k in heads]
+        ends += [k for k in ends_of_others if layers.is_narrower(k) or layers.outputs[k] in widths]
     elif sinks or heads or confirmed:
         certain = {*sinks}
         ends = sinks + [k for k in fed if k not in certain and layers.next_begins_anew(k)]
@@ -219,9 +222,12 @@ class _Layers:
         return not self.is_joined(k) and not self.is_reshaped(k)
 
     def is_root(self, k: int) -> bool:
-        """Whether all leaves are in its module, or in modules of that."""
-        own = re.sub(r"(^|/)layers?$", "", self.module(k))
-        return all(path.startswith(own + "/") for path in self.paths) if own else True
+        """Whether all matrices are in its module, or in modules of that, or before it."""
+        own = re.sub(r"(^|/)layers?$", "", self.module(k)) + "/"
+        return own == "/" or all(
+            path.startswith(own) or self.specs[j].axes is None or self.order(j, k) < 0
+            for j, path in enumerate(self.paths)
+        )
 
     def is_reshaped(self, k: int) -> bool:
         """Whether a layer takes in its outputs in another shape.
@@ -296,16 +302,16 @@ class _Layers:
             return False
         return all(
             self.specs[j].axes is not None
-            and self.is_before(j, k)
+            and self.order(j, k) <= 0
             and [*itertools.islice(self.givers(j), 2)] == [k]
             for j in itertools.chain([first], takers)
         )
 
-    def is_before(self, j: int, k: int) -> bool:
-        """Whether it is before another layer: by their numbers in one module, or in another module."""
-        return (
-            j not in self.chains or k not in (chain := self.chains[j][0]) or chain.index(j) < chain.index(k)
-        )
+    def order(self, j: int, k: int) -> int:
+        """The difference of the first numbers that differ in the paths of two layers; 0 if names differ."""
+        pairs = zip(self.paths[j].split("/"), self.paths[k].split("/"), strict=False)
+        one, other = next(((a, b) for a, b in pairs if a != b), ("", ""))
+        return number_of(one) - number_of(other) if without_numbers(one) == without_numbers(other) else 0
 
     def is_last_of_all(self, k: int) -> bool:
         """Whether it is the last layer of a model that has no others than those of its module."""
