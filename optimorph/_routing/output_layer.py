@@ -83,7 +83,7 @@ def with_output_layer(
     layers = _Layers(paths, shapes, specs, sorted({*unnamed, *heads, *ruled}), others)
     fed = [k for k in unnamed if layers.is_fed(k)]
     sinks = [k for k in fed if layers.is_sink(k)]
-    ends_of_others = [k for k in others if layers.is_fed(k) and layers.is_sink(k)]
+    ends_of_others = [k for k in others if layers.is_fed(k) or layers.joins(k) if layers.is_sink(k)]
     if not named:
         sinks += [k for k in ends_of_others if layers.is_narrower(k)]
     if named:
@@ -102,7 +102,7 @@ def with_output_layer(
         ends += [] if layers.embeddings else ends_of_others
         narrow = [layers.outputs[k] for k in ends if layers.is_narrower(k) and k not in certain]
         ends += [k for k in fed if k not in ends and layers.is_narrower(k) and layers.outputs[k] in narrow]
-    square = {k for k in ends if layers.inputs[k] == layers.outputs[k]}
+    unlikely = {*ends} - {*sinks} if sinks else {k for k in ends if layers.inputs[k] == layers.outputs[k]}
     for k in ends:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
@@ -110,7 +110,7 @@ def with_output_layer(
             specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         else:
             cause = "may be the output layer, by its width"
-            likelier = answers[::-1] if k in square and len(square) < len(ends) else answers
+            likelier = answers[::-1] if k in unlikely and len(unlikely) < len(ends) else answers
             specs[k] = unresolved(paths[k], shapes[k], cause, first=likelier)
     return specs
 
@@ -153,6 +153,10 @@ class _Layers:
     ):
         self.paths, self.specs = paths, specs
         sides = [*map(sides_of, paths, shapes, specs)]
+        taken = {n for k, spec in enumerate(specs) if spec.axes is not None for n in sides[k][0]}
+        for k, spec in enumerate(specs):
+            if spec.role == "embedding" and taken.isdisjoint(sides[k][1]) and min(sides[k][1], default=0) <= 4:
+                sides[k] = (set(), sides[k][1])
         self.inputs, self.outputs = zip(*sides, strict=True)
         self.with_inputs, self.with_outputs = _by_width(self.inputs), _by_width(self.outputs)
         self.channels, self.flat = (
@@ -248,6 +252,10 @@ class _Layers:
         """Whether it takes in the outputs of another layer, or features of convolutions."""
         features = self.convolutions and not self.has_window(k) and self.is_narrower(k)
         return features or next(self.givers(k), None) is not None
+
+    def joins(self, k: int) -> bool:
+        """Whether it takes in the outputs of several equal layers together."""
+        return any(min(self.inputs[k]) % n == 0 for n in self.with_outputs if n > max(self.outputs[k]) > 0)
 
     def is_narrower(self, k: int) -> bool:
         """Whether it has fewer outputs than inputs."""
@@ -391,7 +399,7 @@ def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int
     """
     if spec.axes is None and spec.role == "embedding" and len(shape) > 1:
         return {shape[-1]}, {shape[-1]}
-    if spec.axes is None and len(shape) == 2 and (spec.role == _DISTRIBUTION or has_no_name(path)):
+    if spec.axes is None and len(shape) == 2 and (spec.role in (_DISTRIBUTION, HEAD) or has_no_name(path)):
         return ({shape[1]}, {shape[0]}) if path.endswith("weight") else ({shape[0]}, {shape[1]})
     if spec.axes is None and len(shape) > 1 and spec.role != "bias":
         return {*shape}, {*shape}

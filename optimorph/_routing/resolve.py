@@ -89,6 +89,8 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             role, spec = "bias", None
         elif spec is not None and (told := by_bias.get(path) or (spec != UNDECIDED and alike.get(path))):
             spec = _with_outputs(path, shape, k, spec, told)
+        if path in tables and len(shape) == 2 and shape[0] >= 16 * shape[1]:
+            role, spec = "embedding", None
         specs.append(_by_default(path, shape, k, role, spec))
         if specs[-1].axes is not None and path in tables:
             cause = "may be an embedding, because it has no name in a list of modules"
