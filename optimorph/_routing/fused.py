@@ -11,6 +11,9 @@ from optimorph._routing.output_layer import is_inside, layer_name, number_of, si
 
 _PARTS = range(2, 9)
 
+_QKV = re.compile(r"(?<![^/.])w?qkv(_proj)?[/.](kernel|weight|w)$")
+"""A name of query, key and value in one leaf, one after the other."""
+
 _ONE = re.compile(r"(^|[/_])w?(q|k|v|kv|query|key|value)(_\w+)?$", re.IGNORECASE)
 """A name of one layer of attention, however wide."""
 
@@ -71,6 +74,13 @@ def with_fused_layers(
         answers = [spec.replace("o", f"({blocks})"), spec][:: -1 if is_last else 1]
         cause = "may be several layers side by side, by its width"
         found[k] = unresolved(paths[k], shapes[k], cause, first=answers)
+    for k, spec in enumerate(specs):
+        if spec.unresolved and len(shapes[k]) == 2 and (of := _QKV.search(paths[k].lower())):
+            outputs = 0 if paths[k].endswith("weight") else 1
+            widths = {n for j in inside.get(paths[k][: of.start()].rstrip("/."), ()) for n in sides[j][0]}
+            if blocks := _attention_and_perceptron(shapes[k][outputs], widths, {0}):
+                first = f"i({blocks})" if outputs else f"({blocks})i"
+                found[k] = spec._replace(answers=tuple(dict.fromkeys([first, *spec.answers])))
     return found
 
 
@@ -80,12 +90,12 @@ def _attention_and_perceptron(width: int, taken: set[int], inner: set[int]) -> s
     Args:
       width: of all of them.
       taken: what the layers beside them take in: the query's width is one of these.
-      inner: those that no other layer puts out: the perceptron's width is one of these.
+      inner: those that no other layer puts out: the perceptron's width is one of these; 0 for none.
     """
     for query, hidden, times in itertools.product(sorted(taken), sorted(inner), (2, 1)):
         key, odd = divmod(width - query - times * hidden, 2)
         if not odd and 0 < key <= query and query % key == 0 and query != hidden:
-            return "+".join(map(str, (query, key, key, *[hidden] * times))) + " o"
+            return "+".join(map(str, filter(None, (query, key, key, *[hidden] * times)))) + " o"
     return None
 
 

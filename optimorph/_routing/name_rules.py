@@ -196,7 +196,7 @@ _LAST_CONV = (
 _BLOCK_OF_CONVOLUTIONS = r"(^|/)\w*(block|resnet|layer|stage|attention)s?(_?\d+)?/"
 _MATRIX_NAME = (
     r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|(\w+_)?w[iqkvogud](_?\d+)?|w_\w+|wqkv|"
-    r"[qkvo]|query|key|value|(to_)?(in|out|up|down|gate|[qkv])(_?\d+)?|(up|down|gate|in|out)_\w+|c_(attn|proj|fc)|mlp\w*"
+    r"[qkvo]|query|key|value|(to_)?(in|out|up|down|gate|[qkv])(_?\d+)?|(up|down|gate|in|out)_\w+|c_(attn|proj|fc)|mlp\w*|kernel_(mu|mean)"
 )
 """Names that mean a matrix."""
 
@@ -215,7 +215,7 @@ RULES = (
     NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(\w+_)?(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
     NameRule("norm", rf"\w*norm_{_LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
-    NameRule("vector", r"alpha\d*|time_[a-z]+(_\w+)?"),
+    NameRule("vector", r"(kernel|weight|w)_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule(
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
@@ -401,12 +401,12 @@ RULES = (
     NameRule("dense", r"b\d*|g", (UNDECIDED, None)),
     NameRule("dense", "output_w", (UNDECIDED, "iio")),
     NameRule("dense", "weight_[vg]", (UNDECIDED, None)),  # of a weight norm
-    NameRule("dense", r"\w+_weight", ("oi",)),
+    NameRule("dense", r"\w+_weight|weight_(mu|mean)", ("oi",)),
     NameRule("dense", _MATRIX_NAME, ("io",)),
     NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
     NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
-    NameRule("dense", r"w[a-z]{1,3}(_\w+)?|kernel_(mu|mean)", (UNDECIDED, "io", "bio")),
+    NameRule("dense", r"w[a-z]{1,3}(_\w+)?", (UNDECIDED, "io")),
     NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

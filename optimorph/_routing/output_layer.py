@@ -1,6 +1,7 @@
 """The output layer of a model whose layers have no telling names, by their widths and numbers."""
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -84,13 +85,14 @@ def with_output_layer(
     fed = [k for k in unnamed if layers.is_fed(k)]
     sinks = [k for k in fed if layers.is_sink(k)]
     ends_of_others = [k for k in others if layers.is_fed(k) or layers.joins(k) if layers.is_sink(k)]
-    if not named:
-        sinks += [k for k in ends_of_others if layers.is_narrower(k)]
+    kinds = {without_numbers(paths[k]) for k in ends_of_others if layers.is_narrower(k)}
+    narrow = [k for k in ends_of_others if without_numbers(paths[k]) in kinds]
+    sinks += [] if named else narrow
     if named:
         certain = set[int]()
         ends = [k for k in sinks if layers.next_of(k) is None and not _is_stack(specs[k].axes)]
         widths = [layers.outputs[k] for k in heads]
-        ends += [k for k in ends_of_others if layers.is_narrower(k) or layers.outputs[k] in widths]
+        ends += [k for k in ends_of_others if k in narrow or layers.outputs[k] in widths]
     elif sinks or heads or confirmed:
         certain = {*sinks}
         ends = sinks + [k for k in fed if k not in certain and layers.next_begins_anew(k)]
@@ -100,8 +102,8 @@ def with_output_layer(
         asked = {k for k in own if not _IN_PERCEPTRON.search(paths[k])}
         ends = [k for k in fed if k in asked or k in certain or layers.may_be_last(k)]
         ends += [] if layers.embeddings else ends_of_others
-        narrow = [layers.outputs[k] for k in ends if layers.is_narrower(k) and k not in certain]
-        ends += [k for k in fed if k not in ends and layers.is_narrower(k) and layers.outputs[k] in narrow]
+        widths = [layers.outputs[k] for k in ends if layers.is_narrower(k) and k not in certain]
+        ends += [k for k in fed if k not in ends and layers.is_narrower(k) and layers.outputs[k] in widths]
     unlikely = {*ends} - {*sinks} if sinks else {k for k in ends if layers.inputs[k] == layers.outputs[k]}
     for k in ends:
         form = specs[k].axes
@@ -245,6 +247,9 @@ class _Layers:
             return not joined.isdisjoint(self.channels) or any(
                 n > width and n % width == 0 for n in self.flat
             )
+        squares = (width // n for n in self.channels if width > max(self.inputs[k]) and width % n == 0)
+        if any(n > 1 and math.isqrt(n) ** 2 == n for n in squares):  # to places of a picture
+            return True
         taken, given = self.channels_in.get(self.module(k), ((), ()))
         return any(4 <= n < width and width % n == 0 for n in {*taken} - {*given})
 
@@ -335,7 +340,7 @@ class _Layers:
         """
         if self.next_of(k) is not None or _is_stack(self.specs[k].axes) or self.is_needed(k):
             return False
-        if self.has_window(k) and self.is_reshaped(k):
+        if self.is_reshaped(k):
             return False
         is_root = self.is_root(k)
         if self.embeddings & self.outputs[k]:
@@ -401,7 +406,7 @@ def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int
         return {shape[-1]}, {shape[-1]}
     if spec.axes is None and len(shape) == 2 and (spec.role in (_DISTRIBUTION, HEAD) or has_no_name(path)):
         return ({shape[1]}, {shape[0]}) if path.endswith("weight") else ({shape[0]}, {shape[1]})
-    if spec.axes is None and len(shape) > 1 and spec.role != "bias":
+    if spec.axes is None and len(shape) > 1 and spec.role != "bias" and (spec.role != "vector" or 1 in shape):
         return {*shape}, {*shape}
     if spec.axes is None:
         return ({*shape} if spec.role == "norm" else set()), set()

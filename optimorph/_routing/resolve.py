@@ -2,7 +2,7 @@
 
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,13 +72,15 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     roles = [*zip(paths, found, strict=True)]
     single = {path: without_layers(shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)}
     routers = [(path, single[path]) for path, (role, _) in roles if role == "router"]
+    widths = {single[path][0] for path, (role, _) in roles if role == "norm" and len(single[path]) == 1}
     tables = {*arrays_beside_modules(paths)}
     biases = {*biases_of_layers(single, {path for path, (role, _) in roles if role == "attention"})}
     by_bias, alike = specs_by_bias(single)
     gates = {path: spec for path, (role, spec) in roles if role == "gates"}
     specs = []
     for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
-        if spec == UNDECIDED and (of_expert := expert_spec(path, single[path], routers)):
+        asked = spec == UNDECIDED or (role == "experts" and len(single[path]) == 2)
+        if asked and (of_expert := expert_spec(path, single[path], routers)):
             role, spec = "experts", with_layers(of_expert, k)
         if spec == UNDECIDED or role in ("bias", "low rank") or (role == "dense" and len(single[path]) > 2):
             of_factor = with_layers(low_rank_spec(path, single[path], single), k)
@@ -96,9 +98,25 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             cause = "may be an embedding, because it has no name in a list of modules"
             specs[-1] = unresolved(path, shape, cause, first=(None, spec))
         if f"{path}_bias" in single:  # gpt-oss, whose gate and input alternate
-            answers = sorted(specs[-1].answers, key=lambda answer: "~" not in (answer or ""))
-            specs[-1] = specs[-1]._replace(answers=(*answers,))
+            specs[-1] = _likeliest(specs[-1], *(answer for answer in specs[-1].answers if "~" in (answer or "")))
+        elif _takes_in(single[path], widths) and specs[-1].answers[:1] not in _first_offers(path, shape, k):
+            specs[-1] = _likeliest(specs[-1], with_layers("i" + "o" * (len(single[path]) - 1), k))
     return specs
+
+
+def _takes_in(shape: Shape, widths: Collection[int]) -> bool:
+    """Whether the first axis, and no other, is as wide as a norm: as the model."""
+    return len(shape) > 2 and [size in widths for size in shape] == [True] + [False] * (len(shape) - 1)
+
+
+def _first_offers(path: str, shape: Shape, layers: int | None) -> list[tuple[str | None]]:
+    """First answers that are not by the number of axes alone."""
+    return [(None,), *((offer,) for offer in offers(path, shape, layers)[0])]
+
+
+def _likeliest(spec: LeafSpec, *first: str | None) -> LeafSpec:
+    """The same question, if it is one, with other first answers."""
+    return spec._replace(answers=tuple(dict.fromkeys([*first, *spec.answers]))) if spec.answers else spec
 
 
 def _with_outputs(path: str, shape: Shape, layers: int | None, spec: str, by_bias: str) -> str:

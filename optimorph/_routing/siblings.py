@@ -156,21 +156,25 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
     """The spec of a leaf that has one expert for each output of a router beside it; None of other leaves.
 
+    In a leaf of two axes, of which the first is far longer, the experts lie one after the other.
+
     Args:
       path: of the leaf.
       shape: without an axis of layers.
       routers: paths and shapes of the tree's routers, likewise.
     """
-    if len(shape) != 3 or _SEVERAL.search(path):
+    if len(shape) not in (2, 3) or _SEVERAL.search(path):
         return None
     outputs_first = path.endswith("weight")
     name = re.sub(r"/(kernel|weight|w)$", "", path)
-    width = shape[2 if (_DOWN.search(name.rpartition("/")[2]) is not None) != outputs_first else 1]
-    beside = any(
-        router in ((width, shape[0]), (shape[0], width)) and path.startswith(_grandparent(other))
-        for other, router in routers
-    )
-    return ("boi" if outputs_first else "bio") if beside else None
+    down = _DOWN.search(name.rpartition("/")[2]) is not None
+    width = shape[2 if down != outputs_first else 1] if len(shape) == 3 else shape[1]
+    near = [router for other, router in routers if len(router) == 2 and _is_beside(path, other)]
+    beside = {sum(router) - width for router in near if width in router}
+    if len(shape) == 2:
+        rows = [n for n in beside if n and shape[0] % n == 0 and shape[0] >= 16 * width]
+        return ("({}i)o" if down else "({}o)i").format(rows[0]) if rows else None
+    return ("boi" if outputs_first else "bio") if shape[0] in beside else None
 
 
 def low_rank_spec(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> str | None:
@@ -211,8 +215,13 @@ def _factors(a: Shape, b: Shape) -> Iterator[tuple[str, str]]:
             yield "b" * n + "o" + "i" * m, "b" * n + "o" * k + "i"
 
 
+def _is_beside(path: str, router: str) -> bool:
+    """Whether a leaf is in the module that has the router."""
+    return path.startswith((_grandparent(router), re.split(r"/[^/]*router", router)[0] + "/"))
+
+
 def _grandparent(path: str) -> str:
-    """The module that has the router as a layer."""
+    """The module that has the layer of a leaf."""
     module = path.rpartition("/")[0] if re.search(r"/(kernel|w|weight)$", path) else path
     return module.rpartition("/")[0]
 
