@@ -24,11 +24,12 @@ from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
+from optimorph._routing.by_siblings import by_siblings
 from optimorph._routing.default_roles import INTEGER
 from optimorph._routing.grouping import glob_of, group_by, table, without_numbers
 from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
-from optimorph._routing.resolve import by_siblings, resolve_trained
+from optimorph._routing.resolve import resolve_trained
 from optimorph._routing.rules import unused
 from optimorph._transforms.matrices import SCALES
 from optimorph.linalg import Axes

@@ -14,8 +14,8 @@ from optimorph._core.rule import Leaves, Transform, aligned, arrays, fits, hande
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._distributed.shardings import Match
+from optimorph._routing.layer_widths import has_no_name
 from optimorph._routing.leaf_spec import INFERRED_HEAD, LeafSpec
-from optimorph._routing.output_layer import has_no_name
 from optimorph._routing.resolve import Resolve, resolve_leaves, resolved
 from optimorph._routing.rules import lookup_if_given, warn_unused
 

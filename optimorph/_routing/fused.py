@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import without_numbers
+from optimorph._routing.layer_widths import is_inside, layer_name, number_of, sides_of
 from optimorph._routing.leaf_spec import LeafSpec, unresolved
-from optimorph._routing.output_layer import is_inside, layer_name, number_of, sides_of
 
 _PARTS = range(2, 9)
 
@@ -25,8 +25,8 @@ def with_fused_layers(
 
     Query, key and value, a gate and its input, or several modulations share one leaf. No other leaf of its
     module takes in all of its outputs, but one takes in a half of them, or a third, ..., or an eighth, or two
-    take in a query and the hidden numbers of a perceptron. Either no leaf of the tree takes in all, or none of
-    the module puts out the part. The last of several numbered layers is more likely a single one.
+    take in a query and the hidden numbers of a perceptron. Either no leaf of the tree takes in all, or none
+    of the module puts out the part. The last of several numbered layers is more likely a single one.
     """
     sides = [*map(sides_of, paths, shapes, specs)]
     taken = set[int]().union(*(inputs for inputs, _ in sides))
@@ -53,7 +53,9 @@ def with_fused_layers(
             return None
         equal = [n for n in _PARTS if width % n == 0 and takers.get((module, width // n), {k}) != {k}]
         if width in taken:
-            equal = [n for n in equal if (module, width // n) not in givers and follows(k, module, width // n)]
+            equal = [
+                n for n in equal if (module, width // n) not in givers and follows(k, module, width // n)
+            ]
         elif not equal and module:
             widths = {n for j in inside[module] if j != k for n in sides[j][0]}
             return _attention_and_perceptron(width, widths, {n for n in widths if (module, n) not in givers})
@@ -85,7 +87,7 @@ def with_fused_layers(
 
 
 def _attention_and_perceptron(width: int, taken: set[int], inner: set[int]) -> str | None:
-    """The blocks of a query, a key, a value, and the input of a perceptron and its gate, if they make up `width`.
+    """The blocks of a query, a key, a value, and a perceptron's input and gate, if they make up `width`.
 
     Args:
       width: of all of them.

@@ -1,10 +1,10 @@
 """The default rules: the parameter names of Flax, Equinox, Haiku, MaxText and Levanter."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from optimorph._core.types import Shape
+from optimorph._routing import shape_conditions as shapes
 
 UNDECIDED = "?"
 """The spec of a leaf whose name and shape allow several specs or none."""
@@ -41,69 +41,8 @@ def _convolution_rule(
     return NameRule("convolution", pattern, specs, lambda shape: len(shape) > 2, shape_ok, not_in=not_in)
 
 
-def _flipped(condition: Callable[[Shape], bool]) -> Callable[[Shape], bool]:
-    """A condition on (*window, in, out), as a condition on (out, in, *window)."""
-    return lambda shape: condition(shape[::-1])
-
-
-def _is_window(sides: Shape, longest: int) -> bool:
-    """Whether the sides are equal, apart from sides of 1, and short enough for a convolution."""
-    return max(sides, default=1) <= longest and len({*sides} - {1}) < 2
-
-
-def _convolution(shape: Shape) -> bool:
-    """(*window, in, out), where the name says that it is a convolution."""
-    return _is_window(shape[:-2], 32)
-
-
-def _maybe_convolution(shape: Shape) -> bool:
-    """(*window, in, out), where the name does not say so; three axes may also be a stack."""
-    return len(shape) != 3 and _is_window(shape[:-2], 7 if 1 in shape[:-2] else 15)
-
-
-def _is_patches(shape: Shape) -> bool:
-    """(height, width, channels, out) of large windows of an image."""
-    return len(shape) == 4 and shape[2] <= 4 and 8 <= shape[0] == shape[1] <= 64
-
-
-def _few_channels(shape: Shape) -> bool:
-    """(height, width, in, out) with as few outputs as an image has channels."""
-    return len(shape) == 4 and shape[3] <= 4 and shape[2] >= 16
-
-
-def _heads(shape: Shape) -> bool:
-    """(model, heads, size), not a stack, also of small matrices: heads x size is at most 4 x model."""
-    model, *heads = shape
-    size = math.prod(heads)
-    return len(heads) < 2 or (size <= 4 * model and (heads[1] >= 8 or 16 * size > model))
-
-
-def _heads_of_latents(shape: Shape) -> bool:
-    """(rank, heads, size), where heads x size may be far larger than rank."""
-    rank, heads, *size = shape
-    return not size or heads < rank
-
-
-def _heads_first(shape: Shape) -> bool:
-    """(heads, size, model), not a stack."""
-    if len(shape) < 3 or shape[0] == 1:
-        return True
-    heads, size, model = shape
-    return size <= 256 and size != model and heads * size <= 4 * model
-
-
-def _heads_last(shape: Shape) -> bool:
-    """(model, heads, size) of as many numbers as the model has."""
-    return len(shape) == 3 and shape[0] == shape[1] * shape[2]
-
-
-def _layers_second(shape: Shape) -> bool:
-    """(in, layers, ...): the second axis is far shorter than the first."""
-    return 2 * shape[1] <= shape[0]
-
-
 def _maxtext_rule(
-    role: str, pattern: str, spec: str, when: Callable[[Shape], bool] = _layers_second
+    role: str, pattern: str, spec: str, when: Callable[[Shape], bool] = shapes.layers_second
 ) -> NameRule:
     """A rule for MaxText's scanned layers, which the second axis counts."""
     return NameRule(role, pattern, (spec,), when, batch_axes=True)
@@ -114,49 +53,14 @@ def _gpt2_rule(role: str, name: str, spec: str, when: Callable[[Shape], bool]) -
     return NameRule(role, f"h/0/{name}/kernel", (UNDECIDED, spec), when, layout="hf_flax_gpt2()")
 
 
-def _maybe_not_layers_first(shape: Shape) -> bool:
-    """A stack whose first axis may be too long to count layers."""
-    return len(shape) > 2 and 2 * shape[0] > shape[1]
-
-
-def _out_not_layers_first(shape: Shape) -> bool:
-    """Four axes that are not (layers, heads, size, model)."""
-    return len(shape) == 4 and shape[1] * shape[2] != shape[3]
-
-
-def _few_outputs(shape: Shape) -> bool:
-    """(in, out) or (layers, in, out), with as few outputs as a router has experts."""
-    return len(shape) in (2, 3) and 16 * shape[-1] <= max(shape[:-1])
-
-
-def _few_outputs_first(shape: Shape) -> bool:
-    """(out, in) or (layers, out, in), with as few outputs as a router has experts."""
-    return len(shape) in (2, 3) and 16 * shape[-2] <= shape[-1]
-
-
-def _is_output(shape: Shape) -> bool:
-    """(in, out), with a vocabulary of outputs, or a few for many inputs."""
-    return len(shape) == 2 and (
-        shape[1] >= max(1 << 14, 16 * shape[0]) or (shape[1] <= 10 and shape[0] >= 64)
-    )
-
-
-def _fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
-    """(in, n x in); with axis=-2, (n x in, in)."""
-    return lambda shape: shape[axis] == n * shape[-3 - axis]
-
-
-def _three_before_heads(shape: Shape) -> bool:
-    """(..., 3, heads, size)."""
-    return shape[-3:-2] == (3,) != shape[-2:-1]
-
-
 _NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?", "maxtext(scan_axis=1)"
 _WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
 _UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
 _CONV = r"\w*conv\w*/"
 _IN_CONV = _CONV + "[^/]+/"
+_ANY_CONV = _CONV + "([^/]+/)?" + _KERNEL
+_TRANSPOSED = r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
 _IN_ATTENTION = r"\w*(attn|(?<!fl)atten|mha|msa)\w*/(.*/)?"
 _ATTENTION = r"attn|(?<!fl)atten|multi_?head|(^|/)(query|key|value|[qkvo])/"
@@ -168,6 +72,7 @@ _SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
 _SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
 _SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
 _LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
+_POST = r"(out|\w*output|o_proj|post)/(kernel|w)"
 _GATE = r"(\w*gate|gating)(_\d+)?"
 _EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{_WEIGHT})?"
 _MOMENT = "(mean|log_?(std|var|sigma|scale))(_?(net|layer|linear|dense|fc))?"
@@ -229,14 +134,16 @@ RULES = (
         not_in=BLOCK,
     ),
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
-    NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)(kernel|w)", when=_is_output, not_in=BLOCK),
-    NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)weight", when=_flipped(_is_output), not_in=BLOCK),
+    NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)(kernel|w)", when=shapes.is_output, not_in=BLOCK),
+    NameRule(
+        "head", f"({_GENERIC}|{_OF_POLICY}/)weight", when=shapes.flipped(shapes.is_output), not_in=BLOCK
+    ),
     # the outputs of a distribution, of a policy, of a value
     NameRule("distribution", rf"(\w*{_MOMENT}|(\w+_)?mu)/{_WEIGHT}", when=lambda s: len(s) == 2),
     NameRule("head", rf"{_ROOT}(policy|advantage)/{_WEIGHT}"),
     NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{_WEIGHT}", not_in=BLOCK),
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{_WEIGHT}"),
-    NameRule("head", _CONV + "([^/]+/)?" + _KERNEL, when=_few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
+    NameRule("head", _ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
     NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{_WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
     NameRule(
         "embedding",
@@ -248,18 +155,18 @@ RULES = (
         "embedding", rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)", not_in=_ATTENTION + "|proj|mlp|dense"
     ),
     NameRule("embedding", r"x_embedder/.*|w_e|w_pos"),
-    NameRule("embedding", "kernel", when=_is_patches),
+    NameRule("embedding", "kernel", when=shapes.is_patches),
     NameRule("embedding", r"\w*emb\w*/(.*/)?(kernel|w)", when=lambda s: len(s) == 4 and s[2] <= 4),
-    NameRule("embedding", "weight", when=_flipped(_is_patches)),
+    NameRule("embedding", "weight", when=shapes.flipped(shapes.is_patches)),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
     NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/(kernel|weight|w)"),
-    NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or _few_outputs(shape)),
+    NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or shapes.few_outputs(shape)),
     NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
-    NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=_few_outputs),
-    NameRule("router", _GATE + "/weight", when=_few_outputs_first, not_in=_ATTENTION + "|expert"),
-    NameRule("router", _GATE + "(/(kernel|w))?", when=_few_outputs, not_in=_ATTENTION + "|expert"),
-    NameRule("router", r"experts?/gate/kernel", when=lambda s: len(s) == 2 and _few_outputs(s)),
+    NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=shapes.few_outputs),
+    NameRule("router", _GATE + "/weight", when=shapes.few_outputs_first, not_in=_ATTENTION + "|expert"),
+    NameRule("router", _GATE + "(/(kernel|w))?", when=shapes.few_outputs, not_in=_ATTENTION + "|expert"),
+    NameRule("router", r"experts?/gate/kernel", when=lambda s: len(s) == 2 and shapes.few_outputs(s)),
     # (*window, 1, out): depthwise, or the first convolution of grey images
     NameRule("one channel", _CONV + "([^/]+/)?" + _KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
     NameRule("one channel", r"(\w+_)?depthwise_kernel"),
@@ -267,15 +174,19 @@ RULES = (
     NameRule("convolution", "kernel", ("iiio",), lambda s: s[:-2] == (1, 1), batch_axes=True),
     # (window, channels), of a convolution of each channel by itself
     NameRule("one channel", _CONV + _KERNEL, (UNDECIDED, None), lambda s: len(s) == 2 and 16 * s[0] <= s[1]),
-    # transposed convolutions of Flax; those of Haiku have the outputs before the inputs
+    # transposed convolutions of Flax; those of Haiku and Keras have the outputs before the inputs
     NameRule("convolution", _UP + "kernel", (UNDECIDED, "iio"), when=lambda s: len(s) == 3),
     NameRule("convolution", _UP + "w", (UNDECIDED, "ioi", "iioi"), when=lambda s: len(s) > 2),
-    _convolution_rule(r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel", ("ioi", "iioi", "iiioi"), _convolution),
-    _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _convolution),
-    _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), _flipped(_convolution)),
-    _convolution_rule(_IN_CONV + _KERNEL, ("iio", "iiio", "iiiio"), _maybe_convolution, _ATTENTION),
     _convolution_rule(
-        _IN_CONV + "weight", ("oii", "oiii", "oiiii"), _flipped(_maybe_convolution), _ATTENTION
+        _TRANSPOSED,
+        ("ioi", "iioi", "iiioi"),
+        shapes.convolution,
+    ),
+    _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.convolution),
+    _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.convolution)),
+    _convolution_rule(_IN_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.maybe_convolution, _ATTENTION),
+    _convolution_rule(
+        _IN_CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.maybe_convolution), _ATTENTION
     ),
     NameRule("experts", r"moeblock_\d+/(.*/)?(wi\w*|wo)", ("bio", "bbio"), batch_axes=True),
     _maxtext_rule("attention", _SCANNED_ATTENTION + r"(query|key|value|wq|wq_b|wkv_b)/kernel", "iboo"),
@@ -284,31 +195,40 @@ RULES = (
     _maxtext_rule("attention", _SCANNED_ATTENTION + "out/kernel", "ibio", lambda s: s[0] * s[2] == s[3]),
     # Gemma's pairs of layers: only MaxText uses these names
     _maxtext_rule(
-        "attention", _SCANNED + "self_attention_(local|global)/out/kernel", "ibio", _out_not_layers_first
+        "attention",
+        _SCANNED + "self_attention_(local|global)/out/kernel",
+        "ibio",
+        shapes.out_not_layers_first,
     ),
     NameRule(
         "attention",
         _SCANNED_ATTENTION + "out/kernel",
         (UNDECIDED, "ibio"),
-        _out_not_layers_first,
+        shapes.out_not_layers_first,
         layout=_MAXTEXT,
     ),
     NameRule("router", _SCANNED + r"\w*experts?/gate/kernel", (UNDECIDED, None), lambda s: len(s) == 3),
     _maxtext_rule("dense", _SCANNED_DENSE, "ibo"),
-    NameRule("dense", _SCANNED_DENSE, (UNDECIDED, "ibo"), _maybe_not_layers_first, layout=_MAXTEXT),
+    NameRule("dense", _SCANNED_DENSE, (UNDECIDED, "ibo"), shapes.maybe_not_layers_first, layout=_MAXTEXT),
     NameRule(
-        "experts", _SCANNED + r"(wi\w*|wo)", (UNDECIDED, "bbio"), _maybe_not_layers_first, layout=_MAXTEXT
+        "experts",
+        _SCANNED + r"(wi\w*|wo)",
+        (UNDECIDED, "bbio"),
+        shapes.maybe_not_layers_first,
+        layout=_MAXTEXT,
     ),
     NameRule(
         "dense",
         _SCANNED + "[^/]+",
         (UNDECIDED, "ibo", "iboo"),
-        _maybe_not_layers_first,
+        shapes.maybe_not_layers_first,
         not_in="experts?/|attention[^/]*/out/",
         layout=_MAXTEXT,
     ),
     # Levanter: heads are axes, and outputs come first
-    NameRule("attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: _three_before_heads(s[:-1])),
+    NameRule(
+        "attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: shapes.three_before_heads(s[:-1])
+    ),
     NameRule("attention", _LEVANTER + r"\w*attn/c_proj/weight", ("oi", "oii")),
     NameRule("attention", _LEVANTER + "q_proj/weight", ("oi", "ooi", "oooi")),
     NameRule("attention", _LEVANTER + "[kv]_proj/weight", ("oi", "ooi")),
@@ -319,7 +239,7 @@ RULES = (
     _gpt2_rule("dense", "mlp/c_fc", "oi", lambda s: len(s) == 2 and s[0] > s[1]),
     _gpt2_rule("dense", "mlp/c_proj", "oi", lambda s: len(s) == 2 and s[0] < s[1]),
     # GPT-2 of Hugging Face's PyTorch: inputs come first
-    NameRule("attention", "h/0/attn/c_attn/weight", ("i(3o)",), _fused(3)),
+    NameRule("attention", "h/0/attn/c_attn/weight", ("i(3o)",), shapes.fused(3)),
     NameRule("dense", "h/0/mlp/c_fc/weight", ("io",), lambda s: s[0] < s[1]),
     NameRule("dense", "h/0/mlp/c_proj/weight", ("io",), lambda s: s[0] > s[1]),
     # Gemma: heads are the first axis, and gate and input, of which the inner width is the larger
@@ -332,70 +252,77 @@ RULES = (
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
     NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED, None)),
     # GPT-NeoX and BLOOM order query, key and value head by head
-    NameRule("attention", _NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), _fused(3), layout=_NEOX),
-    NameRule("attention", _NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), _fused(3, -2), layout=_NEOX),
-    NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), _fused(3, -2)),
-    NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), _fused(3)),
-    NameRule("attention", _QKV + "/kernel", ("iboo",), _three_before_heads, batch_axes=True),
+    NameRule("attention", _NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), shapes.fused(3), layout=_NEOX),
+    NameRule("attention", _NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), shapes.fused(3, -2), layout=_NEOX),
+    NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), shapes.fused(3, -2)),
+    NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), shapes.fused(3)),
+    NameRule("attention", _QKV + "/kernel", ("iboo",), shapes.three_before_heads, batch_axes=True),
     NameRule("attention", _QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
-    NameRule("attention", "_?uvqk", ("i(4o)",), _fused(4)),
+    NameRule("attention", "_?uvqk", ("i(4o)",), shapes.fused(4)),
     # (model, heads, 3, size)
     NameRule(
         "attention", _QKV + "/kernel", ("iobo",), lambda s: s[-2:-1] == (3,) != s[-3:-2], batch_axes=True
     ),
-    _gpt2_rule("attention", "attn/c_attn", "(3o)i", _fused(3, -2)),
+    _gpt2_rule("attention", "attn/c_attn", "(3o)i", shapes.fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     NameRule(
         "attention",
         r"(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|(\w+_)?[qkv]_projection/(kernel|weights)",
         ("io", "ioo"),
-        shape_ok=_heads,
+        shape_ok=shapes.heads,
     ),
     NameRule(
         "attention",
         _IN_ATTENTION + r"((query|key|value|gating)(_w)?|w?[qkv])",
         ("io", "ioo"),
-        shape_ok=_heads,
+        shape_ok=shapes.heads,
     ),
-    NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=_heads_of_latents),
+    NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=shapes.heads_of_latents),
     # (model, heads, size), where outputs come first
-    NameRule("attention", _IN_ATTENTION + r"(out|\w*output|o_proj|post)/(kernel|w)", (UNDECIDED, "oii"), _heads_last),
+    NameRule(
+        "attention",
+        _IN_ATTENTION + _POST,
+        (UNDECIDED, "oii"),
+        shapes.heads_last,
+    ),
     NameRule(
         "attention",
         _IN_ATTENTION
         + r"((out|o|proj|o_proj|\w*out_proj|(\w+_)?output(_dense)?|wo|c_proj)/(kernel|w)|w?o|output_w)",
         ("io", "iio"),
-        shape_ok=_heads_first,
+        shape_ok=shapes.heads_first,
     ),
-    NameRule("attention", _IN_ATTENTION + "[^/]+/(kernel|w)", (UNDECIDED, "ioo"), _heads_last),
+    NameRule("attention", _IN_ATTENTION + "[^/]+/(kernel|w)", (UNDECIDED, "ioo"), shapes.heads_last),
     NameRule("gates", r"\w*lstm\w*/(.*/)?weight_[ih]h", ("(4o)i",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?weight_[ih]h", ("(3o)i",)),
-    NameRule("gates", "weight_hh", ("(4o)i",), _fused(4, -2)),
-    NameRule("gates", "weight_hh", ("(3o)i",), _fused(3, -2)),
+    NameRule("gates", "weight_hh", ("(4o)i",), shapes.fused(4, -2)),
+    NameRule("gates", "weight_hh", ("(3o)i",), shapes.fused(3, -2)),
     NameRule("gates", r"\w*lstm\w*/(.*/)?(dense_[ih]/kernel|linear/w)", ("i(4o)",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
-    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), _fused(4)),
-    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), _fused(3)),
+    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), shapes.fused(4)),
+    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), shapes.fused(3)),
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
     NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
     # the gates of several GRUs side by side
-    NameRule("gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and _fused(3)(s)),
+    NameRule(
+        "gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and shapes.fused(3)(s)
+    ),
     # gate and input in one matrix: side by side, or alternating
     NameRule("dense", _GATE_AND_UP + "(/kernel)?", (UNDECIDED, "i(2o)", "i(~2 o)", "bi(2o)", "bi(~2 o)")),
     NameRule("dense", _GATE_AND_UP + "/weight", (UNDECIDED, "(2o)i", "(~2 o)i")),
     # query, key, value and the input of an MLP side by side
-    NameRule("dense", _SEVEN, (UNDECIDED, "i(1+1+1+4 o)"), _fused(7)),
-    NameRule("dense", _SEVEN, (UNDECIDED, "(1+1+1+4 o)i"), _fused(7, -2)),
+    NameRule("dense", _SEVEN, (UNDECIDED, "i(1+1+1+4 o)"), shapes.fused(7)),
+    NameRule("dense", _SEVEN, (UNDECIDED, "(1+1+1+4 o)i"), shapes.fused(7, -2)),
     NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
     NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
-    NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=_flipped(_maybe_convolution)),
+    NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=shapes.flipped(shapes.maybe_convolution)),
     NameRule(
         "dense",
         "kernel",
         ("io", "iiio", "iiiio"),
-        shape_ok=_maybe_convolution,
+        shape_ok=shapes.maybe_convolution,
         not_in=_ATTENTION + r"|kv|einsum|mlp|(^|[/_])ffn?([/_]|$)",
     ),
     NameRule("dense", r"b\d*|g", (UNDECIDED, None)),
@@ -406,7 +333,7 @@ RULES = (
     NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
     NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
-    NameRule("dense", r"w[a-z]{1,3}(_\w+)?", (UNDECIDED, "io")),
+    NameRule("dense", r"w[a-z]{1,3}(_\w+)?|(pre|post|res)_alpha", (UNDECIDED, "io")),
     NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

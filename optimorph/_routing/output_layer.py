@@ -8,36 +8,23 @@ from typing import Any
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, without_numbers
+from optimorph._routing.layer_widths import (
+    DISTRIBUTION,
+    channels,
+    has_no_name,
+    is_inside,
+    layer_name,
+    number_of,
+    sides_of,
+)
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
-from optimorph._routing.name_rules import BLOCK
 from optimorph._routing.names import by_name
 from optimorph.linalg import Axes
 
-_ANY_LAYER = re.compile(
-    r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
-    r"(kernel|weight|w)|w_?\d+|\d+)$",
-    re.IGNORECASE,
-)
-"""A name that does not say what a layer is for."""
-
-_IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/|attn|attention", re.IGNORECASE)
-
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
-
-_INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt"))
-"""Parts of names of layers and modules that are no output layers, whatever their widths."""
 
 _SCAN = re.compile(r"(^|/)layers?/(kernel|weight|w)$", re.IGNORECASE)
 """The name of all layers of a scan, where the leaf is a stack."""
-
-_DISTRIBUTION = "distribution"
-
-_OF_LAYER = re.compile(r"/(kernel|weight|w)$|(?<=\d)/\d+$", re.IGNORECASE)
-
-
-def has_no_name(path: str) -> bool:
-    """Whether a leaf belongs to a layer whose name does not say what it is for."""
-    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(layer_name(path))
 
 
 def with_output_layer(
@@ -117,11 +104,6 @@ def with_output_layer(
     return specs
 
 
-def is_inside(path: str) -> bool:
-    """Whether a name says that a layer is a part of a block."""
-    return _INSIDE.search(layer_name(path).lower()) is not None
-
-
 def _ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape]) -> Iterator[int]:
     """The last of layers in modules that differ only in numbers, if no other has a side like its outputs."""
 
@@ -157,7 +139,11 @@ class _Layers:
         sides = [*map(sides_of, paths, shapes, specs)]
         taken = {n for k, spec in enumerate(specs) if spec.axes is not None for n in sides[k][0]}
         for k, spec in enumerate(specs):
-            if spec.role == "embedding" and taken.isdisjoint(sides[k][1]) and min(sides[k][1], default=0) <= 4:
+            if (
+                spec.role == "embedding"
+                and taken.isdisjoint(sides[k][1])
+                and min(sides[k][1], default=0) <= 4
+            ):
                 sides[k] = (set(), sides[k][1])
         self.inputs, self.outputs = zip(*sides, strict=True)
         self.with_inputs, self.with_outputs = _by_width(self.inputs), _by_width(self.outputs)
@@ -184,7 +170,7 @@ class _Layers:
         for chain in group_by(unnamed, lambda k: (self.module(k), _kind(paths[k]))):
             chain.sort(key=lambda k: number_of(layer_name(paths[k])))
             self.chains |= {k: (chain, place) for place, k in enumerate(chain)}
-        layers = {k for k, spec in enumerate(specs) if spec.axes is not None or spec.role == _DISTRIBUTION}
+        layers = {k for k, spec in enumerate(specs) if spec.axes is not None or spec.role == DISTRIBUTION}
         named = layers - {*self.chains}
         self.chains |= {k: ([k], 0) for k in others}
         self.in_named_layers = _by_width([x if k in named else set() for k, x in enumerate(self.inputs)])
@@ -268,7 +254,7 @@ class _Layers:
 
     def has_window(self, k: int) -> bool:
         """Whether it is a convolution."""
-        return _channels(self.specs[k].axes) is not None
+        return channels(self.specs[k].axes) is not None
 
     def has_parts(self, k: int) -> bool:
         """Whether the next layer takes in a part of its outputs, as behind a gate."""
@@ -298,7 +284,7 @@ class _Layers:
 
     def is_beside(self, j: int, k: int) -> bool:
         """Whether it is in the module of another layer, or a distribution in one around that."""
-        around = self.specs[j].role == _DISTRIBUTION and self.module(k).startswith(self.module(j))
+        around = self.specs[j].role == DISTRIBUTION and self.module(k).startswith(self.module(j))
         return around or self.module(j) == self.module(k)
 
     def next_begins_anew(self, k: int) -> bool:
@@ -362,16 +348,7 @@ def _by_width(sides: Sequence[set[int]]) -> dict[int, dict[int, None]]:
 def _is_one(axes: Axes) -> bool:
     """Whether a leaf is one matrix, or one for each index of other axes, or a convolution."""
     sides = [axis for axis in axes.parts if axis.letter != "b"]
-    return (len(sides) == 2 or _channels(axes) is not None) and all(axis.whole for axis in sides)
-
-
-def _channels(axes: Axes | None) -> tuple[int, int] | None:
-    """The axes of a convolution's input and output channels; None for other leaves."""
-    letters = "".join(axis.letter for axis in axes.parts) if axes is not None else ""
-    if letters.count("o") != 1 or letters.count("i") < 2:
-        return None
-    o = letters.index("o")
-    return (o - 1 if o == len(letters) - 1 else o + 1), o
+    return (len(sides) == 2 or channels(axes) is not None) and all(axis.whole for axis in sides)
 
 
 def _is_stack(axes: Axes | None) -> bool:
@@ -379,38 +356,6 @@ def _is_stack(axes: Axes | None) -> bool:
     return axes is not None and "b" in axes.spec
 
 
-def layer_name(path: str) -> str:
-    """The path of a layer, of that of its matrix."""
-    return _OF_LAYER.sub("", path)
-
-
 def _kind(path: str) -> str:
     """Whether a layer without a name is a convolution, and a transposed one."""
     return "".join(re.findall("conv|transpose", layer_name(path).rpartition("/")[2].lower()))
-
-
-def number_of(name: str) -> int:
-    """The number of a layer; 0 for one without."""
-    numbers = re.findall(r"\d+", name.rpartition("/")[2])
-    return int(numbers[-1]) if numbers else 0
-
-
-def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
-    """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix.
-
-    Of an embedding these are the features: the output layer of a language model has as many outputs as the
-    embedding has rows, and the embedding does not take them in. A bias, or a vector without a name, is a part
-    of a layer.
-    """
-    if spec.axes is None and spec.role == "embedding" and len(shape) > 1:
-        return {shape[-1]}, {shape[-1]}
-    if spec.axes is None and len(shape) == 2 and (spec.role in (_DISTRIBUTION, HEAD) or has_no_name(path)):
-        return ({shape[1]}, {shape[0]}) if path.endswith("weight") else ({shape[0]}, {shape[1]})
-    if spec.axes is None and len(shape) > 1 and spec.role != "bias" and (spec.role != "vector" or 1 in shape):
-        return {*shape}, {*shape}
-    if spec.axes is None:
-        return ({*shape} if spec.role == "norm" else set()), set()
-    if spec.role != "attention" and (channels := _channels(spec.axes)):
-        return {shape[channels[0]]}, {shape[channels[1]]}
-    stacks = spec.axes.stacks(shape)
-    return {stack[-2] for stack in stacks}, {stack[-1] for stack in stacks}

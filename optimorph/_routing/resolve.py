@@ -1,8 +1,7 @@
 """How the leaves of a tree read as matrices: by the user's rules, by names, by siblings, by widths."""
 
-import re
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,13 @@ from optimorph._core.numbers import is_trainable
 from optimorph._core.rule import Leaf, Leaves, handed
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, whole_shapes
+from optimorph._routing.by_siblings import by_default, by_siblings
 from optimorph._routing.fused import with_fused_layers
-from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
-from optimorph._routing.name_rules import UNDECIDED
-from optimorph._routing.names import by_name, offers, with_layers, without_layers
+from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, unresolved
+from optimorph._routing.names import by_name
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
 from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern, warn_unused
-from optimorph._routing.siblings import (
-    arrays_beside_modules,
-    biases_of_layers,
-    expert_spec,
-    hidden_of_heads,
-    layer_axes,
-    low_rank_spec,
-    specs_by_bias,
-)
 from optimorph.linalg import Axes
 
 NOTHING = LeafSpec(None, "none")
@@ -63,89 +53,12 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
     return resolve
 
 
-def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
-    """The default rules for all leaves of a tree, with what each tells of the others."""
-    layers = layer_axes(paths, shapes)
-    found = [by_name(path, shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)]
-    for k in hidden_of_heads(paths, shapes, [k for k, (role, _) in enumerate(found) if role == HEAD]):
-        found[k] = by_name("/".join(re.split("[./]", paths[k])[-2:]), shapes[k], layers[k])
-    roles = [*zip(paths, found, strict=True)]
-    single = {path: without_layers(shape, k) for path, shape, k in zip(paths, shapes, layers, strict=True)}
-    routers = [(path, single[path]) for path, (role, _) in roles if role == "router"]
-    widths = {single[path][0] for path, (role, _) in roles if role == "norm" and len(single[path]) == 1}
-    tables = {*arrays_beside_modules(paths)}
-    biases = {*biases_of_layers(single, {path for path, (role, _) in roles if role == "attention"})}
-    by_bias, alike = specs_by_bias(single)
-    gates = {path: spec for path, (role, spec) in roles if role == "gates"}
-    specs = []
-    for path, shape, k, (role, spec) in zip(paths, shapes, layers, found, strict=True):
-        asked = spec == UNDECIDED or (role == "experts" and len(single[path]) == 2)
-        if asked and (of_expert := expert_spec(path, single[path], routers)):
-            role, spec = "experts", with_layers(of_expert, k)
-        if spec == UNDECIDED or role in ("bias", "low rank") or (role == "dense" and len(single[path]) > 2):
-            of_factor = with_layers(low_rank_spec(path, single[path], single), k)
-            role, spec = (role, spec) if of_factor in (None, spec) else ("low rank", of_factor)
-        if spec == UNDECIDED and (twin := _recurrent_twin(path)) != path:
-            spec = gates.get(twin, spec)
-        if path in biases:
-            role, spec = "bias", None
-        elif spec is not None and (told := by_bias.get(path) or (spec != UNDECIDED and alike.get(path))):
-            spec = _with_outputs(path, shape, k, spec, told)
-        if path in tables and len(shape) == 2 and shape[0] >= 16 * shape[1]:
-            role, spec = "embedding", None
-        specs.append(_by_default(path, shape, k, role, spec))
-        if specs[-1].axes is not None and path in tables:
-            cause = "may be an embedding, because it has no name in a list of modules"
-            specs[-1] = unresolved(path, shape, cause, first=(None, spec))
-        if f"{path}_bias" in single:  # gpt-oss, whose gate and input alternate
-            specs[-1] = _likeliest(specs[-1], *(answer for answer in specs[-1].answers if "~" in (answer or "")))
-        elif _takes_in(single[path], widths) and specs[-1].answers[:1] not in _first_offers(path, shape, k):
-            specs[-1] = _likeliest(specs[-1], with_layers("i" + "o" * (len(single[path]) - 1), k))
-    return specs
-
-
-def _takes_in(shape: Shape, widths: Collection[int]) -> bool:
-    """Whether the first axis, and no other, is as wide as a norm: as the model."""
-    return len(shape) > 2 and [size in widths for size in shape] == [True] + [False] * (len(shape) - 1)
-
-
-def _first_offers(path: str, shape: Shape, layers: int | None) -> list[tuple[str | None]]:
-    """First answers that are not by the number of axes alone."""
-    return [(None,), *((offer,) for offer in offers(path, shape, layers)[0])]
-
-
-def _likeliest(spec: LeafSpec, *first: str | None) -> LeafSpec:
-    """The same question, if it is one, with other first answers."""
-    return spec._replace(answers=tuple(dict.fromkeys([*first, *spec.answers]))) if spec.answers else spec
-
-
-def _with_outputs(path: str, shape: Shape, layers: int | None, spec: str, by_bias: str) -> str:
-    """The spec of a leaf whose outputs are those that the bias of its layer has, if it is no batch."""
-    if spec == UNDECIDED:
-        certain = len(by_bias) > 2 and None not in offers(path, shape, layers)[0][:1]
-        return str(with_layers(by_bias, layers)) if certain else spec
-    parts = axes_of(spec).parts
-    letters = "".join(axis.letter for axis in parts)
-    told = str(with_layers(by_bias, layers))
-    if letters == told or letters.count("b") != told.count("b"):
-        return spec
-    if letters.count("o") != told.count("o"):
-        return told
-    of = {letter: iter([axis for axis in parts if axis.letter == letter]) for letter in "bio"}
-    return "".join(str(next(of[letter])) for letter in told)
-
-
-def _recurrent_twin(path: str) -> str:
-    """The leaf that has the gates of a recurrent layer as this one has, for hidden states."""
-    return re.sub(r"(weight_|w_?)(?:i|x)(h?)$", r"\1h\2", re.sub(r"dense_i/", "dense_h/", path))
-
-
 def leaf_axes(who: str, rules: AxesRules | None) -> Callable[[str, Shape], Axes | None]:
     """(path, shape) → the leaf's spec by its name alone; a `LeafError` if that does not tell."""
     by_rule = _by_rules(who, rules)
 
     def axes(path: str, shape: Shape) -> Axes | None:
-        spec = by_rule(path, shape) or _by_default(path, shape, None, *by_name(path, shape))
+        spec = by_rule(path, shape) or by_default(path, shape, None, *by_name(path, shape))
         if spec.unresolved is not None:
             raise LeafError(f"{who}: {spec.question(path)}")
         return spec.axes
@@ -245,12 +158,3 @@ def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafS
         return LeafSpec(axes, role) if cause is None else unresolved(path, shape, cause, role)
 
     return by_rule
-
-
-def _by_default(path: str, shape: Shape, layers: int | None, role: str, spec: str | None) -> LeafSpec:
-    if spec != UNDECIDED:
-        return LeafSpec(None if spec is None else axes_of(spec), role)
-    one_layer = [with_layers(answer, layers) for answer in likely(path, without_layers(shape, layers))]
-    offered, layout = offers(path, shape, layers)
-    cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"
-    return unresolved(path, shape, cause, first=[*offered, *one_layer])._replace(layout=layout)

@@ -103,9 +103,8 @@ def biases_of_layers(shapes: Mapping[str, Shape], attention: Collection[str]) ->
     for path, shape in shapes.items():
         module, _, name = path.replace(".", "/").rpartition("/")
         kernel = shapes.get(path[:-1] + "w", ()) if name == "b" else ()
-        if len(shape) > 1 and len(kernel) > len(shape) and path[:-1] + "a" not in shapes:
-            yield path
-        elif name in ("u", "v") and (module, shape) in heads:
+        of_kernel = len(kernel) > len(shape) > 1 and path[:-1] + "a" not in shapes
+        if of_kernel or (name in ("u", "v") and (module, shape) in heads):
             yield path
 
 

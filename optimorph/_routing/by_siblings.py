@@ -1,0 +1,142 @@
+"""The default rules for all leaves of a tree: what their names say, with what each tells of the others."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from optimorph._core.types import Shape
+from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
+from optimorph._routing.name_rules import UNDECIDED
+from optimorph._routing.names import by_name, offers, with_layers, without_layers
+from optimorph._routing.siblings import (
+    arrays_beside_modules,
+    biases_of_layers,
+    expert_spec,
+    hidden_of_heads,
+    layer_axes,
+    low_rank_spec,
+    specs_by_bias,
+)
+
+
+class _Leaf(NamedTuple):
+    """A leaf; `layers` is the axis that counts layers, `single` the shape without it."""
+
+    path: str
+    shape: Shape
+    layers: int | None
+    single: Shape
+
+    def stacked(self, spec: str | None) -> str | None:
+        """The spec of all layers, of that of one."""
+        return with_layers(spec, self.layers)
+
+
+def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+    """The default rules for all leaves of a tree, with what each tells of the others."""
+    layers = layer_axes(paths, shapes)
+    leaves = [
+        _Leaf(path, shape, k, without_layers(shape, k))
+        for path, shape, k in zip(paths, shapes, layers, strict=True)
+    ]
+    named = [by_name(leaf.path, leaf.shape, leaf.layers) for leaf in leaves]
+    for k in hidden_of_heads(paths, shapes, [k for k, (role, _) in enumerate(named) if role == HEAD]):
+        named[k] = by_name("/".join(re.split("[./]", paths[k])[-2:]), shapes[k], layers[k])
+    tree = _Tree(leaves, named)
+    return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
+
+
+def by_default(path: str, shape: Shape, layers: int | None, role: str, spec: str | None) -> LeafSpec:
+    """How a leaf reads by a role and a spec of the default rules."""
+    if spec != UNDECIDED:
+        return LeafSpec(None if spec is None else axes_of(spec), role)
+    one_layer = [with_layers(answer, layers) for answer in likely(path, without_layers(shape, layers))]
+    offered, layout = offers(path, shape, layers)
+    cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"
+    return unresolved(path, shape, cause, first=[*offered, *one_layer])._replace(layout=layout)
+
+
+class _Tree:
+    """What the leaves of a tree tell of each other.
+
+    Args:
+      leaves: all leaves.
+      named: their roles and specs by their names.
+    """
+
+    def __init__(self, leaves: Sequence[_Leaf], named: Sequence[tuple[str, str | None]]):
+        self.shapes = {leaf.path: leaf.single for leaf in leaves}
+        of_role: dict[str, dict[str, str | None]] = {}
+        for leaf, (role, spec) in zip(leaves, named, strict=True):
+            of_role.setdefault(role, {})[leaf.path] = spec
+        self.gates = of_role.get("gates", {})
+        self.routers = [(path, self.shapes[path]) for path in of_role.get("router", ())]
+        norms = [self.shapes[path] for path in of_role.get("norm", ())]
+        self.widths = {shape[0] for shape in norms if len(shape) == 1}
+        self.arrays = {*arrays_beside_modules(self.shapes)}
+        self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
+        self.by_bias, self.alike = specs_by_bias(self.shapes)
+
+    def spec(self, leaf: _Leaf, role: str, spec: str | None) -> LeafSpec:
+        """How a leaf reads that has this role and this spec by its name."""
+        if leaf.path in self.biases:
+            return LeafSpec(None, "bias")
+        if leaf.path in self.arrays and len(leaf.single) == 2:
+            return self._array(leaf, spec)
+        role, spec = self._among_others(leaf, role, spec)
+        found = by_default(leaf.path, leaf.shape, leaf.layers, role, spec)
+        first = self._likeliest(leaf, found)
+        return found._replace(answers=tuple(dict.fromkeys([*first, *found.answers]))) if first else found
+
+    def _array(self, leaf: _Leaf, spec: str | None) -> LeafSpec:
+        """An array without a name in a list of modules."""
+        if leaf.single[0] >= 16 * leaf.single[1]:
+            return LeafSpec(None, "embedding")
+        cause = "may be an embedding, because it has no name in a list of modules"
+        return unresolved(leaf.path, leaf.shape, cause, first=(None, spec))
+
+    def _among_others(self, leaf: _Leaf, role: str, spec: str | None) -> tuple[str, str | None]:
+        """The role and the spec: of experts beside a router, of two factors, of gates, beside a bias."""
+        path, _, _, shape = leaf
+        asked = spec == UNDECIDED
+        of_expert = expert_spec(path, shape, self.routers) if asked or role == "experts" else None
+        if of_expert and (asked or len(shape) == 2):
+            return "experts", leaf.stacked(of_expert)
+        if asked or role in ("bias", "low rank") or (role == "dense" and len(shape) > 2):
+            of_factor = leaf.stacked(low_rank_spec(path, shape, self.shapes))
+            if of_factor not in (None, spec):
+                return "low rank", of_factor
+        if asked:
+            spec = self.gates.get(_recurrent_twin(path), spec)
+        if spec == UNDECIDED:
+            told = self.by_bias.get(path, "")
+            certain = len(told) > 2 and None not in offers(path, leaf.shape, leaf.layers)[0][:1]
+            return role, leaf.stacked(told) if certain else spec
+        told = leaf.stacked(self.by_bias.get(path) or self.alike.get(path))
+        return role, spec if spec is None or told is None else _with_outputs(spec, told)
+
+    def _likeliest(self, leaf: _Leaf, found: LeafSpec) -> list[str | None]:
+        """The answers to put first, of a question that the name does not answer."""
+        if f"{leaf.path}_bias" in self.shapes:  # gpt-oss, whose gate and input alternate
+            return [answer for answer in found.answers if answer is not None and "~" in answer]
+        offered = [None, *offers(leaf.path, leaf.shape, leaf.layers)[0]] if found.answers else []
+        takes_in = [size in self.widths for size in leaf.single] == [True] + [False] * (len(leaf.single) - 1)
+        if found.answers and takes_in and len(leaf.single) > 2 and found.answers[0] not in offered:
+            return [leaf.stacked("i" + "o" * (len(leaf.single) - 1))]
+        return []
+
+
+def _with_outputs(spec: str, told: str) -> str:
+    """The spec with the outputs where another one has them, if both have the same batch axes."""
+    parts, letters = axes_of(spec).parts, "".join(axis.letter for axis in axes_of(spec).parts)
+    if letters == told or letters.count("b") != told.count("b"):
+        return spec
+    if letters.count("o") != told.count("o"):
+        return told
+    of = {letter: iter([axis for axis in parts if axis.letter == letter]) for letter in "bio"}
+    return "".join(str(next(of[letter])) for letter in told)
+
+
+def _recurrent_twin(path: str) -> str:
+    """The leaf that has the gates of a recurrent layer as this one has, for hidden states."""
+    return re.sub(r"(weight_|w_?)(?:i|x)(h?)$", r"\1h\2", re.sub(r"dense_i/", "dense_h/", path))

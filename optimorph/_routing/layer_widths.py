@@ -1,0 +1,76 @@
+"""What a layer takes in and puts out, and what its name says of it."""
+
+import re
+
+from optimorph._core.types import Shape
+from optimorph._routing.leaf_spec import HEAD, LeafSpec
+from optimorph._routing.name_rules import BLOCK
+from optimorph.linalg import Axes
+
+_ANY_LAYER = re.compile(
+    r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
+    r"(kernel|weight|w)|w_?\d+|\d+)$",
+    re.IGNORECASE,
+)
+"""A name that does not say what a layer is for."""
+
+_IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/|attn|attention", re.IGNORECASE)
+
+_INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt"))
+"""Parts of names of layers and modules that are no output layers, whatever their widths."""
+
+DISTRIBUTION = "distribution"
+
+_OF_LAYER = re.compile(r"/(kernel|weight|w)$|(?<=\d)/\d+$", re.IGNORECASE)
+
+
+def has_no_name(path: str) -> bool:
+    """Whether a leaf belongs to a layer whose name does not say what it is for."""
+    path = path.replace(".", "/")
+    return _ANY_LAYER.search(path) is not None and not _IN_BLOCK.search(layer_name(path))
+
+
+def is_inside(path: str) -> bool:
+    """Whether a name says that a layer is a part of a block."""
+    return _INSIDE.search(layer_name(path).lower()) is not None
+
+
+def layer_name(path: str) -> str:
+    """The path of a layer, of that of its matrix."""
+    return _OF_LAYER.sub("", path)
+
+
+def number_of(name: str) -> int:
+    """The number of a layer; 0 for one without."""
+    numbers = re.findall(r"\d+", name.rpartition("/")[2])
+    return int(numbers[-1]) if numbers else 0
+
+
+def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int]]:
+    """The widths that a leaf takes in, and those that it puts out; all of them if it is no matrix.
+
+    Of an embedding these are the features: the output layer of a language model has as many outputs as the
+    embedding has rows, and the embedding does not take them in. A bias, or a vector without a name, is a part
+    of a layer.
+    """
+    if spec.axes is None and spec.role == "embedding" and len(shape) > 1:
+        return {shape[-1]}, {shape[-1]}
+    if spec.axes is None and len(shape) == 2 and (spec.role in (DISTRIBUTION, HEAD) or has_no_name(path)):
+        return ({shape[1]}, {shape[0]}) if path.endswith("weight") else ({shape[0]}, {shape[1]})
+    if spec.axes is None and len(shape) > 1 and spec.role != "bias" and (spec.role != "vector" or 1 in shape):
+        return {*shape}, {*shape}
+    if spec.axes is None:
+        return ({*shape} if spec.role == "norm" else set()), set()
+    if spec.role != "attention" and (both := channels(spec.axes)):
+        return {shape[both[0]]}, {shape[both[1]]}
+    stacks = spec.axes.stacks(shape)
+    return {stack[-2] for stack in stacks}, {stack[-1] for stack in stacks}
+
+
+def channels(axes: Axes | None) -> tuple[int, int] | None:
+    """The axes of a convolution's input and output channels; None for other leaves."""
+    letters = "".join(axis.letter for axis in axes.parts) if axes is not None else ""
+    if letters.count("o") != 1 or letters.count("i") < 2:
+        return None
+    o = letters.index("o")
+    return (o - 1 if o == len(letters) - 1 else o + 1), o

@@ -1,0 +1,104 @@
+"""Conditions on shapes, for rules that names do not decide."""
+
+import math
+from collections.abc import Callable
+
+from optimorph._core.types import Shape
+
+
+def flipped(condition: Callable[[Shape], bool]) -> Callable[[Shape], bool]:
+    """A condition on (*window, in, out), as a condition on (out, in, *window)."""
+    return lambda shape: condition(shape[::-1])
+
+
+def is_window(sides: Shape, longest: int) -> bool:
+    """Whether the sides are equal, apart from sides of 1, and short enough for a convolution."""
+    return max(sides, default=1) <= longest and len({*sides} - {1}) < 2
+
+
+def convolution(shape: Shape) -> bool:
+    """(*window, in, out), where the name says that it is a convolution."""
+    return is_window(shape[:-2], 32)
+
+
+def maybe_convolution(shape: Shape) -> bool:
+    """(*window, in, out), where the name does not say so; three axes may also be a stack."""
+    return len(shape) != 3 and is_window(shape[:-2], 7 if 1 in shape[:-2] else 15)
+
+
+def is_patches(shape: Shape) -> bool:
+    """(height, width, channels, out) of large windows of an image."""
+    return len(shape) == 4 and shape[2] <= 4 and 8 <= shape[0] == shape[1] <= 64
+
+
+def few_channels(shape: Shape) -> bool:
+    """(height, width, in, out) with as few outputs as an image has channels."""
+    return len(shape) == 4 and shape[3] <= 4 and shape[2] >= 16
+
+
+def heads(shape: Shape) -> bool:
+    """(model, heads, size), not a stack, also of small matrices: heads x size is at most 4 x model."""
+    model, *heads = shape
+    size = math.prod(heads)
+    return len(heads) < 2 or (size <= 4 * model and (heads[1] >= 8 or 16 * size > model))
+
+
+def heads_of_latents(shape: Shape) -> bool:
+    """(rank, heads, size), where heads x size may be far larger than rank."""
+    rank, heads, *size = shape
+    return not size or heads < rank
+
+
+def heads_first(shape: Shape) -> bool:
+    """(heads, size, model), not a stack."""
+    if len(shape) < 3 or shape[0] == 1:
+        return True
+    heads, size, model = shape
+    return size <= 256 and size != model and heads * size <= 4 * model
+
+
+def heads_last(shape: Shape) -> bool:
+    """(model, heads, size) of as many numbers as the model has."""
+    return len(shape) == 3 and shape[0] == shape[1] * shape[2]
+
+
+def layers_second(shape: Shape) -> bool:
+    """(in, layers, ...): the second axis is far shorter than the first."""
+    return 2 * shape[1] <= shape[0]
+
+
+def maybe_not_layers_first(shape: Shape) -> bool:
+    """A stack whose first axis may be too long to count layers."""
+    return len(shape) > 2 and 2 * shape[0] > shape[1]
+
+
+def out_not_layers_first(shape: Shape) -> bool:
+    """Four axes that are not (layers, heads, size, model)."""
+    return len(shape) == 4 and shape[1] * shape[2] != shape[3]
+
+
+def few_outputs(shape: Shape) -> bool:
+    """(in, out) or (layers, in, out), with as few outputs as a router has experts."""
+    return len(shape) in (2, 3) and 16 * shape[-1] <= max(shape[:-1])
+
+
+def few_outputs_first(shape: Shape) -> bool:
+    """(out, in) or (layers, out, in), with as few outputs as a router has experts."""
+    return len(shape) in (2, 3) and 16 * shape[-2] <= shape[-1]
+
+
+def is_output(shape: Shape) -> bool:
+    """(in, out), with a vocabulary of outputs, or a few for many inputs."""
+    return len(shape) == 2 and (
+        shape[1] >= max(1 << 14, 16 * shape[0]) or (shape[1] <= 10 and shape[0] >= 64)
+    )
+
+
+def fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
+    """(in, n x in); with axis=-2, (n x in, in)."""
+    return lambda shape: shape[axis] == n * shape[-3 - axis]
+
+
+def three_before_heads(shape: Shape) -> bool:
+    """(..., 3, heads, size)."""
+    return shape[-3:-2] == (3,) != shape[-2:-1]
