@@ -73,7 +73,7 @@ class _Tree:
         self.routers = [(path, self.shapes[path]) for path in of_role.get("router", ())]
         norms = [self.shapes[path] for path in of_role.get("norm", ())]
         self.widths = {shape[0] for shape in norms if len(shape) == 1}
-        self.arrays = {*arrays_beside_modules(self.shapes)}
+        self.arrays = {*arrays_beside_modules([*self.shapes])}
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
         self.by_bias, self.alike = specs_by_bias(self.shapes)
 

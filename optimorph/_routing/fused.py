@@ -46,19 +46,32 @@ def with_fused_layers(
         same = [j for j in takers[module, width] if without_numbers(names[j]) == without_numbers(names[k])]
         return all(number_of(names[j]) > number_of(names[k]) for j in same)
 
+    def is_last(k: int) -> bool:
+        """Whether it is the last of several numbered layers of its module."""
+        module, kind = names[k].rpartition("/")[0], without_numbers(names[k])
+        numbers = [number_of(names[j]) for j in inside[module] if without_numbers(names[j]) == kind]
+        return number_of(names[k]) == max(numbers) > min(numbers)
+
+    def equal_parts(k: int, module: str) -> list[int]:
+        """Of how many equal parts its outputs may be, by what other layers of a module take in."""
+        width = max(sides[k][1])
+        return [n for n in _PARTS if width % n == 0 and takers.get((module, width // n), {k}) != {k}]
+
     def parts(k: int) -> str | None:
         """The blocks of its outputs."""
         module, width = names[k].rpartition("/")[0], max(sides[k][1])
         if takers.get((module, width), {k}) != {k}:
             return None
-        equal = [n for n in _PARTS if width % n == 0 and takers.get((module, width // n), {k}) != {k}]
+        equal = equal_parts(k, module)
         if width in taken:
-            equal = [
-                n for n in equal if (module, width // n) not in givers and follows(k, module, width // n)
-            ]
+            inner = [n for n in equal if (module, width // n) not in givers]
+            equal = [n for n in inner if follows(k, module, width // n)]
         elif not equal and module:
             widths = {n for j in inside[module] if j != k for n in sides[j][0]}
-            return _attention_and_perceptron(width, widths, {n for n in widths if (module, n) not in givers})
+            inner = {n for n in widths if (module, n) not in givers}
+            if blocks := _attention_and_perceptron(width, widths, inner):
+                return blocks
+            equal = equal_parts(k, module.rpartition("/")[0]) if is_last(k) else []
         return f"{equal[0]}o" if equal else None
 
     fused = {
@@ -70,10 +83,7 @@ def with_fused_layers(
     found = list(specs)
     for k, blocks in fused.items():
         spec = _spec(specs[k])
-        module, kind = names[k].rpartition("/")[0], without_numbers(names[k])
-        numbers = [number_of(names[j]) for j in inside[module] if without_numbers(names[j]) == kind]
-        is_last = number_of(names[k]) == max(numbers) > min(numbers)
-        answers = [spec.replace("o", f"({blocks})"), spec][:: -1 if is_last else 1]
+        answers = [spec.replace("o", f"({blocks})"), spec][:: -1 if is_last(k) else 1]
         cause = "may be several layers side by side, by its width"
         found[k] = unresolved(paths[k], shapes[k], cause, first=answers)
     for k, spec in enumerate(specs):

@@ -129,7 +129,7 @@ RULES = (
     ),
     NameRule(
         "head",
-        rf"(\w*readout|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{_WEIGHT})?|"
+        rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{_WEIGHT})?|"
         rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{_WEIGHT})?",
         not_in=BLOCK,
     ),
@@ -258,6 +258,7 @@ RULES = (
     NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), shapes.fused(3)),
     NameRule("attention", _QKV + "/kernel", ("iboo",), shapes.three_before_heads, batch_axes=True),
     NameRule("attention", _QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
+    NameRule("attention", "(to_)?kv(_proj)?/(kernel|w)", ("i(2o)",), shapes.fused(2)),
     NameRule("attention", "_?uvqk", ("i(4o)",), shapes.fused(4)),
     # (model, heads, 3, size)
     NameRule(

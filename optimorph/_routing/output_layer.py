@@ -89,6 +89,7 @@ def with_output_layer(
         asked = {k for k in own if not _IN_PERCEPTRON.search(paths[k])}
         ends = [k for k in fed if k in asked or k in certain or layers.may_be_last(k)]
         ends += [] if layers.embeddings else ends_of_others
+        ends += [k for k in others if k not in ends and layers.is_fed(k) and layers.only_earlier_take(k)]
         widths = [layers.outputs[k] for k in ends if layers.is_narrower(k) and k not in certain]
         ends += [k for k in fed if k not in ends and layers.is_narrower(k) and layers.outputs[k] in widths]
     unlikely = {*ends} - {*sinks} if sinks else {k for k in ends if layers.inputs[k] == layers.outputs[k]}
@@ -305,6 +306,11 @@ class _Layers:
             and [*itertools.islice(self.givers(j), 2)] == [k]
             for j in itertools.chain([first], takers)
         )
+
+    def only_earlier_take(self, k: int) -> bool:
+        """Whether only layers with the same name and lower numbers take in its outputs."""
+        takers = [*itertools.islice(self.takers(k), 9)]
+        return 0 < len(takers) < 9 and all(self.order(j, k) < 0 for j in takers)
 
     def order(self, j: int, k: int) -> int:
         """The difference of the first numbers that differ in the paths of two layers; 0 if names differ."""

@@ -122,9 +122,11 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
     """
     found, alike = {}, {}
     for path, shape in shapes.items():
-        bias = tuple(n for n in shapes.get(_bias_of(path), ()) if n > 1)
+        own = shapes.get(_bias_of(path), ())
+        bias = tuple(n for n in own if n > 1)
         others = len(shape) - len(bias)
-        if not bias or others < 1 or (len(bias) > 1 and bias[0] == shape[0]):
+        stacked = own == (*shape[:1], *shape[-1:]) or (len(bias) > 1 and bias[0] == shape[0])
+        if not bias or others < 1 or stacked:
             continue
         usual = 0 if path.endswith("weight") else others
         places = [k for k in range(others + 1) if shape[k : k + len(bias)] == bias]
@@ -143,13 +145,22 @@ def _bias_of(path: str) -> str:
 
 
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
-    """The layers of a head before its last: those whose outputs the one with the next number takes in."""
+    """The layers of a head before its last: those whose outputs another layer of the head takes in.
+
+    In lists and of layers with numbers, that is the one with the next number.
+    """
+
+    def feeds(k: int, other: int) -> bool:
+        out, taken = (0, 1) if paths[k].endswith("weight") else (-1, -2)
+        return min(len(shapes[k]), len(shapes[other])) > 1 and shapes[k][out] == shapes[other][taken]
+
     for chain in group_by(heads, lambda k: without_numbers(paths[k])):
         chain.sort(key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
-        for k, after in itertools.pairwise(chain):
-            out, taken = (0, 1) if paths[k].endswith("weight") else (-1, -2)
-            if min(len(shapes[k]), len(shapes[after])) > 1 and shapes[k][out] == shapes[after][taken]:
-                yield k
+        yield from (k for k, after in itertools.pairwise(chain) if feeds(k, after))
+    for module in group_by(heads, lambda k: _grandparent(paths[k])):
+        ends = [k for k in module if not feeds(k, k)]
+        last = [k for k in ends if not any(feeds(k, other) for other in module)]
+        yield from (k for k in module if any(feeds(k, end) for end in last) and _grandparent(paths[k]))
 
 
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
