@@ -166,6 +166,7 @@ class _Layers:
                 taken |= self.inputs[k]
                 given |= self.outputs[k]
                 module = module.rpartition("/")[0]
+        self.recurrent = {n for k, spec in enumerate(specs) if spec.role == "gates" for n in self.inputs[k]}
         self.convolutions = any(spec.role == "convolution" for spec in specs)
         self.chains = {}
         for chain in group_by(unnamed, lambda k: (self.module(k), _kind(paths[k]))):
@@ -269,7 +270,8 @@ class _Layers:
         chain, place = self.chains[k]
         unfed = [j for j in chain[place + 1 :] if next(self.givers(j), None) is None]
         width, wider = max(self.outputs[k]), {n for j in unfed for n in self.inputs[j]}
-        return any(n > width and (n % width == 0 or n - width in self.with_outputs) for n in wider)
+        together = any(n > width and (n % width == 0 or n - width in self.with_outputs) for n in wider)
+        return together or any(width < n < 2 * width for n in self.recurrent)
 
     def is_needed(self, k: int) -> bool:
         """Whether what has a name takes in its outputs: a layer beside it, one without others, or a norm."""
