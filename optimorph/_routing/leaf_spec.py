@@ -76,7 +76,9 @@ def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str |
     channels = shape[1 if outputs_first else -2] if len(shape) > 2 else 0
     one = len(shape) > 2 and shape[-1] == 1 and not outputs_first  # one output
     found.sort(key=lambda spec: all(1 in stack[-2:] for stack in axes_of(spec).stacks(shape)))
-    few = one or (channels == 1 and min(max(window), shape[-1]) < 32) or (len(shape) == 4 and channels <= 4)  # depthwise, or of an image
+    few = (
+        one or (channels == 1 and min(max(window), shape[-1]) < 32) or (len(shape) == 4 and channels <= 4)
+    )  # depthwise, or of an image
     return [None, *found] if few else [*found, None]
 
 

@@ -21,6 +21,9 @@ from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolv
 from optimorph._routing.names import by_name
 from optimorph.linalg import Axes
 
+_PARTS = ("vector", "norm", "bias")
+"""The roles of leaves that are no layers."""
+
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
 
 _SCAN = re.compile(r"(^|/)layers?/(kernel|weight|w)$", re.IGNORECASE)
@@ -166,6 +169,8 @@ class _Layers:
                 taken |= self.inputs[k]
                 given |= self.outputs[k]
                 module = module.rpartition("/")[0]
+        numbered = [k for k, spec in enumerate(specs) if spec.role not in _PARTS]
+        self.by_numbers = sorted(numbered, key=lambda k: _numbers(paths[k]), reverse=True)
         self.recurrent = {n for k, spec in enumerate(specs) if spec.role == "gates" for n in self.inputs[k]}
         self.convolutions = any(spec.role == "convolution" for spec in specs)
         self.chains = {}
@@ -216,12 +221,13 @@ class _Layers:
         return not self.is_joined(k) and not self.is_reshaped(k)
 
     def is_root(self, k: int) -> bool:
-        """Whether all matrices are in its module, or in modules of that, or before it."""
+        """Whether all layers are in its module, or in modules of that, or before it."""
         own = re.sub(r"(^|/)layers?$", "", self.module(k)) + "/"
-        return own == "/" or all(
-            path.startswith(own) or self.specs[j].axes is None or self.order(j, k) < 0
-            for j, path in enumerate(self.paths)
-        )
+
+        def is_around(j: int) -> bool:
+            return self.paths[j].startswith(own) or self.order(j, k) < 0
+
+        return own == "/" or all(map(is_around, self.by_numbers))
 
     def is_reshaped(self, k: int) -> bool:
         """Whether a layer takes in its outputs in another shape.
@@ -342,6 +348,11 @@ class _Layers:
         return is_root or (
             self.follows(k) and not self.has_window(k) and not _IN_PERCEPTRON.search(self.paths[k])
         )
+
+
+def _numbers(path: str) -> list[Any]:
+    """A key by which paths that differ in numbers alone are in the order of these."""
+    return [int(text) if text.isdecimal() else text for text in re.split(r"(\d+)", path)]
 
 
 def _by_width(sides: Sequence[set[int]]) -> dict[int, dict[int, None]]:
