@@ -28,7 +28,7 @@ __all__ = ["gpt_neox", "hf_flax_gpt2", "maxtext", "per_head", "t5x", "torch"]
 Patterns = Mapping[str | re.Pattern[str], str]
 
 _MAXTEXT = {
-    r"(MoeBlock_\d+|moe_block|routed_experts|\w*Mlp)/(\w+/)?(wi\w*|wo)": "bio",
+    r"(MoeBlock_\d+|moe_block|routed_experts|\w*Mlp)/(\w+/)?(wi(_\d+)?|wo)": "bio",
     r"(query|key|value|wq|wq_b|wkv_b)/kernel": "ioo",
     r"\w*attention\w*/out/kernel": "iio",
     r"qkv_proj/kernel": "iboo",
@@ -94,11 +94,15 @@ def gpt_neox(heads: int) -> Patterns:
 
 
 def torch() -> Callable[[str, Shape], Any]:
-    """A rule for PyTorch's order: every matrix that the default rules find is (outputs, inputs)."""
+    """A rule for PyTorch's order: every `kernel`, `w`, `wq`, ... is (outputs, inputs).
+
+    The default rules read a `weight` so, and also decide parameters of other names, such as stacked experts.
+    """
 
     def rule(path: str, shape: Shape) -> Any:
-        _, spec = by_name(re.sub(r"(^|[./])(kernel|w)$", r"\1weight", path), shape)
-        if spec is None or spec == UNDECIDED:
+        as_weight = re.sub(r"(?<![^./])(kernel|w\w?)$", "weight", path)
+        _, spec = by_name(as_weight, shape)
+        if as_weight == path or spec is None or spec == UNDECIDED:
             return ...
         order = {"b": 0, "o": 1, "i": 2}
         return "".join(map(str, sorted(Axes(spec).parts, key=lambda axis: order[axis.letter])))

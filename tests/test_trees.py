@@ -129,6 +129,34 @@ STACKS = {
     "factors with outputs first": ({"q/lora_up": (96, 8), "q/lora_down": (8, 64)}, "oi"),
     "stacked factors": ({"q/A": (12, 64, 8), "q/B": (12, 8, 96)}, "bio"),
     "a state space": ({"ssm/B": (8, 96), "ssm/A": (64, 8), "ssm/C": (96, 8)}, "?"),
+    "a weight by its bias": ({"m/fc/weight": (64, 16), "m/fc/bias": (16,)}, "io"),
+    "a kernel by its bias": ({"m/fc/kernel": (64, 16), "m/fc/bias": (64,)}, "oi"),
+    "heads by their bias": ({"odd/kernel": (64, 4, 16), "odd/bias": (4, 16)}, "ioo"),
+    "a convolution by its bias": ({"odd/kernel": (3, 64, 16), "odd/bias": (16,)}, "iio"),
+    "a transposed convolution": ({"conv/kernel": (3, 3, 16, 64), "conv/bias": (16,)}, "iioi"),
+    "a bias that may be stacked": ({"odd/kernel": (3, 64, 3), "odd/bias": (3, 3)}, "?"),
+    "beside a layer with a bias": (
+        {"m/k/weight": (64, 16), "m/q/weight": (64, 16), "m/q/bias": (16,)},
+        "io",
+    ),
+    "stacked biases of Haiku": ({"odd/b": (8, 3), "odd/w": (8, 64, 3)}, "-"),
+    "biases of the last of stacked layers": (
+        {"net/head/w": (8, 64, 3), "net/a/w": (8, 16, 64), "net/a/b": (8, 64)},
+        "-",
+    ),
+    "one output in each layer": (
+        {
+            "net/a/kernel": (2, 16, 64),
+            "net/a/bias": (2, 64),
+            "net/v/kernel": (2, 64, 1),
+            "net/v/bias": (2, 1),
+        },
+        "bio",
+    ),
+    "experts in rows": ({"moe/experts/w1": (4096, 32), "moe/router/kernel": (32, 16)}, "(16o)i"),
+    "experts in rows, back": ({"moe/experts/w2": (4096, 32), "moe/router/kernel": (32, 16)}, "(16i)o"),
+    "an array in a list of modules": ({"0": (26, 10), "1/w": (10, 32), "2/0": (32, 5), "2/1": (5,)}, "?"),
+    "a long one": ({"0": (2600, 10), "1/w": (10, 32), "2/0": (32, 5), "2/1": (5,)}, "-"),
     "gates of a GRU": ({"cell/weight_ih": (30, 2), "cell/weight_hh": (30, 10)}, "(3o)i"),
 }
 
@@ -151,6 +179,22 @@ FUSED = {
         {"a_layer_0/linear/w": (7, 64), "a_layer_1/linear/w": (64, 64), "a_layer_2/linear/w": (64, 5)},
         ("io", "io", "-"),
     ),
+    "parts that are not equal": (
+        {"layers/0/wi": (64, 608), "layers/0/attn_wo": (64, 64), "layers/0/ff_wo": (256, 64)},
+        ("?", "io", "io"),
+    ),
+    "gate and input as wide as the model": (
+        {"moe/up": (4, 64, 64), "moe/down": (4, 32, 64), "moe/router/w": (64, 4)},
+        ("?", "bio", "-"),
+    ),
+    "layers of a head that feed its last": (
+        {
+            "decode_head/a/kernel": (32, 64),
+            "decode_head/fuse/kernel": (64, 64),
+            "decode_head/out/kernel": (64, 9),
+        },
+        ("io", "io", "-"),
+    ),
     "a weight in a wrapper": ({"linear_0/weight/args/1": (32, 64)}, ("oi",)),
 }
 
@@ -165,7 +209,10 @@ def test_what_layers_beside_a_leaf_take_in(name):
 
 def test_first_answers_of_layers_side_by_side():
     """The parts are offered first; of the last of several numbered layers one matrix."""
+    wi = {"layers/0/wi": (64, 608), "layers/0/attn_wo": (64, 64), "layers/0/ff_wo": (256, 64)}
     for tree, answers in (
+        (wi, ("i(64+16+16+256+256 o)", "io")),
+        ({"attn/wqkv/kernel": (96, 96), "attn/out/kernel": (64, 96)}, ("i(64+16+16 o)", "io")),
         ({"attn_0/linear/w": (64, 192), "attn_0/linear_1/w": (64, 64)}, ("i(3o)", "io")),
         ({"block_0/linear_0/w": (64, 64), "block_0/linear_1/w": (64, 192)}, ("io", "i(3o)")),
     ):
@@ -218,13 +265,15 @@ def test_layouts_of_frameworks():
         decoder + "self_attention/out/kernel": (128, 48, 128, 7168),
         decoder + "mlp/wo/kernel": (48, 48, 1024),
         decoder + "moe_block/gate/kernel": (2048, 48, 8),
+        decoder + "moe_block/wi_0_bias": (128, 48, 768),
         decoder + "norm/scale": (2048, 48),
         "params/decoder/logits_dense/kernel": (2048, 9999),
     }
-    specs = ["bbio", "iboo", "ibio", "ibo", "-", "-", "-"]
+    specs = ["bbio", "iboo", "ibio", "ibo", "-", "-", "-", "-"]
     assert [*by_layout(maxtext, om.layouts.maxtext()).values()] == specs
     one = {path: shape[:1] + shape[2:] if "layers" in path else shape for path, shape in maxtext.items()}
-    assert [*by_layout(one, om.layouts.maxtext(None)).values()] == ["bio", "ioo", "iio", "io", "-", "-", "-"]
+    specs = ["bio", "ioo", "iio", "io", "-", "-", "-", "-"]
+    assert [*by_layout(one, om.layouts.maxtext(None)).values()] == specs
     t5 = {"encoder/encoder/attention/query/kernel": (8, 8, 8), "decoder/decoder/mlp/wi_0/kernel": (8, 8, 16)}
     assert {*by_layout(t5, om.layouts.t5x()).values()} == {"ibo"}
     assert {*by_layout(t5, om.layouts.t5x(0)).values()} == {"bio"}
@@ -240,6 +289,25 @@ def test_layouts_of_frameworks():
         "norm.weight": (16,),
     }
     assert [*by_layout(torch, om.layouts.torch()).values()] == ["oi", "(3o)i", "oiii", "oi", "?", "-", "-"]
+
+
+LAYOUTS = {
+    "T5, layers scanned along the second axis": om.layouts.t5x(),
+    "T5, layers one by one": om.layouts.t5x(None),
+    "GPT-J, GPT-Neo and BLOOM": om.layouts.gpt_neox(16),
+    "Pythia, outputs first": om.layouts.gpt_neox(8),
+    "GPT-2, a torch state dict": om.layouts.torch(),
+    "DeepSeek and gpt-oss, outputs first": om.layouts.torch(),
+    "Llama 4 text, outputs first": om.layouts.torch(),
+    "TD-MPC2, outputs first": om.layouts.torch(),
+    "HSTU recommender, outputs first": om.layouts.torch(),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_no_layout_reads_a_public_model_wrongly(name):
+    found = planned(shapes(TREES[name]), axes=LAYOUTS[name])
+    assert {path: spec for path, spec in found.items() if spec not in TREES[name][path][1]} == {}
 
 
 def by_layout(tree, axes):
