@@ -656,6 +656,7 @@ def test_roles_of_the_whole_tree():
     assert om.role_of("Dense_2/kernel", (64, 11), params) == "head"
     for kind in ("first", "second", "slow"):  # of a moment, as `state=` has it
         assert om.role_of(f"{kind}/decoder/kernel", (64, 64)) == om.role_of("decoder/kernel", (64, 64))
+        assert om.role_of(f"{kind}/Dense_2/kernel", (64, 11), params) == "head"
     assert om.role_of("odd", (3, 5)) == "undecided"
     with pytest.raises(
         ValueError, match=r"role_of: no leaf of params has the path 'Dense_3/kernel'\. Similar"

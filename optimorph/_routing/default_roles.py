@@ -48,6 +48,7 @@ def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
         role, spec = by_name(_MOMENT.sub("", path), tuple(shape))
         return UNDECIDED_ROLE if spec == UNDECIDED else role
     found = _roles_in(params)
+    path = path if path in found else _MOMENT.sub("", path)
     if path not in found:
         similar = difflib.get_close_matches(path, found)
         raise ValueError(f"role_of: no leaf of params has the path {path!r}. Similar paths: {similar}")
