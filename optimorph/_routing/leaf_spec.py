@@ -73,12 +73,11 @@ def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str |
         found = sorted(found, key=lambda spec: spec.count("i") - spec.count("b") > 2)
     if not found and len(shape) > 1:
         found = ["b" * (len(shape) - 2) + "io"]
-    channels = shape[1 if outputs_first else -2] if len(shape) > 2 else 0
-    one = len(shape) > 2 and shape[-1] == 1 and not outputs_first  # one output
     found.sort(key=lambda spec: all(1 in stack[-2:] for stack in axes_of(spec).stacks(shape)))
-    few = (
-        one or (channels == 1 and min(max(window), shape[-1]) < 32) or (len(shape) == 4 and channels <= 4)
-    )  # depthwise, or of an image
+    channels, last = (shape[1 if outputs_first else -2], shape[-1]) if len(shape) > 2 else (0, 0)
+    depthwise = channels == 1 and min(max(window), last) < 32
+    of_image, one_output = len(shape) == 4 and channels <= 4, last == 1 and not outputs_first
+    few = depthwise or of_image or one_output
     return [None, *found] if few else [*found, None]
 
 
