@@ -243,6 +243,15 @@ def test_leaves_of_one_kind_are_one_question():
     assert r"re.compile(r'^(one/blocks/\d+/odd/kernel|two/blocks/\d+/odd/kernel)$'): 'bio'" in text
 
 
+def test_an_answer_for_some_numbers_means_no_others():
+    """The last of three layers has another answer, and its path differs in a number alone."""
+    tree = {f"net/dec_{k}/w": (4, 4, n, 64) for k, n in ((1, 64), (2, 64), (3, 3))}
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    text = str(om.plan(params))
+    found = planned(params, axes=one_answer(text[text.index("All at once") :]))
+    assert [*found.values()] == ["iiio", "iiio", "-"]
+
+
 def test_layouts_of_frameworks():
     """Each decides what the default rules ask of a model, or read in another order."""
     gpt2 = {

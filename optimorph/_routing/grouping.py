@@ -86,7 +86,9 @@ def rule_for(members: Sequence[str], paths: Sequence[str]) -> str:
         "".join(r"\d+" if text == "*" else re.escape(text) for text in re.split(r"(\*)", glob))
         for glob in globs
     )
-    return f"re.compile(r'^{exact if len(globs) == 1 else f'({exact})'}$')"
+    if {path for path in paths if re.fullmatch(exact, path)} != own:  # others with other numbers
+        exact = "|".join(map(re.escape, members))
+    return f"re.compile(r'^{f'({exact})' if '|' in exact else exact}$')"
 
 
 def _text(members: list[str], text: str, paths: Sequence[str]) -> str:
