@@ -244,8 +244,9 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
                 out.append(u if rule.narrow else cast_like(u, g))
                 for slot, role, new in zip(slots, rule.roles, rule.slots(s), strict=True):
                     if role.tree:
-                        if new is not None and jax.typeof(new) != jax.typeof(slot[k]):
-                            new = with_type_of(new, slot[k])
+                        old = slot[k]
+                        if isinstance(old, jax.Array) and jax.typeof(new) != jax.typeof(old):
+                            new = with_type_of(new, old)
                         slot[k] = new
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
