@@ -96,7 +96,7 @@ def test_microbatches_whose_shardings_differ(state, gradient):
         held, step = jax.jit(tx.init)(put(state)), jax.jit(tx.update)
         for _ in range(2):
             updates, held = step(put(gradient), held, put(P()))
-        np.testing.assert_allclose(np.asarray(updates["w"]), -0.1, rtol=1e-5)
+        rounding.close(updates["w"], -0.1, condition=1 / (1 - 0.999))
 
 
 @pytest.mark.parametrize("spec", [None, P("x"), P(None, "x")], ids=["no mesh", "rows", "columns"])
