@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rounding
 from rich.console import Console
 
 import optimorph as om
@@ -792,7 +793,8 @@ def test_text_is_causal():
     model = text.GPT(72, nnx.Rngs(0))
     tokens = jnp.asarray(next(text.task().batches(0))[0][:1])
     changed = tokens.at[0, 40:].set(0)
-    np.testing.assert_allclose(model(tokens)[0, :40], model(changed)[0, :40], atol=1e-5)
+    longest_sum = 4 * text.WIDTH
+    rounding.close(model(tokens)[0, :40], model(changed)[0, :40], condition=longest_sum)
 
 
 def test_adamw_and_muon_route_alike():
