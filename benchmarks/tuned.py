@@ -14,6 +14,7 @@ trained again. All lanes are in memory at once: on GPUs the study takes minutes,
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
@@ -29,10 +30,9 @@ import optax
 from transfer import machine, write
 
 import optimorph as om
-from optimorph._racing.registry import B2
+from optimorph._racing.registry import B2, OPTIMIZERS, beside_adamw, for_matrices
 from optimorph._racing.task import Task
 from optimorph._racing.tasks import digits, flights, text
-from optimorph._routing.resolve import leaf_axes
 
 TASKS = {"text": text.task, "digits": digits.task, "flights": flights.task}
 CANDIDATES, EVALUATIONS = 36, 25
@@ -52,7 +52,7 @@ class Study(NamedTuple):
     """How an optimizer is tuned.
 
     Attributes:
-      make: function (schedule, schedule of other leaves, third number) → optimizer.
+      make: function (schedule, schedule of other leaves, third number, task) → optimizer.
       first: the lowest learning rate, as a power of two.
       others: rates of leaves that are not matrices; (0,) if the optimizer has one rate.
       third: values of the third number.
@@ -73,68 +73,50 @@ class Study(NamedTuple):
         return [Candidate(*values) for values in itertools.product(rates, self.others, self.third)]
 
 
-def beside_adamw(recipe, **arguments):
-    """A recipe of the leaves that `muon` takes for matrices; AdamW without decay has the others."""
-
-    def make(rate, others, decay):
-        matrix = leaf_axes("tuned", None)
-        return om.partition(
-            lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
-            {"matrix": recipe(rate, weight_decay=decay, **arguments), "other": of_others(others)},
-        )
-
-    return make
-
-
-def of_matrices(recipe, **arguments):
-    """A recipe that takes the transform of the other leaves as an argument."""
-    return lambda rate, others, decay: recipe(rate, weight_decay=decay, others=of_others(others), **arguments)
-
-
-def of_others(rate):
-    return om.adamw(rate, b2=B2, weight_decay=0.0)
-
-
 def alone(recipe, varied, **arguments):
     """A recipe of all leaves, whose third number is the argument of that name."""
-    return lambda rate, others, third: recipe(rate, **{varied: third}, **arguments)
+    return lambda rate, others, third, task: recipe(rate, **{varied: third}, **arguments)
 
 
 def matrices(make, first):
-    """The study of an optimizer with two rates and weight decay: 6 x 3 x 2."""
-    return Study(make, first, (2.0**-7, 2.0**-5, 2.0**-3), (0.1, 0.4), "weight_decay")
+    """The study of an optimizer of the race with two rates and weight decay: 6 x 3 x 2."""
+
+    def decayed(rate, others, decay, task):
+        return make(rate, others, dataclasses.replace(task, weight_decay=decay))
+
+    return Study(decayed, first, (2.0**-7, 2.0**-5, 2.0**-3), (0.1, 0.4), "weight_decay")
 
 
 B2S, MOMENTA = (0.95, 0.99, 0.999), (0.8, 0.9, 0.95)
 STUDIES: Mapping[str, Study] = {
-    "sgd": Study(lambda rate, others, third: om.sgd(rate), -9),
+    "sgd": Study(lambda rate, others, third, task: om.sgd(rate), -9),
     "momentum": Study(alone(om.sgd, "momentum"), -8, third=MOMENTA, varied="momentum"),
     "nesterov": Study(alone(om.sgd, "momentum", nesterov=True), -8, third=MOMENTA, varied="momentum"),
-    "adagrad": Study(lambda rate, others, third: om.adagrad(rate), -12),
+    "adagrad": Study(lambda rate, others, third, task: om.adagrad(rate), -12),
     "rmsprop": Study(alone(om.rmsprop, "decay"), -14, third=(0.9, 0.99, 0.999), varied="decay"),
     "adam": Study(alone(om.adam, "b2"), -14, third=B2S, varied="b2"),
     "nadam": Study(alone(om.nadam, "b2"), -14, third=B2S, varied="b2"),
     "laprop": Study(alone(om.laprop, "b2"), -14, third=B2S, varied="b2"),
     "lion": Study(alone(om.lion, "weight_decay", b2=B2), -16, third=(0.0, 0.1, 1.0), varied="weight_decay"),
     "adamh": Study(alone(om.adamh, "b2"), -10, third=B2S, varied="b2"),
-    "adamw": matrices(beside_adamw(om.adamw, b2=B2), -12),
+    "adamw": matrices(OPTIMIZERS["adamw"], -12),
     "nadamw": matrices(beside_adamw(om.nadamw, b2=B2), -12),
-    "ademamix": matrices(beside_adamw(om.ademamix, b2=B2, b3=B2), -15),
-    "mars_adamw": matrices(beside_adamw(om.mars_adamw), -12),
-    "muon": matrices(of_matrices(om.muon), -8),
-    "normuon": matrices(of_matrices(om.normuon), -8),
-    "adamuon": matrices(of_matrices(om.adamuon), -12),
-    "muon2": matrices(of_matrices(om.muon2), -8),
+    "ademamix": matrices(OPTIMIZERS["ademamix"], -15),
+    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -12),
+    "muon": matrices(OPTIMIZERS["muon"], -8),
+    "normuon": matrices(OPTIMIZERS["normuon"], -8),
+    "adamuon": matrices(OPTIMIZERS["adamuon"], -12),
+    "muon2": matrices(OPTIMIZERS["muon2"], -8),
     "muonh": Study(
-        lambda rate, others, third: om.muonh(rate, others=of_others(others)),
+        lambda rate, others, third, task: OPTIMIZERS["muonh"](rate, others, task),
         -8,
         tuple(2.0**k for k in range(-8, -2)),
     ),
     "scion": Study(alone(om.scion, "momentum"), -16, third=(0.8, 0.9, 0.95), varied="momentum"),
-    "soap": matrices(of_matrices(om.soap), -10),
-    "klsoap": matrices(of_matrices(om.klsoap), -10),
-    "shampoo": matrices(of_matrices(om.shampoo), -10),
-    "soap_muon": matrices(of_matrices(om.soap_muon, every=10), -8),
+    "soap": matrices(OPTIMIZERS["soap"], -10),
+    "klsoap": matrices(for_matrices(om.klsoap), -10),
+    "shampoo": matrices(for_matrices(om.shampoo), -10),
+    "soap_muon": matrices(for_matrices(om.soap_muon, every=10), -8),
 }
 
 
@@ -155,7 +137,7 @@ class Lanes:
 
         def optimizer(candidate):
             rates = (task.schedule(rate, steps) for rate in candidate[:2])
-            return study.make(*rates, candidate.third)
+            return study.make(*rates, candidate.third, task)
 
         def advance(params, state, candidate, seed, batches, first):
             tx = optimizer(candidate)

@@ -346,8 +346,8 @@ def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree)
 
 def _alike(g: Any, w: Any, strict: bool) -> bool:
     own = kind(g)
-    fits = own == kind(w) or (own == "real" and not strict)
-    return fits and own in ("real", "complex") and np.shape(g) == np.shape(w)
+    of_kind = own == kind(w) or (own == "real" and not strict)
+    return of_kind and own in ("real", "complex") and np.shape(g) == np.shape(w)
 
 
 def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: Any) -> list[Any]:

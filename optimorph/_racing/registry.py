@@ -33,7 +33,7 @@ def _alone(recipe: Callable[..., Any], **arguments: Any) -> Make:
     return lambda rate, others, task: recipe(rate, **arguments)
 
 
-def _beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Make:
+def beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Make:
     """A recipe for the leaves that `muon` takes for matrices, and AdamW for the others."""
 
     def make(rate, others, task):
@@ -49,10 +49,10 @@ def _beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Make:
     return make
 
 
-def _of_matrices(recipe: Callable[..., Any]) -> Make:
+def for_matrices(recipe: Callable[..., Any], **arguments: Any) -> Make:
     """A recipe that gives matrices to one transform itself, and the others to the AdamW that it is given."""
     return lambda rate, others, task: recipe(
-        rate, weight_decay=task.weight_decay, others=_adamw_of_others(others)
+        rate, weight_decay=task.weight_decay, others=_adamw_of_others(others), **arguments
     )
 
 
@@ -67,16 +67,16 @@ OPTIMIZERS: dict[str, Make] = {
     "adagrad": _alone(om.adagrad),
     "rmsprop": _alone(om.rmsprop),
     "adam": _alone(om.adam, b2=B2),
-    "adamw": _beside_adamw(om.adamw, b2=B2),
-    "ademamix": _beside_adamw(om.ademamix, b2=B2, b3=B2),
-    "mars_adamw": _beside_adamw(om.mars_adamw),
-    "muon": _of_matrices(om.muon),
+    "adamw": beside_adamw(om.adamw, b2=B2),
+    "ademamix": beside_adamw(om.ademamix, b2=B2, b3=B2),
+    "mars_adamw": beside_adamw(om.mars_adamw),
+    "muon": for_matrices(om.muon),
     "muonh": lambda rate, others, task: om.muonh(rate, others=_adamw_of_others(others)),
-    "normuon": _of_matrices(om.normuon),
-    "adamuon": _of_matrices(om.adamuon),
-    "muon2": _of_matrices(om.muon2),
+    "normuon": for_matrices(om.normuon),
+    "adamuon": for_matrices(om.adamuon),
+    "muon2": for_matrices(om.muon2),
     "scion": _alone(om.scion),
-    "soap": _of_matrices(om.soap),
+    "soap": for_matrices(om.soap),
 }
 """Name → its optimizer."""
 
