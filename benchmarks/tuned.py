@@ -3,11 +3,11 @@
     python benchmarks/tuned.py [--task TASK] [--steps N] [--after FILE] [--out FILE] [optimizer ...]
 
 A candidate is a learning rate, a second one for leaves that are not matrices, and a third number such as the
-weight decay. Every optimizer has 36 candidates. They train together, as the lanes of one vmapped program,
-with one seed. The six of the lowest loss on the tuning data train again in the same program, with three
+weight decay. Every optimizer has 72 candidates. They train together, as the lanes of one vmapped program,
+with one seed. The twelve of the lowest loss on the tuning data train again in the same program, with three
 seeds for the choice of the best and three others for the report: its loss on the validation data, which
 nothing was chosen by. With `--after FILE`, the candidates are the 18 best ones of a shorter training, and
-three of them train again.
+three of them train again. Products of the models have float32 precision, also on GPUs.
 
 Writes `benchmarks/results/tuned/TASK-N.json`, after each optimizer. Optimizers that the file has are not
 trained again. All lanes are in memory at once: on GPUs the study takes minutes, on CPUs hours.
@@ -35,7 +35,7 @@ from optimorph._racing.task import Task
 from optimorph._racing.tasks import digits, flights, text
 
 TASKS = {"text": text.task, "digits": digits.task, "flights": flights.task}
-CANDIDATES, EVALUATIONS = 36, 25
+CANDIDATES, KEPT, EVALUATIONS = 72, 18, 25
 CHOICE_SEEDS, REPORT_SEEDS = (1000, 1001, 1002), (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "tuned"
 
@@ -66,9 +66,9 @@ class Study(NamedTuple):
     varied: str = ""
 
     def candidates(self) -> list[Candidate]:
-        """36, on a grid. Learning rates differ by a factor of two, or its root if nothing else varies."""
+        """72, on a grid, whose learning rates span some six to nine factors of two."""
         count = CANDIDATES // (len(self.others) * len(self.third))
-        factor = 2 ** (0.5 if count == CANDIDATES else 1)
+        factor = 2 ** min(1, 9 / count)
         rates = [2.0**self.first * factor**k for k in range(count)]
         return [Candidate(*values) for values in itertools.product(rates, self.others, self.third)]
 
@@ -78,39 +78,40 @@ def alone(recipe, varied, **arguments):
     return lambda rate, others, third, task: recipe(rate, **{varied: third}, **arguments)
 
 
-def matrices(make, first):
-    """The study of an optimizer of the race with two rates and weight decay: 6 x 3 x 2."""
+def matrices(make, first, others=(2.0**-9, 2.0**-7, 2.0**-5, 2.0**-3)):
+    """The study of an optimizer of the race with two rates and weight decay: 6 x 4 x 3."""
 
     def decayed(rate, others, decay, task):
         return make(rate, others, dataclasses.replace(task, weight_decay=decay))
 
-    return Study(decayed, first, (2.0**-7, 2.0**-5, 2.0**-3), (0.1, 0.4), "weight_decay")
+    return Study(decayed, first, others, (0.1, 0.4, 1.6), "weight_decay")
 
 
 B2S, MOMENTA = (0.95, 0.99, 0.999), (0.8, 0.9, 0.95)
+FAST = (2.0**-7, 2.0**-5, 2.0**-3, 2.0**-1)  # learning rates of other leaves
 STUDIES: Mapping[str, Study] = {
-    "sgd": Study(lambda rate, others, third, task: om.sgd(rate), -9),
+    "sgd": Study(lambda rate, others, third, task: om.sgd(rate), -7),
     "momentum": Study(alone(om.sgd, "momentum"), -8, third=MOMENTA, varied="momentum"),
     "nesterov": Study(alone(om.sgd, "momentum", nesterov=True), -8, third=MOMENTA, varied="momentum"),
-    "adagrad": Study(lambda rate, others, third, task: om.adagrad(rate), -12),
+    "adagrad": Study(lambda rate, others, third, task: om.adagrad(rate), -8),
     "rmsprop": Study(alone(om.rmsprop, "decay"), -14, third=(0.9, 0.99, 0.999), varied="decay"),
     "adam": Study(alone(om.adam, "b2"), -14, third=B2S, varied="b2"),
     "nadam": Study(alone(om.nadam, "b2"), -14, third=B2S, varied="b2"),
     "laprop": Study(alone(om.laprop, "b2"), -14, third=B2S, varied="b2"),
     "lion": Study(alone(om.lion, "weight_decay", b2=B2), -16, third=(0.0, 0.1, 1.0), varied="weight_decay"),
     "adamh": Study(alone(om.adamh, "b2"), -10, third=B2S, varied="b2"),
-    "adamw": matrices(OPTIMIZERS["adamw"], -12),
-    "nadamw": matrices(beside_adamw(om.nadamw, b2=B2), -12),
-    "ademamix": matrices(OPTIMIZERS["ademamix"], -15),
-    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -12),
-    "muon": matrices(OPTIMIZERS["muon"], -8),
-    "normuon": matrices(OPTIMIZERS["normuon"], -8),
+    "adamw": matrices(OPTIMIZERS["adamw"], -12, FAST),
+    "nadamw": matrices(beside_adamw(om.nadamw, b2=B2), -12, FAST),
+    "ademamix": matrices(OPTIMIZERS["ademamix"], -15, FAST),
+    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -12, FAST),
+    "muon": matrices(OPTIMIZERS["muon"], -7),
+    "normuon": matrices(OPTIMIZERS["normuon"], -7),
     "adamuon": matrices(OPTIMIZERS["adamuon"], -12),
-    "muon2": matrices(OPTIMIZERS["muon2"], -8),
+    "muon2": matrices(OPTIMIZERS["muon2"], -7),
     "muonh": Study(
         lambda rate, others, third, task: OPTIMIZERS["muonh"](rate, others, task),
-        -8,
-        tuple(2.0**k for k in range(-8, -2)),
+        -9,
+        tuple(2.0**k for k in range(-9, -1)),
     ),
     "scion": Study(alone(om.scion, "momentum"), -16, third=(0.8, 0.9, 0.95), varied="momentum"),
     "soap": matrices(OPTIMIZERS["soap"], -10),
@@ -133,7 +134,8 @@ class Lanes:
         self.seeds = (*CHOICE_SEEDS, *REPORT_SEEDS)
         streams = [list(itertools.islice(task.batches(seed), steps)) for seed in self.seeds]
         self.batches = jax.device_put(_stacked([_stacked(stream) for stream in streams]))
-        self.starts = _stacked([task.init(seed) for seed in self.seeds])
+        self.starts = jax.device_put(_stacked([task.init(seed) for seed in self.seeds]))
+        self.held_out = [_stacked(list(task.held_out(part))) for part in ("tuning", "validation")]
 
         def optimizer(candidate):
             rates = (task.schedule(rate, steps) for rate in candidate[:2])
@@ -163,23 +165,32 @@ class Lanes:
         """The last loss on the tuning data, by lane; those on the validation data, (evaluations, lanes).
 
         Args:
-          lanes: pairs of candidate and seed.
+          lanes: pairs of candidate and seed, as many in every call.
         """
         candidates = jax.tree.map(lambda *x: jnp.asarray(x, jnp.float32), *(lane[0] for lane in lanes))
         seed = jnp.asarray([self.seeds.index(lane[1]) for lane in lanes])
-        tuning, validation = (_stacked(list(self.task.held_out(part))) for part in ("tuning", "validation"))
-        params = jax.tree.map(lambda x: x[seed], self.starts)
-        arguments = (params, self._init(candidates, params), candidates, seed, self.batches)
+        began = time.perf_counter()
         if self._compiled is None:
-            began = time.perf_counter()
-            self._compiled = self._advance.lower(*arguments, jnp.int32(0)).compile()
-            self.compile_seconds += time.perf_counter() - began
+            with jax.default_matmul_precision("float32"):
+                self._compiled = self._compile(candidates, seed)
+            self.compile_seconds = time.perf_counter() - began
+        return self._run(candidates, seed)
+
+    def _compile(self, candidates, seed):
+        params = jax.tree.map(lambda x: x[seed], self.starts)
+        state = jax.eval_shape(self._init, candidates, params)
+        advance = self._advance.lower(params, state, candidates, seed, self.batches, jnp.int32(0)).compile()
+        return advance, *(self._loss.lower(params, held_out).compile() for held_out in self.held_out)
+
+    def _run(self, candidates, seed):
         began, losses = time.perf_counter(), []
-        params, state = arguments[:2]
+        advance, tuning, validation = self._compiled
+        params = jax.tree.map(lambda x: x[seed], self.starts)
+        state = self._init(candidates, params)
         for first in range(0, self.steps, self.stride):
-            params, state = self._compiled(params, state, candidates, seed, self.batches, jnp.int32(first))
-            losses.append(self._loss(params, validation))
-        last, losses = np.asarray(self._loss(params, tuning)), np.stack(losses)
+            params, state = advance(params, state, candidates, seed, self.batches, jnp.int32(first))
+            losses.append(validation(params, self.held_out[1]))
+        last, losses = np.asarray(tuning(params, self.held_out[0])), np.stack(losses)
         self.run_seconds += time.perf_counter() - began
         return last, losses
 
@@ -217,11 +228,11 @@ def _finite_or_inf(x):
     return np.where(np.isfinite(x), x, np.inf)
 
 
-def best_half(record: Path, name: str) -> list[Candidate]:
-    """The 18 candidates of the lowest loss in another record."""
+def kept(record: Path, name: str) -> list[Candidate]:
+    """The `KEPT` candidates of the lowest loss in another record."""
     tried = json.loads(record.read_text())["optimizers"][name]["candidates"]
     order = sorted(tried, key=lambda row: math.inf if row[-1] is None else row[-1])
-    return [Candidate(*row[:-1]) for row in order[: CANDIDATES // 2]]
+    return [Candidate(*row[:-1]) for row in order[:KEPT]]
 
 
 def main():
@@ -249,7 +260,7 @@ def main():
     rows = record.setdefault("optimizers", {})
     for name in args.optimizers or STUDIES:
         if name not in rows:
-            candidates = best_half(args.after, name) if args.after else STUDIES[name].candidates()
+            candidates = kept(args.after, name) if args.after else STUDIES[name].candidates()
             rows[name] = tuned(STUDIES[name], candidates, task, steps)
             last = [curve[-1] for curve in rows[name]["curves"]]
             print(name, rows[name]["best"], last, rows[name]["run_seconds"], "s", flush=True)
