@@ -798,6 +798,7 @@ MORE = [  # recipes under other arguments, which have no other states
 
 ENTRIES = TRANSFORMS + RECIPES + MORE
 IDS = [entry.id for entry in ENTRIES]
+NAMES = list(dict.fromkeys(entry.name for entry in ENTRIES))
 
 
 def each(entries=ENTRIES):

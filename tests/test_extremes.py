@@ -39,17 +39,11 @@ DEFAULTS = {
 EVERY = {entry.id: (entry.build, entry.paper) for entry in catalog.RECIPES} | {
     f"{name}-defaults": both for name, both in DEFAULTS.items()
 }
-IN_BASES = ("soap", "klsoap", "shampoo", "soap_muon")
+IN_BASES = [entry.id for entry in catalog.RECIPES if entry.stacks]
 """Whose bases are made of rounding errors where a gradient has not the rank of a factor."""
 
-SQUARING = [
-    name
-    for name in EVERY
-    if not name.startswith(("sgd", "lion", "mars", "scion"))
-    and ("muon" not in name or "others" in name or name in IN_BASES)
-]
-
-
+POLAR = [entry.id for entry in catalog.RECIPES if entry.real and not entry.stacks]
+SQUARING = [name for name in EVERY if name not in POLAR and not name.startswith(("sgd", "lion", "mars"))]
 ROUNDED = ("rmsprop-centered-corrected", "muon-cautious", *IN_BASES)
 """Whose updates jump with a rounding error: a first variance of 0, a product with a weight that is 0."""
 

@@ -15,6 +15,7 @@ import pytest
 import test_eigenbasis
 import test_qk_clip
 
+RECIPES = [f"_recipes.{name}" for name in catalog.NAMES if mutants.modules(f"_recipes.{name}")]
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
     ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
     ("_transforms.[!e]*", "*", ""),
@@ -37,24 +38,12 @@ PARTS = [  # modules, functions, and the entries that run them, or else those of
     ("_distributed.reductions", "*", "hyperball mean keep_norm"),
     ("linalg._axes", "Axes.reduce Axes.repeat Axes.counts", "hyperball mean keep_norm"),
     ("_transforms.step", "decay_and_step _add_corrected_decay*", "adamw"),
+    *((each, "*", "") for each in RECIPES),
     ("_recipes.optimizers", "*", ""),
     ("_recipes.optimizers", "_* module", "sgd adagrad rmsprop adam nadam"),
     ("_recipes.moments", "*", "adagrad rmsprop adam"),
-    ("_recipes.adamh", "*", ""),
-    ("_recipes.ademamix", "*", ""),
-    ("_recipes.laprop", "*", ""),
-    ("_recipes.mars_adamw", "*", ""),
-    ("_recipes.lion", "*", ""),
-    ("_recipes.normuon", "*", "normuon"),
-    ("_recipes.scion", "*", "scion"),
-    ("_recipes.adamuon", "adamuon", ""),
-    ("_recipes.muon", "muon", ""),
-    ("_recipes.muon2", "muon2", ""),
-    ("_recipes.muonh", "muonh", ""),
     ("_recipes.of_matrices", "of_matrices of_polar_factors", "muon muonh normuon adamuon muon2 soap"),
-    ("_recipes.soap", "soap", "soap"),
     ("_recipes.soap", "basis", "soap klsoap"),
-    ("_recipes.soap_muon", "soap_muon", ""),
     ("_recipes.route_matrices", "routed*", "route_matrices muon"),
     ("linalg._newton_schulz", "_standard _by_gram _factor _quintic normalize", "orthogonalize"),
     ("linalg._polar_express", "polar_express", "orthogonalize"),
@@ -113,7 +102,7 @@ UNSEEN = {
         "_transforms.eigenbasis: in_eigenbasis.step: if 4 always",
         "_transforms.eigenbasis: in_eigenbasis.step: sort 1 ignored",
     ],
-    "no entry has such input: a spread refresh, low precision, missing gradients, a mesh, means inside": [
+    "no entry has such input: a spread refresh, default factors, low precision, None, a mesh, means inside": [
         "_transforms.eigenbasis: in_eigenbasis.step: if 0 always",
         "_transforms.eigenbasis: in_eigenbasis.step: map [15] only 1",
         "_transforms.eigenbasis: in_eigenbasis.step: if 1 *",
@@ -129,6 +118,7 @@ UNSEEN = {
         "_distributed.bases: _refreshed: if [01] never",
         "_distributed.bases: _refreshed: map 0 only 1",
         "_distributed.bases: _refreshed: USub 0 gone",
+        "_recipes.soap: klsoap: b2 1 ignored",
         "_recipes.soap: basis: in_eigenbasis 0 without spread",
         "_recipes.soap: basis: in_eigenbasis 0 without block_size",
     ],
@@ -307,11 +297,10 @@ def unseen(pattern):
 
 def entries(mutant, names):
     own = mutant.function.split(".")[0], mutant.module.split(".")[-1]
-    names = names.split() or [name for name in own if name in NAMES][:1]
+    names = names.split() or [name for name in own if name in catalog.NAMES][:1]
     return [entry for entry in catalog.ENTRIES if entry.name in names or entry.id in names]
 
 
-NAMES = {entry.name for entry in catalog.ENTRIES}
 ALL = {str(each): (each, names) for modules, functions, names in PARTS for each in found(modules, functions)}
 HIDDEN = set().union(*(unseen(pattern) for patterns in UNSEEN.values() for pattern in patterns))
 
