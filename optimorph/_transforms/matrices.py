@@ -70,8 +70,8 @@ def orthogonalize(
         missing or unfit shardings inside `jax.shard_map`.
 
     References:
-      Carlson et al. 2015, "Preconditioned spectral descent for deep learning"; Jordan et al. 2024,
-      "Muon: An optimizer for hidden layers in neural networks".
+      Carlson et al. 2015, "Preconditioned spectral descent for deep learning"; Bernstein & Newhouse 2024,
+      arXiv:2409.20325; Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks".
     """
     who = called("orthogonalize")
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
