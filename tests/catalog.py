@@ -123,6 +123,7 @@ def _muon_matrices(om, **kwargs):
     return om.muon(0.02, axes={"*": "io"}, **kwargs)
 
 
+BESIDE_MUON = ("normuon", "adamuon", "muon2")  # optimizers with polar factors, by their names in the papers
 INDEPENDENT = {"weight_decay_form": "independent", "axes": {"*": "io"}}
 
 TRANSFORMS = [
@@ -540,7 +541,7 @@ RECIPES = [
             matrices=True,
             real=True,
         )
-        for name in ("normuon", "adamuon", "muon2")
+        for name in BESIDE_MUON
     ),
     Entry(
         "normuon-shorter",
@@ -634,7 +635,7 @@ MORE = [  # recipes under other arguments, which have no other states
             matrices=True,
             real=True,
         )
-        for name in ("normuon", "adamuon", "muon2")
+        for name in BESIDE_MUON
     ),
     *(
         Entry(

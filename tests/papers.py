@@ -525,16 +525,16 @@ def scale_by_shape(name):
 
 def muon(lr, beta=0.95, nesterov=True, decay=0.0, rows=EXPRESS, scale="rms_to_rms", form="coupled"):
     """For a matrix stored (in, out)."""
-    return of_matrix(lr, ema(beta, nesterov), lambda x: x, decay, rows, scale, form)
+    return of_matrix(lr, ema(beta, nesterov), None, decay, rows, scale, form)
 
 
-def of_matrix(lr, average, adapt, decay=0.0, rows=EXPRESS, scale="keller", form="coupled"):
-    """From a rule of gradients and a function of polar factors, a step of a matrix stored (in, out)."""
+def of_matrix(lr, average, adapt=None, decay=0.0, rows=EXPRESS, scale="keller", form="coupled"):
+    """From a rule of gradients and one of polar factors, a step of a matrix stored (in, out)."""
     down = descent(lr, decay, form)
 
     def step(g, w):
-        factor = adapt(on_singular_values(average(g, w), rows))
-        return down(SHAPES[scale](*g.shape) * factor, w)
+        factor = on_singular_values(average(g, w), rows)
+        return down(SHAPES[scale](*g.shape) * (adapt(factor, w) if adapt else factor), w)
 
     return step
 
@@ -560,33 +560,28 @@ def keep_norm(rule):
 
 def normuon(lr, beta=0.95, b2=0.95, eps=1e-10, shorter=False, nesterov=True, **kwargs):
     """The second moments of the outputs, or with `shorter` of the longer side."""
-    v = 0.0
+    average = ema(b2)
 
-    def adapt(o):
-        nonlocal v
+    def adapt(o, w):
         axis = 1 if shorter and o.shape[0] > o.shape[1] else 0
-        v = b2 * v + (1 - b2) * np.mean(o**2, axis=axis, keepdims=True)
-        u = o / (np.sqrt(np.maximum(v, eps)) if shorter else np.sqrt(v) + eps)
-        return with_norm(u, np.linalg.norm(o))
+        v = average(np.mean(o**2, axis=axis, keepdims=True), w)
+        return o / (np.sqrt(np.maximum(v, eps)) if shorter else np.sqrt(v) + eps)
 
-    return of_matrix(lr, ema(beta, nesterov), adapt, **kwargs)
+    return of_matrix(lr, ema(beta, nesterov), keep_norm(adapt), **kwargs)
 
 
 def adamuon(lr, beta=0.95, b2=0.95, eps=1e-8, nesterov=True, scale="adamw_rms", **kwargs):
-    v = 0.0
+    v = ema(b2)
 
-    def adapt(o):
-        nonlocal v
-        v = b2 * v + (1 - b2) * o**2
-        u = o / (np.sqrt(v) + eps)
-        return with_norm(u, np.sqrt(min(o.shape)))
+    def adapt(o, w):
+        return with_norm(o / (np.sqrt(v(o**2, w)) + eps), np.sqrt(min(o.shape)))
 
     return of_matrix(lr, chain(ema(beta, nesterov), sign()), adapt, scale=scale, **kwargs)
 
 
 def muon2(lr, beta=0.95, b2=0.95, eps=1e-10, nesterov=True, **kwargs):
     m, v = ema(beta, nesterov), ema(b2)
-    return of_matrix(lr, lambda g, w: m(g, w) / (np.sqrt(v(g**2, w)) + eps), lambda o: o, **kwargs)
+    return of_matrix(lr, lambda g, w: m(g, w) / (np.sqrt(v(g**2, w)) + eps), **kwargs)
 
 
 LMOS = {
