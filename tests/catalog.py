@@ -733,8 +733,8 @@ MORE = [  # recipes under other arguments, which have no other states
     ),
     Entry(
         "muonh-others",
-        lambda om: om.muonh(0.1, axes={"*": None}, weight_decay=0.2),
-        lambda: papers.adam(0.1, 0.9, 0.999, 1e-8, decay=0.2),
+        lambda om: om.muonh(0.1, axes={"*": None}, weight_decay=0.2, weight_decay_form="cautious"),
+        lambda: papers.adam(0.1, 0.9, 0.999, 1e-8, decay=0.2, form="cautious"),
     ),
     Entry(
         "muonh-others-rate",

@@ -144,12 +144,14 @@ def test_all_arguments_of_muon():
     for name in ("muonh", "normuon", "adamuon", "muon2"):
         own = inspect.signature(getattr(om, name)).parameters
         for argument, parameter in inspect.signature(om.muon).parameters.items():
-            if name != "muonh" or argument not in ("scale", "weight_decay_form"):
+            if name != "muonh" or argument != "scale":
                 assert own[argument].annotation == parameter.annotation
     with pytest.raises(TypeError, match="unexpected keyword argument 'axis'"):
         om.normuon(0.1, axis={"*": "io"})
     with pytest.raises(ValueError, match="normuon: others_learning_rate must be finite and at least 0"):
         om.normuon(0.1, others_learning_rate=-1.0)
+    with pytest.raises(ValueError, match="muonh: weight_decay_form is for the AdamW that others replaces"):
+        om.muonh(0.1, weight_decay_form="cautious", others=om.sgd(0.1))
 
 
 @rounding.in_float64

@@ -168,6 +168,7 @@ UNSEEN = {
         "_transforms.matrices: scale_by_shape: Rule 0 without begin",
         "_transforms.skip_nonfinite: skip_nonfinite.update: where 0 *",
         "_transforms.skip_nonfinite: skip_nonfinite.update: increment *",
+        "_recipes.of_matrices: of_matrices: weight_decay_form 0 ignored",
         "_recipes.of_matrices: of_matrices: if 3 always",
         "_recipes.of_matrices: of_matrices: if [67] *",
     ],

@@ -22,7 +22,6 @@ def adamuon(
     *,
     nesterov: bool = True,
     weight_decay: ScalarOrSchedule = 0.01,
-    weight_decay_form: str = "coupled",
     scale: Scale = "adamw_rms",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
@@ -60,7 +59,6 @@ def adamuon(
         scale_by_shape(lambda inputs, outputs: max(inputs, outputs) ** -0.5),  # (4)
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         scale=scale,
         **arguments,
     )

@@ -16,7 +16,6 @@ def muon(
     *,
     nesterov: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,
-    weight_decay_form: str = "coupled",
     scale: Scale = "rms_to_rms",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
@@ -70,7 +69,6 @@ def muon(
         ema(momentum, nesterov=nesterov, dtype=arguments.get("mu_dtype")),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         scale=scale,
         **arguments,
     )

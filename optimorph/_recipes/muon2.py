@@ -21,7 +21,6 @@ def muon2(
     *,
     nesterov: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,
-    weight_decay_form: str = "coupled",
     scale: Scale = "keller",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
@@ -54,7 +53,6 @@ def muon2(
         ),
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         scale=scale,
         **arguments,
     )

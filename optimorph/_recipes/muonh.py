@@ -26,7 +26,8 @@ def muonh(
     about √(η λ) corresponds to Muon with the learning rate η and the decay λ.
 
     Args:
-      weight_decay: and `mask`: those of the AdamW for other leaves. Matrices have no decay.
+      weight_decay: and `weight_decay_form`, `mask`: those of the AdamW for other leaves. Matrices have no
+        decay.
       arguments: as in `muon`.
 
     Raises:

@@ -29,7 +29,6 @@ def normuon(
     average: str = "inputs",
     nesterov: bool = True,
     weight_decay: ScalarOrSchedule = 0.0,
-    weight_decay_form: str = "coupled",
     scale: Scale = "keller",
     **arguments: Unpack[PolarArguments],
 ) -> Recipe:
@@ -66,7 +65,6 @@ def normuon(
         keep_norm(divide(identity, by=_second_moment(average, b2, eps))),  # (1), (2)
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         scale=scale,
         **arguments,
     )

@@ -25,6 +25,7 @@ from optimorph._transforms.step import decay_and_step
 class MatrixArguments(TypedDict, total=False):
     """The arguments that all optimizers of matrices share; `muon` describes them. None is the default."""
 
+    weight_decay_form: str | None
     mask: Mask | None
     axes: AxesRules | None
     others: optax.GradientTransformation | None
@@ -80,6 +81,7 @@ def of_matrices(
         "nu_dtype": nu_dtype is not None and not own_nu,
         "mask": mask is not None and last is not None,
         "weight_decay": not no_decay and last is not None,
+        "weight_decay_form": weight_decay_form != "coupled" and last is not None,
     }
     if others is not None and any(for_adamw.values()):
         name = next(name for name, given in for_adamw.items() if given)

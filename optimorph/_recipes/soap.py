@@ -36,7 +36,6 @@ def soap(
     *,
     every: int = 10,
     max_dim: int | None = 10_000,
-    weight_decay_form: str = "coupled",
     **arguments: Unpack[EigenbasisArguments],
 ) -> Recipe:
     """SOAP: Adam in the eigenbasis of Shampoo's factors, for matrices; AdamW for everything else.
@@ -76,7 +75,6 @@ def soap(
         matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         **others,
     )
 
@@ -91,7 +89,6 @@ def klsoap(
     *,
     every: int = 10,
     max_dim: int | None = 10_000,
-    weight_decay_form: str = "coupled",
     **arguments: Unpack[EigenbasisArguments],
 ) -> Recipe:
     """KL-SOAP: SOAP in which each factor is weighted by the inverse of the other. It corrects no bias.
@@ -124,7 +121,6 @@ def klsoap(
         matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         **others,
     )
 
@@ -140,7 +136,6 @@ def shampoo(
     power: float = 0.25,
     every: int = 10,
     max_dim: int | None = 10_000,
-    weight_decay_form: str = "coupled",
     **arguments: Unpack[EigenbasisArguments],
 ) -> Recipe:
     """Shampoo: the average gradient, multiplied from both sides by inverse roots of its factors L and R.
@@ -181,7 +176,6 @@ def shampoo(
         matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         **others,
     )
 

@@ -28,7 +28,6 @@ def soap_muon(
     every: int = 1,
     max_dim: int | None = 10_000,
     weight_decay: ScalarOrSchedule = 0.0,
-    weight_decay_form: str = "coupled",
     scale: Scale = "keller",
     **arguments: Unpack[Arguments],
 ) -> Recipe:
@@ -65,7 +64,6 @@ def soap_muon(
         matrices,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        weight_decay_form=weight_decay_form,
         scale=scale,
         **others,
     )
