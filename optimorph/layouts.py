@@ -18,7 +18,7 @@ from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules, PyTree, Shape
 from optimorph._routing.leaf_spec import HEAD
-from optimorph._routing.name_rules import UNDECIDED
+from optimorph._routing.name_rules import UNDECIDED, WEIGHT
 from optimorph._routing.names import by_name, with_layers
 from optimorph._routing.resolve import resolve_leaves
 from optimorph.linalg import Axes
@@ -150,4 +150,4 @@ _KEY_AND_VALUE = re.compile(r"(^|/)w?kv_b(_proj)?(/kernel)?$")
 
 def _module(path: str) -> str:
     """The module of attention, of a leaf that is the kernel of one of its layers."""
-    return re.sub(r"/[^/]+(/(kernel|weight|w))?$", "", path)
+    return re.sub(rf"/[^/]+(/{WEIGHT})?$", "", path)

@@ -8,10 +8,11 @@ from optimorph._core.types import Shape
 from optimorph._routing.grouping import without_numbers
 from optimorph._routing.layer_widths import is_inside, layer_name, number_of, sides_of
 from optimorph._routing.leaf_spec import LeafSpec, unresolved
+from optimorph._routing.name_rules import WEIGHT
 
 _PARTS = range(2, 9)
 
-_QKV = re.compile(r"(?<![^/.])w?qkv(_proj)?[/.](kernel|weight|w)$")
+_QKV = re.compile(rf"(?<![^/.])w?qkv(_proj)?[/.]{WEIGHT}$")
 """A name of query, key and value in one leaf, one after the other."""
 
 _ONE = re.compile(r"(^|[/_])w?(q|k|v|kv|query|key|value)(_\w+)?$", re.IGNORECASE)

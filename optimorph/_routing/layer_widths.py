@@ -4,12 +4,12 @@ import re
 
 from optimorph._core.types import Shape
 from optimorph._routing.leaf_spec import HEAD, LeafSpec
-from optimorph._routing.name_rules import BLOCK
+from optimorph._routing.name_rules import BLOCK, WEIGHT
 from optimorph.linalg import Axes
 
 _ANY_LAYER = re.compile(
     r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
-    r"(kernel|weight|w)|w_?\d+|\d+)$",
+    rf"{WEIGHT}|w_?\d+|\d+)$",
     re.IGNORECASE,
 )
 """A name that does not say what a layer is for."""
@@ -21,7 +21,7 @@ _INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt"))
 
 DISTRIBUTION = "distribution"
 
-_OF_LAYER = re.compile(r"/(kernel|weight|w)$|(?<=\d)/\d+$", re.IGNORECASE)
+_OF_LAYER = re.compile(rf"/{WEIGHT}$|(?<=\d)/\d+$", re.IGNORECASE)
 
 
 def has_no_name(path: str) -> bool:

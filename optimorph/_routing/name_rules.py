@@ -54,7 +54,7 @@ def _gpt2_rule(role: str, name: str, spec: str, when: Callable[[Shape], bool]) -
 
 
 _NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?", "maxtext(scan_axis=1)"
-_WEIGHT = "(kernel|weight|w)"
+WEIGHT = _WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
 _UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
 _CONV = r"\w*conv\w*/"
@@ -120,7 +120,7 @@ RULES = (
     NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(\w+_)?(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
     NameRule("norm", rf"\w*norm_{_LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
-    NameRule("vector", r"(kernel|weight|w)_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
+    NameRule("vector", rf"{_WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule(
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
@@ -160,7 +160,7 @@ RULES = (
     NameRule("embedding", "weight", when=shapes.flipped(shapes.is_patches)),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
-    NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/(kernel|weight|w)"),
+    NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/" + _WEIGHT),
     NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or shapes.few_outputs(shape)),
     NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
     NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=shapes.few_outputs),

@@ -18,6 +18,7 @@ from optimorph._routing.layer_widths import (
     sides_of,
 )
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
+from optimorph._routing.name_rules import WEIGHT
 from optimorph._routing.names import by_name
 from optimorph.linalg import Axes
 
@@ -26,7 +27,7 @@ _PARTS = ("vector", "norm", "bias")
 
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
 
-_SCAN = re.compile(r"(^|/)layers?/(kernel|weight|w)$", re.IGNORECASE)
+_SCAN = re.compile(rf"(^|/)layers?/{WEIGHT}$", re.IGNORECASE)
 """The name of all layers of a scan, where the leaf is a stack."""
 
 

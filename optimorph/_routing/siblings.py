@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, without_numbers
+from optimorph._routing.name_rules import WEIGHT
 from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name
 
 _Counts = set[tuple[int, int]]
@@ -30,7 +31,7 @@ class _Module:
 
     def __init__(self):
         self.counts: _Counts | None = None
-        self.vectors = self.widest = 0
+        self.vectors = 0
         self.stacked_vectors: list[Shape] = []
 
     def add(self, shape: Shape, is_vector: bool) -> None:
@@ -140,7 +141,7 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
 
 def _bias_of(path: str) -> str:
     """The path of the bias of a layer, of that of its matrix."""
-    found = re.search(r"(?<![^/.])(kernel|weight|w)$", path)
+    found = re.search(rf"(?<![^/.]){WEIGHT}$", path)
     return f"{path}_bias" if found is None else path[: found.start()] + ("b" if found[0] == "w" else "bias")
 
 
@@ -176,7 +177,7 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
     if len(shape) not in (2, 3) or _SEVERAL.search(path):
         return None
     outputs_first = path.endswith("weight")
-    name = re.sub(r"/(kernel|weight|w)$", "", path)
+    name = re.sub(rf"/{WEIGHT}$", "", path)
     down = _DOWN.search(name.rpartition("/")[2]) is not None
     width = shape[2 if down != outputs_first else 1] if len(shape) == 3 else shape[1]
     near = [router for other, router in routers if len(router) == 2 and _is_beside(path, other)]
