@@ -1,14 +1,7 @@
 """Optimizers for JAX, from gradient descent to Muon, as chains of small gradient transformations.
 
-Transforms: `momentum`, `ema`, `slow_ema`, `square`, `sign`, `accumulate`, `debias`, `root`, `divide`, `add`,
-`mix`, `orthogonalize`, `scale_by_shape`, `scale_by_rules`, `add_decayed_weights`, `scale_by_learning_rate`,
-`hyperball`, `mean`, `keep_norm`, `factored`, `in_eigenbasis`, `cautious`, `dampen`, `extrapolate`,
-`in_float32`, `in_bfloat16`, `clip_by_global_norm`, `clip_norm`, `clip_rms`, `clip_attention_logits`,
-`skip_nonfinite`, `multi_steps`. `chain` joins them, and takes transformations of optax too.
-
-Optimizers: `sgd`, `adagrad`, `rmsprop`, `adam`, `nadam`, `adamw`, `nadamw`, `adamh`, `ademamix`, `laprop`,
-`lion`, `mars_adamw`, `muon`, `muonh`, `normuon`, `adamuon`, `muon2`, `scion`, `soap`, `klsoap`, `shampoo`,
-`soap_muon`.
+Transforms, such as `ema`, `orthogonalize` and `add_decayed_weights`, are the parts of optimizers, such as
+`adamw`, `muon` and `soap`. `chain` joins them, and takes transformations of optax too.
 
 Routing: `plan` shows what an optimizer does with every leaf, and what every device of a mesh computes and
 sends. `Hardware` describes devices whose speed the library does not know. `route_matrices` gives matrices to

@@ -164,7 +164,6 @@ UNSEEN = {
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: where [12] *",
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: [Mm][iu]*",
         "_transforms.clip_by_global_norm: clip_by_global_norm.update: map *",
-        "_transforms.hyperball: hyperball.advance: increment 0 only 0",
         "_transforms.matrices: scale_by_shape: Rule 0 without begin",
         "_transforms.skip_nonfinite: skip_nonfinite.update: where 0 *",
         "_transforms.skip_nonfinite: skip_nonfinite.update: increment *",

@@ -1,4 +1,7 @@
-"""Errors that name the transform, what it was given, what it expected and what to type instead."""
+"""Errors that name the transform, what it was given, what it expected and what to type instead.
+
+Every `check_` function raises a ValueError that names `who`, the argument, its value and one that would do.
+"""
 
 import functools
 import inspect
@@ -75,11 +78,7 @@ class LeafError(ValueError):
 
 
 def check_numbers(who: str, **values: Any) -> None:
-    """Refuse what is not one number, or outside its range; of tracers the shape is seen, schedules pass.
-
-    Raises:
-      ValueError: naming `who`, the argument, its value, its range and a value that would do.
-    """
+    """Refuse what is not one number, or outside its range; of tracers the shape is seen, schedules pass."""
     for name, value in values.items():
         if is_schedule(value) and name in SCHEDULED:
             check_schedule(who, name, value)
@@ -103,11 +102,7 @@ def check_numbers(who: str, **values: Any) -> None:
 
 
 def check_schedule(who: str, name: str, schedule: Any) -> None:
-    """Refuse a function that cannot be called with a step count alone.
-
-    Raises:
-      ValueError: naming `who`, the argument and a schedule that would do.
-    """
+    """Refuse a function that cannot be called with a step count alone."""
     if (fault := call_fault(schedule, 0)) is not None:
         raise ValueError(
             f"{who}: {name} must be a number or a function of the step count, but {_name(schedule)} cannot "
@@ -132,11 +127,7 @@ def call_fault(f: Any, *arguments: Any) -> str | None:
 
 
 def check_function(who: str, name: str, f: Any, of: str, *arguments: Any) -> None:
-    """Refuse what is no function of these arguments.
-
-    Raises:
-      ValueError: naming `who`, the argument and what it should be a function of.
-    """
+    """Refuse what is no function of these arguments."""
     if (fault := call_fault(f, *arguments)) is not None:
         raise ValueError(f"{who}: {name} must be a function of {of}, but is {f!r}: {fault}.")
 
@@ -152,22 +143,14 @@ def one_or_several(names: Any) -> list[Any]:
 
 
 def check_flags(who: str, **flags: Any) -> None:
-    """Refuse what is no boolean.
-
-    Raises:
-      ValueError: naming `who`, the argument and its value.
-    """
+    """Refuse what is no boolean."""
     for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool_):
             raise ValueError(f"{who}: {name} must be True or False, but is {flag!r}. Type {name}=True.")
 
 
 def check_transforms(who: str, *transforms: Any) -> None:
-    """Refuse what is no gradient transformation, such as a recipe that was not called.
-
-    Raises:
-      ValueError: naming `who` and what was given.
-    """
+    """Refuse what is no gradient transformation, such as a recipe that was not called."""
     for tx in transforms:
         if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
             call = f"{_name(tx)}(...), which makes one" if callable(tx) else "optimorph.adamw(1e-3)"
@@ -178,11 +161,7 @@ def check_transforms(who: str, *transforms: Any) -> None:
 
 
 def check_counts(who: str, **counts: Any) -> None:
-    """Refuse what is no integer of at least 1; None passes where it has a meaning.
-
-    Raises:
-      ValueError: naming `who`, the argument and its value.
-    """
+    """Refuse what is no integer of at least 1; None passes where it has a meaning."""
     for name, value in counts.items():
         if not (is_integer(value, 1) or (value is None and name in ("block_size", "max_dim"))):
             raise ValueError(
@@ -191,11 +170,7 @@ def check_counts(who: str, **counts: Any) -> None:
 
 
 def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name: str = "factor") -> None:
-    """Refuse what is no factor of a leaf of this shape.
-
-    Raises:
-      ValueError: naming `who`, the leaf and the factor, which the user knows as `name`.
-    """
+    """Refuse what is no factor of a leaf of this shape."""
     known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array) and is_array(factor)
     if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
         raise ValueError(f"{who}: the {name} of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
@@ -215,11 +190,7 @@ def _name(x: Any) -> str:
 
 
 def check_dtypes(who: str, **dtypes: Any) -> None:
-    """Refuse a dtype that cannot hold what it is for; None passes.
-
-    Raises:
-      ValueError: naming `who`, the argument and a dtype that would do.
-    """
+    """Refuse a dtype that cannot hold what it is for; None passes."""
     for name, dtype in dtypes.items():
         if dtype is None:
             continue
@@ -255,31 +226,24 @@ def checked(recipe: Callable[P, R]) -> Callable[P, R]:
         if isinstance(parameter.default, bool) or bool in get_args(parameter.annotation)
     }
 
+    checks = (check_numbers, RANGES), (check_dtypes, DTYPES), (check_counts, COUNTS), (check_flags, flags)
+
     @functools.wraps(recipe)
     def build(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
             raise TypeError(f"{recipe.__name__}: {error}") from None
-        numbers = {k: v for k, v in given.items() if k in RANGES and not (v is None and k in absent)}
-        check_numbers(recipe.__name__, **numbers)
-        check_dtypes(recipe.__name__, **{k: v for k, v in given.items() if k in DTYPES})
-        check_counts(recipe.__name__, **{k: v for k, v in given.items() if k in COUNTS})
-        check_flags(
-            recipe.__name__,
-            **{k: v for k, v in given.items() if k in flags and not (v is None and k in absent)},
-        )
+        given = {k: v for k, v in given.items() if not (v is None and k in absent)}
+        for check, names in checks:
+            check(recipe.__name__, **{k: v for k, v in given.items() if k in names})
         return recipe(*args, **kwargs)
 
     return build
 
 
 def check_params(who: str, params: Any, why: str) -> None:
-    """Refuse an `update` without the parameters that it needs.
-
-    Raises:
-      ValueError: naming `who`, the reason and the call to type.
-    """
+    """Refuse an `update` without the parameters that it needs."""
     if params is None:
         raise ValueError(
             f"{who}: update was called without params, but {why}. "
@@ -294,11 +258,7 @@ def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
 
 
 def check_seed(who: str, seed: Any) -> None:
-    """Refuse what is no seed of `jax.random.key`.
-
-    Raises:
-      ValueError: naming `who`.
-    """
+    """Refuse what is no seed of `jax.random.key`."""
     if not is_integer(seed, 0, 2**32):
         raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
 

@@ -15,11 +15,7 @@ _NAN = np.array(np.nan, jnp.bfloat16)  # no operation makes it, which jax_debug_
 
 
 def check_key(who: str, key: Any) -> None:
-    """Refuse what is no single key of `jax.random`, of either form.
-
-    Raises:
-      ValueError: naming `who`, and what to type.
-    """
+    """Refuse what is no single key of `jax.random`, of either form."""
     dtype, shape = getattr(key, "dtype", None), np.shape(key)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (shape == () if typed else dtype == jnp.uint32 and len(shape) == 1):

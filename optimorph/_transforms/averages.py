@@ -196,14 +196,10 @@ def momentum(
             v if dtype is None else _stored(v, dtype)
         )  # (3), (2)
 
-    return transform(
-        "momentum",
-        Rule(
-            roles_of(MomentumState),
-            update,
-            init=lambda leaf: MomentumState(full_like(leaf.weight, 0.0, dtype)),
-        ),
-    )
+    def init(leaf):
+        return MomentumState(full_like(leaf.weight, 0.0, dtype))
+
+    return transform("momentum", Rule(roles_of(MomentumState), update, init))
 
 
 def accumulate(
@@ -233,14 +229,10 @@ def accumulate(
         s = x + s  # (1)
         return as_kind_of(s, g), AccumulateState(s if dtype is None else _stored(s, dtype))  # (2)
 
-    return transform(
-        "accumulate",
-        Rule(
-            roles_of(AccumulateState),
-            update,
-            init=lambda leaf: AccumulateState(full_like(leaf.weight, initial, dtype)),
-        ),
-    )
+    def init(leaf):
+        return AccumulateState(full_like(leaf.weight, initial, dtype))
+
+    return transform("accumulate", Rule(roles_of(AccumulateState), update, init))
 
 
 def _lerp(g: jax.Array, m: jax.Array, decay: Numeric) -> jax.Array:

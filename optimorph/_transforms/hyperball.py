@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import check_numbers, check_params
-from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, upcast
+from optimorph._core.numbers import as_scalar, upcast
 from optimorph._core.roles import roles_of
-from optimorph._core.rule import Rule, called, transform
+from optimorph._core.rule import Rule, called, rule_of, transform
 from optimorph._core.types import AxesRules, Rules, ScalarOrSchedule
 from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.resolve import AxesOfLeaves
-from optimorph._transforms.step import LearningRateState
+from optimorph._transforms.step import LearningRateState, scale_by_learning_rate
 
 
 def hyperball(
@@ -51,17 +51,15 @@ def hyperball(
     """
     who = called("hyperball")
     check_numbers(who, learning_rate=learning_rate)
-    rate_at = as_schedule(learning_rate)
+    steps: Any = rule_of(scale_by_learning_rate(learning_rate))
     own = AxesOfLeaves(who, axes, shardings)
 
     def begin(leaves):
         own.check(leaves)
-        count = jnp.zeros([], jnp.int32)
-        return LearningRateState(count, as_float32(rate_at(count)))
+        return steps.begin(leaves)
 
     def advance(state, leaves):
-        rate = rate_at(state.count)
-        after = LearningRateState(increment(state.count), as_float32(rate))
+        rate, after = steps.advance(state, leaves)
         return (rate, *own.axes_and_shardings(leaves)), after
 
     def update(u, state, leaf, now):
