@@ -197,17 +197,7 @@ def pointwise(update: Callable[..., jax.Array]) -> Rule:
 
 
 def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
-    """Make an optax transformation that updates each leaf by `rule`.
-
-    A leaf without a gradient has the update None and keeps its state. Integers and other parameters that are
-    not real or complex numbers have no state. Updates have the dtype of the gradients.
-
-    Args:
-      who: the name of the transformation in error messages.
-      rule: the rule for one leaf.
-      strict: whether a gradient must be complex exactly where its parameter is. If not, it may be the update
-        of another transformation, such as a square.
-    """
+    """Make an optax transformation that updates each leaf by `rule`, as `own_rule.transform` says."""
     who = called(who)
 
     def init(params):
