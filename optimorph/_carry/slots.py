@@ -47,10 +47,7 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
         "amsgrad",
         {"count": STEPS, "mu": FIRST, "nu": SECOND, "nu_max": "largest second moment"},
     ),
-    "ScaleByBeliefState": (
-        "adabelief",
-        {"count": STEPS, "mu": FIRST, "nu": "second moment of the surprise"},
-    ),
+    "ScaleByBeliefState": ("adabelief", {"count": STEPS, "mu": FIRST, "nu": "second moment of the surprise"}),
     "EmaState": ("ema", {"count": STEPS, "ema": AVERAGE}),
     "TraceState": ("sgd with momentum", {"trace": VELOCITY}),
     "ScaleByRmsState": ("rmsprop", {"nu": SECOND}),

@@ -139,10 +139,7 @@ def place(
             for span in itertools.chain.from_iterable(exchange.rounds)
             if span.parts > 1
         ),
-        seconds=(
-            sum(load.computing for load in loads),
-            sum(load.sending + load.sharing for load in loads),
-        ),
+        seconds=(sum(load.computing for load in loads), sum(load.sending + load.sharing for load in loads)),
     )
 
 

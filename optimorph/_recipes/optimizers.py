@@ -185,10 +185,7 @@ def adam(
     """
     tx = chain(
         _l2(weight_decay, mask),
-        divide(
-            chain(ema(b1, dtype=mu_dtype), debias(b1)),
-            by=second_moment(b2, eps, eps_root, nu_dtype),
-        ),
+        divide(chain(ema(b1, dtype=mu_dtype), debias(b1)), by=second_moment(b2, eps, eps_root, nu_dtype)),
         scale_by_learning_rate(learning_rate),
     )
     return with_state_storage("adam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
@@ -221,10 +218,7 @@ def nadam(
     """
     tx = chain(
         _l2(weight_decay, mask),
-        divide(
-            _dozat(b1, mu_dtype),
-            by=second_moment(b2, eps, eps_root, nu_dtype),
-        ),
+        divide(_dozat(b1, mu_dtype), by=second_moment(b2, eps, eps_root, nu_dtype)),
         scale_by_learning_rate(learning_rate),
     )
     return with_state_storage("nadam", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
@@ -270,10 +264,7 @@ def adamw(
       corrected: Defazio 2025, "Why gradients rapidly increase near the end of training", arXiv:2506.02285.
     """
     tx = chain(
-        divide(
-            chain(ema(b1, dtype=mu_dtype), debias(b1)),
-            by=second_moment(b2, eps, eps_root, nu_dtype),
-        ),
+        divide(chain(ema(b1, dtype=mu_dtype), debias(b1)), by=second_moment(b2, eps, eps_root, nu_dtype)),
         *decay_and_step("adamw", learning_rate, weight_decay, mask, weight_decay_form),
     )
     return with_state_storage("adamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
@@ -303,10 +294,7 @@ def nadamw(
       arXiv:1711.05101.
     """
     tx = chain(
-        divide(
-            _dozat(b1, mu_dtype),
-            by=second_moment(b2, eps, eps_root, nu_dtype),
-        ),
+        divide(_dozat(b1, mu_dtype), by=second_moment(b2, eps, eps_root, nu_dtype)),
         *decay_and_step("nadamw", learning_rate, weight_decay, mask, weight_decay_form),
     )
     return with_state_storage("nadamw", tx, state, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
@@ -329,9 +317,7 @@ def _l2(weight_decay: ScalarOrSchedule | None, mask: Mask | None) -> optax.Gradi
         return add_decayed_weights(weight_decay, mask)
     who = called("add_decayed_weights")
     rule = Rule(
-        optax.EmptyState(),
-        lambda g, s, leaf, now: (g, s),
-        begin=lambda leaves: check_mask(who, mask, leaves),
+        optax.EmptyState(), lambda g, s, leaf, now: (g, s), begin=lambda leaves: check_mask(who, mask, leaves)
     )
     return transform("add_decayed_weights", rule)
 

@@ -70,13 +70,7 @@ def soap(
     first = chain(ema(b1, dtype=arguments.get("mu_dtype")), debias(b1))
     second = chain(stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps), debias(b2, power=0.5))
     matrices, others = basis("soap", divide(first, by=chain(square(), second)), b2, every, max_dim, arguments)
-    return of_matrices(
-        "soap",
-        matrices,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        **others,
-    )
+    return of_matrices("soap", matrices, learning_rate=learning_rate, weight_decay=weight_decay, **others)
 
 
 @recipe
@@ -116,13 +110,7 @@ def klsoap(
     second = chain(square(), stored(ema, b2, dtype=arguments.get("nu_dtype")), root(eps))
     quotient = divide(ema(b1, dtype=arguments.get("mu_dtype")), by=second)
     matrices, others = basis("klsoap", quotient, b2, every, max_dim, arguments, kl=True)
-    return of_matrices(
-        "klsoap",
-        matrices,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        **others,
-    )
+    return of_matrices("klsoap", matrices, learning_rate=learning_rate, weight_decay=weight_decay, **others)
 
 
 @recipe
@@ -171,13 +159,7 @@ def shampoo(
     first = chain(ema(b1, dtype=arguments.get("mu_dtype")), debias(b1))
     rank_one = chain(square(), factored(b2, geometric=power == 0.25), debias(b2), root(eps))
     matrices, others = basis("shampoo", divide(first, by=rank_one), b2, every, max_dim, arguments, sort=False)
-    return of_matrices(
-        "shampoo",
-        matrices,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        **others,
-    )
+    return of_matrices("shampoo", matrices, learning_rate=learning_rate, weight_decay=weight_decay, **others)
 
 
 def basis(
