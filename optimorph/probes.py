@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from optimorph import linalg
 from optimorph._core.checks import check_flags, check_params, is_integer, one_or_several
@@ -29,7 +28,7 @@ from optimorph._core.roles import FIRST, Role, holds, scalar
 from optimorph._core.rule import Leaves, wrapped
 from optimorph._core.types import AxesRules, PyTree
 from optimorph._distributed.map_by_shape import map_by_shape
-from optimorph._distributed.shardings import explicit_axes
+from optimorph._distributed.shardings import undivided
 from optimorph._routing.resolve import resolve_leaves, resolved_axes
 from optimorph.linalg import Axes
 
@@ -273,7 +272,7 @@ def _of_matrices(
         mine = [(path, name.removeprefix(of + "_")) for path, name in pairs if name.startswith(of + "_")]
         names = list(dict.fromkeys(name for _, name in mine))
         paths = list(dict.fromkeys(path for path, _ in mine))
-        arrays = [_whole(upcast(getattr(leaves[path], of))) for path in paths]
+        arrays = [undivided(upcast(getattr(leaves[path], of))) for path in paths]
         stacks = [forms[path].matrices(x) for path, x in zip(paths, arrays, strict=True)]
         numbers = iter(
             map_by_shape(
@@ -287,13 +286,6 @@ def _of_matrices(
             means = jnp.mean(jnp.concatenate(rows), axis=0)
             found |= {(path, f"{of}_{name}"): means[k] for k, name in enumerate(names)}
     return found
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    """An array whose type says how it is divided over a mesh, undivided; others the compiler sees to."""
-    if not explicit_axes([x]):
-        return x
-    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
 
 
 def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:

@@ -61,6 +61,8 @@ def test_repeated_and_interleaved_blocks():
     np.testing.assert_array_equal(a, x[:, ::3])
     np.testing.assert_array_equal(b, x.reshape(4, 4, 3)[:, :, 1:].reshape(4, 8))
     assert Axes("i(2*3 o)").parts == Axes("i(6o)").parts
+    for axis in ["(8+2+2 o)", "(4+4+4 o)", "(2*(2+1) o)", "(2~(2+1) o)", "(6o)", "(~2 o)", "(~(2+2) o)"]:
+        assert str(Axes(f"i{axis}").parts[1]) == axis
     assert Axes("i(128*(192+64) o)").stacks((512, 128 * 256)) == ((128, 512, 192), (128, 512, 64))
     assert "does not divide into 2+1 parts 5 times" in Axes("i(5*(2+1) o)").misfit((4, 12))
     for spec in ("i(2*(4+2) o)", "i(2~(4+1+1) o)", "i(~2 o)", "(~(1+2) i)o"):

@@ -103,6 +103,38 @@ LAYOUTS = {
             )
         ],
     ),
+    "grouped, all in one": (
+        {"qkv/kernel": (MODEL, 2 * HEADS * SIZE), "qkv/bias": (2 * HEADS * SIZE,)},
+        {"*": "i(4+2+2 o)"},
+        lambda p: [
+            dense(by_heads(p["qkv/kernel"][:, part], heads), p["qkv/bias"][part].reshape(heads, SIZE))
+            for part, heads in ((slice(4 * SIZE), 4), (slice(4 * SIZE, 6 * SIZE), 2))
+        ],
+    ),
+    "all in one, of whole matrices": (
+        {"qkv/weight": (3 * HEADS * SIZE, MODEL)},
+        {"*": "(4+4+4 o)i"},
+        lambda p: [dense(by_heads(w.T)) for w in jnp.split(p["qkv/weight"], 3)[:2]],
+    ),
+    "all in one, three times the heads": (
+        {"qkv/kernel": (MODEL, 3 * HEADS * SIZE)},
+        {"*": "i(3*4 o)"},
+        lambda p: [dense(by_heads(k)) for k in jnp.split(p["qkv/kernel"], 3, axis=1)[:2]],
+    ),
+    "head by head, each a matrix": (
+        {"qkv/kernel": (MODEL, HEADS * 3 * SIZE)},
+        {"*": "i(4*3 o)"},
+        lambda p: [dense(p["qkv/kernel"].reshape(MODEL, HEADS, 3, SIZE)[:, :, k]) for k in (0, 1)],
+    ),
+    "group by group, each a matrix": (
+        {"wqkv": (MODEL, 2 * 4 * SIZE)},
+        {"*": "i(2*(2+1+1) o)"},
+        lambda p: [
+            dense(by_heads(group[:, :, part].reshape(MODEL, -1), heads))
+            for group in [p["wqkv"].reshape(MODEL, 2, 4, SIZE)]
+            for part, heads in ((slice(2), 4), (slice(2, 3), 2))
+        ],
+    ),
     "head by head": (
         {"query_key_value/kernel": (MODEL, HEADS * 3 * SIZE), "query_key_value/bias": (HEADS * 3 * SIZE,)},
         {"*": "i(4~3 o)"},
@@ -140,7 +172,7 @@ LAYOUTS = {
     ),
 }
 every = pytest.mark.parametrize("layout", LAYOUTS)
-SHARED = ("grouped", "grouped, heads in one axis", "Levanter", "layers second", "group by group")
+SHARED = {name for name in LAYOUTS if "group" in name} | {"Levanter", "layers second"}
 """Whose keys serve two heads."""
 
 
@@ -329,6 +361,33 @@ def test_a_running_maximum_over_the_gradients_of_a_step(fault):
     rounding.close(optax.apply_updates(w, updates), want, units=8)
 
 
+AROUND = {
+    "optax.named_chain": lambda clip: optax.named_chain(("step", om.sgd(0.0)), ("clip", clip())),
+    "skip_nonfinite": lambda clip: om.skip_nonfinite(clip()),
+    "inject_hyperparams": lambda clip: om.inject_hyperparams(clip)(threshold=lambda count: TAU),
+    "compress_state": lambda clip: om.compress_state(om.chain(om.momentum(0.9), clip())),
+    "in_bfloat16": lambda clip: om.in_bfloat16(clip()),
+    "partition": lambda clip: om.partition({"*attn*": "a", "*": "b"}, {"a": clip(), "b": om.sgd(0.0)}),
+    "optax.masked": lambda clip: optax.masked(
+        clip(), lambda params: {name: "attn" in name for name in params}
+    ),
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_a_running_maximum_inside_other_transforms(around):
+    """In units of float32, in which in_bfloat16 hands a state to what is inside it."""
+    params, axes, _ = attention("Flax")
+    tx = om.multi_steps(around(lambda threshold=TAU: om.clip_attention_logits(threshold, axes)), 2)
+    state, w = tx.init(params), params
+    update = jax.jit(lambda g, state, w, s: tx.update(g, state, w, attention_logits={"block/attn": s}))
+    for s in ([2.0, 9.0, 3.0, 1.0], [8.0, 1.0, 2.0, 1.0]):
+        updates, state = update(jax.tree.map(jnp.zeros_like, w), state, w, jnp.array(s))
+        w = optax.apply_updates(w, updates)
+    want = om.qk_clip(params, {"block/attn": jnp.array([8.0, 9, 3, 1])}, axes, TAU)
+    rounding.close(w, want, units=8, dtype="float32")
+
+
 @pytest.mark.parametrize("unused", [{"weight": 0.0}, {"weight": np.nan}, {}], ids=str)
 def test_the_logits_of_a_gradient_that_only_ends_a_window(unused):
     """Of weight 0, or not finite: they do not count in the step that it makes."""
@@ -386,6 +445,15 @@ def test_refused(maxima, words):
 
 
 def test_axes_that_do_not_tell_the_heads():
+    fused = drawn({"qkv": (MODEL, 8 * SIZE)})
+    with pytest.raises(ValueError, match=r"clip_attention_logits: .*'io' do not tell .* 'i\(12\+12\+12 o\)'"):
+        om.clip_attention_logits(axes={"*": f"i({4 * SIZE}+{2 * SIZE}+{2 * SIZE} o)"}).init(fused)
+    with pytest.raises(
+        ValueError, match=r"qk_clip: a part of 'qkv' has shape .* 'i\(4o\)', which do not fit"
+    ):
+        om.qk_clip(fused, {"": jnp.ones(2)}, {"*": "i(4+2+2 o)"})
+    with pytest.raises(ValueError, match=r"qk_clip: 'qkv' has .* do not tell query, key and value"):
+        om.qk_clip(fused, {"": jnp.ones(2)}, {"*": "i(2*2 o)"})
     params = drawn({"q_proj/kernel": D2, "k_proj/kernel": D2})
     with pytest.raises(ValueError, match=r"'q_proj/kernel' has shape .* 'i\(12o\)'"):
         om.clip_attention_logits().init(params)
@@ -413,12 +481,13 @@ LATENT = (
 
 
 BY_SHAPE = "layers second", "grouped, heads in one axis", "all in one"
+GROUPED = "group by group", "grouped, all in one", "all in one, three times the heads"
 
 
 def clipped(package):
     """What a package makes of a few layouts, of latent attention, and of gradients between steps."""
     found = []
-    for layout in (*BY_SHAPE, "group by group", "heads first", "all in one, an axis of three"):
+    for layout in (*BY_SHAPE, *GROUPED, "heads first", "all in one, an axis of three"):
         params, axes, largest = attention(layout)
         before = largest(params)
         tau = float(jnp.median(before))
@@ -437,6 +506,10 @@ def clipped(package):
     without = {name: None if "qkv" in name else w for name, w in params.items()}
     found.append(tx.update(without, state, params)[0])
     maxima = jnp.array([1.0, 5.0, 9.0, 2.0])
+    try:  # three heads, or query, key and value
+        found.append(package.qk_clip({"qkv": jnp.ones((2, 3, 4))}, {"": maxima[:2]}, {"*": "ioo"}, 3.0))
+    except ValueError:
+        found.append(0.0)
     return found + [package.qk_clip(drawn(shapes), {"a": maxima}, axes, 3.0) for shapes, axes in LATENT]
 
 

@@ -51,6 +51,13 @@ def in_mesh(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec())
 
 
+def undivided(x: jax.Array) -> jax.Array:
+    """An array whose type says how it is divided over a mesh, undivided; others the compiler sees to."""
+    if not explicit_axes([x]):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(jax.typeof(x).sharding.mesh, PartitionSpec()))
+
+
 def partition_spec(sharding: Sharding) -> PartitionSpec:
     """A sharding without its mesh."""
     return sharding if isinstance(sharding, PartitionSpec) else sharding.spec

@@ -59,6 +59,11 @@ class Part(NamedTuple):
         """The axes as written."""
         return "".join(map(str, self.axes))
 
+    def __str__(self) -> str:
+        """What it is, with its shape."""
+        some = "a part of " * (math.prod(self.shape) < math.prod(self.leaf))
+        return f"{some}{self.path!r} has shape {self.shape}"
+
     def positions(self, lead: int) -> tuple[list[int], list[int], int]:
         """The axes of the layers, those of the heads, and the one of a head's numbers."""
         batch, outputs = ([k for k, axis in enumerate(self.axes) if axis.letter == x] for x in "bo")
@@ -93,8 +98,8 @@ class Part(NamedTuple):
             or (not own and self.shape[last] % heads)
         ):
             raise ValueError(
-                f"{self.path!r} has shape {self.shape} with the axes {self.spec!r}, which do not fit logits "
-                f"of shape {gamma.shape}, (*layers, heads)."
+                f"{self} with the axes {self.spec!r}, which do not fit logits of shape {gamma.shape}, "
+                "(*layers, heads)."
             )
 
     def spread(self, gamma: jax.Array, role: str) -> jax.Array:
@@ -132,11 +137,11 @@ class Attention(NamedTuple):
             return query, key
         return found["query"], found["key"]
 
-    def logits_shape(self) -> Shape:
+    def logits_shape(self, who: str) -> Shape:
         """`(*layers, heads)`.
 
         Raises:
-          ValueError: the axes do not tell how many heads there are.
+          ValueError: naming `who`, if the axes do not tell how many heads there are.
         """
         query, _ = self.parts()
         letters = [axis.letter for axis in query.axes]
@@ -145,10 +150,11 @@ class Attention(NamedTuple):
             lead -= 1  # of the batch axes the last is the heads
         heads = query.heads(lead) if lead >= 0 else None
         if heads is None:
+            spec = "i(12+12+12 o)" if "fused" in dict(self.leaves.values()) else "i(12o)"
             raise ValueError(
-                f"{query.path!r} has shape {query.shape}, and its axes {query.spec!r} do not tell how many "
-                f"heads there are. Type axes={{{query.path!r}: 'i(12o)'}} for 12 heads, or axes with the "
-                "heads by themselves, such as 'ioo'."
+                f"{who}: {query}, and its axes {query.spec!r} do not tell how many heads there are. Type "
+                f"axes={{{query.path!r}: {spec!r}}} for 12 heads, or axes with the heads by themselves, "
+                "such as 'ioo'."
             )
         return (*(query.shape[k] for k in query.positions(lead)[0]), heads)
 
@@ -195,7 +201,8 @@ def attention_of(
     """One of these modules; None if it has a leaf that is not a matrix.
 
     Raises:
-      ValueError: naming `who` and a leaf whose axes do not tell the two parts of latent attention.
+      ValueError: naming `who` and a leaf whose axes do not tell query, key and value from each other, or the
+        two parts of latent attention.
     """
     form, kernels, found = leaf_axes(who, axes), {}, {}
     for k, (role, bias) in sorted(members.items(), key=lambda leaf: leaf[1][1]):  # biases come last
@@ -208,7 +215,10 @@ def attention_of(
         if part is not None:
             found[k] = (role.removeprefix("latent_"), part)
     attention = Attention(found)
-    query, key = attention.parts()
+    try:
+        query, key = attention.parts()
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from error
     if query.latent != key.latent:
         one = query if key.latent else key
         raise ValueError(
@@ -219,6 +229,8 @@ def attention_of(
 
 
 def _part(who: str, role: str, path: str, shape: Shape, axes: Axes) -> Part:
+    if role == "fused":  # a head is one, whether or not it is a matrix of its own
+        axes = Axes(axes.spec.replace("*", "~"))
     parts, longer = axes.laid_out(shape)
     part = Part(path, longer, parts, shape)
     *_, own, last = part.positions(0)
@@ -245,18 +257,21 @@ def _bias(kernel: Part | None, path: str, shape: Shape) -> Part | None:
 def _thirds(part: Part) -> tuple[int, list[Part], bool]:
     """The axis along which query, key and value lie, these, and whether the axis counts them alone."""
     for k, axis in enumerate(part.axes):
-        n = len(axis.blocks)
-        if axis.letter == "o" and n % 3 == 0:
+        n, within = len(axis.blocks), "o" in [other.letter for other in part.axes[:k]]
+        if axis.letter == "o" and (n == 3 or (n % 3 == 0 and not within)):
             sizes = [
                 part.shape[k] * sum(axis.blocks[j * n // 3 : (j + 1) * n // 3]) // sum(axis.blocks)
                 for j in range(3)
             ]
             heads = [n // 3] * 3
-            if not axis.equal and "o" in [other.letter for other in part.axes[:k]]:
+            if not axis.equal and within:
                 heads = [block // min(axis.blocks) for block in axis.blocks]  # of a group
+            elif n == 3 and sum(axis.written) < part.shape[k]:  # otherwise the numbers count elements
+                heads = axis.written
             return k, [part.without(k, *each) for each in zip(sizes, heads, strict=True)], False
+    counting = "bo" if any(len(axis.blocks) > 1 for axis in part.axes) else "b"
     for k in reversed(range(len(part.axes))):
-        if part.axes[k].letter == "b" and part.shape[k] == 3:
+        if part.axes[k].letter in counting and part.shape[k] == 3:
             return k, [part.without(k)] * 3, True
     raise ValueError(
         f"{part.path!r} has shape {part.shape}, and its axes {part.spec!r} do not tell query, key and value "

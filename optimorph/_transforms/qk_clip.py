@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optimorph._core.checks import check_numbers, check_params
@@ -14,6 +13,7 @@ from optimorph._core.numbers import as_scalar, cast_like, copied, is_absent, upc
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned, arrays
 from optimorph._core.types import AxesRules, Numeric, PyTree
+from optimorph._distributed.shardings import undivided
 from optimorph._routing.attention import attention_modules, attention_of
 from optimorph._routing.rules import warn_unused
 
@@ -31,13 +31,13 @@ class QKClipState(NamedTuple):
         maxima = dict(self.maxima)
         for module, logits in _by_module("clip_attention_logits", [*maxima], attention_logits).items():
             before = maxima[module]
-            if np.shape(logits) != before.shape:
+            if logits.shape != before.shape:
                 raise ValueError(
-                    f"clip_attention_logits: the logits of {module!r} have shape {np.shape(logits)}, but "
+                    f"clip_attention_logits: the logits of {module!r} have shape {logits.shape}, but "
                     f"{before.shape} was expected, (*layers, heads). Type axes= that tell the heads, such as "
                     "'ioo' or 'i(12o)'."
                 )
-            logits = upcast(logits).astype(before.dtype)
+            logits = logits.astype(before.dtype)
             counts = sound & ~jnp.isnan(logits)
             maxima[module] = jnp.where(counts, jnp.maximum(before, logits), before)
         return QKClipState(maxima) if maxima else self
@@ -108,8 +108,8 @@ def clip_attention_logits(
 
     Without `attention_logits` the updates do not change. Inside `multi_steps` the largest logits of all
     gradients of a step are used. The state holds them, so `init` must know the number of heads: if it does
-    not follow from the shapes, give `axes` as `ioo`, `ibo`, or `i(12o)` for 12 heads in one axis. A leaf
-    without a gradient does not change.
+    not follow from the shapes, give `axes` as `ioo`, `ibo`, or `i(12o)` for 12 heads in one axis; of a fused
+    kernel as `i(12+12+12 o)` or `i(32+8+8 o)`. A leaf without a gradient does not change.
 
     Args:
       threshold: τ above 0, in units of logits.
@@ -132,7 +132,7 @@ def clip_attention_logits(
         for module, members in attention_modules(paths, leaves).items():
             if attention := attention_of(who, axes, members, paths, leaves):
                 dtype = upcast_dtype(jnp.result_type(leaves[min(members)]))
-                maxima[module] = jnp.zeros(attention.logits_shape(), jnp.finfo(dtype).dtype)
+                maxima[module] = jnp.zeros(attention.logits_shape(who), jnp.finfo(dtype).dtype)
         # of no parameters one array: optax.tree.map_params calls init so, and has it match what is there
         return QKClipState(maxima if leaves else jnp.zeros(0))
 
@@ -167,7 +167,7 @@ def _by_module(who: str, modules: Sequence[str], logits: PyTree | None) -> dict[
         module = max(within, key=len)
         if module in out:
             raise ValueError(f"{who}: there are logits of {module!r} twice. Give the largest of each head.")
-        out[module] = x
+        out[module] = undivided(upcast(x))
     return out
 
 
@@ -185,7 +185,7 @@ def _factors(
         if module not in logits:
             continue
         attention = attention_of(who, axes, members, paths, leaves)
-        s = upcast(logits[module])
+        s = logits[module]
         if attention is None or s.ndim == 0:
             cause = "they are one number" if attention else "by its axes a query or key is no matrix"
             raise ValueError(f"{who}: there are logits of {module!r}, but {cause}. Give one for each head.")

@@ -29,12 +29,14 @@ class Axis(NamedTuple):
       blocks: the relative sizes of its blocks, (1,) for no blocks.
       times: how often the blocks are repeated; 0 for as often as they fit, with sizes that are exact.
       interleaved: whether a block of all repetitions is one matrix.
+      unit: what the sizes were divided by, where blocks are not repeated: of 32+8+8 it is 8.
     """
 
     letter: str
     blocks: tuple[int, ...]
     times: int = 1
     interleaved: bool = False
+    unit: int = 1
 
     @property
     def whole(self) -> bool:
@@ -46,6 +48,11 @@ class Axis(NamedTuple):
         """Whether all blocks have the same size, and follow each other."""
         return len(set(self.blocks)) == 1 and self.times == 1
 
+    @property
+    def written(self) -> list[int]:
+        """The sizes of its blocks as they were written, if these are not repeated."""
+        return [n * self.unit for n in self.blocks]
+
     def repetitions(self, size: int) -> int:
         """How often the blocks are repeated in an axis of this size."""
         return self.times or size // sum(self.blocks)
@@ -54,9 +61,9 @@ class Axis(NamedTuple):
         """The axis as written in a spec."""
         if self.whole:
             return self.letter
-        sizes = str(len(self.blocks)) if len({*self.blocks}) == 1 else "+".join(map(str, self.blocks))
+        sizes = str(len(self.blocks)) if {*self.written} == {1} else "+".join(map(str, self.written))
         if self.times == 1:
-            return f"({sizes}{'' if self.equal else ' '}{self.letter})"
+            return f"({sizes}{' ' * ('+' in sizes)}{self.letter})"
         repeated = f"{self.times or ''}{'~' if self.interleaved else '*'}"
         return (
             f"({repeated}({sizes}) {self.letter})" if "+" in sizes else f"({repeated}{sizes} {self.letter})"
@@ -307,11 +314,13 @@ def _parse(spec: str) -> tuple[Axis, ...]:
         if sum(parts) > _MOST_BLOCKS or number > _MOST_BLOCKS or (kind == "*" and number == 0):
             break
         parts = [1] * parts[0] if len(parts) == 1 else parts
+        unit = math.gcd(*parts) or 1
         if number:  # exact sizes count only where they say how often they fit
-            parts = [n // (math.gcd(*parts) or 1) for n in parts]
+            parts = [n // unit for n in parts]
         if kind == "*" and len({*parts}) == 1:
             number, parts = 1, parts * number
-        axes.append(Axis(letter or blocked, (*parts,), number, kind == "~" and number != 1))
+        interleaved, unit = kind == "~" and number != 1, 1 if kind else unit
+        axes.append(Axis(letter or blocked, (*parts,), number, interleaved, unit))
         position = token.end()
     complete = {"i", "o"} <= {axis.letter for axis in axes}
     if position < len(spec) or not complete or not all(axis.blocks and all(axis.blocks) for axis in axes):

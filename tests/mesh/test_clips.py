@@ -88,15 +88,17 @@ def test_logits_of_heads_over_a_mesh(mode):
     tx = om.chain(om.adamw(0.1), om.clip_attention_logits())
     given = {"attention_logits": {"": jax.numpy.asarray(LOGITS)}}
 
-    def step(place):
-        w = place(params)
-        return jax.jit(tx.update)(place(g), tx.init(w), w, **given)[0], jax.jit(om.qk_clip)(w, {"": LOGITS})
+    def step(place, logits):
+        w, s = place(params), {"": logits}
+        return jax.jit(tx.update)(place(g), tx.init(w), w, attention_logits=s)[0], jax.jit(om.qk_clip)(w, s)
 
-    got, want = step(lambda tree: trees.put(tree, places)), step(trees.on_one)
-    rounding.close(got, want, units=64)
-    for tree in got:
-        for name, x in tree.items():
-            assert x.sharding.is_equivalent_to(places[name], x.ndim), name
+    want = step(trees.on_one, LOGITS)
+    for logits in (LOGITS, jax.device_put(LOGITS, NamedSharding(mesh, P("data")))):
+        got = step(lambda tree: trees.put(tree, places), logits)
+        rounding.close(got, want, units=64)
+        for tree in got:
+            for name, x in tree.items():
+                assert x.sharding.is_equivalent_to(places[name], x.ndim), name
     w = trees.put(params, places)
     program = jax.jit(tx.update).lower(trees.put(g, places), tx.init(w), w, **given).compile()
     assert not hlo.counted(program).collectives
