@@ -1,6 +1,6 @@
 """Every `Equals:` line that names PyTorch, against PyTorch itself.
 
-    pip install torch==2.13.0 && python benchmarks/torch_parity.py
+    pip install torch==2.14.1 && python benchmarks/torch_parity.py
 
 The tests compare with transcriptions of PyTorch's documented algorithms in float64; this compares with its
 code, 100 steps in float64 (Muon's iteration in bfloat16, which PyTorch forces), and prints the largest

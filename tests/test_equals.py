@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -242,11 +243,11 @@ def published_bases(recipe):
 PROOFS = {
     "optax.contrib.ademamix(learning_rate, b1, b2, b3, alpha, eps, eps_root, weight_decay=weight_decay, "
     "mask=mask)": optax_ademamix,
-    "apple/ml-ademamix's AdEMAMix(lr=learning_rate, betas=(b1, b2, b3), alpha=alpha, beta3_warmup=S, "
-    "alpha_warmup=T, eps=eps, weight_decay=weight_decay), with decay_warmup(b1, b3, S) for b3 and "
-    "linear_warmup(alpha, T) for alpha": published_ademamix,
-    "AGI-Arena/MARS's MARS(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, "
-    "gamma=gamma), of matrices": lambda: same_as_published(
+    "AdEMAMix(lr=learning_rate, betas=(b1, b2, b3), alpha=alpha, beta3_warmup=S, alpha_warmup=T, "
+    "eps=eps, weight_decay=weight_decay) of apple/ml-ademamix, pytorch/ademamix.py at c3d73c0, with "
+    "decay_warmup(b1, b3, S) for b3 and linear_warmup(alpha, T) for alpha": published_ademamix,
+    "MARS(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, gamma=gamma) of "
+    "AGI-Arena/MARS, MARS/optimizers/mars.py at 4831e28, for matrices": lambda: same_as_published(
         om.mars_adamw(0.01, weight_decay=0.1), papers.published_mars(0.01, weight_decay=0.1)
     ),
     "optax.clip_by_block_rms(max_rms)": lambda: [
@@ -273,37 +274,37 @@ PROOFS = {
     ],
     "optax.sgd(learning_rate, momentum, nesterov)": optax_sgd,
     "torch.optim.SGD(lr=learning_rate, momentum=momentum, nesterov=nesterov, "
-    "weight_decay=weight_decay)": torch_sgd,
-    "torch.optim.SGD(lr=learning_rate, momentum=momentum, dampening=dampening)": lambda: same_as_published(
-        om.sgd(0.1, 0.9, dampening=0.3), papers.torch_sgd(0.1, 0.9, 0.3)
+    "weight_decay=weight_decay) of PyTorch 2.14": torch_sgd,
+    "torch.optim.SGD(lr=learning_rate, momentum=momentum, dampening=dampening) of PyTorch 2.14": lambda: (
+        same_as_published(om.sgd(0.1, 0.9, dampening=0.3), papers.torch_sgd(0.1, 0.9, 0.3))
     ),
     "optax.adagrad(learning_rate, initial_accumulator_value, eps)": lambda: [
         same_as_optax(om.adagrad(0.1, *args), optax.adagrad(0.1, *args)) for args in ((), (0.0, 1e-3))
     ],
-    "torch.optim.Adagrad(lr=learning_rate, initial_accumulator_value=initial_accumulator_value, eps=eps, "
-    "weight_decay=weight_decay), with eps_in_sqrt=False": lambda: same_as_published(
+    "torch.optim.Adagrad(lr=learning_rate, initial_accumulator_value=initial_accumulator_value, "
+    "eps=eps, weight_decay=weight_decay) of PyTorch 2.14, with eps_in_sqrt=False": lambda: same_as_published(
         om.adagrad(0.1, 0.2, 1e-10, eps_in_sqrt=False, weight_decay=0.1),
         papers.torch_adagrad(0.1, 0.1, 0.2, 1e-10),
     ),
     "optax.rmsprop(learning_rate, decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov, "
     "bias_correction)": optax_rmsprop,
-    "torch.optim.RMSprop(lr=learning_rate, alpha=decay, eps=eps, centered=centered, momentum=momentum, "
-    "weight_decay=weight_decay), with eps_in_sqrt=False": torch_rmsprop,
+    "torch.optim.RMSprop(lr=learning_rate, alpha=decay, eps=eps, centered=centered, "
+    "momentum=momentum, weight_decay=weight_decay) of PyTorch 2.14, with eps_in_sqrt=False": torch_rmsprop,
     "optax.adam(learning_rate, b1, b2, eps, eps_root)": lambda: [
         same_as_optax(om.adam(0.01, *args), optax.adam(0.01, *args)) for args in ((), (0.8, 0.9, 1e-3, 1e-3))
     ],
-    "torch.optim.Adam(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)": lambda: (
-        same_as_published(om.adam(0.01, weight_decay=0.1), papers.torch_adam(0.01, weight_decay=0.1))
+    "torch.optim.Adam(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay) of "
+    "PyTorch 2.14": lambda: same_as_published(
+        om.adam(0.01, weight_decay=0.1), papers.torch_adam(0.01, weight_decay=0.1)
     ),
     "optax.nadam(learning_rate, b1, b2, eps, eps_root)": lambda: [
         same_as_optax(om.nadam(0.01, *args), optax.nadam(0.01, *args))
         for args in ((), (0.8, 0.9, 1e-3, 1e-3))
     ],
     "optax.adamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)": optax_adamw,
-    "torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)": lambda: (
-        same_as_published(
-            om.adamw(0.01, weight_decay=0.1), papers.torch_adam(0.01, weight_decay=0.1, decoupled=True)
-        )
+    "torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay) of "
+    "PyTorch 2.14": lambda: same_as_published(
+        om.adamw(0.01, weight_decay=0.1), papers.torch_adam(0.01, weight_decay=0.1, decoupled=True)
     ),
     "optax.MultiSteps(inner, every_k)": lambda: same_as_optax(
         om.multi_steps(om.adam(0.01), 4), optax.MultiSteps(om.adam(0.01), 4, accumulator_dtype=float)
@@ -317,61 +318,75 @@ PROOFS = {
     "optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)": lambda: same_as_optax(
         om.lion(0.01, 0.8, 0.95, weight_decay=0.1), optax.lion(0.01, 0.8, 0.95, weight_decay=0.1)
     ),
-    "lion_pytorch.Lion(lr=learning_rate, betas=(b1, b2), weight_decay=weight_decay)": lambda: (
-        same_as_published(om.lion(0.01, weight_decay=0.1), papers.published_lion(0.01, weight_decay=0.1))
+    "Lion(lr=learning_rate, betas=(b1, b2), weight_decay=weight_decay) of google/automl, "
+    "lion/lion_pytorch.py at 6a54c87": lambda: same_as_published(
+        om.lion(0.01, weight_decay=0.1), papers.published_lion(0.01, weight_decay=0.1)
     ),
-    "laprop.LaProp(lr=learning_rate, betas=(b1, b2), eps=eps), for a constant learning rate": lambda: (
-        same_as_published(om.laprop(0.01), papers.published_laprop(0.01))
+    "LaProp(lr=learning_rate, betas=(b1, b2), eps=eps) of Z-T-WANG/LaProp-Optimizer, laprop.py at "
+    "a419916, for a constant learning rate": lambda: same_as_published(
+        om.laprop(0.01), papers.published_laprop(0.01)
     ),
-    "laprop.LaProp(lr=lr, weight_decay=weight_decay), which decays after the step, with "
-    'learning_rate=(1 - weight_decay) * lr and weight_decay_form="independent"': lambda: same_as_published(
+    "LaProp(lr=lr, weight_decay=weight_decay) of Z-T-WANG/LaProp-Optimizer, laprop.py at a419916, "
+    "which decays after the step, with learning_rate=(1 - weight_decay) * lr and "
+    'weight_decay_form="independent"': lambda: same_as_published(
         om.laprop(0.9 * 0.01, weight_decay=0.1, weight_decay_form="independent"),
         papers.published_laprop(0.01, weight_decay=0.1),
     ),
-    "levanter.optim.AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps)": lambda: (
-        same_as_published(
-            om.adamh(0.02, axes={"w": "io"}),
-            papers.levanter_hyperball(papers.adam(-1.0, 0.9, 0.95, 1e-8), 0.02),
-        )
+    "AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps) of marin-levanter, "
+    "levanter/optim/adamh.py at 0.2.227.dev40316220070": lambda: same_as_published(
+        om.adamh(0.02, axes={"w": "io"}),
+        papers.levanter_hyperball(papers.adam(-1.0, 0.9, 0.95, 1e-8), 0.02),
     ),
-    "levanter.optim.MuonHConfig(learning_rate=learning_rate, momentum=momentum, nesterov=nesterov), with the "
-    "polar factor computed alike": lambda: [
+    "MuonHConfig(learning_rate=learning_rate, momentum=momentum, nesterov=nesterov) of "
+    "marin-levanter, levanter/optim/muonh.py at 0.2.227.dev40316220070, with the polar factor "
+    "computed alike": lambda: [
         same_as_published(om.muonh(0.02, axes={"w": spec}), papers.levanter_muonh(0.02), transpose=transpose)
         for transpose, spec in ((True, "io"), (False, "oi"))
     ],
-    "NorMuon's SingleDeviceNorMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, "
-    "beta2=b2), of normuon.py, with the polar factor computed alike": lambda: as_published_of_matrices(
-        om.normuon, papers.published_normuon
+    "SingleDeviceNorMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, beta2=b2) of "
+    "zichongli5/NorMuon, normuon.py at d45c9a4, with the polar factor computed alike": lambda: (
+        as_published_of_matrices(om.normuon, papers.published_normuon)
     ),
-    "modded-nanogpt's NorMuon of track 3, record 10, "
-    'with average="shorter" and the polar factor alike': lambda: as_published_of_matrices(
-        functools.partial(om.normuon, average="shorter"),
-        functools.partial(papers.published_normuon, shorter=True),
+    "NorMuon(lr=learning_rate, weight_decay=weight_decay, mu=momentum) of "
+    "KellerJordan/modded-nanogpt, "
+    "records/track_3_optimization/results/20260503_normuon/08ffadff-3576-496b-9795-2dc5cf8f4f46.txt "
+    'at a584325, with average="shorter" and the polar factor computed alike': lambda: (
+        as_published_of_matrices(
+            functools.partial(om.normuon, average="shorter"),
+            functools.partial(papers.published_normuon, shorter=True),
+        )
     ),
-    "AdaMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, eps=eps) of its repository "
-    "since August 2025, for b2=momentum, with the polar factor computed alike; the paper has no signs, and v "
-    "debiased": lambda: as_published_of_matrices(om.adamuon, papers.published_adamuon),
-    "modded-nanogpt's Muon² of track 3, record 7, with the polar factor computed alike": lambda: (
-        as_published_of_matrices(om.muon2, papers.published_muon2)
+    "AdaMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, eps=eps) of "
+    "Chongjie-Si/AdaMuon, gpt2/models/optimizers/adamuon.py at 369f0b3, for b2=momentum, with the "
+    "polar factor computed alike": lambda: as_published_of_matrices(om.adamuon, papers.published_adamuon),
+    "MuonSq(lr=learning_rate, weight_decay=weight_decay, mu=momentum, beta2=b2, eps=eps) of "
+    "KellerJordan/modded-nanogpt, "
+    "records/track_3_optimization/results/20260501_muonsq/train_gpt_simple_muonsq.py at c855482, with "
+    "the polar factor computed alike": lambda: as_published_of_matrices(om.muon2, papers.published_muon2),
+    "Scion(lr=learning_rate, momentum=1 - momentum, scale=radius) of LIONS-EPFL/scion, scion.py at "
+    'f58a393, with norm="Spectral", "Sign", "RowNorm", "BiasRMS" or normalized "ColNorm", and the '
+    "polar factor computed alike": published_scion,
+    "SOAP(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, precondition_frequency=every) of "
+    "nikhilvyas/SOAP, soap.py at a1e5535, from the same first basis": lambda: published_bases("soap"),
+    "Adafactor in the eigenbasis of Shampoo, arXiv:2409.11321, claim 1, with power=0.5, from the same "
+    "first basis": lambda: published_bases("shampoo"),
+    "Muon(lr=learning_rate, mu=momentum) of KellerJordan/modded-nanogpt, "
+    "records/track_3_optimization/results/20260609_soap_f1_auxb2_clean/train_gpt_clean_SOTA.py at "
+    "5f2f59c, without its extras, from the same first basis, with the polar factor computed alike": lambda: (
+        published_bases("soap_muon")
     ),
-    'scion.Scion(lr=learning_rate, momentum=1 - momentum, scale=radius), with norm="Spectral", "Sign", '
-    '"RowNorm", "BiasRMS" or normalized "ColNorm", and the polar factor computed alike': published_scion,
-    "nikhilvyas's SOAP(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, "
-    "precondition_frequency=every), from the same first basis": lambda: published_bases("soap"),
-    "with power=0.5, Adafactor in the eigenbasis of Shampoo (Vyas et al. 2024, claim 1), from the same first "
-    "basis": lambda: published_bases("shampoo"),
-    "modded-nanogpt's track 3, record 44, of a matrix without its extras, from the same first basis, with "
-    "the polar factor computed alike": lambda: published_bases("soap_muon"),
-    "yorkerlin's KLOpt(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, using_klsoap=True, "
-    "precondition_frequency=every), from the same first basis": lambda: published_bases("klsoap"),
+    "KLOpt(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, using_klsoap=True, "
+    "precondition_frequency=every) of yorkerlin/KL-Methods, optim/kl_opt.py at a02e622, from the same "
+    "first basis": lambda: published_bases("klsoap"),
     "optax.nadamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)": lambda: (
         same_as_optax(om.nadamw(0.01, weight_decay=0.1), optax.nadamw(0.01, weight_decay=0.1))
     ),
-    "torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay), "
-    'with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", '
-    'with "adamw_rms"; but for the bfloat16 that PyTorch forces upon the iteration': torch_muon,
-    "Keller Jordan's Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay), with "
-    'NewtonSchulz("jordan") and scale="keller"': keller_muon,
+    "torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, "
+    'weight_decay=weight_decay) of PyTorch 2.14, with NewtonSchulz("jordan") and scale="keller"; '
+    'adjust_lr_fn="match_rms_adamw", with "adamw_rms"; but for the bfloat16 that PyTorch forces upon '
+    "the iteration": torch_muon,
+    "Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay) of KellerJordan/Muon, "
+    'muon.py at 00ba60d, with NewtonSchulz("jordan") and scale="keller", but for its bfloat16': keller_muon,
 }
 
 
@@ -385,6 +400,25 @@ def test_equals(line):
 def test_every_line_has_a_proof():
     claimed = [line for name in om.__all__ for line in equals_lines(getattr(om, name))]
     assert sorted(claimed) == sorted(PROOFS)
+
+
+NAMED = re.compile(
+    r"optax\.|torch\.optim\.\w+\(.*\) of PyTorch \d|, [\w/-]+\.(py|txt) at [\w.]+(,|$)|arXiv:\d{4}\.\d{5}"
+)
+"""optax, which the tests run; or a version of PyTorch, a file at a commit or version, or a paper."""
+
+
+def test_every_line_names_its_source():
+    """A file and a version, unless the tests run the program itself."""
+    modules = (om, om.codecs, om.layouts, om.linalg, om.rules, om.schedules, om.theory, om.curvature)
+    claimed = [
+        line
+        for module in modules
+        for name in vars(module)["__all__"]
+        for line in equals_lines(getattr(module, name))
+    ]
+    assert [line for line in claimed if not NAMED.search(line)] == []
+    assert sum("optax" not in line for line in claimed) > 20
 
 
 def test_keller_in_float32():

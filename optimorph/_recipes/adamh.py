@@ -31,7 +31,8 @@ def adamh(
     with `partition`.
 
     Equals:
-      levanter.optim.AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps)
+      AdamHConfig(learning_rate=learning_rate, beta1=b1, beta2=b2, epsilon=eps) of marin-levanter,
+        levanter/optim/adamh.py at 0.2.227.dev40316220070
     References:
       Wen et al. 2026, "Hyperball optimization", arXiv:2606.16899.
     """

@@ -33,7 +33,8 @@ def adamuon(
         u = √min(in, out) D / ‖D‖                         (4)
 
     (4) restores the norm of a polar factor. With `scale="adamw_rms"` the root mean square of each update is
-    0.2. The bias of v needs no correction, because (4) cancels it.
+    0.2. The bias of v needs no correction, because (4) cancels it. The published program has this form since
+    August 2025. The paper has no signs, and corrects the bias of v.
 
     Args:
       b2: the decay of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
@@ -44,9 +45,8 @@ def adamuon(
       ValueError: as `muon`.
 
     Equals:
-      AdaMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, eps=eps) of its repository since
-        August 2025, for b2=momentum, with the polar factor computed alike; the paper has no signs, and v
-        debiased
+      AdaMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, eps=eps) of Chongjie-Si/AdaMuon,
+        gpt2/models/optimizers/adamuon.py at 369f0b3, for b2=momentum, with the polar factor computed alike
     References:
       Si et al. 2025, "AdaMuon: Adaptive Muon optimizer", arXiv:2507.11005.
     """

@@ -40,9 +40,9 @@ def ademamix(
     Equals:
       optax.contrib.ademamix(learning_rate, b1, b2, b3, alpha, eps, eps_root, weight_decay=weight_decay,
         mask=mask)
-      apple/ml-ademamix's AdEMAMix(lr=learning_rate, betas=(b1, b2, b3), alpha=alpha, beta3_warmup=S,
-        alpha_warmup=T, eps=eps, weight_decay=weight_decay), with decay_warmup(b1, b3, S) for b3 and
-        linear_warmup(alpha, T) for alpha
+      AdEMAMix(lr=learning_rate, betas=(b1, b2, b3), alpha=alpha, beta3_warmup=S, alpha_warmup=T, eps=eps,
+        weight_decay=weight_decay) of apple/ml-ademamix, pytorch/ademamix.py at c3d73c0, with decay_warmup(b1,
+        b3, S) for b3 and linear_warmup(alpha, T) for alpha
     References:
       Pagliardini et al. 2024, "The AdEMAMix optimizer: better, faster, older", arXiv:2409.03137, algorithm 1.
     """

@@ -31,9 +31,10 @@ def laprop(
     normalized gradients is never larger than the largest of them.
 
     Equals:
-      laprop.LaProp(lr=learning_rate, betas=(b1, b2), eps=eps), for a constant learning rate
-      laprop.LaProp(lr=lr, weight_decay=weight_decay), which decays after the step, with
-        learning_rate=(1 - weight_decay) * lr and weight_decay_form="independent"
+      LaProp(lr=learning_rate, betas=(b1, b2), eps=eps) of Z-T-WANG/LaProp-Optimizer, laprop.py at a419916,
+        for a constant learning rate
+      LaProp(lr=lr, weight_decay=weight_decay) of Z-T-WANG/LaProp-Optimizer, laprop.py at a419916, which
+        decays after the step, with learning_rate=(1 - weight_decay) * lr and weight_decay_form="independent"
     References:
       Ziyin et al. 2020, "LaProp: Separating momentum and adaptivity in Adam", arXiv:2002.04839, algorithm 2.
     """

@@ -28,7 +28,8 @@ def lion(
 
     Equals:
       optax.lion(learning_rate, b1, b2, weight_decay=weight_decay, mask=mask)
-      lion_pytorch.Lion(lr=learning_rate, betas=(b1, b2), weight_decay=weight_decay)
+      Lion(lr=learning_rate, betas=(b1, b2), weight_decay=weight_decay) of google/automl, lion/lion_pytorch.py
+        at 6a54c87
     References:
       Chen et al. 2023, "Symbolic discovery of optimization algorithms", arXiv:2302.06675, program 1.
     """

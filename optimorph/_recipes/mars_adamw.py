@@ -37,8 +37,8 @@ def mars_adamw(
     `state` does not change that. `shardings` is as in `clip_norm`.
 
     Equals:
-      AGI-Arena/MARS's MARS(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay,
-        gamma=gamma), of matrices
+      MARS(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay, gamma=gamma) of
+        AGI-Arena/MARS, MARS/optimizers/mars.py at 4831e28, for matrices
     References:
       Yuan et al. 2024, "MARS: unleashing the power of variance reduction for training large models",
       arXiv:2411.10438, algorithm 2.

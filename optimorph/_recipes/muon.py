@@ -55,11 +55,11 @@ def muon(
         message names all such leaves, and says what to type.
 
     Equals:
-      torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay),
-        with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", with "adamw_rms";
-        but for the bfloat16 that PyTorch forces upon the iteration
-      Keller Jordan's Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay), with
-        NewtonSchulz("jordan") and scale="keller"
+      torch.optim.Muon(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay) of
+        PyTorch 2.14, with NewtonSchulz("jordan") and scale="keller"; adjust_lr_fn="match_rms_adamw", with
+        "adamw_rms"; but for the bfloat16 that PyTorch forces upon the iteration
+      Muon(lr=learning_rate, momentum=momentum, weight_decay=weight_decay) of KellerJordan/Muon, muon.py at
+        00ba60d, with NewtonSchulz("jordan") and scale="keller", but for its bfloat16
     References:
       Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; Liu et al. 2025,
       arXiv:2502.16982; Amsel et al. 2025, arXiv:2505.16932.

@@ -32,6 +32,9 @@ def muon2(
     m is the average of the gradients; with `nesterov` it looks one step ahead. The bias of neither average is
     corrected, because the polar factor does not depend on the scale.
 
+    The defaults are those of the published program. The record that it set has a learning rate of 0.1 and a
+    weight decay of 0.0125.
+
     Args:
       b2: the decay of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
       weight_decay_form: as in `adamw`.
@@ -41,7 +44,10 @@ def muon2(
       ValueError: as `muon`.
 
     Equals:
-      modded-nanogpt's Muon² of track 3, record 7, with the polar factor computed alike
+      MuonSq(lr=learning_rate, weight_decay=weight_decay, mu=momentum, beta2=b2, eps=eps) of
+        KellerJordan/modded-nanogpt,
+        records/track_3_optimization/results/20260501_muonsq/train_gpt_simple_muonsq.py at c855482, with the
+        polar factor computed alike
     References:
       Muon² 2026, arXiv:2604.09967.
     """

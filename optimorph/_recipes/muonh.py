@@ -34,8 +34,8 @@ def muonh(
       ValueError: as `muon`.
 
     Equals:
-      levanter.optim.MuonHConfig(learning_rate=learning_rate, momentum=momentum, nesterov=nesterov), with the
-        polar factor computed alike
+      MuonHConfig(learning_rate=learning_rate, momentum=momentum, nesterov=nesterov) of marin-levanter,
+        levanter/optim/muonh.py at 0.2.227.dev40316220070, with the polar factor computed alike
     References:
       Wen et al. 2026, "Hyperball optimization", arXiv:2606.16899.
     """

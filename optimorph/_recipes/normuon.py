@@ -53,9 +53,11 @@ def normuon(
       ValueError: another `average`; as `muon`.
 
     Equals:
-      NorMuon's SingleDeviceNorMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum,
-        beta2=b2), of normuon.py, with the polar factor computed alike
-      modded-nanogpt's NorMuon of track 3, record 10, with average="shorter" and the polar factor alike
+      SingleDeviceNorMuon(lr=learning_rate, weight_decay=weight_decay, momentum=momentum, beta2=b2) of
+        zichongli5/NorMuon, normuon.py at d45c9a4, with the polar factor computed alike
+      NorMuon(lr=learning_rate, weight_decay=weight_decay, mu=momentum) of KellerJordan/modded-nanogpt,
+        records/track_3_optimization/results/20260503_normuon/08ffadff-3576-496b-9795-2dc5cf8f4f46.txt at
+        a584325, with average="shorter" and the polar factor computed alike
     References:
       Li et al. 2025, "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, algorithm 1.
     """

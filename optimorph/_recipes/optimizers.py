@@ -47,8 +47,9 @@ def sgd(
 
     Equals:
       optax.sgd(learning_rate, momentum, nesterov)
-      torch.optim.SGD(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
-      torch.optim.SGD(lr=learning_rate, momentum=momentum, dampening=dampening)
+      torch.optim.SGD(lr=learning_rate, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay) of
+        PyTorch 2.14
+      torch.optim.SGD(lr=learning_rate, momentum=momentum, dampening=dampening) of PyTorch 2.14
     References:
       Robbins & Monro 1951; Polyak 1964; Nesterov 1983; Sutskever et al. 2013.
     """
@@ -85,7 +86,7 @@ def adagrad(
     Equals:
       optax.adagrad(learning_rate, initial_accumulator_value, eps)
       torch.optim.Adagrad(lr=learning_rate, initial_accumulator_value=initial_accumulator_value, eps=eps,
-        weight_decay=weight_decay), with eps_in_sqrt=False
+        weight_decay=weight_decay) of PyTorch 2.14, with eps_in_sqrt=False
     References:
       Duchi, Hazan & Singer 2011, "Adaptive subgradient methods", algorithm 1 (diagonal).
     """
@@ -134,7 +135,7 @@ def rmsprop(
       optax.rmsprop(learning_rate, decay, eps, initial_scale, eps_in_sqrt, centered, momentum, nesterov,
         bias_correction)
       torch.optim.RMSprop(lr=learning_rate, alpha=decay, eps=eps, centered=centered, momentum=momentum,
-        weight_decay=weight_decay), with eps_in_sqrt=False
+        weight_decay=weight_decay) of PyTorch 2.14, with eps_in_sqrt=False
     References:
       Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv:1308.0850, equations 38-45.
     """
@@ -179,7 +180,7 @@ def adam(
 
     Equals:
       optax.adam(learning_rate, b1, b2, eps, eps_root)
-      torch.optim.Adam(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)
+      torch.optim.Adam(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay) of PyTorch 2.14
     References:
       Kingma & Ba 2015, arXiv:1412.6980, algorithm 1.
     """
@@ -258,7 +259,7 @@ def adamw(
 
     Equals:
       optax.adamw(learning_rate, b1, b2, eps, eps_root, weight_decay=weight_decay, mask=mask)
-      torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay)
+      torch.optim.AdamW(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=weight_decay) of PyTorch 2.14
     References:
       Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; cautious: Chen et al. 2025, arXiv:2510.12402;
       corrected: Defazio 2025, "Why gradients rapidly increase near the end of training", arXiv:2506.02285.

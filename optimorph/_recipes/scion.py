@@ -76,8 +76,9 @@ def scion(
       ValueError: as `muon`; at `init`, an unknown norm.
 
     Equals:
-      scion.Scion(lr=learning_rate, momentum=1 - momentum, scale=radius), with norm="Spectral", "Sign",
-        "RowNorm", "BiasRMS" or normalized "ColNorm", and the polar factor computed alike
+      Scion(lr=learning_rate, momentum=1 - momentum, scale=radius) of LIONS-EPFL/scion, scion.py at f58a393,
+        with norm="Spectral", "Sign", "RowNorm", "BiasRMS" or normalized "ColNorm", and the polar factor
+        computed alike
     References:
       Pethick et al. 2025, "Training deep learning models with norm-constrained LMOs", arXiv:2502.07529.
     """

@@ -62,8 +62,8 @@ def soap(
       ValueError: a `state` that is not None; the errors of `muon` and `in_eigenbasis`.
 
     Equals:
-      nikhilvyas's SOAP(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0,
-        precondition_frequency=every), from the same first basis
+      SOAP(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, precondition_frequency=every) of
+        nikhilvyas/SOAP, soap.py at a1e5535, from the same first basis
     References:
       Vyas et al. 2024, "SOAP: Improving and stabilizing Shampoo using Adam", arXiv:2409.11321, algorithm 3.
     """
@@ -101,8 +101,9 @@ def klsoap(
       ValueError: the errors of `soap`.
 
     Equals:
-      yorkerlin's KLOpt(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, using_klsoap=True,
-        precondition_frequency=every), from the same first basis
+      KLOpt(lr=learning_rate, betas=(b1, b2), eps=eps, weight_decay=0, using_klsoap=True,
+        precondition_frequency=every) of yorkerlin/KL-Methods, optim/kl_opt.py at a02e622, from the same first
+        basis
     References:
       Lin et al. 2025, "Understanding and improving Shampoo and SOAP via Kullback-Leibler minimization",
       arXiv:2509.03378.
@@ -148,8 +149,8 @@ def shampoo(
       ValueError: another `power`; the errors of `soap`.
 
     Equals:
-      with power=0.5, Adafactor in the eigenbasis of Shampoo (Vyas et al. 2024, claim 1), from the same
-        first basis
+      Adafactor in the eigenbasis of Shampoo, arXiv:2409.11321, claim 1, with power=0.5, from the same first
+        basis
     References:
       Gupta, Koren & Singer 2018, "Shampoo", arXiv:1802.09568, algorithm 1, with averages in place of sums;
       (2): Vyas et al. 2024, arXiv:2409.11321, claim 1.

@@ -48,8 +48,9 @@ def soap_muon(
       ValueError: the errors of `soap`.
 
     Equals:
-      modded-nanogpt's track 3, record 44, of a matrix without its extras, from the same first basis, with
-        the polar factor computed alike
+      Muon(lr=learning_rate, mu=momentum) of KellerJordan/modded-nanogpt,
+        records/track_3_optimization/results/20260609_soap_f1_auxb2_clean/train_gpt_clean_SOTA.py at 5f2f59c,
+        without its extras, from the same first basis, with the polar factor computed alike
     References:
       Jordan et al., modded-nanogpt, track 3, records 44 to 46.
     """

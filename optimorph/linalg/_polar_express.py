@@ -48,8 +48,10 @@ def polar_express(
       cushion: κ in [0, 1).
 
     Equals:
-      the published Polar Express with its cushion; Dion's table with cushion=0.02; CANS with cushion=0 and
-        safety=0
+      optimal_composition(l=lower, num_iters=steps, cushion=cushion) of NoahAmsel/PolarExpress,
+        polar_express.py at 5454910, with safety=0
+      the table of arXiv:2505.16932, algorithm 1, with safety=0
+      the table of CANS, arXiv:2506.10935, with cushion=0 and safety=0
     References:
       Amsel et al. 2025, arXiv:2505.16932, section 3 and algorithm 1; Grishina et al. 2025, arXiv:2506.10935.
     """
