@@ -83,6 +83,34 @@ def test_zero_weights_and_zero_directions():
     np.testing.assert_array_equal(updates["w"], 0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    "spec", ["bio", "oib", "i(3o)", "(3i)o", "i(1+2 o)", "i(2*(1+2) o)", "i(2~(1+2) o)", "bi(2o)"]
+)
+@rounding.in_float64
+def test_one_matrix_of_zeros_among_others(spec, dtype):
+    """It takes the plain step and then keeps that norm; to its neighbours it is as any other matrix."""
+    form, rng = om.linalg.Axes(spec), np.random.default_rng(0)
+    shape = (3, 6, 12) if form.ndim == 3 else (6, 12)
+    w, *gs = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(3))
+    first, *rest = form.matrices(w)
+    assert rest or first.ndim > 2  # there are neighbours
+    index = (-1,) * (first.ndim - 2)
+    zeros = form.array([first.at[index].set(0), *rest], shape)
+    marks = form.array([jnp.zeros_like(first).at[index].set(1), *map(jnp.zeros_like, rest)], shape) > 0
+    tx = om.hyperball(0.25, {"*": spec})
+    update, state = jax.jit(tx.update), tx.init(w)
+    (plain, _), (updates, state) = update(gs[0], state, w), update(gs[0], state, zeros)
+    assert updates.dtype == dtype
+    np.testing.assert_array_equal(updates, jnp.where(marks, -gs[0] / 4, plain))
+    if dtype == "bfloat16":  # rounds the weights and so their norms
+        return
+    before = optax.apply_updates(zeros, updates)
+    after = optax.apply_updates(before, update(gs[1], state, before)[0])
+    for a, b in zip(form.matrices(before), form.matrices(after), strict=True):
+        rounding.close(jnp.linalg.norm(b, axis=(-2, -1)), jnp.linalg.norm(a, axis=(-2, -1)), units=64)
+
+
 def test_the_scale_of_the_direction_is_irrelevant():
     rng = np.random.default_rng(0)
     w, g = ({"w": jnp.asarray(rng.standard_normal((6, 4)), jnp.float32)} for _ in range(2))

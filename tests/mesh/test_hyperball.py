@@ -13,16 +13,25 @@ from jax.sharding import PartitionSpec as P
 
 import optimorph as om
 
+ZEROS = {"layers": np.s_[3], "fused": np.s_[:, 16:32], "grouped": np.s_[:, :32]}
+"""One matrix of each of these leaves, which takes the plain step."""
+
 
 def stepped(place):
     tx = om.hyperball(0.1, trees.AXES)
-    params, gradients = (place(trees.drawn(seed, np.float64)) for seed in (0, 1))
+    params, gradients = (trees.drawn(seed, np.float64) for seed in (0, 1))
+    for name, where in ZEROS.items():
+        params[name][where] = 0
+    params, gradients = place(params), place(gradients)
     return jax.jit(tx.update)(gradients, tx.init(params), params)[0]
 
 
 @functools.cache
 def on_one_device():
-    return stepped(trees.on_one)
+    updates = stepped(trees.on_one)
+    for name, where in ZEROS.items():
+        rounding.close(updates[name][where], -0.1 * trees.drawn(1, np.float64)[name][where])
+    return updates
 
 
 @pytest.mark.examples("auto-fsdp x tensor", "explicit-mixed")
