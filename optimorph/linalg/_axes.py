@@ -214,13 +214,15 @@ class Axes:
             initial=0,
         )
         for k, blocks in [side for side in sides if len(side[1]) > 1]:
-            if letters != "io" and axes[k].equal:  # of a large array a view
-                x = f(x.reshape(*x.shape[:k], len(blocks), -1, *x.shape[k + 1 :]), axis=k + 1, initial=0)
-            else:  # masks: slices of a divided axis would be sent
-                within = np.repeat(np.arange(len(blocks)), _sizes(axes[k], x.shape[k]))
+            n = len(blocks)
+            if letters != "io" and axes[k].equal:  # of a large array a view, in parts for 8 devices
+                parts = n * math.gcd(x.shape[k] // n, 8) if n <= 8 else n
+                x = f(x.reshape(*x.shape[:k], parts, -1, *x.shape[k + 1 :]), axis=k + 1, initial=0)
+            if x.shape[k] != n:  # masks: slices of a divided axis would be sent
+                within = np.repeat(np.arange(n), _sizes(axes[k], x.shape[k]))
                 within = within.reshape(-1, *[1] * (x.ndim - 1 - k))
-                parts = [jnp.where(within == j, x, 0) for j in range(len(blocks))]
-                x = jnp.concatenate([f(part, axis=k, keepdims=True, initial=0) for part in parts], axis=k)
+                each = [jnp.where(within == j, x, 0) for j in range(n)]
+                x = jnp.concatenate([f(part, axis=k, keepdims=True, initial=0) for part in each], axis=k)
         return x
 
     def repeat(self, y: jax.Array, shape: Shape) -> jax.Array:

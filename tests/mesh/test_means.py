@@ -2,12 +2,14 @@
 
 import functools
 
+import hlo
 import jax
 import numpy as np
 import pytest
 import rounding
 import sharding
 import trees
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
@@ -100,3 +102,17 @@ def test_collectives(name, rows, norms):
         4 * 2 * (3 / 4 + 1 / 2)
     )  # bytes of a number over 4 devices and then over 2; over all 8 at once it is less
     assert other["sent"] - muon["sent"] <= each * numbers
+
+
+@pytest.mark.parametrize(
+    ("spec", "over"), [("i(3o)", "o"), ("(3i)o", "i"), ("i(2o)", "o"), ("i(2+1 o)", "o")]
+)
+def test_blocks_that_lie_on_several_devices(spec, over):
+    """One all-reduce of one number for each mean: no block is sent."""
+    mesh = trees.mesh_of(8, 2, jax.sharding.AxisType.Auto)
+    sides = [None, ("data", "model")][:: 1 if over == "o" else -1]
+    w = jax.ShapeDtypeStruct((192, 192), np.float32, sharding=NamedSharding(mesh, P(*sides)))
+    tx = om.mean(over, axes={"*": spec})
+    found = hlo.counted(jax.jit(lambda g: tx.update(g, tx.init(g))[0]).lower(w).compile())
+    assert found.collectives == {"all-reduce": 1}
+    assert found.sent <= 2 * 4 * 192 * 3
