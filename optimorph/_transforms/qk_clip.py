@@ -35,7 +35,7 @@ class QKClipState(NamedTuple):
                 raise ValueError(
                     f"clip_attention_logits: the logits of {module!r} have shape {logits.shape}, but "
                     f"{before.shape} was expected, (*layers, heads). Type axes= that tell the heads, such as "
-                    "'ioo' or 'i(12o)'."
+                    "'ioo', 'i(12o)', or 'i(12+12+12 o)' of a fused kernel."
                 )
             logits = logits.astype(before.dtype)
             counts = sound & ~jnp.isnan(logits)
