@@ -15,8 +15,13 @@ from optimorph._routing.siblings import (
     hidden_of_heads,
     layer_axes,
     low_rank_spec,
+    routers_of_experts,
+    specs_by_chain,
     specs_by_bias,
 )
+
+
+_PERCEPTRON = re.compile(r"expert|moe|mlp|ff[nw]?(?![a-z])")
 
 
 class _Leaf(NamedTuple):
@@ -75,12 +80,16 @@ class _Tree:
         self.widths = {shape[0] for shape in norms if len(shape) == 1}
         self.arrays = {*arrays_beside_modules([*self.shapes])}
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
+        self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
         self.by_bias, self.alike = specs_by_bias(self.shapes)
+        self.by_bias = specs_by_chain(self.shapes) | self.by_bias
 
     def spec(self, leaf: _Leaf, role: str, spec: str | None) -> LeafSpec:
         """How a leaf reads that has this role and this spec by its name."""
         if leaf.path in self.biases:
             return LeafSpec(None, "bias")
+        if leaf.path in self.gates_of_experts:
+            return LeafSpec(None, "router")
         if leaf.path in self.arrays and len(leaf.single) == 2:
             return self._array(leaf, spec)
         role, spec = self._among_others(leaf, role, spec)
@@ -119,11 +128,15 @@ class _Tree:
         """The answers to put first, of a question that the name does not answer."""
         if f"{leaf.path}_bias" in self.shapes:  # gpt-oss, whose gate and input alternate
             return [answer for answer in found.answers if answer is not None and "~" in answer]
-        offered = [None, *offers(leaf.path, leaf.shape, leaf.layers)[0]] if found.answers else []
-        takes_in = [size in self.widths for size in leaf.single] == [True] + [False] * (len(leaf.single) - 1)
-        if found.answers and takes_in and len(leaf.single) > 2 and found.answers[0] not in offered:
-            return [leaf.stacked("i" + "o" * (len(leaf.single) - 1))]
-        return []
+        offered = [None, *offers(leaf.path, leaf.shape, leaf.layers)[0]]
+        if not found.answers or found.answers[0] in offered or len(leaf.single) < 3:
+            return []
+        first, *rest = [size in self.widths for size in leaf.single]
+        if first and not any(rest[:-1]):
+            few = len(rest) == 2 and 1 < leaf.single[1] < 4  # a gate and its input, or query, key and value
+            return [leaf.stacked("ibo" if few else "i" + "o" * len(rest))]
+        of_heads = leaf.layers is not None and not _PERCEPTRON.search(leaf.path.lower())
+        return [leaf.stacked("iio")] if [first, *rest] == [False, False, True] and of_heads else []
 
 
 def _with_outputs(spec: str, told: str) -> str:

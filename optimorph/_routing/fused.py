@@ -12,7 +12,7 @@ from optimorph._routing.name_rules import WEIGHT
 
 _PARTS = range(2, 9)
 
-_QKV = re.compile(rf"(?<![^/.])w?qkv(_proj)?[/.]{WEIGHT}$")
+_QKV = re.compile(rf"(?<![^/.])(w?qkv(_proj)?|query_key_value)[/.]{WEIGHT}$")
 """A name of query, key and value in one leaf, one after the other."""
 
 _ONE = re.compile(r"(^|[/_])w?(q|k|v|kv|query|key|value)(_\w+)?$", re.IGNORECASE)
@@ -88,7 +88,8 @@ def with_fused_layers(
         cause = "may be several layers side by side, by its width"
         found[k] = unresolved(paths[k], shapes[k], cause, first=answers)
     for k, spec in enumerate(specs):
-        if spec.unresolved and len(shapes[k]) == 2 and (of := _QKV.search(paths[k].lower())):
+        asked = spec.unresolved and not spec.layout and len(shapes[k]) == 2
+        if asked and (of := _QKV.search(paths[k].lower())):
             outputs = 0 if paths[k].endswith("weight") else 1
             widths = {n for j in inside.get(paths[k][: of.start()].rstrip("/."), ()) for n in sides[j][0]}
             if blocks := _attention_and_perceptron(shapes[k][outputs], widths, {0}):

@@ -256,6 +256,7 @@ RULES = (
     NameRule("attention", _NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), shapes.fused(3, -2), layout=_NEOX),
     NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), shapes.fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), shapes.fused(3)),
+    NameRule("attention", _QKV + "/kernel", ("ibo",), lambda s: s[1:2] == (3,), batch_axes=True),
     NameRule("attention", _QKV + "/kernel", ("iboo",), shapes.three_before_heads, batch_axes=True),
     NameRule("attention", _QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
     NameRule("attention", "(to_)?kv(_proj)?/(kernel|w)", ("i(2o)",), shapes.fused(2)),
@@ -289,7 +290,7 @@ RULES = (
     NameRule(
         "attention",
         _IN_ATTENTION
-        + r"((out|o|proj|o_proj|\w*out_proj|(\w+_)?output(_dense)?|wo|c_proj)/(kernel|w)|w?o|output_w)",
+        + r"((out|o|proj|o_proj|\w*out_proj|(\w+_)?output(_dense|_proj)?|post|wo|c_proj)/(kernel|w)|w?o|output_w)",
         ("io", "iio"),
         shape_ok=shapes.heads_first,
     ),

@@ -27,6 +27,9 @@ _PARTS = ("vector", "norm", "bias")
 
 _IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
 
+_OUTPUT = re.compile(r"(^|/)(outputs?(_\w+)?|head)$", re.IGNORECASE)
+"""A name of a module whose last layer puts out what the model does."""
+
 _SCAN = re.compile(rf"(^|/)layers?/{WEIGHT}$", re.IGNORECASE)
 """The name of all layers of a scan, where the leaf is a stack."""
 
@@ -100,7 +103,7 @@ def with_output_layer(
     for k in ends:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
-        if len(ends) == 1 and k in certain and layers.next_of(k) is None:
+        if len(ends) == 1 and k in certain and layers.next_of(k) is None and not layers.is_in_list(k):
             specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         else:
             cause = "may be the output layer, by its width"
@@ -218,7 +221,8 @@ class _Layers:
         if next(self.takers(k), None) is not None or self.has_parts(k):
             return False
         if self.has_window(k):
-            return self.is_root(k) and not self.is_reshaped(k)
+            is_last = self.is_root(k) or _OUTPUT.search(self.module(k)) is not None
+            return is_last and not self.is_reshaped(k)
         return not self.is_joined(k) and not self.is_reshaped(k)
 
     def is_root(self, k: int) -> bool:
@@ -229,6 +233,10 @@ class _Layers:
             return self.paths[j].startswith(own) or self.order(j, k) < 0
 
         return own == "/" or all(map(is_around, self.by_numbers))
+
+    def is_in_list(self, k: int) -> bool:
+        """Whether its module is in a list of several."""
+        return re.search(r"(^|/)\d+/", self.module(k)) is not None
 
     def is_reshaped(self, k: int) -> bool:
         """Whether a layer takes in its outputs in another shape.
@@ -278,7 +286,7 @@ class _Layers:
         unfed = [j for j in chain[place + 1 :] if next(self.givers(j), None) is None]
         width, wider = max(self.outputs[k]), {n for j in unfed for n in self.inputs[j]}
         together = any(n > width and (n % width == 0 or n - width in self.with_outputs) for n in wider)
-        return together or any(width < n < 2 * width for n in self.recurrent)
+        return together or any(16 <= width < n < 2 * width for n in self.recurrent)
 
     def is_needed(self, k: int) -> bool:
         """Whether what has a name takes in its outputs: a layer beside it, one without others, or a norm."""

@@ -19,6 +19,8 @@ _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
 _FACTOR = re.compile(
     r"((?<![A-Za-z0-9])[abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)|(?<=/[a-vx-z])[12]$"
 )
+_IN_LIST = re.compile(r"[/.]\d+[/.]weight$")
+_GATE = re.compile(r"(^|[/.])\w*gate([/.](kernel|weight|w))?$")
 _SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
 """A name of a gate and its input in one leaf."""
 
@@ -139,6 +141,24 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
     return found, {path: alike[key] for path, key in keys.items() if key in alike}
 
 
+def specs_by_chain(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Path → inputs before outputs, of a `weight` in a list of three or more layers that fit only so.
+
+    Each layer then takes in the outputs of the one before it.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+    """
+    weights = [path for path, shape in shapes.items() if _IN_LIST.search(path) and len(shape) == 2]
+    found = {}
+    for chain in group_by(weights, without_numbers):
+        chain.sort(key=lambda path: [*map(int, re.findall(r"\d+", path))])
+        pairs = [(shapes[one], shapes[after]) for one, after in itertools.pairwise(chain)]
+        if len(pairs) > 1 and all(a[1] == b[0] for a, b in pairs) and any(a[0] != b[1] for a, b in pairs):
+            found |= dict.fromkeys(chain, "io")
+    return found
+
+
 def _bias_of(path: str) -> str:
     """The path of the bias of a layer, of that of its matrix."""
     found = re.search(rf"(?<![^/.]){WEIGHT}$", path)
@@ -157,7 +177,8 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
 
     for chain in group_by(heads, lambda k: without_numbers(paths[k])):
         chain.sort(key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
-        yield from (k for k, after in itertools.pairwise(chain) if feeds(k, after))
+        side_by_side = "heads/" in paths[chain[0]] and feeds(chain[-1], chain[-1])
+        yield from (k for k, after in itertools.pairwise(chain) if feeds(k, after) and not side_by_side)
     for module in group_by(heads, lambda k: _grandparent(paths[k])):
         ends = [k for k in module if not feeds(k, k)]
         last = [k for k in ends if not any(feeds(k, other) for other in module)]
@@ -186,6 +207,21 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
         rows = [n for n in beside if n and shape[0] % n == 0 and shape[0] >= 16 * width]
         return ("({}i)o" if down else "({}o)i").format(rows[0]) if rows else None
     return ("boi" if outputs_first else "bio") if shape[0] in beside else None
+
+
+def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) -> Iterator[str]:
+    """The gates that have one output for each of the experts in their module.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+      experts: the paths of experts.
+    """
+    counts = {(name, shapes[path][0]) for path in experts if len(shapes[path]) == 3 for name in _parents(path)}
+    for path, shape in shapes.items():
+        if len(shape) == 2 and _GATE.search(path):
+            outputs = shape[0 if path.endswith("weight") else 1]
+            if (_grandparent(path.replace(".", "/")), outputs) in counts:
+                yield path
 
 
 def low_rank_spec(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> str | None:
