@@ -589,6 +589,11 @@ def test_factors_by_rules():
     np.testing.assert_array_equal(updates["layers"]["kernel"][:, 0, 0], [0.25, 0.5, 1.0])
     np.testing.assert_array_equal(updates["embed"]["table"], 0.125)
     np.testing.assert_array_equal(updates["bias"], 1)
+    second = om.scale_by_rules({"layers/*": [[0.25, 0.5]]})
+    updates, _ = second.update(g, second.init(g))
+    np.testing.assert_array_equal(updates["layers"]["kernel"][0, :, 0], [0.25, 0.5])
+    with pytest.raises(ValueError, match=r"shape \(1, 3\)\. Type a number, or one for each index of the first"):
+        om.scale_by_rules({"layers/*": [[0.25, 0.5, 1.0]]}).init(g)
     with pytest.raises(ValueError, match=r"'bias' has shape \(3,\), but its factor has shape \(2,\)"):
         om.scale_by_rules({"bias": [1.0, 2.0]}).init(g)
     for factor in (1j, True, "x"):

@@ -178,10 +178,11 @@ def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name:
     if not np.all(np.isfinite(value)) or (name == "radius" and np.any(value <= 0)):
         what = "finite and above 0" if name == "radius" else "finite"
         raise ValueError(f"{who}: the {name} of {path!r} must be {what}, but is {factor!r}. Type 0.5.")
-    if np.ndim(factor) > 1 or np.shape(factor) not in ((), shape[:1]):
+    sizes = np.shape(factor)
+    if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes, shape, strict=False)):
         raise ValueError(
-            f"{who}: {path!r} has shape {shape}, but its {name} has shape {np.shape(factor)}. Type a number, "
-            "or one for each index of the first axis."
+            f"{who}: {path!r} has shape {shape}, but its {name} has shape {sizes}. Type a number, or one for "
+            "each index of the first axis, or [[...]] with one for each index of the second."
         )
 
 

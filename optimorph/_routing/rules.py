@@ -43,6 +43,11 @@ def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
     if has_patterns(rules):
         patterns, first = list(rules), first_match(rules)
         return lambda path, shape: NO_MATCH if (k := first(path)) is None else rules[patterns[k]]
+    if isinstance(rules, Mapping) and any(map(callable, rules)):
+        raise ValueError(
+            f"{who}: a key of rules is a pattern of paths, but here it is a function. Type a function in "
+            "place of rules, such as lambda path, shape: 0.1 if role_of(path, shape) == 'embedding' else ..."
+        )
     if callable(rules) and _is_leaf(rules):
         if (fault := call_fault(rules, "", ())) is not None:
             raise ValueError(

@@ -20,15 +20,19 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         u = f g        (1)
 
         chain(adamw(1e-3), scale_by_rules({"embed/*": 0.1, "blocks/0/*": 0.5}))
-        chain(muon(0.02), scale_by_rules({"layers/*": 0.9 ** np.arange(12)[::-1]}))      # layer-wise decay
+        decay = 0.9 ** np.arange(12)[::-1]
+        chain(muon(0.02), scale_by_rules({"layers/*": decay}))  # layer-wise decay
+        chain(muon(0.02), scale_by_rules({"decoder/layers/*": decay[None]}))  # MaxText's second axis
 
     Args:
       rules: the factor of each leaf, as `labels` takes rules: a number, or one for each index of the leaf's
-        first axis, such as the layers of a scan. Where no rule matches, or the value is `...`, it is 1.
+        first axis, such as the layers of a scan. An array of several axes stands for the leaf's first axes;
+        of shape (1, n) it has one number for each index of the second. Where no rule matches, or the value
+        is `...`, the factor is 1.
 
     Raises:
       ValueError: a number in place of rules; at `init` and `update`, a factor that is not a real number, or
-        whose length is not that of the leaf's first axis; inside `compress_state`, several factors for one
+        whose axes are not those of the leaf; inside `compress_state`, several factors for one
         leaf.
 
     References:
@@ -55,11 +59,9 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
             return g, state
         _check(who, leaf.path, np.shape(leaf.leaves.values[leaf.index]), factor)
         factor = jnp.asarray(factor).astype(g.dtype)
-        if factor.ndim == 0:
-            return factor * g, state  # (1)
-        if leaf.part:
+        if factor.ndim and leaf.part:
             raise ValueError(f"compress_state: put {who} outside, because {leaf.path!r} has several factors.")
-        return factor.reshape(-1, *[1] * (g.ndim - 1)) * g, state  # (1)
+        return jnp.expand_dims(factor, range(factor.ndim, g.ndim)) * g, state  # (1)
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
 
