@@ -157,6 +157,48 @@ STACKS = {
     "experts in rows, back": ({"moe/experts/w2": (4096, 32), "moe/router/kernel": (32, 16)}, "(16i)o"),
     "an array in a list of modules": ({"0": (26, 10), "1/w": (10, 32), "2/0": (32, 5), "2/1": (5,)}, "?"),
     "a long one": ({"0": (2600, 10), "1/w": (10, 32), "2/0": (32, 5), "2/1": (5,)}, "-"),
+    "a gate of experts": ({"m/gate/kernel": (64, 8), "m/experts/up/kernel": (8, 64, 32)}, "-"),
+    "a gate of a perceptron": (
+        {"m/gate/kernel": (64, 9), "m/experts/up/kernel": (8, 64, 32), "m/down/kernel": (9, 64)},
+        "io",
+    ),
+    "a list of weights": (
+        {"f/layers/1/weight": (48, 64), "f/layers/0/weight": (64, 8), "f/layers/2/weight": (20, 48)},
+        "oi",
+    ),
+    "a list of weights, inputs first": (
+        {"f/layers/1/weight": (64, 48), "f/layers/0/weight": (8, 64), "f/layers/2/weight": (48, 20)},
+        "io",
+    ),
+    "a perceptron, inputs first": (
+        {"b/mlp/linear1/weight": (64, 256), "b/mlp/linear2/weight": (256, 64), "b/norm/scale": (64,)},
+        "io",
+    ),
+    "a perceptron, back": (
+        {
+            "b/mlp/linear2/weight": (256, 64),
+            "b/mlp/linear1/weight": (64, 256),
+            "b/norm/scale": (64,),
+            "head/kernel": (64, 5),
+        },
+        "io",
+    ),
+    "a perceptron without norms": (
+        {"b/mlp/linear1/weight": (64, 256), "b/mlp/linear2/weight": (256, 64)},
+        "oi",
+    ),
+    "an adapter": ({"b/up/weight": (64, 8), "b/down/weight": (8, 64), "b/norm/scale": (64,)}, "oi"),
+    "gate and input, outputs first": ({"mlp/gating_einsum": (2, 48, 64), "mlp/linear": (48, 64)}, "boi"),
+    "gates and inputs of experts": (
+        {
+            "mlp/gating_einsum/w": (8, 2, 48, 64),
+            "mlp/linear/w": (8, 48, 64),
+            "mlp/router_logits/w": (64, 8),
+        },
+        "bboi",
+    ),
+    "query, key and value counted": ({"attn/qkv/kernel": (64, 3, 64)}, "ibo"),
+    "an output of attention": ({"attn/output_proj/kernel": (4, 16, 64)}, "iio"),
     "gates of a GRU": ({"cell/weight_ih": (30, 2), "cell/weight_hh": (30, 10)}, "(3o)i"),
 }
 
@@ -195,6 +237,30 @@ FUSED = {
         },
         ("io", "io", "-"),
     ),
+    "a perceptron in a head": (
+        {"action_head/torso_1/Dense_0/kernel": (64, 64), "action_head/Dense_0/kernel": (64, 9)},
+        ("io", "-"),
+    ),
+    "equal heads side by side": (
+        {"heads/0/kernel": (64, 64), "heads/1/kernel": (64, 64)},
+        ("-", "-"),
+    ),
+    "a convolution before a classifier": (
+        {"x/head/conv/kernel": (1, 1, 32, 64), "classifier/kernel": (64, 9)},
+        ("iiio", "-"),
+    ),
+    "a convolution in an output module": (
+        {
+            "down/conv_a/kernel": (3, 3, 32, 64),
+            "down/conv_b/kernel": (3, 3, 64, 64),
+            "output_projection/conv1x1/kernel": (1, 1, 64, 9),
+        },
+        ("iiio", "iiio", "-"),
+    ),
+    "the last of a list in a list": (
+        {"x/0/f/layers/0/kernel": (8, 64), "x/0/f/layers/1/kernel": (64, 32)},
+        ("io", "?"),
+    ),
     "a weight in a wrapper": ({"linear_0/weight/args/1": (32, 64)}, ("oi",)),
 }
 
@@ -215,6 +281,10 @@ def test_first_answers_of_layers_side_by_side():
         ({"attn/wqkv/kernel": (96, 96), "attn/out/kernel": (64, 96)}, ("i(64+16+16 o)", "io")),
         ({"attn_0/linear/w": (64, 192), "attn_0/linear_1/w": (64, 64)}, ("i(3o)", "io")),
         ({"block_0/linear_0/w": (64, 64), "block_0/linear_1/w": (64, 192)}, ("io", "i(3o)")),
+        ({"x/query_key_value/kernel": (64, 96), "x/dense/kernel": (64, 64)}, ("i(64+16+16 o)", "io")),
+        ({"mlp/wi_kernel": (64, 2, 256), "mlp/scale": (64,)}, ("ibo", "bio")),
+        ({"x/out_kernel": (4, 16, 64), "x/scale": (64,)}, ("iio", "bio")),
+        ({"x/q_kernel": (64, 4, 32), "x/scale": (64,), "q/scale": (32,)}, ("ioo", "bio")),
     ):
         params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
         row = next(row for row in om.plan(params | {"lm_head/kernel": jnp.ones((64, 9))}) if row.unresolved)

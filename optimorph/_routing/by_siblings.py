@@ -16,10 +16,10 @@ from optimorph._routing.siblings import (
     layer_axes,
     low_rank_spec,
     routers_of_experts,
-    specs_by_chain,
     specs_by_bias,
+    specs_by_chain,
+    specs_by_pair,
 )
-
 
 _PERCEPTRON = re.compile(r"expert|moe|mlp|ff[nw]?(?![a-z])")
 
@@ -77,12 +77,13 @@ class _Tree:
         self.gates = of_role.get("gates", {})
         self.routers = [(path, self.shapes[path]) for path in of_role.get("router", ())]
         norms = [self.shapes[path] for path in of_role.get("norm", ())]
-        self.widths = {shape[0] for shape in norms if len(shape) == 1}
+        experts = {n for _, shape in self.routers for n in shape[-1:]}
+        self.widths = {shape[0] for shape in norms if len(shape) == 1} - experts
         self.arrays = {*arrays_beside_modules([*self.shapes])}
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
         self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
-        self.by_bias, self.alike = specs_by_bias(self.shapes)
-        self.by_bias = specs_by_chain(self.shapes) | self.by_bias
+        by_bias, self.alike = specs_by_bias(self.shapes)
+        self.told = specs_by_chain(self.shapes) | specs_by_pair(self.shapes, self.widths) | by_bias
 
     def spec(self, leaf: _Leaf, role: str, spec: str | None) -> LeafSpec:
         """How a leaf reads that has this role and this spec by its name."""
@@ -118,18 +119,19 @@ class _Tree:
         if asked:
             spec = self.gates.get(_recurrent_twin(path), spec)
         if spec == UNDECIDED:
-            told = self.by_bias.get(path, "")
+            told = self.told.get(path, "")
             certain = len(told) > 2 and None not in offers(path, leaf.shape, leaf.layers)[0][:1]
             return role, leaf.stacked(told) if certain else spec
-        told = leaf.stacked(self.by_bias.get(path) or self.alike.get(path))
+        told = leaf.stacked(self.told.get(path) or self.alike.get(path))
         return role, spec if spec is None or told is None else _with_outputs(spec, told)
 
     def _likeliest(self, leaf: _Leaf, found: LeafSpec) -> list[str | None]:
         """The answers to put first, of a question that the name does not answer."""
         if f"{leaf.path}_bias" in self.shapes:  # gpt-oss, whose gate and input alternate
             return [answer for answer in found.answers if answer is not None and "~" in answer]
-        offered = [None, *offers(leaf.path, leaf.shape, leaf.layers)[0]]
-        if not found.answers or found.answers[0] in offered or len(leaf.single) < 3:
+        if not found.answers or len(leaf.single) < 3:
+            return []
+        if found.answers[0] in [None, *offers(leaf.path, leaf.shape, leaf.layers)[0]]:
             return []
         first, *rest = [size in self.widths for size in leaf.single]
         if first and not any(rest[:-1]):

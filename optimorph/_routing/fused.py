@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import without_numbers
 from optimorph._routing.layer_widths import is_inside, layer_name, number_of, sides_of
-from optimorph._routing.leaf_spec import LeafSpec, unresolved
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
 from optimorph._routing.name_rules import WEIGHT
 
 _PARTS = range(2, 9)
@@ -31,7 +31,8 @@ def with_fused_layers(
     """
     sides = [*map(sides_of, paths, shapes, specs)]
     taken = set[int]().union(*(inputs for inputs, _ in sides))
-    names = {k: layer_name(paths[k].replace(".", "/")) for k, spec in enumerate(specs) if spec.axes}
+    read = [k for k, spec in enumerate(specs) if spec.axes or spec.role in (HEAD, INFERRED_HEAD)]
+    names = {k: layer_name(paths[k].replace(".", "/")) for k in read}
     takers: dict[tuple[str, int], set[int]] = {}
     givers: dict[tuple[str, int], set[int]] = {}
     inside: dict[str, list[int]] = {}

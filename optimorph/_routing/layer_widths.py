@@ -3,7 +3,7 @@
 import re
 
 from optimorph._core.types import Shape
-from optimorph._routing.leaf_spec import HEAD, LeafSpec
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of
 from optimorph._routing.name_rules import BLOCK, WEIGHT
 from optimorph.linalg import Axes
 
@@ -53,6 +53,8 @@ def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int
     embedding has rows, and the embedding does not take them in. A bias, or a vector without a name, is a part
     of a layer.
     """
+    if spec.role == INFERRED_HEAD and (as_matrix := spec.answers[1]) is not None:
+        spec = LeafSpec(axes_of(as_matrix), "dense")
     if spec.axes is None and spec.role == "embedding" and len(shape) > 1:
         return {shape[-1]}, {shape[-1]}
     if spec.axes is None and len(shape) == 2 and (spec.role in (DISTRIBUTION, HEAD) or has_no_name(path)):

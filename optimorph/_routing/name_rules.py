@@ -72,7 +72,7 @@ _SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
 _SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
 _SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
 _LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
-_POST = r"(out|\w*output|o_proj|post)/(kernel|w)"
+_POST = r"(out|\w*output|o_proj|post)/(kernel|w|weight)"
 _GATE = r"(\w*gate|gating)(_\d+)?"
 _EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{_WEIGHT})?"
 _MOMENT = "(mean|log_?(std|var|sigma|scale))(_?(net|layer|linear|dense|fc))?"
@@ -125,7 +125,7 @@ RULES = (
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
-        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head",
+        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head|router",
     ),
     NameRule(
         "head",
@@ -290,7 +290,7 @@ RULES = (
     NameRule(
         "attention",
         _IN_ATTENTION
-        + r"((out|o|proj|o_proj|\w*out_proj|(\w+_)?output(_dense|_proj)?|post|wo|c_proj)/(kernel|w)|w?o|output_w)",
+        + r"((out|proj|\w*o(ut)?_proj|(\w+_)?output(_dense|_proj)?|w?o|c_proj|post)/(kernel|w)|w?o|output_w)",
         ("io", "iio"),
         shape_ok=shapes.heads_first,
     ),
@@ -335,7 +335,8 @@ RULES = (
     NameRule("dense", _LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
     NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
-    NameRule("dense", r"w[a-z]{1,3}(_\w+)?|(pre|post|res)_alpha", (UNDECIDED, "io")),
+    NameRule("dense", "(pre|post|res)_alpha", ("io",)),  # of hyper-connections
+    NameRule("dense", r"w[a-z]{1,3}(_\w+)?", (UNDECIDED, "io")),
     NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

@@ -107,7 +107,8 @@ def with_output_layer(
             specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         else:
             cause = "may be the output layer, by its width"
-            likelier = answers[::-1] if k in unlikely and len(unlikely) < len(ends) else answers
+            inner = (k in unlikely and len(unlikely) < len(ends)) or layers.is_in_list(k)
+            likelier = answers[::-1] if inner else answers
             specs[k] = unresolved(paths[k], shapes[k], cause, first=likelier)
     return specs
 
@@ -235,8 +236,8 @@ class _Layers:
         return own == "/" or all(map(is_around, self.by_numbers))
 
     def is_in_list(self, k: int) -> bool:
-        """Whether its module is in a list of several."""
-        return re.search(r"(^|/)\d+/", self.module(k)) is not None
+        """Whether it is no convolution, and its module is in a list of several."""
+        return not self.has_window(k) and re.search(r"(^|/)\d+/", self.module(k)) is not None
 
     def is_reshaped(self, k: int) -> bool:
         """Whether a layer takes in its outputs in another shape.

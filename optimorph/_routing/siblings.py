@@ -24,6 +24,12 @@ _GATE = re.compile(r"(^|[/.])\w*gate([/.](kernel|weight|w))?$")
 _SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
 """A name of a gate and its input in one leaf."""
 
+_FIRST = re.compile(r"(?<![^/.])(?P<name>linear1|fc1|w1|wi|w3|(up|gate)(_proj)?)(_\d)?(?=[/.]weight$)")
+_LAST = {"linear1": "linear2", "fc1": "fc2", "wi": "wo", "w1": "w2", "w3": "w2"} | {
+    name + end: "down" + end for name in ("up", "gate") for end in ("", "_proj")
+}
+"""The name of the first layer of a perceptron → that of the last."""
+
 _TWIN = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down", "1": "2", "2": "1"}
 """The names of two factors of a matrix."""
 
@@ -159,6 +165,30 @@ def specs_by_chain(shapes: Mapping[str, Shape]) -> dict[str, str]:
     return found
 
 
+def specs_by_pair(shapes: Mapping[str, Shape], widths: Collection[int]) -> dict[str, str]:
+    """Path → spec of the first and the last layer of perceptrons whose order only their widths tell.
+
+    Of a `weight` without a bias, the inner width is the larger, and only the other one is that of norms.
+    Gemma's gate and input have as outputs what their `linear`, (inputs, outputs), takes in.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+      widths: of the norms.
+    """
+    found = {}
+    for path, shape in shapes.items():
+        sides, linear = shape[-2:], shapes.get(path.replace("gating_einsum", "linear"), ())[-2:]
+        if "gating_einsum" in path and len(shape) > 2 and sides in (linear, linear[::-1]):
+            found[path] = "b" * (len(shape) - 2) + ("oi" if sides == linear else "io")
+        first = _FIRST.search(path)
+        if first is None or len(shape) != 2:
+            continue
+        last = path[: first.start()] + _LAST[first["name"]] + path[first.end() :]
+        if shapes.get(last) == sides[::-1] and min(sides) in widths and max(sides) not in widths:
+            found |= dict.fromkeys((path, last), "io" if sides[0] < sides[1] else "oi")
+    return found
+
+
 def _bias_of(path: str) -> str:
     """The path of the bias of a layer, of that of its matrix."""
     found = re.search(rf"(?<![^/.]){WEIGHT}$", path)
@@ -168,7 +198,8 @@ def _bias_of(path: str) -> str:
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
     """The layers of a head before its last: those whose outputs another layer of the head takes in.
 
-    In lists and of layers with numbers, that is the one with the next number.
+    In lists and of layers with numbers, that is the one with the next number. The other layer may be in a
+    module around that of the first. Of a convolution it may be any dense layer.
     """
 
     def feeds(k: int, other: int) -> bool:
@@ -179,10 +210,16 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
         chain.sort(key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
         side_by_side = "heads/" in paths[chain[0]] and feeds(chain[-1], chain[-1])
         yield from (k for k, after in itertools.pairwise(chain) if feeds(k, after) and not side_by_side)
+    modules = [(_grandparent(paths[k]), k) for k in heads]
     for module in group_by(heads, lambda k: _grandparent(paths[k])):
-        ends = [k for k in module if not feeds(k, k)]
-        last = [k for k in ends if not any(feeds(k, other) for other in module)]
-        yield from (k for k in module if any(feeds(k, end) for end in last) and _grandparent(paths[k]))
+        own = _grandparent(paths[module[0]]) + "/"
+        around = [k for name, k in modules if name and own.startswith(f"{name}/")]
+        last = [k for k in around if not any(feeds(k, other) for other in around)]
+        yield from (k for k in module if any(feeds(k, end) for end in last))
+    dense = [k for k, shape in enumerate(shapes) if len(shape) == 2 and shape[0] > 16]
+    taken = {shapes[k][1 if paths[k].endswith("weight") else 0] for k in dense}
+    windows = [k for k in heads if len(shapes[k]) > 3]  # before dense layers
+    yield from (k for k in windows if shapes[k][0 if paths[k].endswith("weight") else -1] in taken)
 
 
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
@@ -216,7 +253,9 @@ def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) ->
       shapes: of all leaves, without an axis of layers.
       experts: the paths of experts.
     """
-    counts = {(name, shapes[path][0]) for path in experts if len(shapes[path]) == 3 for name in _parents(path)}
+    counts = {
+        (name, shapes[path][0]) for path in experts if len(shapes[path]) == 3 for name in _parents(path)
+    }
     for path, shape in shapes.items():
         if len(shape) == 2 and _GATE.search(path):
             outputs = shape[0 if path.endswith("weight") else 1]
