@@ -199,6 +199,12 @@ STACKS = {
     ),
     "query, key and value counted": ({"attn/qkv/kernel": (64, 3, 64)}, "ibo"),
     "an output of attention": ({"attn/output_proj/kernel": (4, 16, 64)}, "iio"),
+    "a vocabulary": ({"first/w": (4096, 64), "head/w": (64, 4096)}, "-"),
+    "as many inputs as a vocabulary": ({"first/w": (4096, 512), "head/w": (512, 4096)}, "io"),
+    "inputs that are no vocabulary": (
+        {"first/w": (4096, 64), "head/w": (64, 10), "logit_temperature": ()},
+        "io",
+    ),
     "gates of a GRU": ({"cell/weight_ih": (30, 2), "cell/weight_hh": (30, 10)}, "(3o)i"),
 }
 

@@ -1,5 +1,6 @@
 """The default rules for all leaves of a tree: what their names say, with what each tells of the others."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -79,6 +80,9 @@ class _Tree:
         norms = [self.shapes[path] for path in of_role.get("norm", ())]
         experts = {n for _, shape in self.routers for n in shape[-1:]}
         self.widths = {shape[0] for shape in norms if len(shape) == 1} - experts
+        heads = [path for path in of_role.get(HEAD, ()) if self.shapes[path]]
+        outputs = {self.shapes[path][0 if path.endswith("weight") else -1] for path in heads}
+        self.vocabulary = {n for n in outputs if n >= 1 << 12}
         self.arrays = {*arrays_beside_modules([*self.shapes])}
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
         self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
@@ -91,6 +95,9 @@ class _Tree:
             return LeafSpec(None, "bias")
         if leaf.path in self.gates_of_experts:
             return LeafSpec(None, "router")
+        rows, *columns = leaf.single or (0,)
+        if role == "dense" and rows in self.vocabulary and rows >= 16 * math.prod(columns):
+            return LeafSpec(None, "embedding")  # of tokens as vectors of zeros and a one
         if leaf.path in self.arrays and len(leaf.single) == 2:
             return self._array(leaf, spec)
         role, spec = self._among_others(leaf, role, spec)

@@ -218,7 +218,7 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
         yield from (k for k in module if any(feeds(k, end) for end in last))
     dense = [k for k, shape in enumerate(shapes) if len(shape) == 2 and shape[0] > 16]
     taken = {shapes[k][1 if paths[k].endswith("weight") else 0] for k in dense}
-    windows = [k for k in heads if len(shapes[k]) > 3]  # before dense layers
+    windows = [k for k in heads if len(shapes[k]) > 3]
     yield from (k for k in windows if shapes[k][0 if paths[k].endswith("weight") else -1] in taken)
 
 
