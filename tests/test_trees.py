@@ -263,6 +263,10 @@ FUSED = {
         },
         ("iiio", "iiio", "-"),
     ),
+    "as many outputs as places of a picture": (
+        {"Conv_0/kernel": (3, 3, 4, 32), "Dense_0/kernel": (512, 512), "Dense_1/kernel": (512, 800)},
+        ("iiio", "io", "-"),
+    ),
     "the last of a list in a list": (
         {"x/0/f/layers/0/kernel": (8, 64), "x/0/f/layers/1/kernel": (64, 32)},
         ("io", "?"),
@@ -288,6 +292,8 @@ def test_first_answers_of_layers_side_by_side():
         ({"attn_0/linear/w": (64, 192), "attn_0/linear_1/w": (64, 64)}, ("i(3o)", "io")),
         ({"block_0/linear_0/w": (64, 64), "block_0/linear_1/w": (64, 192)}, ("io", "i(3o)")),
         ({"x/query_key_value/kernel": (64, 96), "x/dense/kernel": (64, 64)}, ("i(64+16+16 o)", "io")),
+        ({"x/key_proj/kernel": (64, 4, 128), "x/dense/kernel": (64, 64)}, ("ioo", "bio")),
+        ({"x/qkv_proj/kernel": (64, 288), "x/out_proj/kernel": (96, 64)}, ("i(3o)", "io")),
         ({"mlp/wi_kernel": (64, 2, 256), "mlp/scale": (64,)}, ("ibo", "bio")),
         ({"x/out_kernel": (4, 16, 64), "x/scale": (64,)}, ("iio", "bio")),
         ({"x/q_kernel": (64, 4, 32), "x/scale": (64,), "q/scale": (32,)}, ("ioo", "bio")),

@@ -109,6 +109,8 @@ def _attention_and_perceptron(width: int, taken: set[int], inner: set[int]) -> s
     """
     for query, hidden, times in itertools.product(sorted(taken), sorted(inner), (2, 1)):
         key, odd = divmod(width - query - times * hidden, 2)
+        if query == key and not hidden:
+            return "3o"
         if not odd and 0 < key <= query and query % key == 0 and query != hidden:
             return "+".join(map(str, filter(None, (query, key, key, *[hidden] * times)))) + " o"
     return None

@@ -72,6 +72,10 @@ _SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
 _SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
 _SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
 _LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
+_QUERY = (
+    r"(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|"
+    r"(\w+_)?[qkv]_projection/(kernel|weights)"
+)
 _POST = r"(out|\w*output|o_proj|post)/(kernel|w|weight)"
 _GATE = r"(\w*gate|gating)(_\d+)?"
 _EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{_WEIGHT})?"
@@ -267,12 +271,8 @@ RULES = (
     ),
     _gpt2_rule("attention", "attn/c_attn", "(3o)i", shapes.fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
-    NameRule(
-        "attention",
-        r"(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|(\w+_)?[qkv]_projection/(kernel|weights)",
-        ("io", "ioo"),
-        shape_ok=shapes.heads,
-    ),
+    NameRule("attention", _QUERY, (UNDECIDED, "ioo"), shapes.many_heads),
+    NameRule("attention", _QUERY, ("io", "ioo"), shape_ok=shapes.heads),
     NameRule(
         "attention",
         _IN_ATTENTION + r"((query|key|value|gating)(_w)?|w?[qkv])",

@@ -251,7 +251,7 @@ class _Layers:
             return not joined.isdisjoint(self.channels) or any(
                 n > width and n % width == 0 for n in self.flat
             )
-        squares = (width // n for n in self.channels if width > max(self.inputs[k]) and width % n == 0)
+        squares = (width // n for n in self.channels if width >= 2 * max(self.inputs[k]) and width % n == 0)
         if any(n > 1 and math.isqrt(n) ** 2 == n for n in squares):  # to places of a picture
             return True
         taken, given = self.channels_in.get(self.module(k), ((), ()))

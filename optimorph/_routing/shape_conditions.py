@@ -43,6 +43,11 @@ def heads(shape: Shape) -> bool:
     return len(heads) < 2 or (size <= 4 * model and (heads[1] >= 8 or 16 * size > model))
 
 
+def many_heads(shape: Shape) -> bool:
+    """(model, heads, size), where heads x size is more than 4 x model."""
+    return len(shape) == 3 and shape[1] < shape[0] and 4 * shape[0] < shape[1] * shape[2]
+
+
 def heads_of_latents(shape: Shape) -> bool:
     """(rank, heads, size), where heads x size may be far larger than rank."""
     rank, heads, *size = shape
