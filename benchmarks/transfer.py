@@ -130,9 +130,7 @@ def train(record):
     """
     firsts = {name: first for name, (_, first) in OPTIMIZERS.items()}
     for reach, name, width in itertools.product((1, 2), OPTIMIZERS, WIDTHS):
-        curve = (
-            record["curves"].setdefault(name, {}).setdefault(str(width), {"seconds": 0.0, "losses": {}})
-        )
+        curve = record["curves"].setdefault(name, {}).setdefault(str(width), {"seconds": 0.0, "losses": {}})
         losses = unpacked(curve["losses"])
         run = None
         while (exponent := next_exponent(losses, firsts[name], reach)) is not None:

@@ -54,7 +54,7 @@ def _gpt2_rule(role: str, name: str, spec: str, when: Callable[[Shape], bool]) -
 
 
 _NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?", "maxtext(scan_axis=1)"
-WEIGHT = _WEIGHT = "(kernel|weight|w)"
+WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
 _UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
 _CONV = r"\w*conv\w*/"
@@ -78,10 +78,10 @@ _QUERY = (
 )
 _POST = r"(out|\w*output|o_proj|post)/(kernel|w|weight)"
 _GATE = r"(\w*gate|gating)(_\d+)?"
-_EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{_WEIGHT})?"
+_EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{WEIGHT})?"
 _MOMENT = "(mean|log_?(std|var|sigma|scale))(_?(net|layer|linear|dense|fc))?"
 _OF_POLICY = "(policy|value|actions?|q|advantage)"
-_SEVEN = rf"\w*(linear|proj|fc|dense)\w*/{_WEIGHT}"
+_SEVEN = rf"\w*(linear|proj|fc|dense)\w*/{WEIGHT}"
 _LAYER = "(mlp|ffn?|attn|attention)"
 _GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
 _QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
@@ -124,7 +124,7 @@ RULES = (
     NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(\w+_)?(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
     NameRule("norm", rf"\w*norm_{_LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
-    NameRule("vector", rf"{_WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
+    NameRule("vector", rf"{WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule(
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
@@ -133,22 +133,22 @@ RULES = (
     ),
     NameRule(
         "head",
-        rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{_WEIGHT})?|"
-        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{_WEIGHT})?",
+        rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{WEIGHT})?|"
+        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{WEIGHT})?",
         not_in=BLOCK,
     ),
-    NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{_WEIGHT})?"),
+    NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{WEIGHT})?"),
     NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)(kernel|w)", when=shapes.is_output, not_in=BLOCK),
     NameRule(
         "head", f"({_GENERIC}|{_OF_POLICY}/)weight", when=shapes.flipped(shapes.is_output), not_in=BLOCK
     ),
     # the outputs of a distribution, of a policy, of a value
-    NameRule("distribution", rf"(\w*{_MOMENT}|(\w+_)?mu)/{_WEIGHT}", when=lambda s: len(s) == 2),
-    NameRule("head", rf"{_ROOT}(policy|advantage)/{_WEIGHT}"),
-    NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{_WEIGHT}", not_in=BLOCK),
-    NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{_WEIGHT}"),
+    NameRule("distribution", rf"(\w*{_MOMENT}|(\w+_)?mu)/{WEIGHT}", when=lambda s: len(s) == 2),
+    NameRule("head", rf"{_ROOT}(policy|advantage)/{WEIGHT}"),
+    NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{WEIGHT}", not_in=BLOCK),
+    NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{WEIGHT}"),
     NameRule("head", _ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
-    NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{_WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
+    NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
     NameRule(
         "embedding",
         _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_?embed\w*/.*|cls",
@@ -164,7 +164,7 @@ RULES = (
     NameRule("embedding", "weight", when=shapes.flipped(shapes.is_patches)),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
-    NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/" + _WEIGHT),
+    NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/" + WEIGHT),
     NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or shapes.few_outputs(shape)),
     NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
     NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=shapes.few_outputs),
@@ -254,7 +254,7 @@ RULES = (
     NameRule("dense", "gating_einsum(/w)?", ("boi",), lambda s: len(s) > 2 and s[-2] > s[-1]),
     # GEGLU: a gate and its input side by side
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
-    NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{_WEIGHT}", (UNDECIDED, None)),
+    NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{WEIGHT}", (UNDECIDED, None)),
     # GPT-NeoX and BLOOM order query, key and value head by head
     NameRule("attention", _NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), shapes.fused(3), layout=_NEOX),
     NameRule("attention", _NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), shapes.fused(3, -2), layout=_NEOX),

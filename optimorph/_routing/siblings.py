@@ -20,7 +20,7 @@ _FACTOR = re.compile(
     r"((?<![A-Za-z0-9])[abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)|(?<=/[a-vx-z])[12]$"
 )
 _IN_LIST = re.compile(r"[/.]\d+[/.]weight$")
-_GATE = re.compile(r"(^|[/.])\w*gate([/.](kernel|weight|w))?$")
+_GATE = re.compile(rf"(^|[/.])\w*gate([/.]{WEIGHT})?$")
 _SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
 """A name of a gate and its input in one leaf."""
 
