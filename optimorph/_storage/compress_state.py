@@ -159,10 +159,12 @@ def _compressed(
         now, inner = rule.advance(shared.inner, leaves)
         seed, count = jnp.uint32(shared.seed), increment(shared.noise_count)
         after = state(rule.slots(inner), [None] * len(moments), seed, count)
-        return (now, _key(shared)), after
+        names = [named(kinds[j], path) for path in leaves.paths for j in moments]
+        keys = leaf_keys(_key(shared), names)
+        return (now, keys.reshape(len(leaves.paths), len(moments), keys.shape[-1])), after
 
     def update(g, s, leaf, now):
-        told, key = now
+        told, own_keys = now
         held = rule.slots(s.inner)
         codecs: list[Codec | None] = [None] * len(kinds)
         for j, scales in zip(moments, s.scales, strict=True):
@@ -172,9 +174,7 @@ def _compressed(
                 held[j] = Encoded(held[j], scales)
                 codecs[j] = stored_codec(codec_of, kinds[j], leaf.path, held[j])
         keys: list[Any] = [None] * len(kinds)
-        for j, own in zip(
-            moments, leaf_keys(key, [named(kinds[j], leaf.path) for j in moments]), strict=True
-        ):
+        for j, own in zip(moments, own_keys[leaf.index], strict=True):
             keys[j] = own
 
         def step(g, weight, held, part=True):

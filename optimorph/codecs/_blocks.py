@@ -12,10 +12,7 @@ from optimorph._core.checks import dtype_name, is_integer
 from optimorph._core.rounding import noise, outer_bfloat16
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
-from optimorph.codecs._forms import Form, in_form
-
-TINY = 4.7019774e-38
-"""Blocks with a smaller maximum become zeros: four times the smallest normal number; 4 / s is finite."""
+from optimorph.codecs._forms import TINY, Form, in_form
 
 WHOLE = 1.5 * 2**23
 """The last bits of x + WHOLE are the integer nearest to x, ties to even."""
@@ -61,9 +58,10 @@ class BlockCodec(Codec):
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         def encoded(form: Form, x: jax.Array, place: jax.Array) -> Encoded:
             split = form.split(x)
-            scales = self._scales(form.largest(split, self._bits))
+            s = form.scales(split, self._bits, _scale)
+            scales = outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
             s = scales.astype(jnp.float32)
-            quarters = split * form.spread(jnp.where(s >= TINY, 4 / s, 0))  # 1 / s may be subnormal
+            quarters = form.quarters(split, s)
             codes = self._codes(quarters, key, form.split(place)).astype(self.code_dtype)
             return Encoded(form.joined(codes, x), scales.reshape(self._scales_shape(x.shape)))
 
@@ -79,16 +77,9 @@ class BlockCodec(Codec):
 
         return in_form(decoded, self._width(encoded.codes.shape), encoded.codes, encoded.scales)
 
-    def _scales(self, largest: jax.Array) -> jax.Array:
-        """(1) of the bits of the largest |x|; 0 below `TINY`, NaN for blocks with a non-finite number."""
-        s = jax.lax.bitcast_convert_type(largest, jnp.float32)
-        s = jnp.where(s < jnp.inf, s, jnp.nan)
-        s = jnp.where(s < TINY, 0, s)
-        return outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
-
-    def _bits(self, blocks: jax.Array) -> jax.Array:
+    def _bits(self, x: jax.Array) -> jax.Array:
         """|x| as int32 in the same order, NaN above all: compilers lose NaN in a maximum of floats."""
-        return jax.lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
+        return jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
 
     @abc.abstractmethod
     def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
@@ -122,6 +113,12 @@ def block_width(block: int, last: int) -> int:
 
     widths = [width for width in range(-(-block // 4), min(block, last) + 1) if last % width == 0]
     return max(widths, key=lambda width: (shares(width), width), default=max(1, min(block, last)))
+
+
+def _scale(largest: jax.Array) -> jax.Array:
+    """(1) of the largest |x|: 0 below `TINY`, NaN if it is not finite."""
+    s = jnp.where(largest < jnp.inf, largest, jnp.nan)
+    return jnp.where(s < TINY, 0, s)
 
 
 def _linear(c: jax.Array) -> jax.Array:
@@ -226,9 +223,9 @@ class Nonneg8(BlockCodec):
 
     code_dtype: ClassVar[DTypeLike] = jnp.uint8
 
-    def _bits(self, blocks: jax.Array) -> jax.Array:
+    def _bits(self, x: jax.Array) -> jax.Array:
         """x as int32 in the same order, negative numbers and NaN above all."""
-        return jnp.where(blocks >= 0, jax.lax.bitcast_convert_type(blocks, jnp.int32), 0x7FFFFFFF)
+        return jnp.where(x >= 0, jax.lax.bitcast_convert_type(x, jnp.int32), 0x7FFFFFFF)
 
     def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:
         random = (noise(self._key(key), place) >> 16).astype(jnp.int32).astype(jnp.float32)

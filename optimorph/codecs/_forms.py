@@ -15,14 +15,28 @@ from jax.sharding import PartitionSpec
 
 from optimorph._core.numbers import with_type_of
 
+TINY = 4.7019774e-38
+"""Blocks with a smaller maximum become zeros: four times the smallest normal number; 4 / s is finite."""
+
 Bits = Callable[[jax.Array], jax.Array]
 """Numbers → integers in the order that counts, which are those numbers' bits, or those of NaN."""
 
+Scale = Callable[[jax.Array], jax.Array]
+"""The largest number of a block → its scale, which never falls while that number grows."""
+
 
 class Blocks(NamedTuple):
-    """`(*batch, blocks, width)`, padded with zeros."""
+    """`(*batch, blocks, width)`, padded with zeros.
+
+    Args:
+      width: the numbers of a block.
+      halves: whether maxima are those of halves of blocks first, which vectorizes on CPUs, and what a block
+        has one of is computed once. Without, what is computed of every number is in the same kernel of a GPU
+        as the number itself or its code, and a kernel of its own would cost more.
+    """
 
     width: int
+    halves: bool
 
     def split(self, x: jax.Array) -> jax.Array:
         """An array in this form."""
@@ -33,17 +47,25 @@ class Blocks(NamedTuple):
             x = jnp.pad(x, (*[(0, 0)] * len(batch), (0, count * self.width - last)))
         return x.reshape(*batch, count, self.width)
 
-    def largest(self, x: jax.Array, bits: Bits) -> jax.Array:
-        """`(*batch, blocks)`, the largest integer of every block: first of halves, which vectorizes."""
+    def scales(self, x: jax.Array, bits: Bits, scale: Scale) -> jax.Array:
+        """`(*batch, blocks)`, the scale of every block, of that of its numbers whose integer is the largest."""
         x = bits(x)
+        if not self.halves:
+            return _as_float(jnp.max(_as_int(scale(_as_float(x))), axis=-1))
         while (width := x.shape[-1]) > 16:
             half = (width + 1) // 2
             x = jnp.maximum(x[..., :half], x[..., width - half :])
-        return jnp.max(x, axis=-1)
+        return scale(_as_float(jnp.max(x, axis=-1)))
 
     def spread(self, s: jax.Array) -> jax.Array:
         """Numbers `(*batch, blocks)`, at least 0 or NaN, to be multiplied with an array in this form."""
         return s[..., None]
+
+    def quarters(self, x: jax.Array, s: jax.Array) -> jax.Array:
+        """4 x / s, and 0 where s is 0, for x in this form. 1 / s may be subnormal."""
+        if self.halves:
+            return x * self.spread(jnp.where(s >= TINY, 4 / s, 0))
+        return jnp.where(self.spread(s) >= TINY, x / self.spread(s / 4), 0)
 
     def joined(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The array of which `x` is the form, with the shape and the sharding of another one."""
@@ -62,16 +84,16 @@ class Rows(NamedTuple):
         """The array itself."""
         return x
 
-    def largest(self, x: jax.Array, bits: Bits) -> jax.Array:
+    def scales(self, x: jax.Array, bits: Bits, scale: Scale) -> jax.Array:
         """As of `Blocks`, but of numbers: their integers would be an array of their own."""
         window = (*[1] * (x.ndim - 1), self.width)
         padding = (*[(0, 0)] * (x.ndim - 1), (0, -self.last % self.width))
 
         def larger(a, b):
-            return jax.lax.bitcast_convert_type(jnp.maximum(bits(a), bits(b)), x.dtype)
+            return _as_float(jnp.maximum(bits(a), bits(b)))
 
         x, zero = jax.lax.stop_gradient(x), jnp.zeros([], x.dtype)
-        return bits(jax.lax.reduce_window(x, zero, larger, window, window, padding))
+        return scale(_as_float(bits(jax.lax.reduce_window(x, zero, larger, window, window, padding))))
 
     def spread(self, s: jax.Array) -> jax.Array:
         """As of `Blocks`. NaN is -1 in the product, where it would reach the whole row."""
@@ -81,6 +103,10 @@ class Rows(NamedTuple):
         axes = ((s.ndim - 1,), (0,)), ((), ())
         spread = jax.lax.dot_general(s, inside, axes, "highest", s.dtype)
         return jnp.where(spread < 0, jnp.nan, spread)
+
+    def quarters(self, x: jax.Array, s: jax.Array) -> jax.Array:
+        """As of `Blocks`."""
+        return x * self.spread(jnp.where(s >= TINY, 4 / s, 0))
 
     def joined(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The array itself."""
@@ -101,15 +127,24 @@ def in_form(f: Callable[..., Any], width: int, x: jax.Array, *arrays: Any) -> An
       arrays: further arrays.
     """
 
-    def blocks(*arrays):
-        return f(Blocks(width), *arrays)
+    def of(form: Form) -> Callable[..., Any]:
+        return lambda *arrays: f(form, *arrays)
 
-    def rows(*arrays):
-        return f(Rows(width, x.shape[-1]), *arrays)
-
-    if not x.ndim or not x.shape[-1] or any(jax.typeof(x).sharding.spec):
+    halves, blocks = of(Blocks(width, True)), of(Blocks(width, False))
+    if not x.ndim or not x.shape[-1]:
         return blocks(x, *arrays)
-    return jax.lax.platform_dependent(x, *arrays, tpu=rows, default=blocks)
+    if any(jax.typeof(x).sharding.spec):
+        return jax.lax.platform_dependent(x, *arrays, cpu=halves, default=blocks)
+    rows = of(Rows(width, x.shape[-1]))
+    return jax.lax.platform_dependent(x, *arrays, cpu=halves, tpu=rows, default=blocks)
+
+
+def _as_float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _as_int(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _whole(x: jax.Array, width: int) -> jax.Array:
