@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_transforms, not_an_array
 from optimorph._core.differences import TreeError, difference, other_state
 from optimorph._core.numbers import (
@@ -220,7 +221,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
 
     def update(updates, state, params=None, **extra):
         gs, tree, ws = aligned(who, updates, params, strict)
-        slots = _columns(who, rule, tree, state, updates, params)
+        slots = _columns(who, rule, tree, as_made(init, state, params), updates, params)
         _check_moments(who, rule, gs, slots, updates, params)
         leaves, out = Leaves(tree, gs if params is None else ws), []
         try:
@@ -305,7 +306,7 @@ def wrapped(who: str, tx: optax.GradientTransformation) -> optax.GradientTransfo
         if jax.tree.structure(updates) == jax.tree.structure(params):
             aligned(who, updates, params, strict=False)
         try:
-            return inner.update(updates, state, params, **extra)
+            return inner.update(updates, as_made(inner.init, state, params), params, **extra)
         except TreeError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -371,12 +372,10 @@ def _check_moments(who: str, rule: Rule, gs: list, slots: list, updates: Any, pa
     """Refuse moments whose shapes are not those of the gradients, and real ones of complex gradients."""
     for slot, role in zip(slots, rule.roles, strict=True):
         for g, m in zip(gs, slot if role.tree and role.shaped else (), strict=False):
-            if isinstance(g, ABSENT) or isinstance(m, optax.MaskedNode) or _fits(g, m):
+            if isinstance(g, ABSENT) or isinstance(m, optax.MaskedNode):
+                continue
+            same = getattr(m, "shape", None) == np.shape(g)
+            if same and (jnp.iscomplexobj(m) or not jnp.iscomplexobj(g)):
                 continue
             tree = jax.tree.structure(updates, is_leaf=is_absent)
             raise difference(who, updates, tree.unflatten(slot)) if params is None else other_state(who)
-
-
-def _fits(g: Any, m: Any) -> bool:
-    same = getattr(m, "shape", None) == np.shape(g)
-    return same and (jnp.iscomplexobj(m) or not jnp.iscomplexobj(g))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_flags, check_seed
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import (
@@ -40,7 +41,7 @@ from optimorph._storage.encoding import (
     is_large,
     named,
     split,
-    stored_codec,
+    stored_by,
     update_large,
 )
 from optimorph._storage.one_leaf import one_leaf_rule
@@ -171,8 +172,8 @@ def _compressed(
             if isinstance(held[j], jax.Array | np.ndarray):
                 if not hasattr(scales, "dtype"):
                     raise other_state(WHO)
-                held[j] = Encoded(held[j], scales)
-                codecs[j] = stored_codec(codec_of, kinds[j], leaf.path, held[j])
+                stored = Encoded(held[j], scales)
+                codecs[j], held[j] = stored_by(codec_of, kinds[j], leaf.path, stored)
         keys: list[Any] = [None] * len(kinds)
         for j, own in zip(moments, own_keys[leaf.index], strict=True):
             keys[j] = own
@@ -190,9 +191,9 @@ def _compressed(
                 held = encode(new, held, codecs, keys)  # (2)
         except NotElementwiseError as error:
             raise _not_elementwise(error, leaf.path) from None
-        stored = [isinstance(x, Encoded) for x in held]
-        scales = [held[j].scales if stored[j] else old for j, old in zip(moments, s.scales, strict=True)]
-        return u, state([x.codes if own else x for x, own in zip(held, stored, strict=True)], scales)
+        coded = [isinstance(x, Encoded) for x in held]
+        scales = [held[j].scales if coded[j] else old for j, old in zip(moments, s.scales, strict=True)]
+        return u, state([x.codes if own else x for x, own in zip(held, coded, strict=True)], scales)
 
     template = CompressedState(
         jax.tree.map(_as_codes, rule.state),
@@ -236,7 +237,7 @@ def _of_trees(
         return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        state = checked_state(WHO, state, CompressedState)
+        state = as_made(init, checked_state(WHO, state, CompressedState), params)
         trained = [jnp.result_type(g) for g in jax.tree.leaves(updates) if is_trainable(g)]
         for dtype in [dtype for dtype in trained if dtype.itemsize == 1]:
             raise ValueError(
@@ -256,7 +257,7 @@ def _of_trees(
         for (kind, codes), scales in zip(moments, state.scales, strict=True):
 
             def decode_leaf(path, c, s, kind=kind):
-                return decoded(stored_codec(codec_of, kind, path, Encoded(c, s)), Encoded(c, s))
+                return decoded(*stored_by(codec_of, kind, path, Encoded(c, s)))
 
             before.append(map_paths(decode_leaf, codes, scales))
         out, after = inner.update(updates, with_moments(state.inner, before, fields), params, **extra)  # (1)
@@ -264,9 +265,9 @@ def _of_trees(
         for (kind, codes), scales, (_, moment) in zip(moments, state.scales, new, strict=True):
 
             def encode_leaf(path, c, s, x, kind=kind):
-                codec = stored_codec(codec_of, kind, path, Encoded(c, s))
+                codec, before = stored_by(codec_of, kind, path, Encoded(c, s))
                 own = leaf_key(key, named(kind, path))
-                return Encoded(c, s) if path in missing else encoded(codec, x, own, None, Encoded(c, s))
+                return before if path in missing else encoded(codec, x, own, None, before)
 
             c, s = split(map_paths(encode_leaf, codes, scales, moment))
             after_codes.append(c)

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer, eval_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optimorph._core.as_made import recast
 from optimorph._core.target import Target, for_target
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.shardings import devices, manual_axes, spec_of
@@ -35,7 +36,7 @@ def initial(codec: Codec | None, x: jax.Array) -> Encoded:
     axes and the same shardings, and can be saved.
     """
     if codec is None or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
-        return Encoded(x, _full_beside(x, _scales_shape(Signed8(), x.shape), jnp.zeros([], x.dtype)))
+        return Encoded(x, _full_beside(x, _scales_shape(Signed8(), x.shape), jnp.float32(0)))
     number = jnp.max(x.astype(jnp.float32), initial=-jnp.inf) if x.size else jnp.float32(0)
     one = _encode(codec)(number, jax.random.key(0))
     codes = jnp.full_like(x, one.codes, dtype=one.codes.dtype)
@@ -97,8 +98,10 @@ def named(kind: str, path: str) -> str:
     return f"{kind}/{path}" if path else kind
 
 
-def stored_codec(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> Codec | None:
-    """The codec of a stored moment; None if it is stored uncompressed, as complex and float64 moments are.
+def stored_by(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> tuple[Codec | None, Encoded]:
+    """The codec of a stored moment, and the moment as that stores it, in whichever dtype it was restored.
+
+    There is no codec if it is stored uncompressed, as complex and float64 moments are.
 
     Raises:
       ValueError: it was stored by another codec.
@@ -108,22 +111,23 @@ def stored_codec(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> 
     codec = codec_of(kind, path, stored.codes.shape)
     coded = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4
     if not coded and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
-        return None
-    if coded if codec is None else not _is_of(codec, stored.codes, scales):
+        return None, stored
+    fit = not coded
+    if codec is not None:
+        form = codec.form(stored.codes.shape)
+        beside = scales if form.scales is None else recast(scales, form.scales)
+        stored = Encoded(recast(stored.codes, form.codes), beside)
+        fit = stored.codes.dtype == form.codes.dtype and (
+            form.scales is None or (beside.shape, beside.dtype) == (form.scales.shape, form.scales.dtype)
+        )
+    if not fit:
         said = "no codec" if codec is None else repr(codec)
         blocks = f" with {scales.shape[-1]} scales a row" if coded and scales.ndim else ""
         raise ValueError(
             f"compress_state: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. "
             "The state was made with other rules: use those, or type tx.init(params)."
         )
-    return codec
-
-
-def _is_of(codec: Codec, codes: Any, scales: Any) -> bool:
-    """Whether codes and scales have the shapes and dtypes that the codec stores."""
-    form = codec.form(codes.shape)
-    beside = form.scales is None or (scales.shape, scales.dtype) == (form.scales.shape, form.scales.dtype)
-    return codes.dtype == form.codes.dtype and beside
+    return codec, stored
 
 
 def is_large(g: jax.Array, moments: Sequence[Any], codecs: Sequence[Codec | None]) -> bool:

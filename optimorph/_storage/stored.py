@@ -13,7 +13,7 @@ from optimorph._core.rounding import leaf_key
 from optimorph._core.rule import handed_down
 from optimorph._core.types import PyTree, Shape
 from optimorph._storage.compressed import CompressedState
-from optimorph._storage.encoding import CodecRule, decoded, encoded, initial, named, stored_codec
+from optimorph._storage.encoding import CodecRule, decoded, encoded, initial, named, stored_by
 from optimorph.codecs import Codec, Encoded
 
 
@@ -115,4 +115,5 @@ def _stored(codecs: Codecs, kind: str, path: str, codes: Any, scales: Any) -> St
     if rule is None:  # moments in codes are integers, or numbers of one byte
         coded = codes.dtype.itemsize == 1 or jnp.issubdtype(codes.dtype, jnp.integer)
         return Stored(codes, scales, None, named(kind, path), not coded)
-    return Stored(codes, scales, stored_codec(rule, kind, path, Encoded(codes, scales)), named(kind, path))
+    codec, found = stored_by(rule, kind, path, Encoded(codes, scales))
+    return Stored(*found, codec, named(kind, path))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_counts, check_dtypes, check_flags, check_numbers
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import map_moments
@@ -230,7 +231,7 @@ def in_eigenbasis(
         return EigenbasisState(*states, jnp.zeros([], jnp.int32), *_fields(made, kl))
 
     def update(updates, state, params=None, **extra):
-        state = checked_state(who, state, EigenbasisState)
+        state = as_made(init, checked_state(who, state, EigenbasisState), params)
         return in_the_compilers_hands(functools.partial(step, **extra), updates, state, params)
 
     def step(updates, state, params, **extra):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, cond, real_dtype
@@ -151,7 +152,7 @@ def multi_steps(
         return jnp.asarray(k).astype(jnp.int32)
 
     def update(updates, state, params=None, *, weight=1.0, flush=False, **extra):
-        state = checked_state(who, state, MultiStepsState)
+        state = as_made(init, checked_state(who, state, MultiStepsState), params)
         check_numbers(who, weight=weight)
         if not (is_array(flush) and jnp.issubdtype(jnp.result_type(flush), jnp.bool_) and not np.ndim(flush)):
             raise ValueError(f"{who}: flush must be one boolean, but is {flush!r}. Type flush=True.")

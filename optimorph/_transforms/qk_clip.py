@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_numbers, check_params
 from optimorph._core.differences import checked_state
 from optimorph._core.numbers import as_scalar, cast_like, copied, is_absent, upcast, upcast_dtype
@@ -138,7 +139,7 @@ def clip_attention_logits(
 
     def update(updates, state, params=None, *, attention_logits=None, sound=True, **extra):
         check_params(who, params, "it multiplies some of them")
-        state = checked_state(who, state, QKClipState)
+        state = as_made(init, checked_state(who, state, QKClipState), params)
         us, tree, ws = aligned(who, updates, params, strict=False)
         largest = dict(state.observe(sound, attention_logits).maxima)
         for k, factor in _factors(who, axes, threshold, Leaves(tree, ws).paths, ws, largest).items():
