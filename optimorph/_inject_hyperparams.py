@@ -13,8 +13,8 @@ import optax
 
 from optimorph._core.checks import RANGES, call_fault, check_numbers, dtype_name, one_or_several
 from optimorph._core.differences import checked_state
-from optimorph._core.rule import wrapped
 from optimorph._core.types import DTypeLike
+from optimorph._core.wrapped import wrapped
 
 _SCHEDULE = " schedule"
 """After the name of a number: no argument of a function has such a name."""

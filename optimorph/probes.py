@@ -25,8 +25,9 @@ from optimorph._core.moments import moments_of
 from optimorph._core.numbers import common, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role, holds, scalar
-from optimorph._core.rule import Leaves, wrapped
+from optimorph._core.rule import Leaves
 from optimorph._core.types import AxesRules, PyTree
+from optimorph._core.wrapped import wrapped
 from optimorph._distributed.map_by_shape import map_by_shape
 from optimorph._distributed.shardings import undivided
 from optimorph._routing.resolve import resolve_leaves, resolved_axes

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from optimorph._core.as_made import as_made
-from optimorph._core.checks import check_transforms, not_an_array
-from optimorph._core.differences import TreeError, difference, other_state
+from optimorph._core.checks import not_an_array
+from optimorph._core.differences import difference, other_state
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
@@ -287,43 +287,6 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
         elif not (is_trainable(g) if params is None else _alike(g, w, strict)):
             raise difference(who, updates, params)
     return gs, tree, ws
-
-
-def wrapped(who: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A transformation inside `who`, with extra arguments: where trees do not match, errors name `who`.
-
-    It may take another tree as `params` than the parameters. Then nothing is refused that it takes.
-
-    Raises:
-      ValueError: naming `who`, what is no transformation.
-    """
-    check_transforms(who, tx)
-    if isinstance(tx, Transform):
-        return tx  # its errors name itself
-    inner = optax.with_extra_args_support(tx)
-
-    def update(updates, state, params=None, **extra):
-        if jax.tree.structure(updates) == jax.tree.structure(params):
-            aligned(who, updates, params, strict=False)
-        try:
-            return inner.update(updates, as_made(inner.init, state, params), params, **extra)
-        except TreeError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            aligned(who, updates, params, strict=False)
-            trees = [jax.tree.structure(tree, is_leaf=is_absent) for tree in (updates, params)]
-            if params is not None and trees[0] != trees[1]:
-                raise difference(who, updates, params) from error
-            if fits(state, inner, updates if params is None else params):
-                raise
-            raise other_state(who) from error
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:
-    """Whether a state has the shapes of the one that `init` makes."""
-    return jax.tree.map(np.shape, jax.eval_shape(tx.init, params)) == jax.tree.map(np.shape, state)
 
 
 def map_updates(who: str, f: Callable[..., Any], updates: PyTree, *rest: PyTree) -> PyTree:

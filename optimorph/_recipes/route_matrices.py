@@ -10,8 +10,9 @@ import optax
 
 from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
-from optimorph._core.rule import Leaves, Transform, aligned, arrays, fits, handed, handed_down, wrapped
+from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
+from optimorph._core.wrapped import fits, wrapped
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._distributed.shardings import Match
 from optimorph._routing.layer_widths import has_no_name

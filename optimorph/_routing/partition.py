@@ -8,8 +8,9 @@ import optax
 from optimorph._core.checks import LeafError
 from optimorph._core.differences import checked_state
 from optimorph._core.paths import leaf_paths
-from optimorph._core.rule import aligned, wrapped
+from optimorph._core.rule import aligned
 from optimorph._core.types import Rules
+from optimorph._core.wrapped import wrapped
 from optimorph._routing.rules import NO_MATCH, labelled, lookup, warn_unused
 
 

@@ -20,17 +20,15 @@ BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
 """What to type."""
 
 
-def codec_rule(rules: Rules | None) -> CodecRule:
+def codec_rule(who: str, rules: Rules | None) -> CodecRule:
     """The rules as one function; `by_default` decides where no rule matches.
 
     Raises:
       ValueError: a codec in place of rules; when called, a rule that gives anything but a fitting codec.
     """
     if isinstance(rules, Codec):
-        raise ValueError(
-            f"compress_state: rules must say which moments {rules!r} is for. Type {BOTH}, for example."
-        )
-    found = lookup({} if rules is None else rules, "compress_state")
+        raise ValueError(f"{who}: rules must say which moments {rules!r} is for. Type {BOTH}, for example.")
+    found = lookup({} if rules is None else rules, who)
 
     @functools.cache
     def codec_of(kind: str, path: str, shape: Shape) -> Codec | None:
@@ -39,17 +37,17 @@ def codec_rule(rules: Rules | None) -> CodecRule:
             return by_default(kind, path, shape)
         if codec is not None and not isinstance(codec, Codec):
             raise ValueError(
-                f"compress_state: the rules give {codec!r} for {named(kind, path)!r}, which is not a codec. "
+                f"{who}: the rules give {codec!r} for {named(kind, path)!r}, which is not a codec. "
                 "Type optimorph.codecs.Signed8(), for example, or None for no compression."
             )
         if kind == FIRST and isinstance(codec, Nonneg8):
             raise ValueError(
-                f"compress_state: the rules give {codec!r} for {named(kind, path)!r}, whose numbers have "
+                f"{who}: the rules give {codec!r} for {named(kind, path)!r}, whose numbers have "
                 f"signs. Type {BOTH}, for example."
             )
         if kind == SECOND and isinstance(codec, Signed8 | Float8):
             raise ValueError(
-                f"compress_state: the rules give {codec!r} for {named(kind, path)!r}, which can round to 0, "
+                f"{who}: the rules give {codec!r} for {named(kind, path)!r}, which can round to 0, "
                 f"but updates are divided by roots of these moments. Type {BOTH}, for example."
             )
         return codec

@@ -25,8 +25,9 @@ from optimorph._core.numbers import cast_like, increment, is_missing, is_trainab
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys
-from optimorph._core.rule import Rule, handed, rule_of, transform, wrapped
+from optimorph._core.rule import Rule, called, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
+from optimorph._core.wrapped import wrapped
 from optimorph._routing.rules import warn_unused
 from optimorph._storage.codec_rules import SMALL, codec_rule
 from optimorph._storage.compressed import CompressedState
@@ -47,7 +48,7 @@ from optimorph._storage.encoding import (
 from optimorph._storage.one_leaf import one_leaf_rule
 from optimorph.codecs import Codec, Encoded
 
-WHO = "compress_state"
+WHO, CODES = "compress_state", "codes"
 
 
 def compress_state(
@@ -109,43 +110,45 @@ def compress_state(
       Dettmers et al. 2021, "8-bit optimizers via block-wise quantization", arXiv:2110.02861. The codecs have
       references of their own.
     """
-    inner = wrapped(WHO, inner)
-    check_seed(WHO, seed)
-    check_flags(WHO, elementwise=elementwise)
-    check_fields(WHO, fields, rules)
-    codec_of = codec_rule(rules)
+    who = called(WHO)
+    inner = wrapped(who, inner)
+    check_seed(who, seed)
+    check_flags(who, elementwise=elementwise)
+    check_fields(who, fields, rules)
+    codec_of = codec_rule(who, rules)
     if rule := rule_of(inner):
-        return transform(WHO, _compressed(rule, codec_of, rules, seed, fields))
-    return _of_trees(inner, codec_of, rules, elementwise, seed, fields)
+        return transform(who, _compressed(who, rule, codec_of, rules, seed, fields))
+    return _of_trees(who, inner, codec_of, rules, elementwise, seed, fields)
 
 
 def _compressed(
-    rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int, fields: Fields | None = None
+    who: str, rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int, fields: Fields | None = None
 ) -> Rule:
     """The rule with its moments encoded between steps.
 
     Args:
+      who: whose errors these are.
       rule: of one leaf, with decoded moments.
       codec_of: which codec stores a moment.
       rules: as the user gave them.
       seed: of the noise.
       fields: as the user gave them; the rule's state says itself what it holds.
     """
-    kinds = [role.moment for role in rule.roles]
+    kinds = ["" if role.moment == CODES else role.moment for role in rule.roles]
     moments = [j for j, kind in enumerate(kinds) if kind]
 
     def state(slots, scales, seed=None, count=None):
         return CompressedState(rule.structure.unflatten(slots), tuple(scales), seed, count)
 
     def begin(leaves):
-        paths = distinct_paths(WHO, leaves.tree)
-        _warn(rules, [named(kind, path) for kind in kinds if kind for path in paths])
+        paths = distinct_paths(who, leaves.tree)
+        _warn(who, rules, [named(kind, path) for kind in kinds if kind for path in paths])
         _note(codec_of, kinds, paths)
-        warn_unused_fields(WHO, rule.state, fields)
+        warn_unused_fields(who, rule.state, fields)
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:
                 if role.tree and role.shaped and not role.moment:
-                    _warn_unknown(role.name)
+                    _warn_unknown(who, role.name)
         shared, none = rule.slots(rule.begin(leaves)), [None] * len(moments)
         return state(shared, none, jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
@@ -171,9 +174,9 @@ def _compressed(
         for j, scales in zip(moments, s.scales, strict=True):
             if isinstance(held[j], jax.Array | np.ndarray):
                 if not hasattr(scales, "dtype"):
-                    raise other_state(WHO)
+                    raise other_state(who)
                 stored = Encoded(held[j], scales)
-                codecs[j], held[j] = stored_by(codec_of, kinds[j], leaf.path, stored)
+                codecs[j], held[j] = stored_by(who, codec_of, kinds[j], leaf.path, stored)
         keys: list[Any] = [None] * len(kinds)
         for j, own in zip(moments, own_keys[leaf.index], strict=True):
             keys[j] = own
@@ -190,7 +193,7 @@ def _compressed(
                 u, new = step(g, leaf.weight, decode(held, codecs), part=False)  # (1)
                 held = encode(new, held, codecs, keys)  # (2)
         except NotElementwiseError as error:
-            raise _not_elementwise(error, leaf.path) from None
+            raise _not_elementwise(who, error, leaf.path) from error.__cause__
         coded = [isinstance(x, Encoded) for x in held]
         scales = [held[j].scales if coded[j] else old for j, old in zip(moments, s.scales, strict=True)]
         return u, state([x.codes if own else x for x, own in zip(held, coded, strict=True)], scales)
@@ -204,10 +207,11 @@ def _compressed(
 
 
 def _as_codes(role: Role) -> Role:
-    return Role("codes", "codes", tree=True) if role.moment else role
+    return Role(CODES, CODES, tree=True) if role.moment else role
 
 
 def _of_trees(
+    who: str,
     inner: optax.GradientTransformationExtraArgs,
     codec_of: CodecRule,
     rules: Rules | None,
@@ -218,15 +222,15 @@ def _of_trees(
     """`compress_state` of a transformation of trees."""
 
     def init(params):
-        paths, scales = distinct_paths(WHO, params), []
+        paths, scales = distinct_paths(who, params), []
         state = inner.init(params)
-        _check_codes(state)
+        _check_codes(who, state)
         kinds = [kind for kind, _ in moments_of(state, fields)]
-        _warn(rules, [named(kind, path) for kind in kinds for path in paths])
+        _warn(who, rules, [named(kind, path) for kind in kinds for path in paths])
         _note(codec_of, kinds, paths, fields)
-        warn_unused_fields(WHO, state, fields)
+        warn_unused_fields(who, state, fields)
         for name in unknown(state, SMALL, fields):
-            _warn_unknown(name)
+            _warn_unknown(who, name)
 
         def stored(kind, moment):
             codes, own = split(map_paths(lambda p, x: initial(codec_of(kind, p, np.shape(x)), x), moment))
@@ -237,17 +241,17 @@ def _of_trees(
         return CompressedState(state, tuple(scales), jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        state = as_made(init, checked_state(WHO, state, CompressedState), params)
+        state = as_made(init, checked_state(who, state, CompressedState), params)
         trained = [jnp.result_type(g) for g in jax.tree.leaves(updates) if is_trainable(g)]
         for dtype in [dtype for dtype in trained if dtype.itemsize == 1]:
             raise ValueError(
-                f"{WHO}: JAX does not promote gradients of {dtype} to the float32 of moments. Cast gradients "
+                f"{who}: JAX does not promote gradients of {dtype} to the float32 of moments. Cast gradients "
                 "and parameters to float32, or type an optimizer of this library, which does so."
             )
         if not elementwise:
             return whole(updates, state, params, extra)
         rule = one_leaf_rule(inner, state.inner, fields, extra)
-        tx = transform(WHO, _compressed(rule, codec_of, rules, seed))
+        tx = transform(who, _compressed(who, rule, codec_of, rules, seed))
         return tx.update(updates, state, params)
 
     def whole(updates, state, params, extra):
@@ -257,7 +261,7 @@ def _of_trees(
         for (kind, codes), scales in zip(moments, state.scales, strict=True):
 
             def decode_leaf(path, c, s, kind=kind):
-                return decoded(*stored_by(codec_of, kind, path, Encoded(c, s)))
+                return decoded(*stored_by(who, codec_of, kind, path, Encoded(c, s)))
 
             before.append(map_paths(decode_leaf, codes, scales))
         out, after = inner.update(updates, with_moments(state.inner, before, fields), params, **extra)  # (1)
@@ -265,7 +269,7 @@ def _of_trees(
         for (kind, codes), scales, (_, moment) in zip(moments, state.scales, new, strict=True):
 
             def encode_leaf(path, c, s, x, kind=kind):
-                codec, before = stored_by(codec_of, kind, path, Encoded(c, s))
+                codec, before = stored_by(who, codec_of, kind, path, Encoded(c, s))
                 own = leaf_key(key, named(kind, path))
                 return before if path in missing else encoded(codec, x, own, None, before)
 
@@ -297,33 +301,33 @@ def _missing(updates: PyTree) -> set[str]:
     return {path for path, gone in zip(leaf_paths(flags), jax.tree.leaves(flags), strict=True) if gone}
 
 
-def _check_codes(state: PyTree) -> None:
+def _check_codes(who: str, state: PyTree) -> None:
     """Refuse a state with a part that says why it cannot be encoded."""
     for x in jax.tree.leaves(state, is_leaf=_is_not_in_8_bits):
         if _is_not_in_8_bits(x):
-            raise ValueError(f"{WHO}: in_eigenbasis, as in soap, must not be inside: {x.not_in_8_bits}")
+            raise ValueError(f"{who}: in_eigenbasis, as in soap, must not be inside: {x.not_in_8_bits}")
 
 
 def _is_not_in_8_bits(x: Any) -> bool:
     return hasattr(x, "not_in_8_bits")
 
 
-def _warn(rules: Rules | None, moments: list[str]) -> None:
-    warn_unused(WHO, "rules", rules, moments, "moment")
+def _warn(who: str, rules: Rules | None, moments: list[str]) -> None:
+    warn_unused(who, "rules" if who == WHO else "state", rules, moments, "moment")
 
 
-def _warn_unknown(name: str) -> None:
+def _warn_unknown(who: str, name: str) -> None:
     warnings.warn(
-        f"{WHO}: {name} is not compressed, because it is not known to be a moment, or it is a term of a "
+        f"{who}: {name} is not compressed, because it is not known to be a moment, or it is a term of a "
         "difference, which quantization would turn into noise. If codes are right for a field of a state, "
         "type fields={'MyState': {'my_field': 'first'}}.",
         stacklevel=2,
     )
 
 
-def _not_elementwise(error: NotElementwiseError, path: str) -> ValueError:
+def _not_elementwise(who: str, error: NotElementwiseError, path: str) -> ValueError:
     return ValueError(
-        f"{WHO}: elementwise=True, but the update of {path!r} has {error}, which mixes elements or depends "
+        f"{who}: elementwise=True, but the update of {path!r} has {error}, which mixes elements or depends "
         "on their position. Type elementwise=False, or move that transform outside, for example "
         "optax.chain(clip_by_global_norm(1.0), compress_state(...))."
     )

@@ -98,7 +98,9 @@ def named(kind: str, path: str) -> str:
     return f"{kind}/{path}" if path else kind
 
 
-def stored_by(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> tuple[Codec | None, Encoded]:
+def stored_by(
+    who: str, codec_of: CodecRule, kind: str, path: str, stored: Encoded
+) -> tuple[Codec | None, Encoded]:
     """The codec of a stored moment, and the moment as that stores it, in whichever dtype it was restored.
 
     There is no codec if it is stored uncompressed, as complex and float64 moments are.
@@ -124,7 +126,7 @@ def stored_by(codec_of: CodecRule, kind: str, path: str, stored: Encoded) -> tup
         said = "no codec" if codec is None else repr(codec)
         blocks = f" with {scales.shape[-1]} scales a row" if coded and scales.ndim else ""
         raise ValueError(
-            f"compress_state: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. "
+            f"{who}: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. "
             "The state was made with other rules: use those, or type tx.init(params)."
         )
     return codec, stored

@@ -115,5 +115,5 @@ def _stored(codecs: Codecs, kind: str, path: str, codes: Any, scales: Any) -> St
     if rule is None:  # moments in codes are integers, or numbers of one byte
         coded = codes.dtype.itemsize == 1 or jnp.issubdtype(codes.dtype, jnp.integer)
         return Stored(codes, scales, None, named(kind, path), not coded)
-    codec, found = stored_by(rule, kind, path, Encoded(codes, scales))
+    codec, found = stored_by("compress_state", rule, kind, path, Encoded(codes, scales))
     return Stored(*found, codec, named(kind, path))

@@ -6,8 +6,9 @@ import optax
 
 from optimorph._core.numbers import cast_like, is_absent, upcast
 from optimorph._core.paths import leaf_paths
-from optimorph._core.rule import Leaf, Leaves, aligned, map_updates, wrapped
+from optimorph._core.rule import Leaf, Leaves, aligned, map_updates
 from optimorph._core.types import Rules
+from optimorph._core.wrapped import wrapped
 from optimorph._distributed.reductions import Reduction, reduction
 from optimorph._routing.rules import lookup_if_given, warn_unused
 

@@ -14,8 +14,9 @@ from optimorph._core.checks import check_numbers
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.numbers import as_scalar, cast_like, upcast
 from optimorph._core.roles import SECOND, holds, relabeled
-from optimorph._core.rule import Rule, map_updates, rule_of, transform, wrapped
+from optimorph._core.rule import Rule, map_updates, rule_of, transform
 from optimorph._core.types import Numeric
+from optimorph._core.wrapped import wrapped
 
 
 class DivideState(NamedTuple):

@@ -24,8 +24,9 @@ from optimorph._core.numbers import (
     upcast_dtype,
 )
 from optimorph._core.roles import FIRST, SECOND, Role, holds, scalar
-from optimorph._core.rule import Leaves, aligned, arrays, called, handed_down, wrapped
+from optimorph._core.rule import Leaves, aligned, arrays, called, handed_down
 from optimorph._core.types import AxesRules, DTypeLike, Numeric, PyTree, Rules
+from optimorph._core.wrapped import wrapped
 from optimorph._distributed.bases import refreshed
 from optimorph._distributed.shardings import local_shard_spec, manual_axes
 from optimorph._distributed.stacks import (

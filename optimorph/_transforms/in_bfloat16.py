@@ -12,7 +12,8 @@ from optimorph._core.numbers import increment
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.rounding import leaf_key, stochastic_bfloat16
-from optimorph._core.rule import Rule, rule_of, transform, wrapped
+from optimorph._core.rule import Rule, rule_of, transform
+from optimorph._core.wrapped import wrapped
 
 
 class BFloat16State(NamedTuple):

@@ -3,7 +3,8 @@
 import optax
 
 from optimorph._core.numbers import cast_like, upcast
-from optimorph._core.rule import map_updates, rule_of, wrapped
+from optimorph._core.rule import map_updates, rule_of
+from optimorph._core.wrapped import wrapped
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

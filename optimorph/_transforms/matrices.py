@@ -1,5 +1,6 @@
 """What is done to whole matrices: polar factors, and a scale by their shapes."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of
+from optimorph._core.numbers import is_array, kind
 from optimorph._core.rule import Leaves, Rule, aligned, arrays, called, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.hardware import AUTO, Hardware, check_divide
@@ -77,8 +79,9 @@ def orthogonalize(
     polar = NewtonSchulz() if orthogonalizer is None else orthogonalizer
     check_function(who, "orthogonalizer", polar, "stacks of matrices, such as linalg.NewtonSchulz()", 0)
     check_counts(who, bytes_at_once=bytes_at_once)
-    polar = polar if isinstance(polar, Hashable) else _by_identity(polar)
     equivariant = isinstance(polar, NewtonSchulz | Exact)
+    if not equivariant:
+        polar = _Checked(who, polar if isinstance(polar, Hashable) else _by_identity(polar))
     if comm_dtype is not None and dtype_name(comm_dtype) not in _COMM_DTYPES:
         raise ValueError(
             f"{who}: comm_dtype must be one of {[*_COMM_DTYPES]}, but is {comm_dtype!r}. Type "
@@ -170,6 +173,25 @@ def scale_by_shape(
         return local_shard(factor.astype(g.dtype), spec) * g, state
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A user's orthogonalizer, whose results have the shape and dtype of what it gets."""
+
+    who: str
+    f: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The polar factors, or an error that says what was returned instead."""
+        found = self.f(x)
+        if not is_array(found) or np.shape(found) != x.shape or kind(found) not in ("real", kind(x)):
+            what = jax.tree.map(lambda x: jax.typeof(x) if is_array(x) else x, found)
+            raise ValueError(
+                f"{self.who}: orthogonalizer must return {kind(x)} numbers of shape {x.shape}, that of the "
+                f"stack of matrices it got, but returned {what}. Type linalg.NewtonSchulz(), for example."
+            )
+        return jnp.asarray(found, x.dtype)
 
 
 def _by_identity(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:

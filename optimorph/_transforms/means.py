@@ -23,9 +23,9 @@ from optimorph._core.rule import (
     pointwise,
     rule_of,
     transform,
-    wrapped,
 )
 from optimorph._core.types import AxesRules, Rules
+from optimorph._core.wrapped import wrapped
 from optimorph._distributed.reductions import reduction
 from optimorph._distributed.shardings import Match, Spec, local_shard, local_shard_spec
 from optimorph._routing.resolve import AxesOfLeaves

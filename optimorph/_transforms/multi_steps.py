@@ -31,8 +31,9 @@ from optimorph._core.numbers import (
     with_type_of,
 )
 from optimorph._core.roles import Role, holds, scalar
-from optimorph._core.rule import Leaves, aligned, arrays, map_updates, wrapped
+from optimorph._core.rule import Leaves, aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, Mask, PyTree
+from optimorph._core.wrapped import wrapped
 from optimorph._distributed.shardings import manual_axes
 from optimorph._routing.rules import check_mask, masked_leaves
 

@@ -14,7 +14,7 @@ from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import in_dtype_of, increment, is_missing, is_trainable, with_type_of
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
-from optimorph._core.rule import wrapped
+from optimorph._core.wrapped import wrapped
 
 
 class SkipState(NamedTuple):

@@ -1,0 +1,119 @@
+"""Transformations of any library inside those of this one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optimorph._core.as_made import as_made
+from optimorph._core.checks import abbreviated, check_transforms
+from optimorph._core.differences import TreeError, difference, other_state
+from optimorph._core.numbers import is_absent, is_array, is_missing
+from optimorph._core.paths import by_path
+from optimorph._core.rule import Transform, aligned, called
+from optimorph._core.types import PyTree
+
+_OF_TREES = (ValueError, TypeError, KeyError, AttributeError)
+"""What transformations raise for trees that do not match, and for reasons of their own."""
+
+
+def wrapped(who: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """A transformation inside `who`, with extra arguments: where trees do not match, errors name `who`.
+
+    It may take another tree as `params` than the parameters. Then nothing is refused that it takes.
+
+    Raises:
+      ValueError: naming `who`, what is no transformation.
+    """
+    check_transforms(who, tx)
+    if isinstance(tx, Transform):
+        return tx  # its errors name itself
+    inner, who = optax.with_extra_args_support(tx), called(who)
+
+    def update(updates, state, params=None, **extra):
+        if jax.tree.structure(updates) == jax.tree.structure(params):
+            aligned(who, updates, params, strict=False)
+        updates = jax.tree.map(lambda g: None if is_missing(g) else g, updates)
+        lacking = _lacking(updates, params)
+        try:
+            out, after = inner.update(updates, as_made(inner.init, state, params), params, **extra)
+        except TreeError:
+            raise
+        except _OF_TREES as error:
+            if lacking and _runs(lambda: inner.update(_with_zeros(updates, params), state, params, **extra)):
+                raise _needs_gradients(who, lacking) from error
+            if (fault := _fault(who, inner, updates, state, params)) is None:
+                raise
+            cause = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise TreeError(f"{fault}\nThe transformation inside raised {cause}") from error
+        return out, _kept(state, after) if lacking else after
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:
+    """Whether a state has the shapes of the one that `init` makes."""
+    return jax.tree.map(np.shape, jax.eval_shape(tx.init, params)) == jax.tree.map(np.shape, state)
+
+
+def _fault(
+    who: str, tx: optax.GradientTransformation, updates: PyTree, state: PyTree, params: PyTree | None
+) -> TreeError | None:
+    """What is wrong with the trees that an update was given, if anything is."""
+    try:
+        aligned(who, updates, params, strict=False)
+    except TreeError as fault:
+        return fault
+    trees = [jax.tree.structure(tree, is_leaf=is_absent) for tree in (updates, params)]
+    if params is not None and trees[0] != trees[1]:
+        return difference(who, updates, params)
+    try:
+        return None if fits(state, tx, updates if params is None else params) else other_state(who)
+    except _OF_TREES:
+        return None  # the transformation has a fault of its own
+
+
+def _lacking(updates: PyTree, params: PyTree | None) -> list[str]:
+    """The paths of the parameters without a gradient."""
+    if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
+        return []
+    weights, gradients = by_path(params), by_path(updates)
+    there = {path: w for path, w in weights.items() if is_array(w)}
+    return [path for path in there if is_missing(gradients.get(path))] if {*gradients} <= {*weights} else []
+
+
+def _kept(state: PyTree, after: PyTree) -> PyTree:
+    """The next state with the moments of leaves without gradients, in whose place optax puts None."""
+    leaves, tree = jax.tree.flatten(state)
+    try:
+        new = tree.flatten_up_to(after)
+    except (ValueError, TypeError, KeyError):
+        return after
+    return tree.unflatten(old if x is None else x for old, x in zip(leaves, new, strict=True))
+
+
+def _needs_gradients(who: str, paths: list[str]) -> TreeError:
+    return TreeError(
+        f"{who}: there is no gradient of {abbreviated([*map(repr, paths)], ', ')}, and the transformation "
+        "inside needs one of every leaf. Give zeros, or leave out these leaves by optimorph.partition."
+    )
+
+
+def _with_zeros(updates: PyTree, params: PyTree) -> PyTree:
+    """The gradients with zeros in place of those that are missing."""
+    gs, tree = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
+    ws = tree.flatten_up_to(params)
+    return tree.unflatten(
+        jnp.zeros_like(w) if g is None and is_array(w) else g for g, w in zip(gs, ws, strict=True)
+    )
+
+
+def _runs(f: Callable[[], Any]) -> bool:
+    try:
+        jax.eval_shape(f)
+    except _OF_TREES:
+        return False
+    return True

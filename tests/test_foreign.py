@@ -1,0 +1,161 @@
+"""Transformations and functions of others, inside those of this library."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optimorph as om
+from optimorph import codecs, probes
+
+PARAMS = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(128)}
+AROUND = {
+    "compress_state": om.compress_state,
+    "compress_state-elementwise": lambda tx: om.compress_state(tx, elementwise=True),
+    "in_bfloat16": om.in_bfloat16,
+    "in_float32": om.in_float32,
+    "skip_nonfinite": om.skip_nonfinite,
+    "multi_steps": lambda tx: om.multi_steps(tx, 2),
+    "cautious": om.cautious,
+    "probe": probes.probe,
+    "partition": lambda tx: om.partition({"*": "all"}, {"all": tx}),
+    "inject_hyperparams": lambda tx: om.inject_hyperparams(lambda learning_rate: tx)(0.1),
+    "muon": lambda tx: om.muon(0.1, others=tx, axes={"*": None}),
+    "divide": lambda tx: om.divide(om.ema(0.9), by=tx),
+}
+RUNS_WITHOUT = ("compress_state-elementwise", "multi_steps")
+around = pytest.mark.parametrize("name", AROUND)
+
+
+@pytest.fixture(autouse=True)
+def _promotion():
+    """As optax needs it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def missing(like):
+    return {"None": None, "float0": np.zeros(like.shape, jax.dtypes.float0)}
+
+
+@pytest.mark.parametrize("how", ["None", "float0"])
+@pytest.mark.parametrize(
+    "make", [lambda: optax.sgd(0.1, 0.9), lambda: optax.rmsprop(0.1)], ids=["sgd", "rms"]
+)
+@around
+def test_missing_gradients(name, make, how):
+    """A leaf without a gradient keeps its moments, where optax drops them; also if all leaves lack one."""
+    tx = AROUND[name](make())
+    begun = tx.init(PARAMS)
+    _, before = tx.update(PARAMS, begun, PARAMS)
+    for gone in (["bias"], [*PARAMS]):
+        g = PARAMS | {path: missing(PARAMS[path])[how] for path in gone}
+        _, after = tx.update(g, before, PARAMS)
+        assert jax.tree.structure(after) == jax.tree.structure(begun)
+        if name == "skip_nonfinite":
+            kept = [x for x in jax.tree.leaves(after) if x.shape == (128,)]
+            wanted = [x for x in jax.tree.leaves(before) if x.shape == (128,)]
+            assert kept
+            for x, y in zip(kept, wanted, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("how", ["None", "float0"])
+@pytest.mark.parametrize("name", [name for name in AROUND if name not in RUNS_WITHOUT])
+def test_missing_gradients_that_are_needed(name, how):
+    who = name.split("-")[0]
+    tx = AROUND[name](optax.adam(0.1))
+    for gone in (["bias"], [*PARAMS]):
+        g = PARAMS | {path: missing(PARAMS[path])[how] for path in gone}
+        with pytest.raises(ValueError, match=r"no gradient of '(bias|kernel)'.*Give zeros") as caught:
+            tx.update(g, tx.init(PARAMS), PARAMS)
+        assert str(caught.value).startswith(f"{who}: ")
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, AttributeError])
+@around
+def test_what_fails_for_its_own_reasons_says_them(name, error):
+    def update(updates, state, params=None):
+        raise error("of my own")
+
+    tx = AROUND[name](optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+    state = tx.init(PARAMS)
+    with pytest.raises((error, ValueError)) as caught:
+        tx.update(PARAMS, state, PARAMS)
+    found = caught.value
+    assert "of my own" in str(found) or "of my own" in str(found.__cause__)
+    another = optax.LookaheadParams.init_synced(PARAMS)
+    if name == "skip_nonfinite":  # which takes such parameters
+        with pytest.raises(
+            ValueError, match=f"The transformation inside raised {error.__name__}: .?of my own"
+        ):
+            tx.update(PARAMS, state, another)
+
+
+def test_an_init_that_cannot_be_traced_does_not_hide_an_error():
+    def init(params):
+        return {"count": int(jnp.sum(params["bias"]))}
+
+    def update(updates, state, params=None):
+        raise TypeError("of my own")
+
+    tx = om.skip_nonfinite(optax.GradientTransformation(init, update))
+    with pytest.raises(TypeError, match="of my own"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+RETURNED = {
+    "None": lambda x: None,
+    "another shape": lambda x: x[..., :1],
+    "transposed": lambda x: jnp.swapaxes(x, -1, -2),
+    "one matrix": lambda x: x[0],
+    "integers": lambda x: x.astype(int),
+    "complex numbers": lambda x: x + 0j,
+    "booleans": lambda x: x > 0,
+    "a tuple": lambda x: (x, x),
+    "a word": lambda x: "polar",
+    "a decomposition": lambda x: jnp.linalg.svd(x, full_matrices=False),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", RETURNED)
+def test_an_orthogonalizer_that_returns_something_else(name, jit):
+    tx = om.muon(0.1, orthogonalizer=RETURNED[name], axes={"kernel": "io", "bias": None})
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.raises(
+        ValueError, match=r"muon: orthogonalizer must return real numbers of shape \(1, 64, 128\)"
+    ):
+        update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_an_orthogonalizer_in_its_own_precision(jit):
+    tx = om.muon(0.1, orthogonalizer=lambda x: x.astype(jnp.float16), axes={"kernel": "io", "bias": None})
+    updates, _ = (jax.jit(tx.update) if jit else tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    assert updates["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("make", [om.adamw, om.lion, om.muon, om.normuon], ids=lambda make: make.__name__)
+def test_stored_state_is_an_argument_of_the_optimizer(make):
+    """So errors and warnings name the optimizer, and the argument that the user typed."""
+    name, params = make.__name__, {"kernel": PARAMS["kernel"]}
+    given = {"axes": {"*": "io"}} if "axes" in make.__signature__.parameters else {}
+    plain, coded = make(0.1, state={"*": None}, **given), make(0.1, state="int8", **given)
+    with pytest.raises(ValueError, match=f"^{name}: 'first/kernel' is stored in float32, but the rules say"):
+        coded.update(params, plain.init(params), params)
+    with pytest.raises(ValueError, match=f"^{name}: the rules give 3 for 'first/kernel'"):
+        make(0.1, state={"*": 3}, **given).init(params)
+    with pytest.raises(ValueError, match=f"^{name}: rules must say which moments"):
+        make(0.1, state=codecs.Signed8(), **given)
+    with pytest.warns(UserWarning, match=f"^{name}: no moment matches the rule 'frist/.' of state"):
+        make(0.1, state={"frist/*": codecs.Signed8()}, **given).init(params)
+
+
+def test_codes_are_not_compressed_again():
+    tx = om.compress_state(om.adamw(0.1, state="int8"))
+    alone = om.adamw(0.1, state="int8")
+    found, wanted = (t.update(PARAMS, t.init(PARAMS), PARAMS)[0] for t in (tx, alone))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(x, y)
