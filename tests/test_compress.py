@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from typing import Any, NamedTuple
 
 import chex
@@ -945,3 +946,25 @@ def test_gradients_of_any_size():
     for name in sizes:
         last, error = updates[name][-1], (found[name] - updates[name])[-1]
         assert jnp.linalg.norm(error) < 0.05 * jnp.linalg.norm(last), name
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **rules: om.adamw(0.1, **({"state": rules["rules"]} if rules else {"state": "int8"})),
+        lambda **rules: om.compress_state(om.adam(0.1), **rules),
+        lambda **rules: om.compress_state(optax.adam(0.1), **rules),
+    ],
+    ids=["adamw", "rule", "optax"],
+)
+def test_nothing_that_is_compressed_is_said_aloud(make):
+    """Once, where it is all; small leaves beside large ones stay in float32, as the docstring says."""
+    small, large = {"bias": jnp.ones(8), "kernel": jnp.ones((4, 4))}, {"kernel": jnp.ones((64, 64))}
+    with pytest.warns(UserWarning, match="no moment is compressed") as caught:
+        make().init(small)
+    assert len(caught) == 1
+    with warnings.catch_warnings(action="error"):
+        make().init(small | large)
+        make().init({})
+        make(rules={"*": None}).init(small)
+        om.muon(0.1, state="int8", axes={"kernel": "io", "*": None}).init(small | large)

@@ -21,7 +21,7 @@ from optimorph._core.moments import (
     warn_unused_fields,
     with_moments,
 )
-from optimorph._core.numbers import cast_like, increment, is_missing, is_trainable, upcast
+from optimorph._core.numbers import cast_like, increment, is_array, is_missing, is_trainable, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys
@@ -29,7 +29,7 @@ from optimorph._core.rule import Rule, called, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
 from optimorph._core.wrapped import wrapped
 from optimorph._routing.rules import warn_unused
-from optimorph._storage.codec_rules import SMALL, codec_rule
+from optimorph._storage.codec_rules import BOTH, SMALL, codec_rule
 from optimorph._storage.compressed import CompressedState
 from optimorph._storage.elementwise import NotElementwiseError
 from optimorph._storage.encoding import (
@@ -144,6 +144,8 @@ def _compressed(
         paths = distinct_paths(who, leaves.tree)
         _warn(who, rules, [named(kind, path) for kind in kinds if kind for path in paths])
         _note(codec_of, kinds, paths)
+        if rules is None:
+            _warn_nothing(who, codec_of, kinds, paths, [x for x in leaves.values if is_array(x)])
         warn_unused_fields(who, rule.state, fields)
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:
@@ -228,6 +230,8 @@ def _of_trees(
         kinds = [kind for kind, _ in moments_of(state, fields)]
         _warn(who, rules, [named(kind, path) for kind in kinds for path in paths])
         _note(codec_of, kinds, paths, fields)
+        if rules is None:
+            _warn_nothing(who, codec_of, kinds, paths, jax.tree.leaves(params))
         warn_unused_fields(who, state, fields)
         for name in unknown(state, SMALL, fields):
             _warn_unknown(who, name)
@@ -314,6 +318,23 @@ def _is_not_in_8_bits(x: Any) -> bool:
 
 def _warn(who: str, rules: Rules | None, moments: list[str]) -> None:
     warn_unused(who, "rules" if who == WHO else "state", rules, moments, "moment")
+
+
+def _warn_nothing(
+    who: str, codec_of: CodecRule, kinds: Sequence[str], paths: Sequence[str], leaves: Sequence[Any]
+) -> None:
+    """Warn of state that no codec makes smaller, unless it is that of a part of the leaves."""
+    sizes = [
+        (kind, path, np.shape(x)) for kind in kinds if kind for path, x in zip(paths, leaves, strict=True)
+    ]
+    if leaves and handed("matrix_axes") is None and not any(codec_of(*each) for each in sizes):
+        argument = "rules" if who == WHO else "state"
+        warnings.warn(
+            f"{who}: no moment is compressed. By default those of leaves with at least two axes and {SMALL} "
+            "numbers are, without embeddings, biases, norms and vectors. For others type "
+            f"{argument}={BOTH}, or leave out what has no effect.",
+            stacklevel=2,
+        )
 
 
 def _warn_unknown(who: str, name: str) -> None:
