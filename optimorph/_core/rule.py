@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.as_made import as_made
 from optimorph._core.checks import not_an_array
 from optimorph._core.differences import difference, other_state
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
+    as_made,
     cast_like,
     is_absent,
     is_array,

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.as_made import as_made
 from optimorph._core.checks import abbreviated, check_transforms
 from optimorph._core.differences import TreeError, difference, other_state
-from optimorph._core.numbers import is_absent, is_array, is_missing
+from optimorph._core.numbers import as_made, is_absent, is_array, is_missing
 from optimorph._core.paths import by_path
 from optimorph._core.rule import Transform, aligned, called
 from optimorph._core.types import PyTree

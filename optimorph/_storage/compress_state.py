@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_flags, check_seed
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import (
@@ -21,7 +20,7 @@ from optimorph._core.moments import (
     warn_unused_fields,
     with_moments,
 )
-from optimorph._core.numbers import cast_like, increment, is_array, is_missing, is_trainable, upcast
+from optimorph._core.numbers import as_made, cast_like, increment, is_array, is_missing, is_trainable, upcast
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys

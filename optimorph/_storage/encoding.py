@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer, eval_jaxpr
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optimorph._core.as_made import recast
+from optimorph._core.numbers import recast
 from optimorph._core.target import Target, for_target
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed.shardings import devices, manual_axes, spec_of

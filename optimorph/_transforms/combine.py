@@ -14,7 +14,7 @@ from optimorph._core.checks import check_numbers
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.numbers import as_scalar, cast_like, upcast
 from optimorph._core.roles import SECOND, holds, relabeled
-from optimorph._core.rule import Rule, map_updates, rule_of, transform
+from optimorph._core.rule import Rule, Transform, map_updates, rule_of, transform
 from optimorph._core.types import Numeric
 from optimorph._core.wrapped import wrapped
 
@@ -78,7 +78,7 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
             after += own if n > 1 else (own,)
         return updates, tuple(after)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Transform(init, update)
 
 
 def divide(

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_counts, check_dtypes, check_flags, check_numbers
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import map_moments
 from optimorph._core.numbers import (
+    as_made,
     as_scalar,
     cast_like,
     in_dtype_of,

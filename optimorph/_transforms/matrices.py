@@ -11,7 +11,7 @@ import optax
 
 from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of
 from optimorph._core.numbers import is_array, kind
-from optimorph._core.rule import Leaves, Rule, aligned, arrays, called, transform
+from optimorph._core.rule import Leaves, Rule, Transform, aligned, arrays, called, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.hardware import AUTO, Hardware, check_divide
 from optimorph._distributed.sharded_function import ShardedFunction
@@ -38,7 +38,7 @@ def orthogonalize(
     comm_dtype: DTypeLike | None = None,
     bytes_at_once: int = 2**28,
     divide: str | Hardware = AUTO,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Replace every matrix by its polar factor: the same singular vectors, all singular values 1.
 
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
@@ -96,7 +96,7 @@ def orthogonalize(
         own.check(Leaves(tree, leaves))
         return optax.EmptyState()
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, **extra):
         gs, tree, _ = aligned(who, updates, None)
         leaves = Leaves(tree, gs)
         forms, match = own.axes_and_shardings(leaves)
@@ -111,7 +111,7 @@ def orthogonalize(
             gs[k] = factor
         return tree.unflatten(gs), state
 
-    return optax.GradientTransformation(init, update)
+    return Transform(init, update)
 
 
 def scale_by_shape(

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, cond, real_dtype
 from optimorph._core.numbers import (
     NotScalarError,
+    as_made,
     as_scalar,
     as_schedule,
     cast_like,

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.as_made import as_made
 from optimorph._core.checks import check_numbers, check_params
 from optimorph._core.differences import checked_state
-from optimorph._core.numbers import as_scalar, cast_like, copied, is_absent, upcast, upcast_dtype
+from optimorph._core.numbers import as_made, as_scalar, cast_like, copied, is_absent, upcast, upcast_dtype
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned, arrays
 from optimorph._core.types import AxesRules, Numeric, PyTree

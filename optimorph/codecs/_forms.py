@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
         return x.reshape(*batch, count, self.width)
 
     def scales(self, x: jax.Array, bits: Bits, scale: Scale) -> jax.Array:
-        """`(*batch, blocks)`, the scale of every block, of that of its numbers whose integer is the largest."""
+        """`(*batch, blocks)`, the scale of every block: that of its number of the largest integer."""
         x = bits(x)
         if not self.halves:
             return _as_float(jnp.max(_as_int(scale(_as_float(x))), axis=-1))
