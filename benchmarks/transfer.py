@@ -130,7 +130,7 @@ def train(record):
     """
     firsts = {name: first for name, (_, first) in OPTIMIZERS.items()}
     for reach, name, width in itertools.product((1, 2), OPTIMIZERS, WIDTHS):
-        curve = record["curves"].setdefault(name, {}).setdefault(str(width), {"seconds": 0.0, "losses": {}})
+        curve = record["curves"].setdefault(name, {}).setdefault(str(width), {"losses": {}})
         losses = unpacked(curve["losses"])
         run = None
         while (exponent := next_exponent(losses, firsts[name], reach)) is not None:
@@ -138,7 +138,7 @@ def train(record):
             run = run or trainer(OPTIMIZERS[name][0], text.task(width))
             losses[exponent], _ = run(2.0**exponent)
             curve["losses"] = packed(losses)
-            curve["seconds"] = round(curve["seconds"] + time.perf_counter() - began, 2)
+            curve["seconds"] = round(curve.get("seconds", 0) + time.perf_counter() - began, 2)
             print(
                 f"{name:<18} width {width:<4} rate 2^{exponent:<4} loss {mean(losses[exponent]):.4f}",
                 flush=True,
@@ -225,7 +225,8 @@ def draw(record):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"2^{exponent:.0f}"))
             axes.grid()
         panels[0].set(ylabel=f"loss after {STEPS} steps (nats per character)")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
+        figure.legend(*labels, loc="outside upper right", ncols=len(WIDTHS))
         figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
 
 

@@ -131,6 +131,14 @@ def sentences():
     words = f"{words} {muon[0]} from {muon[1]} to {muon[2]} {scale}, and that of MuonH by {muonh[0]}"
     yield "docs/guides/choosing.md", words
 
+    fell = {
+        name: 2 ** (each[narrow]["exponent"] - each[wide]["exponent"])
+        for name, narrow, wide in (("muon, rms_to_rms", "32", "512"), ("adamw", "32", "256"))
+        for each in [tables.recorded("transfer")["best"][name]]
+    }
+    words = f"rate fell by {fell['muon, rms_to_rms']:.1f} from width 32 to 512, where"
+    yield "README.md", f"{words} `adamw`'s fell by {fell['adamw']:.0f} to 256"
+
     lead = {case: statistics.fmean(x["losses"]) for case, x in tables.recorded("lead")["best"].items()}
     decayed = [lead[f"{steps} steps, decay 0"] - lead[f"{steps} steps, decay 0.4"] for steps in (128, 512)]
     lowered = f"lowers Muon's loss by {decayed[0]:.3f} after 128 steps and by {decayed[1]:.3f} after 512"
