@@ -136,8 +136,8 @@ def sentences():
         for name, narrow, wide in (("muon, rms_to_rms", "32", "512"), ("adamw", "32", "256"))
         for each in [tables.recorded("transfer")["best"][name]]
     }
-    words = f"rate fell by {fell['muon, rms_to_rms']:.1f} from width 32 to 512, where"
-    yield "README.md", f"{words} `adamw`'s fell by {fell['adamw']:.0f} to 256"
+    words = f"rate fell {fell['muon, rms_to_rms']:.1f}-fold from width 32 to 512, where"
+    yield "README.md", f"{words} `adamw`'s fell {fell['adamw']:.0f}-fold to 256"
 
     lead = {case: statistics.fmean(x["losses"]) for case, x in tables.recorded("lead")["best"].items()}
     decayed = [lead[f"{steps} steps, decay 0"] - lead[f"{steps} steps, decay 0.4"] for steps in (128, 512)]
