@@ -241,7 +241,7 @@ UNSEEN = {
         "_transforms.factored: _outer: where 0 only 1",
         "_transforms.matrices: orthogonalize*: [Pb]*",
         "_transforms.matrices: orthogonalize.update: for 3 late",
-        "_transforms.matrices: orthogonalize: if [12] *",
+        "_transforms.matrices: orthogonalize: if [123] *",
         "_transforms.matrices: orthogonalize.update: if 0 *",
         "_transforms.matrices: orthogonalize.update: if 1 always",
         "_transforms.matrices: scale_by_shape.update: if 1 always",

@@ -36,7 +36,8 @@ def initial(codec: Codec | None, x: jax.Array) -> Encoded:
     axes and the same shardings, and can be saved.
     """
     if codec is None or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
-        return Encoded(x, _full_beside(x, _scales_shape(Signed8(), x.shape), jnp.float32(0)))
+        zero = jnp.zeros([], x.dtype if x.dtype.itemsize > 4 else jnp.float32)
+        return Encoded(x, _full_beside(x, _scales_shape(Signed8(), x.shape), zero))
     number = jnp.max(x.astype(jnp.float32), initial=-jnp.inf) if x.size else jnp.float32(0)
     one = _encode(codec)(number, jax.random.key(0))
     codes = jnp.full_like(x, one.codes, dtype=one.codes.dtype)
