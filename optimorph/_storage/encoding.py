@@ -220,8 +220,8 @@ class LargeLeaf:
 
         if slab_shape(self.step.whole, target) is None:
             stored = store(None, make(written, (g, weight)), written)
-            # a TPU would compute all updates first, and keep the moments of all leaves in float32 until then
-            return jax.lax.optimization_barrier(stored) if target.platform == "tpu" else stored
+            # other compilers would compute all updates first, and keep moments in float32 until then
+            return stored if target.platform == "cpu" else jax.lax.optimization_barrier(stored)
         return in_slabs(make, store, self.step.whole, target, written, (g, weight))
 
 
