@@ -220,8 +220,8 @@ class LargeLeaf:
 
         if slab_shape(self.step.whole, target) is None:
             stored = store(None, make(written, (g, weight)), written)
-            # other compilers would compute all updates first, and keep moments in float32 until then
-            return stored if target.platform == "cpu" else jax.lax.optimization_barrier(stored)
+            # without it, the moments of all leaves are in float32 at a time, until all updates are computed
+            return jax.lax.optimization_barrier(stored) if target.platform in ("gpu", "tpu") else stored
         return in_slabs(make, store, self.step.whole, target, written, (g, weight))
 
 
