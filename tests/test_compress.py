@@ -667,7 +667,7 @@ def test_memory():
 
 
 def test_the_order_of_leaves():
-    """An update waits for the codes of its moments: GPUs and TPUs would keep those of all leaves otherwise."""
+    """An update waits for the codes of its moments: GPUs and TPUs would keep all of them otherwise."""
     tx = om.compress_state(om.ema(0.9), {"first/*": Signed8()})
     params = {"kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
     update = jax.jit(tx.update).trace(params, jax.eval_shape(tx.init, params))
