@@ -38,7 +38,7 @@ def initial(codec: Codec | None, x: jax.Array) -> Encoded:
     if codec is None or not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize > 4:
         zero = jnp.zeros([], x.dtype if x.dtype.itemsize > 4 else jnp.float32)
         return Encoded(x, _full_beside(x, _scales_shape(Signed8(), x.shape), zero))
-    number = jnp.max(x.astype(jnp.float32), initial=-jnp.inf) if x.size else jnp.float32(0)
+    number = jnp.max(x.astype(jnp.float32)) if x.size else jnp.float32(0)
     one = _encode(codec)(number, jax.random.key(0))
     codes = jnp.full_like(x, one.codes, dtype=one.codes.dtype)
     if one.scales is None:
@@ -99,6 +99,11 @@ def named(kind: str, path: str) -> str:
     return f"{kind}/{path}" if path else kind
 
 
+def in_codes(dtype: jnp.dtype) -> bool:
+    """Whether an array is one of codes: integers of one or two bytes, or floats of one."""
+    return dtype.itemsize < (4 if jnp.issubdtype(dtype, jnp.integer) else 2)
+
+
 def stored_by(
     who: str, codec_of: CodecRule, kind: str, path: str, stored: Encoded
 ) -> tuple[Codec | None, Encoded]:
@@ -112,7 +117,7 @@ def stored_by(
     dtype, scales = stored.codes.dtype, stored.scales
     assert scales is not None
     codec = codec_of(kind, path, stored.codes.shape)
-    coded = jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4
+    coded = in_codes(dtype)
     if not coded and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
         return None, stored
     fit = not coded

@@ -13,7 +13,7 @@ from optimorph._core.rounding import leaf_key
 from optimorph._core.rule import handed_down
 from optimorph._core.types import PyTree, Shape
 from optimorph._storage.compressed import CompressedState
-from optimorph._storage.encoding import CodecRule, decoded, encoded, initial, named, stored_by
+from optimorph._storage.encoding import CodecRule, decoded, encoded, in_codes, initial, named, stored_by
 from optimorph.codecs import Codec, Encoded
 
 
@@ -112,8 +112,7 @@ def _without_stored(node: CompressedState, codecs: Codecs) -> CompressedState:
 
 def _stored(codecs: Codecs, kind: str, path: str, codes: Any, scales: Any) -> Stored:
     rule = codecs.rules.get((kind, path))
-    if rule is None:  # moments in codes are integers, or numbers of one byte
-        coded = codes.dtype.itemsize == 1 or jnp.issubdtype(codes.dtype, jnp.integer)
-        return Stored(codes, scales, None, named(kind, path), not coded)
-    codec, found = stored_by("compress_state", rule, kind, path, Encoded(codes, scales))
+    if rule is None:
+        return Stored(codes, scales, None, named(kind, path), not in_codes(codes.dtype))
+    codec, found = stored_by("carry_state", rule, kind, path, Encoded(codes, scales))
     return Stored(*found, codec, named(kind, path))
