@@ -236,6 +236,15 @@ def test_shapes(codec, shape):
     np.testing.assert_array_equal(decode(zeros), np.zeros(shape))
 
 
+@each(CODECS)
+def test_zeros_under_flags_that_find_faults(codec):
+    """Outside of a program every operation is looked at, and none makes a NaN or an infinity of a zero."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for shape in ((), (2, 5)):
+            encoded = codec.encode(jnp.zeros(shape), KEY)
+            np.testing.assert_array_equal(codec.decode(encoded), np.zeros(shape))
+
+
 def test_bytes():
     """AdamW's moments in 2.05 bytes for a parameter, with scales in bfloat16 2.03."""
     forms = {name: jax.tree.leaves(codec.form((4096, 14336))) for name, codec in CODECS.items()}

@@ -159,6 +159,17 @@ def test_eight_bits_of_leaves_in_blocks(flag):
         jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
 
 
+@pytest.mark.parametrize("flag", FLAGS["of numbers"])
+def test_eight_bits_of_zeros(flag):
+    """Leaves that are encoded at once, outside of a program: one of zeros has scales of zero."""
+    with flag():
+        params = {"kernel": jnp.zeros((2, 5)), "scalar": jnp.zeros([])}
+        codes = {"first/*": om.codecs.Signed8(), "second/*": om.codecs.Nonneg8()}
+        for tx in (om.adamw(0.1, state=codes), om.compress_state(optax.adamw(0.1), codes)):
+            _, state = tx.update(params, tx.init(params), params)
+            tx.update(params, state, params)
+
+
 def two_updates(tx, update, params):
     state = tx.init(params)
     for seed in range(2):

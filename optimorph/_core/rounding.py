@@ -11,7 +11,8 @@ import numpy as np
 
 from optimorph._core.types import Shape
 
-_NAN = np.array(np.nan, jnp.bfloat16)  # no operation makes it, which jax_debug_nans would refuse
+NAN = np.array(np.nan, jnp.bfloat16)
+"""Of bfloat16. No operation makes it, which `jax_debug_nans` would refuse."""
 
 
 def check_key(who: str, key: Any) -> None:
@@ -117,4 +118,4 @@ def _carried(x: jax.Array, lower: jax.Array) -> jax.Array:
     upper = ((bits + lower) >> 16).astype(jnp.uint16)
     upper = jnp.where(jnp.isfinite(x) & (upper & 0x7FFF == 0x7F80), upper - 1, upper)
     rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-    return jnp.where(jnp.isnan(x), _NAN, rounded)
+    return jnp.where(jnp.isnan(x), NAN, rounded)

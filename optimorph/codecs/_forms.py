@@ -64,8 +64,9 @@ class Blocks(NamedTuple):
     def quarters(self, x: jax.Array, s: jax.Array) -> jax.Array:
         """4 x / s, and 0 where s is 0, for x in this form. 1 / s may be subnormal."""
         if self.halves:
-            return x * self.spread(jnp.where(s >= TINY, 4 / s, 0))
-        return jnp.where(self.spread(s) >= TINY, x / self.spread(s / 4), 0)
+            return x * self.spread(_four_over(s))
+        s = self.spread(s)
+        return jnp.where(s >= TINY, x / jnp.where(s >= TINY, s / 4, 1), 0)
 
     def joined(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The array of which `x` is the form, with the shape and the sharding of another one."""
@@ -137,6 +138,11 @@ def in_form(f: Callable[..., Any], width: int, x: jax.Array, *arrays: Any) -> An
         return jax.lax.platform_dependent(x, *arrays, cpu=halves, default=blocks)
     rows = of(Rows(width, x.shape[-1]))
     return jax.lax.platform_dependent(x, *arrays, cpu=halves, tpu=rows, default=blocks)
+
+
+def _four_over(s: jax.Array) -> jax.Array:
+    """4 / s, and 0 where s is 0, without a division by 0, which debug flags find outside of programs."""
+    return jnp.where(s >= TINY, 4 / jnp.where(s >= TINY, s, 1), 0)
 
 
 def _as_float(bits: jax.Array) -> jax.Array:

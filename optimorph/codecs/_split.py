@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.rounding import nearest_bfloat16, noise
+from optimorph._core.rounding import NAN, nearest_bfloat16, noise
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
 
@@ -96,7 +96,7 @@ class Split16(_SplitCodec):
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
         upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + 0x8000) >> 16
         nearest = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-        nearest = jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), nearest)  # the carry can make NaN a zero
+        nearest = jnp.where(jnp.isnan(x), NAN, nearest)  # the carry can make NaN a zero
         return Encoded(_steps_between(nearest, x).astype(self.code_dtype), nearest)
 
 
