@@ -106,6 +106,18 @@ def test_second_moments_in_bfloat16(name):
     np.testing.assert_allclose(b["w"].mean(), a["w"].mean(), rtol=0.002)
 
 
+@pytest.mark.parametrize("inner", [om.ema(0.9), optax.ema(0.9, debias=False)], ids=["om", "optax"])
+def test_scalars_are_not_changed_in_bfloat16(inner):
+    """Nor are they rounded to float32 on the way."""
+    with jax.enable_x64(True):
+        w = {"scale": jnp.float64(1 / 3)}
+        found, wanted = om.in_bfloat16(inner), inner
+        ours, theirs = found.init(w), wanted.init(w)
+        for _ in range(3):
+            (got, ours), (expected, theirs) = found.update(w, ours, w), wanted.update(w, theirs, w)
+            assert got["scale"] == expected["scale"]
+
+
 def test_rounding_repeats():
     """The same seed, step and path give the same bits: resumed, in other company, in another order."""
     tx = om.in_bfloat16(om.ema(0.99), seed=3)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optimorph._core.checks import check_seed
@@ -124,13 +125,13 @@ def _unrounded(state: Any, before: Any) -> Any:
     return state
 
 
-def _is_narrowed(x: jax.Array) -> bool:
-    return bool(x.ndim) and jnp.issubdtype(x.dtype, jnp.floating)
+def _is_narrowed(x: Any) -> bool:
+    return bool(np.ndim(x)) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _narrow(x: jax.Array) -> jax.Array:
+def _narrow(x: Any) -> Any:
     return x.astype(jnp.bfloat16) if _is_narrowed(x) else x
 
 
-def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+def _widen(x: Any) -> Any:
+    return x.astype(jnp.float32) if _is_narrowed(x) else x
