@@ -345,6 +345,15 @@ def test_a_state_of_other_rules(rules):
         om.adam(0.1, state=rules).update(tree, state, tree)
 
 
+@pytest.mark.parametrize("inner", [om.ema(0.9), optax.ema(0.9)], ids=["om", "optax"])
+def test_a_state_in_float8_of_other_rules(inner):
+    """Its codes are floats too, but not the moments."""
+    tree = drawn(shapes={"w": (64, 64)})
+    state = om.compress_state(inner, {"first/*": Float8()}).init(tree)
+    with pytest.raises(ValueError, match="'first/w' is stored in float8_e4m3fn with 2 scales a row, but the"):
+        om.compress_state(inner, {"*": None}).update(tree, state, tree)
+
+
 def test_a_state_of_other_blocks():
     tree = drawn(shapes={"w": (64, 256)})
     state = om.adam(0.1, state={"first/*": Signed8(64), "second/*": Nonneg8()}).init(tree)
@@ -562,6 +571,17 @@ def test_leaves_that_know_of_each_other_are_refused():
     both = optax.chain(om.momentum(0.9), optax.GradientTransformation(lambda params: (), update))
     tx = om.compress_state(both, elementwise=True)
     with pytest.raises(ValueError, match="the update of 'kernel' has another leaf"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+def test_what_fails_for_its_own_reasons_is_not_called_a_mixture():
+    def update(updates, state, params=None):
+        raise TypeError("of my own")
+
+    params = drawn(shapes={"kernel": (128, 128), "other": (128, 128)})
+    own = optax.chain(om.momentum(0.9), optax.GradientTransformation(lambda params: (), update))
+    tx = om.compress_state(own, elementwise=True)
+    with pytest.raises(TypeError, match="of my own"):
         jax.eval_shape(tx.update, params, tx.init(params), params)
 
 

@@ -255,7 +255,12 @@ def _of_trees(
             return whole(updates, state, params, extra)
         rule = one_leaf_rule(inner, state.inner, fields, extra)
         tx = transform(who, _compressed(who, rule, codec_of, rules, seed))
-        return tx.update(updates, state, params)
+        try:
+            return tx.update(updates, state, params)
+        except ValueError as error:
+            if isinstance(error.__cause__, TypeError | AttributeError):  # which may be the inner one's own
+                jax.eval_shape(lambda: whole(updates, state, params, extra))
+            raise
 
     def whole(updates, state, params, extra):
         """All moments are decoded, updated and encoded again."""
