@@ -103,7 +103,7 @@ def inject_hyperparams(
             given.arguments[name] = number
         functions = {name for name, x in given.arguments.items() if callable(x) and call_fault(x, 0)}
         injected: Any = optax.inject_hyperparams(factory, tuple(sorted(static | functions)), jnp.dtype(dtype))
-        tx = wrapped("inject_hyperparams", injected(*given.args, **given.kwargs))
+        tx = wrapped("inject_hyperparams", injected(*given.args, **given.kwargs), wide=True)
 
         def init(params):
             state: Any = tx.init(params)

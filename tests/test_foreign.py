@@ -39,6 +39,27 @@ def missing(like):
     return {"None": None, "float0": np.zeros(like.shape, jax.dtypes.float0)}
 
 
+IN_FLOAT32 = {
+    "add": lambda tx: om.add(tx, om.sign()),
+    "mix": lambda tx: om.mix(0.5, om.sign(), tx),
+    "keep_norm": lambda tx: om.keep_norm(tx, axes={"*": None}),
+    "route_matrices": lambda tx: om.route_matrices(tx, tx, axes={"kernel": "io", "bias": None}),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [*AROUND, *IN_FLOAT32])
+def test_a_state_keeps_its_dtypes(name, dtype):
+    """As `lax.scan` needs it, though optax's moments have the dtypes of parameters and then of gradients."""
+    params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
+    for inner in (optax.adamw(0.1), om.chain(optax.trace(0.9)), om.inject_hyperparams(optax.lion)(0.1)):
+        tx = (AROUND | IN_FLOAT32)[name](inner)
+        state = jax.eval_shape(tx.init, params)
+        for given in (state, jax.eval_shape(tx.update, params, state, params)[1]):
+            _, after = jax.eval_shape(tx.update, params, given, params)
+            assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
 @pytest.mark.parametrize("how", ["None", "float0"])
 @pytest.mark.parametrize(
     "make", [lambda: optax.sgd(0.1, 0.9), lambda: optax.rmsprop(0.1)], ids=["sgd", "rms"]
@@ -93,16 +114,43 @@ def test_what_fails_for_its_own_reasons_says_them(name, error):
             tx.update(PARAMS, state, another)
 
 
-def test_an_init_that_cannot_be_traced_does_not_hide_an_error():
-    def init(params):
-        return {"count": int(jnp.sum(params["bias"]))}
+INITS = {
+    "of numbers": lambda params: {"count": int(jnp.sum(params["bias"]))},
+    "of a mask": lambda params: {"positive": params["bias"][params["bias"] > 0]},
+}
 
+
+@pytest.mark.parametrize("init", INITS.values(), ids=INITS)
+@pytest.mark.parametrize("name", ["skip_nonfinite", "muon"])
+def test_an_init_that_cannot_be_traced_does_not_hide_an_error(name, init):
     def update(updates, state, params=None):
         raise TypeError("of my own")
 
-    tx = om.skip_nonfinite(optax.GradientTransformation(init, update))
+    tx = AROUND[name](optax.GradientTransformation(init, update))
     with pytest.raises(TypeError, match="of my own"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("init", INITS.values(), ids=INITS)
+@around
+def test_an_init_that_cannot_be_traced_is_not_needed(name, init):
+    """Also not to see in which dtypes a restored state was made."""
+    tx = AROUND[name](optax.GradientTransformation(init, lambda g, state, params=None: (g, state)))
+    state = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16) if jnp.result_type(x) == jnp.float32 else x, tx.init(PARAMS)
+    )
+    tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("error", [AssertionError, IndexError])
+def test_a_leaf_without_a_gradient_may_be_refused_in_any_way(error):
+    def update(updates, state, params=None):
+        if updates["bias"] is None:
+            raise error("needs every leaf")
+        return updates, state
+
+    tx = om.multi_steps(optax.GradientTransformation(lambda params: optax.EmptyState(), update), 2)
+    tx.update(PARAMS | {"bias": None}, tx.init(PARAMS), PARAMS)
 
 
 RETURNED = {

@@ -237,7 +237,7 @@ def as_made(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree | No
         try:
             arrays = jax.tree.map(lambda x: x if is_array(x) else None, params)
             made = jax.tree.leaves(jax.eval_shape(lambda p: init(p), arrays))
-        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError):
+        except Exception:  # of an init that cannot be traced, or refuses these parameters
             return state
     fit = [*map(np.shape, leaves)] == [x.shape for x in made]
     return structure.unflatten(map(_cast, leaves, made)) if fit else state

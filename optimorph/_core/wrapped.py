@@ -10,27 +10,37 @@ import optax
 
 from optimorph._core.checks import abbreviated, check_transforms
 from optimorph._core.differences import TreeError, difference, other_state
-from optimorph._core.numbers import as_made, is_absent, is_array, is_missing
+from optimorph._core.numbers import as_made, is_absent, is_array, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path
-from optimorph._core.rule import Transform, aligned, called
+from optimorph._core.rule import Transform, aligned, called, rule_of
 from optimorph._core.types import PyTree
 
 _OF_TREES = (ValueError, TypeError, KeyError, AttributeError)
 """What transformations raise for trees that do not match, and for reasons of their own."""
 
 
-def wrapped(who: str, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def wrapped(
+    who: str, tx: optax.GradientTransformation, wide: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """A transformation inside `who`, with extra arguments: where trees do not match, errors name `who`.
 
     It may take another tree as `params` than the parameters. Then nothing is refused that it takes.
+
+    Args:
+      who: what errors name.
+      tx: the transformation.
+      wide: whether it gets gradients in float32 or wider. A state of optax has the dtypes of the parameters
+        at first and those of the gradients later. A loop needs a state that keeps its dtypes.
 
     Raises:
       ValueError: naming `who`, what is no transformation.
     """
     check_transforms(who, tx)
+    init = _of_wide(tx.init) if wide and rule_of(tx) is None else tx.init
     if isinstance(tx, Transform):
-        return tx  # its errors name itself
-    inner, who = optax.with_extra_args_support(tx), called(who)
+        return tx if init is tx.init else tx.with_init(init)  # its errors name itself
+    who, extended = called(who), optax.with_extra_args_support(tx)
+    inner = optax.GradientTransformationExtraArgs(init, extended.update)
 
     def update(updates, state, params=None, **extra):
         if jax.tree.structure(updates) == jax.tree.structure(params):
@@ -42,7 +52,7 @@ def wrapped(who: str, tx: optax.GradientTransformation) -> optax.GradientTransfo
         except TreeError:
             raise
         except _OF_TREES as error:
-            if lacking and _runs(lambda: inner.update(_with_zeros(updates, params), state, params, **extra)):
+            if lacking and runs(lambda: inner.update(_with_zeros(updates, params), state, params, **extra)):
                 raise _needs_gradients(who, lacking) from error
             if (fault := _fault(who, inner, updates, state, params)) is None:
                 raise
@@ -53,9 +63,22 @@ def wrapped(who: str, tx: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
+def _of_wide(init: Any) -> Any:
+    """`init` with the dtypes that it gives the state of parameters in float32 or wider."""
+
+    def made(params):
+        return init(jax.tree.map(lambda w: upcast(w) if is_trainable(w) else w, params))
+
+    return lambda params: as_made(made, init(params), params)
+
+
 def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:
-    """Whether a state has the shapes of the one that `init` makes."""
-    return jax.tree.map(np.shape, jax.eval_shape(tx.init, params)) == jax.tree.map(np.shape, state)
+    """Whether a state has the shapes of the one that `init` makes, or `init` cannot be traced."""
+    try:
+        made = jax.eval_shape(tx.init, params)
+    except Exception:
+        return True
+    return jax.tree.map(np.shape, made) == jax.tree.map(np.shape, state)
 
 
 def _fault(
@@ -69,10 +92,7 @@ def _fault(
     trees = [jax.tree.structure(tree, is_leaf=is_absent) for tree in (updates, params)]
     if params is not None and trees[0] != trees[1]:
         return difference(who, updates, params)
-    try:
-        return None if fits(state, tx, updates if params is None else params) else other_state(who)
-    except _OF_TREES:
-        return None  # the transformation has a fault of its own
+    return None if fits(state, tx, updates if params is None else params) else other_state(who)
 
 
 def _lacking(updates: PyTree, params: PyTree | None) -> list[str]:
@@ -110,9 +130,10 @@ def _with_zeros(updates: PyTree, params: PyTree) -> PyTree:
     )
 
 
-def _runs(f: Callable[[], Any]) -> bool:
+def runs(f: Callable[[], Any]) -> bool:
+    """Whether a function can be traced, also one of another library, which may raise anything."""
     try:
         jax.eval_shape(f)
-    except _OF_TREES:
+    except Exception:
         return False
     return True

@@ -90,7 +90,7 @@ def routed(
     resolve = resolve_leaves(who, axes if reads is None else reads, find_output=True)
     match = lookup_if_given(shardings, who)
     transforms: dict[Any, optax.GradientTransformation] = {
-        MATRIX: wrapped(who, matrices),
+        MATRIX: wrapped(who, matrices, wide=True),
         OTHER: wrapped(who, others),
     }
 

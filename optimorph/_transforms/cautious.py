@@ -34,7 +34,7 @@ def cautious(
     References:
       Liang et al. 2024, "Cautious optimizers: improving training with one line of code", arXiv:2411.16085.
     """
-    inner, match = wrapped("cautious", inner), lookup_if_given(shardings, "cautious")
+    inner, match = wrapped("cautious", inner, wide=True), lookup_if_given(shardings, "cautious")
 
     def update(updates, state, params=None, **extra):
         wide = map_updates("cautious", upcast, updates)

@@ -167,7 +167,7 @@ def _combined(
     unpack: Callable[[Any], Sequence[Any]] = tuple,
 ) -> optax.GradientTransformationExtraArgs:
     """`f` of the updates of all transforms; a rule for one leaf if each of them is one."""
-    txs = [wrapped(who, tx) for tx in transforms]
+    txs = [wrapped(who, tx, wide=True) for tx in transforms]
     rules = [rule for tx in txs if (rule := rule_of(tx)) is not None]
     if len(rules) == len(txs):
         return transform(who, _combined_rule(f, rules, pack, unpack))

@@ -17,7 +17,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     Args:
       inner: any transformation. It gets updates in float32 or wider, and the parameters in their own dtype.
     """
-    inner = wrapped("in_float32", inner)
+    inner = wrapped("in_float32", inner, wide=True)
     if rule_of(inner):
         return inner  # as every rule does
 

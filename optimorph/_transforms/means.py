@@ -142,7 +142,7 @@ def keep_norm(
       Li et al. 2025, "NorMuon", arXiv:2510.05491, algorithm 1.
     """
     who = called("keep_norm")
-    inner, own = wrapped(who, inner), AxesOfLeaves(who, axes, shardings)
+    inner, own = wrapped(who, inner, wide=True), AxesOfLeaves(who, axes, shardings)
 
     def init(params):
         leaves, tree = arrays(who, params)

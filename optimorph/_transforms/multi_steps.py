@@ -33,7 +33,7 @@ from optimorph._core.numbers import (
 from optimorph._core.roles import Role, holds, scalar
 from optimorph._core.rule import Leaves, aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, Mask, PyTree
-from optimorph._core.wrapped import wrapped
+from optimorph._core.wrapped import runs, wrapped
 from optimorph._distributed.shardings import manual_axes
 from optimorph._routing.rules import check_mask, masked_leaves
 
@@ -122,11 +122,11 @@ def multi_steps(
       weights: West 1979, "Updating mean and variance estimates: an improved method".
     """
     who = "multi_steps"
-    inner = wrapped(who, inner)
     _check_k(every_k)
     check_dtypes(who, accumulator_dtype=accumulator_dtype)
     if not callable(every_k) and every_k == 1:
-        return inner
+        return wrapped(who, inner)
+    inner = wrapped(who, inner, wide=True)
     k_at = as_schedule(every_k)
     by_maximum = False if maximum is None else maximum
 
@@ -202,7 +202,7 @@ def multi_steps(
         def step():
             told = extra | ({"sound": added} if _any_observes(state.inner) else {})
             with_zeros, without = (functools.partial(take, absent, **told) for absent in (False, True))
-            if not any(lacking) or not _runs(without):
+            if not any(lacking) or not runs(without):
                 return with_zeros()
             rest = map_updates(who, lambda _, m, none: m if none else None, updates, mean, missing)
             unseen = all_of([~jnp.any(m != 0) for m in jax.tree.leaves(rest)], real_dtype(rest))
@@ -240,15 +240,6 @@ def _observed(state: Any, sound: jax.Array, extra: dict[str, Any]) -> Any:
         return node.observe(sound, **extra) if _observes(node) else node
 
     return jax.tree.map(seen, state, is_leaf=_observes)
-
-
-def _runs(f: Callable[[], Any]) -> bool:
-    """Whether a function can be traced; transformations of optax refuse None, or lose the moment."""
-    try:
-        jax.eval_shape(f)
-    except (AttributeError, TypeError, ValueError):
-        return False
-    return True
 
 
 def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:
