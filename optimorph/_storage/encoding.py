@@ -62,11 +62,13 @@ def decoded(codec: Codec | None, encoded: Encoded) -> jax.Array:
     return encoded.codes if codec is None else codec.decode(encoded)
 
 
-def encoded(codec: Codec | None, x: jax.Array, key: jax.Array, place: Any, before: Encoded) -> Encoded:
+def encoded(
+    codec: Codec | None, x: jax.Array, key: jax.Array, place: Any, before: Encoded, scales: Any = None
+) -> Encoded:
     """The moment in codes; unchanged without a codec."""
     if codec is None:
         return Encoded(x, before.scales)
-    found = codec.encode(x, key, place)
+    found = codec.encode(x, key, place, scales)
     return found if found.scales is not None else Encoded(found.codes, before.scales)
 
 
@@ -170,11 +172,13 @@ def encode(
     codecs: Sequence[Codec | None],
     keys: Sequence[Any],
     place: Any = None,
+    scales: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """The moments of a leaf, stored as the old ones are."""
+    """The moments of a leaf, stored as the old ones are, with `scales` where they are computed already."""
+    known = [None] * len(new) if scales is None else scales
     return [
-        encoded(codec, x, key, place, before) if isinstance(before, Encoded) else x
-        for x, before, codec, key in zip(new, old, codecs, keys, strict=True)
+        encoded(codec, x, key, place, before, own) if isinstance(before, Encoded) else x
+        for x, before, codec, key, own in zip(new, old, codecs, keys, known, strict=True)
     ]
 
 
@@ -219,15 +223,28 @@ class LargeLeaf:
             arrays = jax.tree.leaves((u if self.in_place else own, weight, decode(held, self.codecs)))
             return self.results.unflatten(self.step(constants, arrays, u.shape))
 
-        def store(place, made, before):
+        def store(place, made, before, scales=None):
             (update, new), (_, old) = made, before
-            return update, encode(new, old, self.codecs, keys, place)
+            return update, encode(new, old, self.codecs, keys, place, scales)
 
-        if slab_shape(self.step.whole, target) is None:
-            stored = store(None, make(written, (g, weight)), written)
-            # without it, the moments of all leaves are in float32 at a time, until all updates are computed
-            return jax.lax.optimization_barrier(stored) if target.platform in ("gpu", "tpu") else stored
-        return in_slabs(make, store, self.step.whole, target, written, (g, weight))
+        if slab_shape(self.step.whole, target) is not None:
+            return in_slabs(make, store, self.step.whole, target, written, (g, weight))
+        scales = None
+        if (
+            target.platform == "gpu"
+        ):  # a kernel for scales, and one that puts the update where the gradient was
+            scales = self._scales(make(written, (g, weight)))
+            scales, written, g, weight = jax.lax.optimization_barrier((scales, written, g, weight))
+        stored = store(None, make(written, (g, weight)), written, scales)
+        # without it, the moments of all leaves are in float32 at a time, until all updates are computed
+        return jax.lax.optimization_barrier(stored) if target.platform in ("gpu", "tpu") else stored
+
+    def _scales(self, made: PyTree) -> list[Any]:
+        _, new = made
+        return [
+            None if codec is None else codec.scales(x.astype(jnp.float32))
+            for x, codec in zip(new, self.codecs, strict=True)
+        ]
 
 
 @functools.lru_cache(maxsize=1 << 8)

@@ -34,7 +34,7 @@ class BFloat16(Codec):
         """The encoding of zeros."""
         return Encoded(jnp.zeros(shape, jnp.bfloat16), None)
 
-    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array, scales: None) -> Encoded:
         if not self.stochastic:
             return Encoded(nearest_bfloat16(x), None)
         return Encoded(stochastic_bfloat16(x, self._key(key), place), None)

@@ -55,17 +55,27 @@ class BlockCodec(Codec):
             jnp.zeros(shape, self.code_dtype), jnp.zeros(self._scales_shape(shape), self.scale_dtype)
         )
 
-    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
-        def encoded(form: Form, x: jax.Array, place: jax.Array) -> Encoded:
-            split = form.split(x)
-            s = form.scales(split, self._bits, _scale)
-            scales = outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
-            s = scales.astype(jnp.float32)
-            quarters = form.quarters(split, s)
-            codes = self._codes(quarters, key, form.split(place)).astype(self.code_dtype)
-            return Encoded(form.joined(codes, x), scales.reshape(self._scales_shape(x.shape)))
+    def scales(self, x: jax.Array) -> jax.Array:
+        """(1), one for each block."""
 
-        return in_form(encoded, self._width(x.shape), x, place)
+        def of(form: Form, x: jax.Array) -> jax.Array:
+            s = form.scales(form.split(x), self._bits, _scale)
+            s = outer_bfloat16(s) if self.scale_dtype == jnp.bfloat16 else s
+            return s.reshape(self._scales_shape(x.shape))
+
+        return in_form(of, self._width(x.shape), x)
+
+    def _encode(
+        self, x: jax.Array, key: jax.Array | None, place: jax.Array, scales: jax.Array | None
+    ) -> Encoded:
+        scales = self.scales(x) if scales is None else scales
+
+        def codes(form: Form, x: jax.Array, place: jax.Array, scales: jax.Array) -> jax.Array:
+            s = scales.astype(jnp.float32).reshape(scales.shape or (1,))
+            codes = self._codes(form.quarters(form.split(x), s), key, form.split(place))
+            return form.joined(codes.astype(self.code_dtype), x)
+
+        return Encoded(in_form(codes, self._width(x.shape), x, place, scales), scales)
 
     def _decode(self, encoded: Encoded) -> jax.Array:
         assert encoded.scales is not None

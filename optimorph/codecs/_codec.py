@@ -30,7 +30,13 @@ class Codec(abc.ABC):
     codes and scales can have the array's sharding.
     """
 
-    def encode(self, x: Any, key: jax.Array | None = None, place: jax.Array | None = None) -> Encoded:
+    def encode(
+        self,
+        x: Any,
+        key: jax.Array | None = None,
+        place: jax.Array | None = None,
+        scales: jax.Array | None = None,
+    ) -> Encoded:
         """Encode an array of real numbers. Dtypes wider than float32 are first rounded to float32.
 
         Args:
@@ -38,12 +44,17 @@ class Codec(abc.ABC):
           key: a key of `jax.random`, which codecs with stochastic rounding need and the others ignore.
           place: if x is a part of a larger array, the index of every number in that array, uint32. The part
             is then rounded like the whole.
+          scales: `scales(x)`, where they are computed already.
 
         Raises:
           ValueError: integers, booleans or complex numbers; a missing key.
         """
         x = self._real(x)
-        return self._encode(x, key, places(x.shape) if place is None else place)
+        return self._encode(x, key, places(x.shape) if place is None else place, scales)
+
+    def scales(self, x: jax.Array) -> jax.Array | None:
+        """The scales of float32 numbers; None if the codec has none."""
+        return None
 
     def decode(self, encoded: Encoded) -> jax.Array:
         """The stored numbers, in float32, with the shape of the codes."""
@@ -58,7 +69,9 @@ class Codec(abc.ABC):
         return _form(self, shape)
 
     @abc.abstractmethod
-    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
+    def _encode(
+        self, x: jax.Array, key: jax.Array | None, place: jax.Array, scales: jax.Array | None
+    ) -> Encoded:
         """`encode` for float32."""
 
     @abc.abstractmethod

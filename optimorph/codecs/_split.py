@@ -64,7 +64,7 @@ class Split8(_SplitCodec):
     code_dtype: ClassVar[DTypeLike] = jnp.int8
     step: ClassVar[int] = 258
 
-    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array, scales: None) -> Encoded:
         nearest = nearest_bfloat16(x)
         steps = _steps_between(nearest, x)
         if self.stochastic:
@@ -93,7 +93,7 @@ class Split16(_SplitCodec):
     code_dtype: ClassVar[DTypeLike] = jnp.int16
     step: ClassVar[int] = 1
 
-    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array) -> Encoded:
+    def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array, scales: None) -> Encoded:
         upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + 0x8000) >> 16
         nearest = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
         nearest = jnp.where(jnp.isnan(x), NAN, nearest)  # the carry can make NaN a zero
