@@ -160,6 +160,7 @@ UNSEEN = {
         "_transforms.in_bfloat16: _*: [!f]*",
         "_recipes.moments: stored: * 0 [!a]*",
         "linalg._polar_express: polar_express: for 1 *",
+        "*: wrapped 0 without wide",
     ],
     "it is reported, or refuses, and changes no update": [
         "_core.rule: transform.update: strict *",
