@@ -107,7 +107,7 @@ class Rows(NamedTuple):
 
     def quarters(self, x: jax.Array, s: jax.Array) -> jax.Array:
         """As of `Blocks`."""
-        return x * self.spread(jnp.where(s >= TINY, 4 / s, 0))
+        return x * self.spread(_four_over(s))
 
     def joined(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The array itself."""
