@@ -3,14 +3,16 @@
     python benchmarks/tuned.py [--task TASK] [--steps N] [--after FILE] [--out FILE] [optimizer ...]
 
 A candidate is a learning rate, a second one for leaves that are not matrices, and a third number such as the
-weight decay. Every optimizer has 72 candidates. They train together, as the lanes of one vmapped program,
-with one seed. The twelve of the lowest loss on the tuning data train again in the same program, with three
-seeds for the choice of the best and three others for the report: its loss on the validation data, which
-nothing was chosen by. With `--after FILE`, the candidates are the 18 best ones of a shorter training, and
-three of them train again. Products of the models have float32 precision, also on GPUs.
+weight decay. Every optimizer has 45 candidates. All of them train for a quarter of the steps, the better
+third for half of the steps, and the better third of those to the end (successive halving; Jamieson &
+Talwalkar, 2016, arXiv:1502.07943). The two of the lowest loss on the tuning data train again with two more
+seeds, which choose the best one. Three more seeds of it give the reported losses, on the validation data,
+which nothing was chosen by. An optimizer is compiled once, with the candidate as an argument. With
+`--after FILE`, the candidates are the nine best ones of a shorter training. Products of the models have
+float32 precision, also on GPUs.
 
 Writes `benchmarks/results/tuned/TASK-N.json`, after each optimizer. Optimizers that the file has are not
-trained again. All lanes are in memory at once: on GPUs the study takes minutes, on CPUs hours.
+trained again. On two CPU cores an optimizer takes five to ten minutes.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import dataclasses
 import itertools
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +38,8 @@ from optimorph._racing.task import Task
 from optimorph._racing.tasks import digits, flights, text
 
 TASKS = {"text": text.task, "digits": digits.task, "flights": flights.task}
-CANDIDATES, KEPT, EVALUATIONS = 72, 18, 25
+CANDIDATES, KEPT, EVALUATIONS = 45, 9, 10
+RUNGS = (0.25, 0.5, 1.0)  # shares of the steps after which only the better third goes on
 CHOICE_SEEDS, REPORT_SEEDS = (1000, 1001, 1002), (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "tuned"
 
@@ -66,7 +70,7 @@ class Study(NamedTuple):
     varied: str = ""
 
     def candidates(self) -> list[Candidate]:
-        """72, on a grid, whose learning rates span some six to nine factors of two."""
+        """45, on a grid, whose learning rates span four to nine factors of two."""
         count = CANDIDATES // (len(self.others) * len(self.third))
         factor = 2 ** min(1, 9 / count)
         rates = [2.0**self.first * factor**k for k in range(count)]
@@ -78,8 +82,8 @@ def alone(recipe, varied, **arguments):
     return lambda rate, others, third, task: recipe(rate, **{varied: third}, **arguments)
 
 
-def matrices(make, first, others=(2.0**-9, 2.0**-7, 2.0**-5, 2.0**-3)):
-    """The study of an optimizer of the race with two rates and weight decay: 6 x 4 x 3."""
+def matrices(make, first, others=(2.0**-8, 2.0**-6, 2.0**-4)):
+    """The study of an optimizer of the race with two rates and weight decay: 5 x 3 x 3."""
 
     def decayed(rate, others, decay, task):
         return make(rate, others, dataclasses.replace(task, weight_decay=decay))
@@ -88,7 +92,7 @@ def matrices(make, first, others=(2.0**-9, 2.0**-7, 2.0**-5, 2.0**-3)):
 
 
 B2S, MOMENTA = (0.95, 0.99, 0.999), (0.8, 0.9, 0.95)
-FAST = (2.0**-7, 2.0**-5, 2.0**-3, 2.0**-1)  # learning rates of other leaves
+FAST = (2.0**-5, 2.0**-3, 2.0**-1)  # learning rates of other leaves
 STUDIES: Mapping[str, Study] = {
     "sgd": Study(lambda rate, others, third, task: om.sgd(rate), -7),
     "momentum": Study(alone(om.sgd, "momentum"), -8, third=MOMENTA, varied="momentum"),
@@ -103,136 +107,113 @@ STUDIES: Mapping[str, Study] = {
     "adamw": matrices(OPTIMIZERS["adamw"], -12, FAST),
     "nadamw": matrices(beside_adamw(om.nadamw, b2=B2), -12, FAST),
     "ademamix": matrices(OPTIMIZERS["ademamix"], -15, FAST),
-    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -12, FAST),
-    "muon": matrices(OPTIMIZERS["muon"], -7),
-    "normuon": matrices(OPTIMIZERS["normuon"], -7),
-    "adamuon": matrices(OPTIMIZERS["adamuon"], -12),
-    "muon2": matrices(OPTIMIZERS["muon2"], -7),
+    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -13, FAST),
+    "muon": matrices(OPTIMIZERS["muon"], -6),
+    "normuon": matrices(OPTIMIZERS["normuon"], -6),
+    "adamuon": matrices(OPTIMIZERS["adamuon"], -10),
+    "muon2": matrices(OPTIMIZERS["muon2"], -6),
     "muonh": Study(
         lambda rate, others, third, task: OPTIMIZERS["muonh"](rate, others, task),
-        -9,
-        tuple(2.0**k for k in range(-9, -1)),
+        -8,
+        tuple(2.0**k for k in range(-7, -2)),
     ),
     "scion": Study(alone(om.scion, "momentum"), -16, third=(0.8, 0.9, 0.95), varied="momentum"),
     "soap": matrices(OPTIMIZERS["soap"], -10),
     "klsoap": matrices(for_matrices(om.klsoap), -10),
     "shampoo": matrices(for_matrices(om.shampoo), -10),
-    "soap_muon": matrices(for_matrices(om.soap_muon, every=10), -8),
+    "soap_muon": matrices(for_matrices(om.soap_muon, every=10), -6),
 }
 
 
-class Lanes:
-    """Copies of a model that train in one program, each with its own candidate and seed.
+class Training:
+    """One candidate and one seed: parameters, state, and the step they have reached."""
 
-    Attributes:
-      compile_seconds, run_seconds: what all calls of `train` took so far.
-    """
+    def __init__(self, program: "Program", candidate: Candidate, seed: int):
+        """Draw the batches of the seed, and take no step yet."""
+        self.program, self.candidate, self.seed, self.step = program, candidate, seed, 0
+        self.batches = program.task.batches(seed)
+        self.rates = jax.tree.map(jnp.float32, candidate)
+        self.params = jax.tree.map(jnp.copy, program.task.init(seed))  # `advance` donates them
+        self.state = program.init(self.rates, self.params)
+
+    def train(self, steps: int) -> "Training":
+        """Go on until so many steps are taken."""
+        for batch in itertools.islice(self.batches, steps - self.step):
+            self.params, self.state = self.program.advance(self.params, self.state, self.rates, batch)
+        self.step = steps
+        return self
+
+    def loss(self, part: str) -> float:
+        """The loss on held-out data, infinite if it is not finite."""
+        loss = float(np.mean([self.program.loss(self.params, each) for each in self.program.held_out[part]]))
+        return loss if math.isfinite(loss) else math.inf
+
+
+class Program:
+    """The compiled functions of all trainings of an optimizer on a task."""
 
     def __init__(self, study: Study, task: Task, steps: int):
-        """Draw the batches of all seeds, and compile nothing yet."""
-        self.task, self.steps, self.stride = task, steps, steps // EVALUATIONS
-        self.seeds = (*CHOICE_SEEDS, *REPORT_SEEDS)
-        streams = [list(itertools.islice(task.batches(seed), steps)) for seed in self.seeds]
-        self.batches = jax.device_put(_stacked([_stacked(stream) for stream in streams]))
-        self.starts = jax.device_put(_stacked([task.init(seed) for seed in self.seeds]))
-        self.held_out = [_stacked(list(task.held_out(part))) for part in ("tuning", "validation")]
+        """Compile nothing yet."""
 
         def optimizer(candidate):
             rates = (task.schedule(rate, steps) for rate in candidate[:2])
             return study.make(*rates, candidate.third, task)
 
-        def advance(params, state, candidate, seed, batches, first):
-            tx = optimizer(candidate)
+        def advance(params, state, candidate, batch):
+            gradients = jax.grad(task.loss)(params, batch)
+            updates, state = optimizer(candidate).update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
 
-            def step(k, carry):
-                params, state = carry
-                gradients = jax.grad(task.loss)(params, jax.tree.map(lambda x: x[seed, k], batches))
-                updates, state = tx.update(gradients, state, params)
-                return optax.apply_updates(params, updates), state
-
-            return jax.lax.fori_loop(first, first + self.stride, step, (params, state))
-
-        def loss(params, held_out):
-            return jnp.mean(jax.lax.map(lambda batch: task.loss(params, batch), held_out))
-
-        self._init = jax.jit(jax.vmap(lambda candidate, params: optimizer(candidate).init(params)))
-        self._advance = jax.jit(jax.vmap(advance, (0, 0, 0, 0, None, None)), donate_argnums=(0, 1))
-        self._loss = jax.jit(jax.vmap(loss, (0, None)))
-        self._compiled = None
-        self.compile_seconds = self.run_seconds = 0.0
-
-    def train(self, lanes: Sequence[tuple[Candidate, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """The last loss on the tuning data, by lane; those on the validation data, (evaluations, lanes).
-
-        Args:
-          lanes: pairs of candidate and seed, as many in every call.
-        """
-        candidates = jax.tree.map(lambda *x: jnp.asarray(x, jnp.float32), *(lane[0] for lane in lanes))
-        seed = jnp.asarray([self.seeds.index(lane[1]) for lane in lanes])
-        began = time.perf_counter()
-        if self._compiled is None:
-            with jax.default_matmul_precision("float32"):
-                self._compiled = self._compile(candidates, seed)
-            self.compile_seconds = time.perf_counter() - began
-        return self._run(candidates, seed)
-
-    def _compile(self, candidates, seed):
-        params = jax.tree.map(lambda x: x[seed], self.starts)
-        state = jax.eval_shape(self._init, candidates, params)
-        advance = self._advance.lower(params, state, candidates, seed, self.batches, jnp.int32(0)).compile()
-        return advance, *(self._loss.lower(params, held_out).compile() for held_out in self.held_out)
-
-    def _run(self, candidates, seed):
-        began, losses = time.perf_counter(), []
-        advance, tuning, validation = self._compiled
-        params = jax.tree.map(lambda x: x[seed], self.starts)
-        state = self._init(candidates, params)
-        for first in range(0, self.steps, self.stride):
-            params, state = advance(params, state, candidates, seed, self.batches, jnp.int32(first))
-            losses.append(validation(params, self.held_out[1]))
-        last, losses = np.asarray(tuning(params, self.held_out[0])), np.stack(losses)
-        self.run_seconds += time.perf_counter() - began
-        return last, losses
-
-
-def _stacked(trees):
-    return jax.tree.map(lambda *x: np.stack(x), *trees)
+        self.task = task
+        self.held_out = {part: list(task.held_out(part)) for part in ("tuning", "validation")}
+        self.init = jax.jit(lambda candidate, params: optimizer(candidate).init(params))
+        self.advance = jax.jit(advance, donate_argnums=(0, 1))
+        self.loss = jax.jit(task.loss)
 
 
 def tuned(study: Study, candidates: Sequence[Candidate], task: Task, steps: int) -> dict[str, Any]:
-    """Losses of all candidates, the best one, and its validation losses."""
-    lanes = Lanes(study, task, steps)
-    first, _ = lanes.train([(each, CHOICE_SEEDS[0]) for each in candidates])
-    finalists = np.argsort(_finite_or_inf(first))[: len(candidates) // len(lanes.seeds)]
-    pairs = [(candidates[k], seed) for k in finalists for seed in lanes.seeds]
-    tuning, validation = (x.reshape(*x.shape[:-1], -1, len(lanes.seeds)) for x in lanes.train(pairs))
-    choice = _finite_or_inf(np.mean(tuning[:, : len(CHOICE_SEEDS)], axis=1))
-    best = int(np.argmin(choice))
+    """The losses of all candidates, the best candidate, and its validation losses."""
+    began = time.perf_counter()
+    program = Program(study, task, steps)
+    going = [Training(program, candidate, CHOICE_SEEDS[0]) for candidate in candidates]
+    tried = []
+    for share in RUNGS:
+        reached = [(run.train(round(share * steps)).loss("tuning"), run) for run in going]
+        reached.sort(key=lambda pair: pair[0])
+        remain = 2 if share == 1.0 else -(-len(reached) // 3)
+        going = [run for _, run in reached[:remain]]
+        left = reached if share == 1.0 else reached[remain:]
+        tried = [[*run.candidate, run.step, _number(loss)] for loss, run in left] + tried
+    finalists = [(run.candidate, [run.loss("tuning"), *_losses(program, run, steps)]) for run in going]
+    best, _ = min(finalists, key=lambda pair: statistics.mean(pair[1]))
+    at, curves = [*range(steps // EVALUATIONS, steps + 1, steps // EVALUATIONS)], []
+    for run in [Training(program, best, seed) for seed in REPORT_SEEDS]:
+        curves.append([_number(run.train(step).loss("validation")) for step in at])
     return {
         "varied": study.varied,
-        "candidates": [[*each, _number(loss)] for each, loss in zip(candidates, first, strict=True)],
-        "finalists": [[*candidates[k], _number(loss)] for k, loss in zip(finalists, choice, strict=True)],
-        "best": candidates[finalists[best]]._asdict(),
-        "steps": [*range(lanes.stride, steps + 1, lanes.stride)],
-        "curves": [[_number(x) for x in curve] for curve in validation[:, best, len(CHOICE_SEEDS) :].T],
-        "compile_seconds": round(lanes.compile_seconds, 1),
-        "run_seconds": round(lanes.run_seconds, 1),
+        "candidates": tried,
+        "finalists": [[*candidate, *map(_number, losses)] for candidate, losses in finalists],
+        "best": best._asdict(),
+        "steps": at,
+        "curves": curves,
+        "seconds": round(time.perf_counter() - began),
     }
+
+
+def _losses(program, run, steps):
+    """Those of the same candidate, with the other seeds of the choice."""
+    trainings = [Training(program, run.candidate, seed) for seed in CHOICE_SEEDS[1:]]
+    return [training.train(steps).loss("tuning") for training in trainings]
 
 
 def _number(x):
     return round(float(x), 4) if math.isfinite(x) else None
 
 
-def _finite_or_inf(x):
-    return np.where(np.isfinite(x), x, np.inf)
-
-
 def kept(record: Path, name: str) -> list[Candidate]:
-    """The `KEPT` candidates of the lowest loss in another record."""
+    """The `KEPT` best candidates of another record: those that trained for the most steps come first."""
     tried = json.loads(record.read_text())["optimizers"][name]["candidates"]
-    order = sorted(tried, key=lambda row: math.inf if row[-1] is None else row[-1])
-    return [Candidate(*row[:-1]) for row in order[:KEPT]]
+    return [Candidate(*row[:3]) for row in tried[:KEPT]]
 
 
 def main():
@@ -261,9 +242,10 @@ def main():
     for name in args.optimizers or STUDIES:
         if name not in rows:
             candidates = kept(args.after, name) if args.after else STUDIES[name].candidates()
-            rows[name] = tuned(STUDIES[name], candidates, task, steps)
+            with jax.default_matmul_precision("float32"):
+                rows[name] = tuned(STUDIES[name], candidates, task, steps)
             last = [curve[-1] for curve in rows[name]["curves"]]
-            print(name, rows[name]["best"], last, rows[name]["run_seconds"], "s", flush=True)
+            print(name, rows[name]["best"], last, rows[name]["seconds"], "s", flush=True)
             write(record | machine(), out)
 
 
