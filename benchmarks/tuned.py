@@ -33,7 +33,7 @@ import optax
 from transfer import machine, write
 
 import optimorph as om
-from optimorph._racing.registry import B2, OPTIMIZERS, beside_adamw, for_matrices
+from optimorph._racing.registry import OPTIMIZERS
 from optimorph._racing.task import Task
 from optimorph._racing.tasks import digits, flights, text
 
@@ -91,6 +91,11 @@ def matrices(make, first, others=(2.0**-8, 2.0**-6, 2.0**-4)):
     return Study(decayed, first, others, (0.1, 0.4, 1.6), "weight_decay")
 
 
+def of_constant_norm(make, first, others):
+    """The study of an optimizer of the race that keeps norms, without weight decay: 9 rates x 5."""
+    return Study(lambda rate, second, third, task: make(rate, second, task), first, others)
+
+
 B2S, MOMENTA = (0.95, 0.99, 0.999), (0.8, 0.9, 0.95)
 FAST = (2.0**-5, 2.0**-3, 2.0**-1)  # learning rates of other leaves
 STUDIES: Mapping[str, Study] = {
@@ -101,27 +106,23 @@ STUDIES: Mapping[str, Study] = {
     "rmsprop": Study(alone(om.rmsprop, "decay"), -14, third=(0.9, 0.99, 0.999), varied="decay"),
     "adam": Study(alone(om.adam, "b2"), -14, third=B2S, varied="b2"),
     "nadam": Study(alone(om.nadam, "b2"), -14, third=B2S, varied="b2"),
-    "laprop": Study(alone(om.laprop, "b2"), -14, third=B2S, varied="b2"),
-    "lion": Study(alone(om.lion, "weight_decay", b2=B2), -16, third=(0.0, 0.1, 1.0), varied="weight_decay"),
-    "adamh": Study(alone(om.adamh, "b2"), -10, third=B2S, varied="b2"),
     "adamw": matrices(OPTIMIZERS["adamw"], -12, FAST),
-    "nadamw": matrices(beside_adamw(om.nadamw, b2=B2), -12, FAST),
+    "nadamw": matrices(OPTIMIZERS["nadamw"], -12, FAST),
+    "laprop": matrices(OPTIMIZERS["laprop"], -12, FAST),
+    "lion": matrices(OPTIMIZERS["lion"], -15, FAST),
     "ademamix": matrices(OPTIMIZERS["ademamix"], -15, FAST),
     "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -13, FAST),
     "muon": matrices(OPTIMIZERS["muon"], -6),
     "normuon": matrices(OPTIMIZERS["normuon"], -6),
     "adamuon": matrices(OPTIMIZERS["adamuon"], -10),
     "muon2": matrices(OPTIMIZERS["muon2"], -6),
-    "muonh": Study(
-        lambda rate, others, third, task: OPTIMIZERS["muonh"](rate, others, task),
-        -8,
-        tuple(2.0**k for k in range(-7, -2)),
-    ),
+    "muonh": of_constant_norm(OPTIMIZERS["muonh"], -8, tuple(2.0**k for k in range(-7, -2))),
+    "adamh": of_constant_norm(OPTIMIZERS["adamh"], -12, tuple(2.0**k for k in range(-6, -1))),
     "scion": Study(alone(om.scion, "momentum"), -16, third=(0.8, 0.9, 0.95), varied="momentum"),
     "soap": matrices(OPTIMIZERS["soap"], -10),
-    "klsoap": matrices(for_matrices(om.klsoap), -10),
-    "shampoo": matrices(for_matrices(om.shampoo), -10),
-    "soap_muon": matrices(for_matrices(om.soap_muon, every=10), -6),
+    "klsoap": matrices(OPTIMIZERS["klsoap"], -10),
+    "shampoo": matrices(OPTIMIZERS["shampoo"], -10),
+    "soap_muon": matrices(OPTIMIZERS["soap_muon"], -6),
 }
 
 

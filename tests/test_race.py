@@ -114,10 +114,12 @@ def test_pages_of_a_sweep_are_redrawn_and_the_race_keeps_its_rates(tmp_path, mon
 
 STATE_BYTES = (
     {"sgd": 0, "ademamix": 12, "mars_adamw": 12}
-    | dict.fromkeys(("momentum", "nesterov", "adagrad", "rmsprop", "muon", "muonh", "scion"), 4)
-    | dict.fromkeys(("adam", "adamw", "adamuon", "muon2"), 8)
+    | dict.fromkeys(("momentum", "nesterov", "adagrad", "rmsprop", "lion", "muon", "muonh", "scion"), 4)
+    | dict.fromkeys(("adam", "nadam", "adamw", "nadamw", "laprop", "adamh", "adamuon", "muon2"), 8)
     | {"normuon": 4 + 4 / 32}  # a number for each row
-    | {"soap": 24}  # two factors and two bases of a square matrix
+    | dict.fromkeys(("soap", "soap_muon"), 24)  # two factors and two bases of a square matrix
+    | {"klsoap": 24 + 2 * 4 / 32}  # and two rows of second moments
+    | {"shampoo": 20 + 2 * 4 / 32}  # these rows in place of the second moments of all elements
 )
 
 

@@ -6,6 +6,7 @@ import statistics
 from pathlib import Path
 from types import ModuleType
 
+import catalog
 import jax
 import pytest
 import tables
@@ -24,6 +25,12 @@ PAGES = {
 }
 ALL = "\n".join(PAGES.values())
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.S)
+
+
+def test_every_optimizer_has_a_row():
+    rows = re.findall(r"^\| (`.*?`) \|", PAGES["docs/optimizers.md"], re.M)
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row)}
+    assert named >= set(catalog.recipes_with())
 
 
 @pytest.mark.examples("README.md", "docs/[io]*.md", "docs/guides/[cr]*ing.md")

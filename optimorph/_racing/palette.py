@@ -25,6 +25,7 @@ _ALL = [Style(LIGHT[-1 - k % 8], DASHES[(k + k // 8) % 4]) for k in range(32)]
 _NAMES = (
     *("muon", "adamw", "adam", "rmsprop", "adagrad", "nesterov", "momentum", "sgd"),
     *("scion", "ademamix", "muon2", "adamuon", "normuon", "muonh", "mars_adamw", "soap"),
+    *("soap_muon", "adamh", "lion", "nadamw", "laprop", "nadam", "klsoap", "shampoo"),
 )  # each row has every colour at most once, and so has the default race
 OPTIMIZERS: dict[str, Style] = dict(zip(_NAMES, _ALL, strict=False))
 """Name → its style in every plot of the project."""

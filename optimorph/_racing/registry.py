@@ -33,23 +33,22 @@ def _alone(recipe: Callable[..., Any], **arguments: Any) -> Make:
     return lambda rate, others, task: recipe(rate, **arguments)
 
 
-def beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Make:
-    """A recipe for the leaves that `muon` takes for matrices, and AdamW for the others."""
-
-    def make(rate, others, task):
-        matrix = leaf_axes("race", None)
-        return om.partition(
-            lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
-            {
-                "matrix": recipe(rate, weight_decay=task.weight_decay, **arguments),
-                "other": _adamw_of_others(others),
-            },
-        )
-
-    return make
+def _beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Make:
+    """A recipe with weight decay for the leaves that `muon` takes for matrices, and AdamW for the others."""
+    return lambda rate, others, task: _partitioned(
+        recipe(rate, weight_decay=task.weight_decay, **arguments), others
+    )
 
 
-def for_matrices(recipe: Callable[..., Any], **arguments: Any) -> Make:
+def _partitioned(matrices: optax.GradientTransformation, others: Any) -> optax.GradientTransformation:
+    matrix = leaf_axes("race", None)
+    return om.partition(
+        lambda path, shape: "other" if matrix(path, shape) is None else "matrix",
+        {"matrix": matrices, "other": _adamw_of_others(others)},
+    )
+
+
+def _for_matrices(recipe: Callable[..., Any], **arguments: Any) -> Make:
     """A recipe that gives matrices to one transform itself, and the others to the AdamW that it is given."""
     return lambda rate, others, task: recipe(
         rate, weight_decay=task.weight_decay, others=_adamw_of_others(others), **arguments
@@ -67,25 +66,35 @@ OPTIMIZERS: dict[str, Make] = {
     "adagrad": _alone(om.adagrad),
     "rmsprop": _alone(om.rmsprop),
     "adam": _alone(om.adam, b2=B2),
-    "adamw": beside_adamw(om.adamw, b2=B2),
-    "ademamix": beside_adamw(om.ademamix, b2=B2, b3=B2),
-    "mars_adamw": beside_adamw(om.mars_adamw),
-    "muon": for_matrices(om.muon),
+    "nadam": _alone(om.nadam, b2=B2),
+    "adamw": _beside_adamw(om.adamw, b2=B2),
+    "nadamw": _beside_adamw(om.nadamw, b2=B2),
+    "laprop": _beside_adamw(om.laprop, b2=B2),
+    "lion": _beside_adamw(om.lion),
+    "adamh": lambda rate, others, task: _partitioned(om.adamh(rate, b2=B2), others),
+    "ademamix": _beside_adamw(om.ademamix, b2=B2, b3=B2),
+    "mars_adamw": _beside_adamw(om.mars_adamw),
+    "muon": _for_matrices(om.muon),
     "muonh": lambda rate, others, task: om.muonh(rate, others=_adamw_of_others(others)),
-    "normuon": for_matrices(om.normuon),
-    "adamuon": for_matrices(om.adamuon),
-    "muon2": for_matrices(om.muon2),
+    "normuon": _for_matrices(om.normuon),
+    "adamuon": _for_matrices(om.adamuon),
+    "muon2": _for_matrices(om.muon2),
     "scion": _alone(om.scion),
-    "soap": for_matrices(om.soap),
+    "soap": _for_matrices(om.soap),
+    "klsoap": _for_matrices(om.klsoap),
+    "shampoo": _for_matrices(om.shampoo),
+    "soap_muon": _for_matrices(om.soap_muon, every=10),
 }
-"""Name → its optimizer."""
+"""Name → its optimizer. All recipes of the library are here."""
 
 DEFAULT = ("sgd", "momentum", "rmsprop", "adam", "adamw", "muon", "muonh", "normuon")
 """The optimizers of a race that names none."""
 
 OTHERS_OF = {
-    **dict.fromkeys(("ademamix", "mars_adamw"), "adamw"),
-    **dict.fromkeys(("muonh", "normuon", "adamuon", "muon2", "soap"), "muon"),
+    **dict.fromkeys(("nadamw", "laprop", "lion", "adamh", "ademamix", "mars_adamw"), "adamw"),
+    **dict.fromkeys(
+        ("muonh", "normuon", "adamuon", "muon2", "soap", "klsoap", "shampoo", "soap_muon"), "muon"
+    ),
 }
 """Optimizer → the one whose tuned rate of the other leaves it has, as both have the same AdamW for them."""
 

@@ -46,7 +46,7 @@ class PolarArguments(MatrixArguments, total=False):
 
 def of_matrices(
     who: str,
-    *words: optax.GradientTransformation,
+    *transforms: optax.GradientTransformation,
     learning_rate: ScalarOrSchedule,
     weight_decay: ScalarOrSchedule,
     weight_decay_form: str = "coupled",
@@ -63,18 +63,18 @@ def of_matrices(
     polar: Callable[[jax.Array], jax.Array] | None = None,
     divide: str | Hardware = NEVER,
 ) -> Transform:
-    """words → scale by shape → decay → learning rate; AdamW for other leaves.
+    """transforms → scale by shape → decay → learning rate; AdamW for other leaves.
 
-    `state` says how the moments of the words are stored.
+    `state` says how the moments of the transforms are stored.
 
     Args:
       who: the name of the optimizer.
-      words: the transformations of the gradients of matrices.
+      transforms: the transformations of the gradients of matrices.
       learning_rate: and all further arguments: those of `muon`.
       polar: the orthogonalizer, for the plan.
       last: a transformation that replaces the scale by shape, the weight decay and the learning rate.
     """
-    own_nu = SECOND in [kind for word in words for kind in _moments(word)]
+    own_nu = SECOND in [kind for tx in transforms for kind in _moments(tx)]
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     for_adamw = {
         "others_learning_rate": others_learning_rate is not None,
@@ -94,11 +94,11 @@ def of_matrices(
         state = lookup(rules, who)  # some rules are for matrices, some for other leaves
     step = decay_and_step(who, learning_rate, weight_decay, mask, weight_decay_form)
 
-    def stored(word: optax.GradientTransformation) -> optax.GradientTransformation:
-        return with_state_storage(who, word, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
+    def stored(own: optax.GradientTransformation) -> optax.GradientTransformation:
+        return with_state_storage(who, own, state, linear, mu_dtype=mu_dtype, nu_dtype=nu_dtype)
 
     matrices = chain(
-        *(stored(word) if _moments(word) else word for word in words),
+        *(stored(tx) if _moments(tx) else tx for tx in transforms),
         *([scale_by_shape(scale), *step] if last is None else [last]),
     )
     names = (who, "adamw" if others is None else "others")
@@ -128,23 +128,23 @@ def of_matrices(
 def of_polar_factors(
     who: str,
     average: optax.GradientTransformation,
-    *words: optax.GradientTransformation,
+    *transforms: optax.GradientTransformation,
     orthogonalizer: Callable[[jax.Array], jax.Array] | None = None,
     comm_dtype: DTypeLike | None = None,
     divide: str | Hardware = AUTO,
     **arguments: Any,
 ) -> Transform:
-    """`of_matrices`: average → orthogonalize → words.
+    """`of_matrices`: average → orthogonalize → transforms.
 
     Args:
       who: the name of the optimizer.
       average: the transformation of the gradients.
-      words: the transformations of the polar factors.
+      transforms: the transformations of the polar factors.
       orthogonalizer: and `comm_dtype` and `divide`: those of `muon`.
       arguments: those of `of_matrices`.
     """
     polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide)
-    return of_matrices(who, average, polar, *words, polar=orthogonalizer, divide=divide, **arguments)
+    return of_matrices(who, average, polar, *transforms, polar=orthogonalizer, divide=divide, **arguments)
 
 
 def _unit(inputs: int, outputs: int) -> float:
@@ -152,7 +152,7 @@ def _unit(inputs: int, outputs: int) -> float:
     return 1.0
 
 
-def _moments(word: optax.GradientTransformation) -> list[str]:
+def _moments(tx: optax.GradientTransformation) -> list[str]:
     """The kinds of the moments that a transform of leaves holds."""
-    rule = rule_of(word)
+    rule = rule_of(tx)
     return [] if rule is None else [role.moment for role in rule.roles if role.moment]
