@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import catalog
 import chex
@@ -516,6 +517,15 @@ def test_boxes_are_no_part_of_a_name():
     tree = {"embed": {"weight": Box(jnp.ones((4, 3)))}}
     assert leaf_paths(tree) == ["embed/weight"]
     assert leaf_paths(nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))) == ["bias", "kernel"]
+
+    class Named(NamedTuple):
+        data_array: jax.Array
+
+    class Variable(NamedTuple):
+        value: Named
+
+    penzai = {"mlp/out.weights": Variable(Named(jnp.ones((4, 3))))}
+    assert leaf_paths(penzai) == ["mlp/out.weights"]
 
 
 def test_nnx_training_reaches_every_parameter():

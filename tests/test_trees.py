@@ -205,6 +205,18 @@ STACKS = {
         {"first/w": (4096, 64), "head/w": (64, 10), "logit_temperature": ()},
         "io",
     ),
+    "gates of a GRU under vmap": ({"VmapNet_0/GRU_0/Wi": (30, 2), "VmapNet_0/GRU_0/Wh": (30, 10)}, "(3o)i"),
+    "one head by its bias": ({"attn/q/kernel": (64, 1, 64), "attn/q/bias": (1, 64)}, "ioo"),
+    "queries beside an output with a bias": (
+        {"attn/key/w": (64, 4, 16), "attn/post/w": (64, 4, 16), "attn/post/b": (64,)},
+        "ioo",
+    ),
+    "a pair of a convolution and its bias": ({"4/1/0": (3, 3, 64, 16), "4/1/1": (1, 1, 1, 16)}, "iiio"),
+    "groups of heads": ({"block_0/attention/query.weights": (64, 2, 4, 8), "norm/scale": (64,)}, "iooo"),
+    "groups of heads, back": (
+        {"block_0/attention/output.weights": (2, 4, 8, 64), "norm/scale": (64,)},
+        "iiio",
+    ),
     "gates of a GRU": ({"cell/weight_ih": (30, 2), "cell/weight_hh": (30, 10)}, "(3o)i"),
 }
 
@@ -266,6 +278,31 @@ FUSED = {
     "as many outputs as places of a picture": (
         {"Conv_0/kernel": (3, 3, 4, 32), "Dense_0/kernel": (512, 512), "Dense_1/kernel": (512, 800)},
         ("iiio", "io", "-"),
+    ),
+    "as many outputs as a vocabulary": (
+        {"wte/embedding": (999, 64), "blocks/0/ff_out/kernel": (256, 64), "ff_out/kernel": (64, 999)},
+        ("-", "io", "-"),
+    ),
+    "as many inner outputs as positions": (
+        {"wpe/embedding": (512, 64), "blocks/0/ff_proj/kernel": (64, 512)},
+        ("-", "io"),
+    ),
+    "a noise as a picture": (
+        {
+            "net/Dense_0/kernel": (128, 24576),
+            "net/Conv_0/kernel": (3, 3, 1536, 96),
+            "net/Conv_1/kernel": (3, 3, 96, 3),
+        },
+        ("io", "iiio", "-"),
+    ),
+    "a module of classification": ({"classification/output_kernel": (2, 64)}, ("-",)),
+    "decoders of actions": (
+        {"body_0/kernel": (64, 64), "action_decoder/kernel": (64, 32), "out/kernel": (32, 9)},
+        ("io", "-", "-"),
+    ),
+    "outputs with a name of their own": (
+        {"decoder/input_proj/kernel": (32, 64), "decoder/spec_out_dense/kernel": (64, 32)},
+        ("io", "-"),
     ),
     "the last of a list in a list": (
         {"x/0/f/layers/0/kernel": (8, 64), "x/0/f/layers/1/kernel": (64, 32)},

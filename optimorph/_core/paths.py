@@ -27,8 +27,8 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 def leaf_paths(tree: PyTree) -> list[str]:
     """`blocks/0/attn/kernel`: every leaf's path, in the tree's order.
 
-    A container of nothing but a `value`, or of one child that it does not name, is a box around a leaf, as
-    Flax and Haliax have them, and no part of its name.
+    A container of nothing but a `value` or a `data_array`, or of one child that it does not name, is a box
+    around a leaf, as Flax, Penzai and Haliax have them, and no part of its name.
     """
     entries = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)[0]
     inside: dict[tuple[Any, ...], set[Any]] = {}
@@ -57,11 +57,16 @@ def distinct_paths(who: str, tree: PyTree) -> list[str]:
 
 
 def _name(path: tuple[Any, ...], inside: dict[tuple[Any, ...], set[Any]]) -> str:
-    """A leaf's path without its box."""
-    *_, last = path or (None,)
-    nameless = isinstance(last, jax.tree_util.FlattenedIndexKey) or getattr(last, "name", None) == "value"
-    boxed = nameless and len(path) > 1 and len(inside[path[:-1]]) == 1
-    return "/".join(map(_word, path[:-1] if boxed else path))
+    """A leaf's path without its boxes."""
+    while len(path) > 1 and _is_box(path[-1]) and len(inside[path[:-1]]) == 1:
+        path = path[:-1]
+    return "/".join(map(_word, path))
+
+
+def _is_box(key: Any) -> bool:
+    """Whether a key says nothing of what it is the key of."""
+    of_list = isinstance(key, jax.tree_util.FlattenedIndexKey)
+    return of_list or getattr(key, "name", None) in ("value", "data_array")
 
 
 def _word(key: Any) -> str:

@@ -1,6 +1,7 @@
 """What a layer takes in and puts out, and what its name says of it."""
 
 import re
+from collections.abc import Iterator, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of
@@ -76,3 +77,18 @@ def channels(axes: Axes | None) -> tuple[int, int] | None:
         return None
     o = letters.index("o")
     return (o - 1 if o == len(letters) - 1 else o + 1), o
+
+
+def heads_of_vocabularies(
+    paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]
+) -> Iterator[int]:
+    """The layers with as many inputs as an embedding has features, and as many outputs as it has rows.
+
+    These are more than eight times as many, so no inner layer of a perceptron is meant.
+    """
+    rows = {shape for shape, spec in zip(shapes, specs, strict=True) if spec.role == "embedding"}
+    for k, spec in enumerate(specs):
+        if spec.role == "dense" and spec.axes is not None and len(shapes[k]) == 2:
+            inputs, outputs = sides_of(paths[k], shapes[k], spec)
+            if any((n, m) in rows for n in outputs for m in inputs if n > 8 * m):
+                yield k

@@ -134,7 +134,8 @@ RULES = (
     NameRule(
         "head",
         rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{WEIGHT})?|"
-        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{WEIGHT})?",
+        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|(\w+_)?out_(layer|dense)|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{WEIGHT})?|"
+        r"\w*classification(/\w*kernel|/w(eight)?)?",
         not_in=BLOCK,
     ),
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{WEIGHT})?"),
@@ -144,7 +145,7 @@ RULES = (
     ),
     # the outputs of a distribution, of a policy, of a value
     NameRule("distribution", rf"(\w*{_MOMENT}|(\w+_)?mu)/{WEIGHT}", when=lambda s: len(s) == 2),
-    NameRule("head", rf"{_ROOT}(policy|advantage)/{WEIGHT}"),
+    NameRule("head", rf"({_ROOT}(policy|advantage)|{_OF_POLICY}_decoder)/{WEIGHT}"),
     NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{WEIGHT}", not_in=BLOCK),
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{WEIGHT}"),
     NameRule("head", _ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
@@ -271,6 +272,9 @@ RULES = (
     ),
     _gpt2_rule("attention", "attn/c_attn", "(3o)i", shapes.fused(3, -2)),
     NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
+    # Penzai: groups of heads are an axis of their own
+    NameRule("attention", "attention/(query|key|value)/weights", ("ioo", "iooo"), shape_ok=shapes.heads),
+    NameRule("attention", "attention/output/weights", ("iio", "iiio")),
     NameRule("attention", _QUERY, (UNDECIDED, "ioo"), shapes.many_heads),
     NameRule("attention", _QUERY, ("io", "ioo"), shape_ok=shapes.heads),
     NameRule(
@@ -303,6 +307,8 @@ RULES = (
     NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), shapes.fused(4)),
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), shapes.fused(3)),
+    NameRule("gates", "w_?h?h", ("(4o)i",), shapes.fused(4, -2)),
+    NameRule("gates", "w_?h?h", ("(3o)i",), shapes.fused(3, -2)),
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
     NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
     # the gates of several GRUs side by side

@@ -18,7 +18,7 @@ _ANY_STACK = re.compile(r"(^|/)(\w+_)?(layers|blocks|stages)/(?!\d|blocks/)", re
 UNSTACKED = -1
 """The axis of layers of a leaf that has none."""
 
-_MATRIX_NAME = re.compile(r"(^|/)(kernel|w)$")  # with two axes it is a matrix, not a stack of vectors
+_MATRIX_NAME = re.compile(r"(^|/)(kernel|w|[wW]_?h?h)$")  # of two axes a matrix, no stack of vectors
 
 
 def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, str | None]:

@@ -12,12 +12,13 @@ from optimorph._routing.layer_widths import (
     DISTRIBUTION,
     channels,
     has_no_name,
+    heads_of_vocabularies,
     is_inside,
     layer_name,
     number_of,
     sides_of,
 )
-from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of, unresolved
 from optimorph._routing.name_rules import WEIGHT
 from optimorph._routing.names import by_name
 from optimorph.linalg import Axes
@@ -53,6 +54,8 @@ def with_output_layer(
       specs: how the default rules and the user's read them.
     """
     specs, paths = list(specs), [path.replace(".", "/") for path in paths]
+    for k in [*heads_of_vocabularies(paths, shapes, specs)]:
+        specs[k] = LeafSpec(None, HEAD)
     nameless = [has_no_name(path) for path in paths]
     single = [
         k
@@ -76,6 +79,10 @@ def with_output_layer(
         for path, shape, spec in zip(paths, shapes, specs, strict=True)
     )
     layers = _Layers(paths, shapes, specs, sorted({*unnamed, *heads, *ruled}), others)
+    rows = {shape[0] for shape, spec in zip(shapes, specs, strict=True) if spec.role == "embedding"}
+    for k in [k for k in heads if specs[k].role == HEAD and nameless[k] and len(shapes[k]) == 2]:
+        if shapes[k][-1] not in rows and layers.is_reshaped(k):
+            specs[k] = LeafSpec(axes_of("io"), "dense")
     fed = [k for k in unnamed if layers.is_fed(k)]
     sinks = [k for k in fed if layers.is_sink(k)]
     ends_of_others = [k for k in others if layers.is_fed(k) or layers.joins(k) if layers.is_sink(k)]
@@ -177,7 +184,9 @@ class _Layers:
         numbered = [k for k, spec in enumerate(specs) if spec.role not in _PARTS]
         self.by_numbers = sorted(numbered, key=lambda k: _numbers(paths[k]), reverse=True)
         self.recurrent = {n for k, spec in enumerate(specs) if spec.role == "gates" for n in self.inputs[k]}
-        self.convolutions = any(spec.role == "convolution" for spec in specs)
+        self.convolutions = any(
+            s.role == "convolution" or (s.role == "dense" and channels(s.axes)) for s in specs
+        )
         self.chains = {}
         for chain in group_by(unnamed, lambda k: (self.module(k), _kind(paths[k]))):
             chain.sort(key=lambda k: number_of(layer_name(paths[k])))

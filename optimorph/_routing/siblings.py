@@ -132,7 +132,8 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
     found, alike = {}, {}
     for path, shape in shapes.items():
         own = shapes.get(_bias_of(path), ())
-        bias = tuple(n for n in own if n > 1)
+        of_heads = len(own) < len(shape) and own == shape[-len(own) :]
+        bias = own if of_heads else tuple(n for n in own if n > 1)
         others = len(shape) - len(bias)
         stacked = own == (*shape[:1], *shape[-1:]) or (len(bias) > 1 and bias[0] == shape[0])
         if not bias or others < 1 or stacked:
@@ -142,7 +143,8 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
         if usual in places or len(places) == 1:
             k = usual if usual in places else places[0]
             found[path] = "i" * k + "o" * len(bias) + "i" * (others - k)
-            alike[_grandparent(path), shape] = found[path]
+            if len(bias) > 1 or len(shape) != 3:  # attention's output may have the shape of its queries
+                alike[_grandparent(path), shape] = found[path]
     keys = {path: (_grandparent(path), shape) for path, shape in shapes.items() if path not in found}
     return found, {path: alike[key] for path, key in keys.items() if key in alike}
 
@@ -192,7 +194,9 @@ def specs_by_pair(shapes: Mapping[str, Shape], widths: Collection[int]) -> dict[
 def _bias_of(path: str) -> str:
     """The path of the bias of a layer, of that of its matrix."""
     found = re.search(rf"(?<![^/.]){WEIGHT}$", path)
-    return f"{path}_bias" if found is None else path[: found.start()] + ("b" if found[0] == "w" else "bias")
+    if found is None:
+        return f"{path[:-1]}1" if path.endswith("/0") else f"{path}_bias"
+    return path[: found.start()] + ("b" if found[0] == "w" else "bias")
 
 
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
