@@ -129,8 +129,8 @@ REFUSED = {
     "exponent above": (lambda: schedules.robbins_monro(0.1, 1.01), ["robbins_monro", "exponent", "1.01"]),
     "swapped eigenvalues": (lambda: theory.polyak(0.1, 1.0), ["polyak", "strong_convexity", "largest"]),
     "a function as a pattern": (
-        lambda: om.scale_by_rules({om.roles("norm"): 0.1}),
-        ["scale_by_rules: a key of rules", "lambda path, shape"],
+        lambda: om.scale_by_rules({lambda tree: True: 0.1}),
+        ["scale_by_rules: a function that is a key of rules", "roles('norm')", "lambda path, shape"],
     ),
     "one rule for all": (lambda: om.scale_by_rules("fast"), ["scale_by_rules", "'fast'", "{'*': ...}"]),
     "one codec's name": (lambda: om.compress_state(om.sgd(0.1), "int4"), ["compress_state", "'int4'"]),

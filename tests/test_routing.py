@@ -647,6 +647,32 @@ def test_roles_are_masks_partitions_and_factors():
         om.not_roles("norms")
 
 
+def test_roles_are_keys_of_rules():
+    """In factors, states, labels, masks and specs; the first key that matches decides."""
+    params = {"embed": jnp.ones((64, 128)), "norm": {"scale": jnp.ones(64)}, "up": {"w": jnp.ones((64, 64))}}
+    table, other = om.roles("embedding"), om.not_roles("norm")
+    tx = om.scale_by_rules({"up/*": 3.0, table: 0.5, other: 2.0})
+    updates, _ = tx.update(params, tx.init(params))
+    assert {path: float(x.max()) for path, x in by_path(updates).items()} == {
+        "embed": 0.5,
+        "norm/scale": 1.0,
+        "up/w": 3.0,
+    }
+    assert om.labels({table: "a", "*": "b"})(params) == {
+        "embed": "a",
+        "norm": {"scale": "b"},
+        "up": {"w": "b"},
+    }
+    state = om.lion(0.1, state={table: None, "*": om.codecs.Float8()}).init(params)
+    kept = [x.shape for x in jax.tree.leaves(state) if x.dtype == jnp.float32 and x.size > 1000]
+    assert kept == [params["embed"].shape]
+    masked = om.add_decayed_weights(1.0, mask={table: False, "*": True})
+    updates, _ = masked.update(jax.tree.map(jnp.zeros_like, params), masked.init(params), params)
+    assert not updates["embed"].any() and updates["up"]["w"].all()
+    row = om.plan({"odd": jnp.ones((8, 8))}, axes={om.roles("undecided"): "io"})["odd"]
+    assert (row.spec, row.role) == ("io", "rule roles('undecided')")
+
+
 def test_roles_of_the_whole_tree():
     """All roles that the plan shows, in a mask of any transformation; a head that widths tell is a head."""
     params = layers(Dense_0=(28, 64), Dense_1=(64, 64), Dense_2=(64, 11)) | {

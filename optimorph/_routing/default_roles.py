@@ -62,6 +62,7 @@ def roles(*names: Any) -> Callable[..., Any]:
 
     A mask gets the whole tree, so its roles are those of `plan`, and "head" also selects a head that is
     inferred from the widths. A rule, for `labels` or `partition`, only gets one path and shape at a time.
+    So does a key of rules: `scale_by_rules({roles("embedding"): 0.1})`, `state={roles("norm"): ..., ...}`.
 
     Args:
       names: roles.
@@ -106,6 +107,7 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
             jax.tree.structure(tree), [(found[path] in wanted) == chosen for path in leaf_paths(tree)]
         )
 
+    select.__name__ = f"{who}({', '.join(map(repr, names))})"
     return select
 
 

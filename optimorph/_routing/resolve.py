@@ -144,7 +144,7 @@ def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafS
         spec = match(path, shape)
         if spec is NO_MATCH:
             return None
-        pattern = pattern_of(path)
+        pattern = pattern_of(path, shape)
         role = "rule" if pattern is None else f"rule {pattern}"
         if spec is None or spec == HEAD:
             return LeafSpec(None, HEAD if spec == HEAD else role)

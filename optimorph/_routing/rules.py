@@ -21,7 +21,7 @@ from optimorph._core.types import Mask, PyTree, Rules, Shape
 from optimorph._routing.grouping import format_groups
 from optimorph.linalg import Axes
 
-Pattern = str | re.Pattern[str]
+Pattern = str | re.Pattern[str] | Callable[[str, Shape], bool]
 
 NO_MATCH = ...
 """The value of a leaf that no rule matches. A rule may also return it."""
@@ -40,14 +40,15 @@ def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
     Raises:
       ValueError: naming `who`: what is no rules, or two values for one path.
     """
+    for key in filter(callable, rules if isinstance(rules, Mapping) else ()):
+        if (fault := call_fault(key, "", ())) is not None:
+            raise ValueError(
+                f"{who}: a function that is a key of rules takes the path and the shape of a leaf, but "
+                f"{key!r} does not: {fault}. Type roles('norm'), or lambda path, shape: ..."
+            )
     if has_patterns(rules):
         patterns, first = list(rules), first_match(rules)
-        return lambda path, shape: NO_MATCH if (k := first(path)) is None else rules[patterns[k]]
-    if isinstance(rules, Mapping) and any(map(callable, rules)):
-        raise ValueError(
-            f"{who}: a key of rules is a pattern of paths, but here it is a function. Type a function in "
-            "place of rules, such as lambda path, shape: 0.1 if role_of(path, shape) == 'embedding' else ..."
-        )
+        return lambda path, shape: NO_MATCH if (k := first(path, shape)) is None else rules[patterns[k]]
     if callable(rules) and _is_leaf(rules):
         if (fault := call_fault(rules, "", ())) is not None:
             raise ValueError(
@@ -76,13 +77,18 @@ def lookup_if_given(rules: Rules | None, who: str) -> Callable[[str, Shape], Any
 
 def has_patterns(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:
     """Whether the rules are a mapping from patterns, rather than a function or a tree."""
-    if not isinstance(rules, Mapping) or not all(isinstance(key, str | re.Pattern) for key in rules):
+    if not isinstance(rules, Mapping):
+        return False
+    if not all(isinstance(key, str | re.Pattern) or callable(key) for key in rules):
         return False
     return any(map(_is_wild, rules)) or all(map(_is_leaf, rules.values()))
 
 
-def first_match(patterns: Iterable[Pattern]) -> Callable[[str], int | None]:
-    """Path → the index of the first pattern that matches. Plain paths are found in a dictionary."""
+def first_match(patterns: Iterable[Pattern]) -> Callable[..., int | None]:
+    """(path, shape) → the index of the first pattern that matches. Plain paths are found in a dictionary.
+
+    Only patterns that are functions need the shape.
+    """
     plain: dict[str, int] = {}
     wild: list[tuple[int, Pattern]] = []
     for k, pattern in enumerate(patterns):
@@ -91,19 +97,19 @@ def first_match(patterns: Iterable[Pattern]) -> Callable[[str], int | None]:
         if _is_wild(pattern):
             wild.append((k, pattern))
 
-    def first(path: str) -> int | None:
+    def first(path: str, shape: Shape = ()) -> int | None:
         exact = plain.get(path)
         earlier = wild if exact is None else [(k, pattern) for k, pattern in wild if k < exact]
-        return next((k for k, pattern in earlier if _matches(pattern, path)), exact)
+        return next((k for k, pattern in earlier if _matches(pattern, path, shape)), exact)
 
     return first
 
 
-def matching_pattern(rules: Rules) -> Callable[[str], str | None]:
-    """Path → the text of the first pattern that matches; None without one."""
+def matching_pattern(rules: Rules) -> Callable[[str, Shape], str | None]:
+    """(path, shape) → the text of the first pattern that matches; None without one."""
     patterns = list(rules) if has_patterns(rules) else []
     first = first_match(patterns)
-    return lambda path: None if (k := first(path)) is None else _text(patterns[k])
+    return lambda path, shape: None if (k := first(path, shape)) is None else _text(patterns[k])
 
 
 def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
@@ -111,7 +117,9 @@ def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
     paths = dict.fromkeys(paths)
     if has_patterns(rules):
         for pattern in rules:
-            if pattern not in paths and not (_is_wild(pattern) and any(_matches(pattern, p) for p in paths)):
+            if callable(pattern):
+                continue
+            if pattern not in paths and not (_is_wild(pattern) and any(_matches(pattern, p, ()) for p in paths)):
                 yield _text(pattern)
     elif not callable(rules) or not _is_leaf(rules):
         yield from (path for path, _ in _tree_values(rules) if path not in paths)
@@ -126,7 +134,7 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
       rules: an ordered mapping from pattern to label, or a function (path, shape) → label, or a tree of
         labels that is matched by path. The first pattern that matches decides. A pattern is one of fnmatch
         for the path, whose keys are joined by slashes (`*` also matches slashes), or a compiled regular
-        expression, which is searched for. The label `...` means that no rule matches. Here that is an error;
+        expression, which is searched for, or a function (path, shape) → bool, such as `roles("norm")`. The label `...` means that no rule matches. Here that is an error;
         in `axes` the default rules then decide.
 
     Raises:
@@ -261,17 +269,19 @@ def _tree_values(rules: PyTree) -> list[tuple[str, Any]]:
 
 
 def _is_wild(pattern: Any) -> bool:
-    return isinstance(pattern, re.Pattern) or (isinstance(pattern, str) and bool(set("*?[") & set(pattern)))
+    return callable(pattern) or isinstance(pattern, re.Pattern) or (isinstance(pattern, str) and bool(set("*?[") & set(pattern)))
 
 
-def _matches(pattern: Pattern, path: str) -> bool:
+def _matches(pattern: Pattern, path: str, shape: Shape) -> bool:
+    if callable(pattern):
+        return pattern(path, shape)
     if isinstance(pattern, re.Pattern):
         return pattern.search(path) is not None
     return fnmatchcase(path, pattern)
 
 
 def _text(pattern: Pattern) -> str:
-    return pattern if isinstance(pattern, str) else pattern.pattern
+    return pattern if isinstance(pattern, str) else getattr(pattern, "pattern", None) or pattern.__name__
 
 
 def _is_leaf(x: Any) -> bool:
