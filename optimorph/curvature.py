@@ -179,3 +179,8 @@ def _check(params: PyTree) -> None:
 
 
 __all__ = ["Extremes", "extremes"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]

@@ -25,6 +25,12 @@ from optimorph.linalg import Axes
 
 __all__ = ["gpt_neox", "hf_flax_gpt2", "maxtext", "per_head", "t5x", "torch"]
 
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]
+
+
 Patterns = Mapping[str | re.Pattern[str], str]
 
 _MAXTEXT = {
@@ -38,8 +44,11 @@ _MAXTEXT = {
 
 
 def _check_axis(who: str, scan_axis: int | None) -> None:
-    if scan_axis is not None and not is_integer(scan_axis, 0):
-        raise ValueError(f"{who}: scan_axis is {scan_axis!r}, which is no axis. Type scan_axis=1, or None.")
+    if scan_axis is not None and (not is_integer(scan_axis, 0) or scan_axis > 2):
+        raise ValueError(
+            f"{who}: scan_axis is {scan_axis!r}, but of stacked matrices it is 0, 1 or 2. "
+            "Type scan_axis=1, or None."
+        )
 
 
 def maxtext(scan_axis: int | None = 1) -> Patterns:

@@ -325,3 +325,8 @@ def _check(metrics: Sequence[str], every: int) -> None:
 
 
 __all__ = ["CHEAP", "SPECTRAL", "ProbeState", "probe", "read"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]

@@ -45,3 +45,8 @@ __all__ = [
     "scalar",
     "transform",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]

@@ -105,3 +105,8 @@ def _check_steps(who: str, steps: int) -> None:
 
 
 __all__ = ["decay_warmup", "linear_warmup", "robbins_monro"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]

@@ -96,3 +96,8 @@ def _condition(who: str, smoothness: float, strong_convexity: float) -> float:
 
 
 __all__ = ["Tuning", "gradient_descent", "nesterov", "polyak"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]

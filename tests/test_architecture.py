@@ -1,6 +1,7 @@
 """The floors stand: imports point down; every public name is documented, catalogued and has one path."""
 
 import ast
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -186,6 +187,9 @@ def test_private_modules():
     public = {name.split(".")[0] for name in NAMES if not name.startswith("_")}
     assert public == {"codecs", "curvature", "layouts", "linalg", "probes", "rules", "schedules", "theory"}
     assert set(dir(om)) - {"race"} == set(om.__all__)
+    for name in public:
+        module = importlib.import_module(f"optimorph.{name}")
+        assert {each for each in dir(module) if not each.startswith("_")} == {*module.__all__}, name
 
 
 def test_one_path_for_every_object():

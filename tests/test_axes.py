@@ -116,6 +116,10 @@ def test_what_is_no_text_is_refused():
 def test_misfits_are_said():
     assert "describes 2 axes, not 3" in Axes("io").misfit((2, 3, 4))
     assert "an axis of 10 does not divide into 1+1+1 parts" in Axes("i(3o)").misfit((2, 10))
+    with pytest.raises(ValueError, match=r"Axes: an axis of 1000 does not divide into 3\+4 parts 128 times"):
+        Axes("i(128*(192+256) o)").stacks((512, 1000))
+    with pytest.raises(ValueError, match=r"Axes: .* describes 2 axes, not 3"):
+        Axes("io").matrices(jnp.ones((2, 3, 4)))
 
 
 def polar(stack):

@@ -622,6 +622,7 @@ CALLS = {
     "om.plan({}, om.adamw)": ["plan", "init and update", "adamw(...)"],
     "om.layouts.maxtext('scan')": ["maxtext", "scan_axis=1"],
     "om.layouts.t5x(1.0)": ["t5x", "scan_axis=1"],
+    "om.layouts.maxtext(scan_axis=3)": ["maxtext", "scan_axis is 3", "0, 1 or 2"],
     "om.layouts.gpt_neox(None)": ["gpt_neox", "heads=12"],
     "om.sgd(None)": ["sgd", "learning_rate", "1e-3"],
     **{

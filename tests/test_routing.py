@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -668,9 +669,30 @@ def test_roles_are_keys_of_rules():
     assert kept == [params["embed"].shape]
     masked = om.add_decayed_weights(1.0, mask={table: False, "*": True})
     updates, _ = masked.update(jax.tree.map(jnp.zeros_like, params), masked.init(params), params)
-    assert not updates["embed"].any() and updates["up"]["w"].all()
+    assert not updates["embed"].any()
+    assert updates["up"]["w"].all()
     row = om.plan({"odd": jnp.ones((8, 8))}, axes={om.roles("undecided"): "io"})["odd"]
     assert (row.spec, row.role) == ("io", "rule roles('undecided')")
+
+
+def test_parts_know_the_whole_tree():
+    """Another transformation has the head; without it the last hidden layer would be the output."""
+    rng = np.random.default_rng(0)
+    sizes = [(20, 32), (32, 48), (48, 10)]
+    params = {f"Dense_{k}": {"kernel": jnp.asarray(rng.normal(size=s))} for k, s in enumerate(sizes)}
+
+    def label(path, shape):
+        return "last" if shape[1] == 10 else "hidden"
+
+    parts = om.partition(label, {"last": om.sgd(0.1), "hidden": om.muon(0.1)})
+    with warnings.catch_warnings(action="error"):
+        state = parts.init(params)
+        updates, _ = parts.update(params, state, params)
+    whole = om.muon(0.1, axes={"Dense_2/kernel": "head"})
+    expected, _ = whole.update(params, whole.init(params), params)
+    for k in range(2):
+        found = updates[f"Dense_{k}"]["kernel"]
+        np.testing.assert_array_equal(found, expected[f"Dense_{k}"]["kernel"])
 
 
 def test_roles_of_the_whole_tree():

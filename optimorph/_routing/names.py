@@ -87,7 +87,8 @@ def _match(rule: NameRule, path: str, shape: Shape) -> tuple[str, str | None] | 
     if rule.specs and sum(size > 1 for size in shape) < 2:
         return "vector", None
     specs = [] if UNDECIDED in rule.specs else _specs(rule, path, shape)
-    if len(specs) == 1 and all(1 in stack[-2:] for stack in Axes(specs[0]).stacks(shape)):
+    fits = len(specs) == 1 and Axes(specs[0]).misfit(shape) is None
+    if fits and all(1 in stack[-2:] for stack in Axes(specs[0]).stacks(shape)):
         return "vector", None
     if (specs or not rule.batch_axes) and rule.when(shape):
         return rule.role, specs[0] if len(specs) == 1 else UNDECIDED

@@ -42,6 +42,13 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
     by_rule = _by_rules(who, rules)
 
     def resolve(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+        own, around = dict(zip(paths, shapes, strict=True)), handed("all_leaves") or {}
+        if not around.items() > own.items():
+            return of_all(paths, shapes)
+        specs = dict(zip(around, of_all([*around], [*around.values()]), strict=True))
+        return [specs[path] for path in paths]
+
+    def of_all(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
         ruled = [by_rule(path, shape) for path, shape in zip(paths, shapes, strict=True)]
         default = by_siblings(paths, shapes) if None in ruled else []
         specs = [default[k] if spec is None else spec for k, spec in enumerate(ruled)]

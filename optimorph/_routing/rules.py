@@ -119,7 +119,9 @@ def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
         for pattern in rules:
             if callable(pattern):
                 continue
-            if pattern not in paths and not (_is_wild(pattern) and any(_matches(pattern, p, ()) for p in paths)):
+            if pattern not in paths and not (
+                _is_wild(pattern) and any(_matches(pattern, p, ()) for p in paths)
+            ):
                 yield _text(pattern)
     elif not callable(rules) or not _is_leaf(rules):
         yield from (path for path, _ in _tree_values(rules) if path not in paths)
@@ -134,8 +136,9 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
       rules: an ordered mapping from pattern to label, or a function (path, shape) → label, or a tree of
         labels that is matched by path. The first pattern that matches decides. A pattern is one of fnmatch
         for the path, whose keys are joined by slashes (`*` also matches slashes), or a compiled regular
-        expression, which is searched for, or a function (path, shape) → bool, such as `roles("norm")`. The label `...` means that no rule matches. Here that is an error;
-        in `axes` the default rules then decide.
+        expression, which is searched for, or a function (path, shape) → bool, such as `roles("norm")`. The
+        label `...` means that no rule matches. Here that is an error; in `axes` the default rules then
+        decide.
 
     Raises:
       ValueError: when called, naming all leaves that no rule matches or that are not arrays.
@@ -269,7 +272,11 @@ def _tree_values(rules: PyTree) -> list[tuple[str, Any]]:
 
 
 def _is_wild(pattern: Any) -> bool:
-    return callable(pattern) or isinstance(pattern, re.Pattern) or (isinstance(pattern, str) and bool(set("*?[") & set(pattern)))
+    return (
+        callable(pattern)
+        or isinstance(pattern, re.Pattern)
+        or (isinstance(pattern, str) and bool(set("*?[") & set(pattern)))
+    )
 
 
 def _matches(pattern: Pattern, path: str, shape: Shape) -> bool:

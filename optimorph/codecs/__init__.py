@@ -20,3 +20,8 @@ from optimorph.codecs._float8 import Float8
 from optimorph.codecs._split import Split8, Split16
 
 __all__ = ["BFloat16", "Codec", "Encoded", "Float8", "Nonneg8", "Signed8", "Split8", "Split16"]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]

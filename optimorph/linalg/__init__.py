@@ -39,3 +39,8 @@ __all__ = [
     "stable_rank",
     "top_energy",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__]

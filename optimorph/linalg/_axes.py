@@ -139,17 +139,23 @@ class Axes:
                 return f"an axis of {size} does not divide into {parts}"
         return None
 
+    def _check(self, shape: Shape) -> None:
+        if (cause := self.misfit(shape)) is not None:
+            raise ValueError(f"Axes: {cause}.")
+
     def laid_out(self, shape: Shape) -> tuple[tuple[Axis, ...], Shape]:
         """The axes and the shape after each axis of repeated blocks is split into repetitions and blocks."""
         return _laid_out(self.spec, shape)
 
     def stacks(self, shape: Shape) -> tuple[Shape, ...]:
         """The shapes `(*batch, inputs, outputs)` of the stacks in an array; one unless blocks differ."""
+        self._check(shape)
         axes, longer = _laid_out(self.spec, shape)
         return tuple(_view(axes, piece).stack for piece in _pieces(axes, longer))
 
     def matrices(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The array as stacks `(*batch, inputs, outputs)`."""
+        self._check(x.shape)
         axes, longer = _laid_out(self.spec, x.shape)
         pieces = [x.reshape(longer)]
         for k, axis in _unequal(axes):
