@@ -845,6 +845,26 @@ ENDS = {
 }
 
 
+ENDS |= {
+    "as many outputs as the model's inputs, and another layer that none takes in": (
+        {
+            "Encoder_0": layers(Dense_0=(23, 64), Dense_1=(64, 48)),
+            "Decoder_0": layers(Dense_0=(64, 64), Dense_12=(64, 23)),
+        },
+        {"Encoder_0/Dense_1/kernel", "Decoder_0/Dense_12/kernel"},
+    ),
+    "a named head, and an end that only the first layer of another module takes in": (
+        {
+            "first": layers(proj=(23, 64)),
+            "a": layers(Dense_0=(64, 64)),
+            "last": layers(proj=(64, 23)),
+            "b": layers(head=(64, 5)),
+        },
+        {"last/proj/kernel"},
+    ),
+}
+
+
 @pytest.mark.parametrize("name", ENDS)
 def test_several_output_layers_and_autoencoders_are_asked(name):
     """What the question offers first, None, is an answer; "head" says it too."""

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from optimorph._core.types import Shape
+from optimorph._routing.grouping import group_by, without_numbers
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of
 from optimorph._routing.name_rules import BLOCK, WEIGHT
 from optimorph.linalg import Axes
@@ -77,6 +79,20 @@ def channels(axes: Axes | None) -> tuple[int, int] | None:
         return None
     o = letters.index("o")
     return (o - 1 if o == len(letters) - 1 else o + 1), o
+
+
+def ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape]) -> Iterator[int]:
+    """The last of layers in modules that differ only in numbers, if no other has a side like its outputs."""
+
+    def kind(k: int) -> tuple[Any, str]:
+        module, _, name = layer_name(paths[k]).rpartition("/")
+        return without_numbers(module), name
+
+    for group in group_by(layers, kind):
+        *others, last = sorted(group, key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+        out = shapes[last][0 if paths[last].endswith("weight") else -1]
+        if others and all(out not in shapes[k] for k in others):
+            yield last
 
 
 def heads_of_vocabularies(

@@ -11,6 +11,7 @@ from optimorph._routing.grouping import group_by, without_numbers
 from optimorph._routing.layer_widths import (
     DISTRIBUTION,
     channels,
+    ends_of_stacks,
     has_no_name,
     heads_of_vocabularies,
     is_inside,
@@ -45,8 +46,8 @@ def with_output_layer(
     asked for if there are several; if outputs are taken in by no later layer, as in an autoencoder; and if
     a layer is the last of its module, or the next begins anew, but others take in as many inputs as it has
     outputs. A layer outside blocks whose name no rule knows is also the output layer if it has fewer outputs
-    than inputs. Beside a leaf that is called a head, a layer without a telling name is asked for if no other
-    leaf takes in its outputs.
+    than inputs. Every other layer outside blocks whose outputs no leaf takes in, or only the first layers of
+    other modules, is asked for, also beside a leaf that is called a head.
 
     Args:
       paths: of all leaves.
@@ -64,8 +65,8 @@ def with_output_layer(
         if not (_is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
     ]
     unnamed = [k for k in single if nameless[k]]
-    ends_of_stacks = {*_ends_of_stacks([k for k in single if not nameless[k]], paths, shapes)}
-    others = [k for k in single if not nameless[k] and (not is_inside(paths[k]) or k in ends_of_stacks)]
+    stack_ends = {*ends_of_stacks([k for k in single if not nameless[k]], paths, shapes)}
+    others = [k for k in single if not nameless[k] and (not is_inside(paths[k]) or k in stack_ends)]
     heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
     if not unnamed and not others:
         return specs
@@ -106,32 +107,21 @@ def with_output_layer(
         ends += [k for k in others if k not in ends and layers.is_fed(k) and layers.only_earlier_take(k)]
         widths = [layers.outputs[k] for k in ends if layers.is_narrower(k) and k not in certain]
         ends += [k for k in fed if k not in ends and layers.is_narrower(k) and layers.outputs[k] in widths]
+    known = sinks or heads or not layers.embeddings  # otherwise the embedding may be the output layer too
+    last = [k for k in [*fed, *others] if known and k not in ends and layers.is_end(k)]
     unlikely = {*ends} - {*sinks} if sinks else {k for k in ends if layers.inputs[k] == layers.outputs[k]}
-    for k in ends:
+    unlikely |= {k for k in last if is_inside(paths[k]) or not layers.is_narrower(k)}
+    for k in ends + last:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
-        if len(ends) == 1 and k in certain and layers.next_of(k) is None and not layers.is_in_list(k):
+        if ends + last == [k] and k in certain and layers.next_of(k) is None and not layers.is_in_list(k):
             specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         else:
             cause = "may be the output layer, by its width"
-            inner = (k in unlikely and len(unlikely) < len(ends)) or layers.is_in_list(k)
+            inner = (k in unlikely and (k in last or len(unlikely) < len(ends))) or layers.is_in_list(k)
             likelier = answers[::-1] if inner else answers
             specs[k] = unresolved(paths[k], shapes[k], cause, first=likelier)
     return specs
-
-
-def _ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape]) -> Iterator[int]:
-    """The last of layers in modules that differ only in numbers, if no other has a side like its outputs."""
-
-    def kind(k: int) -> tuple[Any, str]:
-        module, _, name = layer_name(paths[k]).rpartition("/")
-        return without_numbers(module), name
-
-    for group in group_by(layers, kind):
-        *others, last = sorted(group, key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
-        out = shapes[last][0 if paths[last].endswith("weight") else -1]
-        if others and all(out not in shapes[k] for k in others):
-            yield last
 
 
 def _may_be_head(path: str, shape: Shape) -> bool:
@@ -333,6 +323,17 @@ class _Layers:
             and [*itertools.islice(self.givers(j), 2)] == [k]
             for j in itertools.chain([first], takers)
         )
+
+    def is_end(self, k: int) -> bool:
+        """Whether no leaf takes in its outputs, or only the first layers of other modules."""
+        if _is_stack(self.specs[k].axes) or self.next_of(k) is not None or not self.is_fed(k):
+            return False
+        if next(self.takers(k), None) is None:
+            pairs = max(self.outputs[k]) >= 32 and 2 * max(self.outputs[k]) in self.with_inputs
+            inner = pairs or self.has_parts(k) or self.is_joined(k) or self.is_reshaped(k)
+            return not inner and (self.is_narrower(k) or not self.has_window(k))
+        first = any(self.module(j) != self.module(k) for j in self.takers(k)) and self.takes_its_own_end(k)
+        return first and self.is_narrower(k) and all(any(self.takers(j)) for j in self.takers(k))
 
     def only_earlier_take(self, k: int) -> bool:
         """Whether only layers with the same name and lower numbers take in its outputs."""
