@@ -288,7 +288,9 @@ def _matches(pattern: Pattern, path: str, shape: Shape) -> bool:
 
 
 def _text(pattern: Pattern) -> str:
-    return pattern if isinstance(pattern, str) else getattr(pattern, "pattern", None) or pattern.__name__
+    if isinstance(pattern, re.Pattern):
+        return pattern.pattern
+    return pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
 
 
 def _is_leaf(x: Any) -> bool:
