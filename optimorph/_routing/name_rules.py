@@ -84,12 +84,14 @@ _OF_POLICY = "(policy|value|actions?|q|advantage)"
 _SEVEN = rf"\w*(linear|proj|fc|dense)\w*/{WEIGHT}"
 _LAYER = "(mlp|ffn?|attn|attention)"
 _GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
+_GATED = r"(\w+_)?gru(_?(linear|layer|dense|cell))?(_?\d+)?"
 _QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 _ROOT = "^((params|model)/)*"
 _GENERIC = _ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
 # the projection of an embedding is not an embedding
 _NOT_A_LAYER = (
-    r"(?!\w*(proj|project|projection|mapping\w*|dense|linear|fc|mlp|ffn?|attn|attention)(_?\d+)?(/|$))"
+    r"(?!\w*(proj|project|projection|mapping\w*|emb_layers|dense|linear|fc|mlp|ffn?|attn|attention)"
+    r"(_?\d+)?(/|$))"
 )
 _EMBEDDING = (
     r"(\w*(embed|positional|codebook|posemb)\w*|\w*emb(s|_\w+)?(_0)?|wte|wpe|pe|pos_enc\w*|"
@@ -129,7 +131,7 @@ RULES = (
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
-        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head|router",
+        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/",
     ),
     NameRule(
         "head",
@@ -149,7 +151,7 @@ RULES = (
     NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{WEIGHT}", not_in=BLOCK),
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{WEIGHT}"),
     NameRule("head", _ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
-    NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS),
+    NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS + "|attn|atten"),
     NameRule(
         "embedding",
         _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_?embed\w*/.*|cls",
@@ -157,7 +159,9 @@ RULES = (
     ),
     NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*(queries|codevectors)", not_in=_ATTENTION),
     NameRule(
-        "embedding", rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)", not_in=_ATTENTION + "|proj|mlp|dense"
+        "embedding",
+        rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)",
+        not_in=_ATTENTION + "|proj|mlp|dense|emb_layers",
     ),
     NameRule("embedding", r"x_embedder/.*|w_e|w_pos"),
     NameRule("embedding", "kernel", when=shapes.is_patches),
@@ -311,6 +315,8 @@ RULES = (
     NameRule("gates", "w_?h?h", ("(3o)i",), shapes.fused(3, -2)),
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
     NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
+    NameRule("gates", rf"{_GATED}/weight", (UNDECIDED, "(3o)i"), lambda s: len(s) == 2 and s[0] % 3 == 0),
+    NameRule("gates", rf"{_GATED}/(kernel|w)", (UNDECIDED, "i(3o)"), lambda s: len(s) == 2 and s[1] % 3 == 0),
     # the gates of several GRUs side by side
     NameRule(
         "gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and shapes.fused(3)(s)

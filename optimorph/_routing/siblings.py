@@ -152,18 +152,18 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
 def specs_by_chain(shapes: Mapping[str, Shape]) -> dict[str, str]:
     """Path → inputs before outputs, of a `weight` in a list of three or more layers that fit only so.
 
-    Each layer then takes in the outputs of the one before it.
+    Each layer then takes in the outputs of the one before it. Convolutions are transposed ones.
 
     Args:
       shapes: of all leaves, without an axis of layers.
     """
-    weights = [path for path, shape in shapes.items() if _IN_LIST.search(path) and len(shape) == 2]
+    weights = [path for path, shape in shapes.items() if _IN_LIST.search(path) and len(shape) in (2, 4)]
     found = {}
-    for chain in group_by(weights, without_numbers):
+    for chain in group_by(weights, lambda path: (without_numbers(path), len(shapes[path]))):
         chain.sort(key=lambda path: [*map(int, re.findall(r"\d+", path))])
         pairs = [(shapes[one], shapes[after]) for one, after in itertools.pairwise(chain)]
         if len(pairs) > 1 and all(a[1] == b[0] for a, b in pairs) and any(a[0] != b[1] for a, b in pairs):
-            found |= dict.fromkeys(chain, "io")
+            found |= dict.fromkeys(chain, "io" + "ii"[: len(shapes[chain[0]]) - 2])
     return found
 
 
@@ -199,11 +199,16 @@ def _bias_of(path: str) -> str:
     return path[: found.start()] + ("b" if found[0] == "w" else "bias")
 
 
+_NORM = re.compile(r"/(\w*norm|ln)(_\w+)?/(weight|scale)$", re.IGNORECASE)
+"""The end of the path of a norm's weight."""
+
+
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
     """The layers of a head before its last: those whose outputs another layer of the head takes in.
 
     In lists and of layers with numbers, that is the one with the next number. The other layer may be in a
-    module around that of the first. Of a convolution it may be any dense layer.
+    module around that of the first. Of a convolution it may be any dense layer. A square layer beside a norm
+    is one too, as in heads whose last layer is the embedding.
     """
 
     def feeds(k: int, other: int) -> bool:
@@ -220,6 +225,9 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
         around = [k for name, k in modules if name and own.startswith(f"{name}/")]
         last = [k for k in around if not any(feeds(k, other) for other in around)]
         yield from (k for k in module if any(feeds(k, end) for end in last))
+    norms = {(_NORM.sub("", path), shapes[k]) for k, path in enumerate(paths) if _NORM.search(path)}
+    square = [k for k in heads if len(shapes[k]) == 2 and feeds(k, k)]
+    yield from (k for k in square if (_grandparent(paths[k]), shapes[k][:1]) in norms)
     dense = [k for k, shape in enumerate(shapes) if len(shape) == 2 and shape[0] > 16]
     taken = {shapes[k][1 if paths[k].endswith("weight") else 0] for k in dense}
     windows = [k for k in heads if len(shapes[k]) > 3]
@@ -312,7 +320,7 @@ def _is_beside(path: str, router: str) -> bool:
 
 def _grandparent(path: str) -> str:
     """The module that has the layer of a leaf."""
-    module = path.rpartition("/")[0] if re.search(r"/(kernel|w|weight)$", path) else path
+    module = path.rpartition("/")[0] if re.search(r"/(kernel|w|weights?)$", path) else path
     return module.rpartition("/")[0]
 
 
