@@ -161,4 +161,5 @@ def _with_outputs(spec: str, told: str) -> str:
 
 def _recurrent_twin(path: str) -> str:
     """The leaf that has the gates of a recurrent layer as this one has, for hidden states."""
-    return re.sub(r"(weight_|[wW]_?)(?:i|x)(h?)$", r"\1h\2", re.sub(r"dense_i/", "dense_h/", path))
+    path = re.sub(r"dense_i/", "dense_h/", path)
+    return re.sub(r"(weight_|[wW]_?)(?:i|x)(h?(_l\d+(_reverse)?)?)$", r"\1h\2", path)

@@ -81,10 +81,11 @@ _GATE = r"(\w*gate|gating)(_\d+)?"
 _EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{WEIGHT})?"
 _MOMENT = "(mean|log_?(std|var|sigma|scale))(_?(net|layer|linear|dense|fc))?"
 _OF_POLICY = "(policy|value|actions?|q|advantage)"
-_SEVEN = rf"\w*(linear|proj|fc|dense)\w*/{WEIGHT}"
+_SEVEN = r"\w*(linear|proj|fc|dense)\w*"
 _LAYER = "(mlp|ffn?|attn|attention)"
 _GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
 _GATED = r"(\w+_)?gru(_?(linear|layer|dense|cell))?(_?\d+)?"
+_OF_TORCH = r"(_l0(_reverse)?)?"  # the number of a layer, and the direction
 _QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 _ROOT = "^((params|model)/)*"
 _GENERIC = _ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
@@ -303,17 +304,17 @@ RULES = (
         shape_ok=shapes.heads_first,
     ),
     NameRule("attention", _IN_ATTENTION + "[^/]+/(kernel|w)", (UNDECIDED, "ioo"), shapes.heads_last),
-    NameRule("gates", r"\w*lstm\w*/(.*/)?weight_[ih]h", ("(4o)i",)),
-    NameRule("gates", r"\w*gru\w*/(.*/)?weight_[ih]h", ("(3o)i",)),
-    NameRule("gates", "weight_hh", ("(4o)i",), shapes.fused(4, -2)),
-    NameRule("gates", "weight_hh", ("(3o)i",), shapes.fused(3, -2)),
+    NameRule("gates", rf"\w*lstm\w*/(.*/)?weight_[ih]h{_OF_TORCH}", ("(4o)i",)),
+    NameRule("gates", rf"\w*gru\w*/(.*/)?weight_[ih]h{_OF_TORCH}", ("(3o)i",)),
+    NameRule("gates", "weight_hh" + _OF_TORCH, ("(4o)i",), shapes.fused(4, -2)),
+    NameRule("gates", "weight_hh" + _OF_TORCH, ("(3o)i",), shapes.fused(3, -2)),
     NameRule("gates", r"\w*lstm\w*/(.*/)?(dense_[ih]/kernel|linear/w)", ("i(4o)",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), shapes.fused(4)),
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), shapes.fused(3)),
     NameRule("gates", "w_?h?h", ("(4o)i",), shapes.fused(4, -2)),
     NameRule("gates", "w_?h?h", ("(3o)i",), shapes.fused(3, -2)),
-    NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h", (UNDECIDED,)),
+    NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h" + _OF_TORCH, (UNDECIDED,)),
     NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
     NameRule("gates", rf"{_GATED}/weight", (UNDECIDED, "(3o)i"), lambda s: len(s) == 2 and s[0] % 3 == 0),
     NameRule("gates", rf"{_GATED}/(kernel|w)", (UNDECIDED, "i(3o)"), lambda s: len(s) == 2 and s[1] % 3 == 0),
@@ -325,8 +326,8 @@ RULES = (
     NameRule("dense", _GATE_AND_UP + "(/kernel)?", (UNDECIDED, "i(2o)", "i(~2 o)", "bi(2o)", "bi(~2 o)")),
     NameRule("dense", _GATE_AND_UP + "/weight", (UNDECIDED, "(2o)i", "(~2 o)i")),
     # query, key, value and the input of an MLP side by side
-    NameRule("dense", _SEVEN, (UNDECIDED, "i(1+1+1+4 o)"), shapes.fused(7)),
-    NameRule("dense", _SEVEN, (UNDECIDED, "(1+1+1+4 o)i"), shapes.fused(7, -2)),
+    NameRule("dense", _SEVEN + "/(kernel|w)", (UNDECIDED, "i(1+1+1+4 o)"), shapes.fused(7)),
+    NameRule("dense", _SEVEN + "/weight", (UNDECIDED, "(1+1+1+4 o)i"), shapes.fused(7, -2)),
     NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
