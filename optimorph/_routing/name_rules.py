@@ -181,6 +181,13 @@ RULES = (
     NameRule("one channel", _CONV + "([^/]+/)?" + _KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
     NameRule("one channel", r"(\w+_)?depthwise_kernel"),
     NameRule("one channel", _CONV + "([^/]+/)?weight", when=lambda s: len(s) > 2 and s[1] == 1),
+    NameRule("attention", _QKV + r"/(\w*conv\w*/)?kernel", (UNDECIDED, "iii(3o)"), shapes.three_of_pixels),
+    NameRule(
+        "attention",
+        _QKV + r"/(\w*conv\w*/)?weight",
+        (UNDECIDED, "(3o)iii"),
+        shapes.flipped(shapes.three_of_pixels),
+    ),
     NameRule("convolution", "kernel", ("iiio",), lambda s: s[:-2] == (1, 1), batch_axes=True),
     # (window, channels), of a convolution of each channel by itself
     NameRule("one channel", _CONV + _KERNEL, (UNDECIDED, None), lambda s: len(s) == 2 and 16 * s[0] <= s[1]),
@@ -239,6 +246,7 @@ RULES = (
     NameRule(
         "attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: shapes.three_before_heads(s[:-1])
     ),
+    NameRule("attention", _LEVANTER + "c_attn/weight", ("iboo",), shapes.three_before_heads),
     NameRule("attention", _LEVANTER + r"\w*attn/c_proj/weight", ("oi", "oii")),
     NameRule("attention", _LEVANTER + "q_proj/weight", ("oi", "ooi", "oooi")),
     NameRule("attention", _LEVANTER + "[kv]_proj/weight", ("oi", "ooi")),

@@ -104,6 +104,11 @@ def fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
     return lambda shape: shape[axis] == n * shape[-3 - axis]
 
 
+def three_of_pixels(shape: Shape) -> bool:
+    """(1, 1, in, 3 x out)."""
+    return len(shape) == 4 and shape[:2] == (1, 1) and shape[3] % 3 == 0
+
+
 def three_before_heads(shape: Shape) -> bool:
     """(..., 3, heads, size)."""
     return shape[-3:-2] == (3,) != shape[-2:-1]

@@ -222,7 +222,14 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
     modules = [(_grandparent(paths[k]), k) for k in heads]
     for module in group_by(heads, lambda k: _grandparent(paths[k])):
         own = _grandparent(paths[module[0]]) + "/"
-        around = [k for name, k in modules if name and own.startswith(f"{name}/")]
+        beside = re.sub(
+            r"(heads/)\w+_head/$", r"\1", own
+        )  # parts of one head, such as box_head and box_predictor
+        around = [
+            k
+            for name, k in modules
+            if name and (own.startswith(f"{name}/") or (beside != own and name.startswith(beside)))
+        ]
         last = [k for k in around if not any(feeds(k, other) for other in around)]
         yield from (k for k in module if any(feeds(k, end) for end in last))
     norms = {(_NORM.sub("", path), shapes[k]) for k, path in enumerate(paths) if _NORM.search(path)}
