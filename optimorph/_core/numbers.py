@@ -233,14 +233,21 @@ def as_made(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree | No
     others = _NOT_32 & {getattr(x, "dtype", None) for x in leaves}
     if params is None or not (others or jnp.result_type(float).itemsize == 8):
         return state
-    with warnings.catch_warnings(action="ignore"):  # they were given when the state was made
-        try:
-            arrays = jax.tree.map(lambda x: x if is_array(x) else None, params)
-            made = jax.tree.leaves(jax.eval_shape(lambda p: init(p), arrays))
-        except Exception:  # of an init that cannot be traced, or refuses these parameters
-            return state
+    made = jax.tree.leaves(traced(init, jax.tree.map(lambda x: x if is_array(x) else None, params)))
     fit = [*map(np.shape, leaves)] == [x.shape for x in made]
     return structure.unflatten(map(_cast, leaves, made)) if fit else state
+
+
+def traced(f: Callable[..., Any], *trees: PyTree) -> Any:
+    """The shapes of what a function returns; None if it cannot be traced.
+
+    A function of another library may raise anything. Its warnings are given when it runs, and not here.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return jax.eval_shape(lambda *given: f(*given), *trees)
+        except Exception:
+            return None
 
 
 def _cast(x: Any, made: Any) -> Any:

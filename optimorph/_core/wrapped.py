@@ -1,6 +1,5 @@
 """Transformations of any library inside those of this one."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +9,12 @@ import optax
 
 from optimorph._core.checks import abbreviated, check_transforms
 from optimorph._core.differences import TreeError, difference, other_state
-from optimorph._core.numbers import as_made, is_absent, is_array, is_missing, is_trainable, upcast
+from optimorph._core.numbers import as_made, is_absent, is_array, is_missing, is_trainable, traced, upcast
 from optimorph._core.paths import by_path
 from optimorph._core.rule import Transform, aligned, called, rule_of
 from optimorph._core.types import PyTree
 
-_OF_TREES = (ValueError, TypeError, KeyError, AttributeError)
+OF_TREES = (ValueError, TypeError, KeyError, AttributeError)
 """What transformations raise for trees that do not match, and for reasons of their own."""
 
 
@@ -47,12 +46,16 @@ def wrapped(
             aligned(who, updates, params, strict=False)
         updates = jax.tree.map(lambda g: None if is_missing(g) else g, updates)
         lacking = _lacking(updates, params)
+
+        def with_zeros():
+            return inner.update(_with_zeros(updates, params), state, params, **extra)
+
         try:
             out, after = inner.update(updates, as_made(inner.init, state, params), params, **extra)
         except TreeError:
             raise
-        except _OF_TREES as error:
-            if lacking and runs(lambda: inner.update(_with_zeros(updates, params), state, params, **extra)):
+        except OF_TREES as error:
+            if lacking and traced(with_zeros) is not None:
                 raise _needs_gradients(who, lacking) from error
             if (fault := _fault(who, inner, updates, state, params)) is None:
                 raise
@@ -74,11 +77,8 @@ def _of_wide(init: Any) -> Any:
 
 def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:
     """Whether a state has the shapes of the one that `init` makes, or `init` cannot be traced."""
-    try:
-        made = jax.eval_shape(tx.init, params)
-    except Exception:
-        return True
-    return jax.tree.map(np.shape, made) == jax.tree.map(np.shape, state)
+    made = traced(tx.init, params)
+    return made is None or jax.tree.map(np.shape, made) == jax.tree.map(np.shape, state)
 
 
 def _fault(
@@ -128,12 +128,3 @@ def _with_zeros(updates: PyTree, params: PyTree) -> PyTree:
     return tree.unflatten(
         jnp.zeros_like(w) if g is None and is_array(w) else g for g, w in zip(gs, ws, strict=True)
     )
-
-
-def runs(f: Callable[[], Any]) -> bool:
-    """Whether a function can be traced, also one of another library, which may raise anything."""
-    try:
-        jax.eval_shape(f)
-    except Exception:
-        return False
-    return True

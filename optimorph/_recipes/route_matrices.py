@@ -12,7 +12,7 @@ from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
-from optimorph._core.wrapped import fits, wrapped
+from optimorph._core.wrapped import OF_TREES, fits, wrapped
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._distributed.shardings import Match
 from optimorph._routing.layer_widths import has_no_name
@@ -140,7 +140,7 @@ def routed(
         try:
             with handed_down(matrix_axes=forms, shardings=match):
                 out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+        except OF_TREES as error:
             if own is None or fits(state, tx, own):
                 raise
             raise other_state(who) from error

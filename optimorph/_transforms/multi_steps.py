@@ -27,13 +27,14 @@ from optimorph._core.numbers import (
     is_array,
     is_trainable,
     stored_dtype,
+    traced,
     upcast,
     with_type_of,
 )
 from optimorph._core.roles import Role, holds, scalar
 from optimorph._core.rule import Leaves, aligned, arrays, map_updates
 from optimorph._core.types import DTypeLike, Mask, PyTree
-from optimorph._core.wrapped import runs, wrapped
+from optimorph._core.wrapped import wrapped
 from optimorph._distributed.shardings import manual_axes
 from optimorph._routing.rules import check_mask, masked_leaves
 
@@ -202,7 +203,7 @@ def multi_steps(
         def step():
             told = extra | ({"sound": added} if _any_observes(state.inner) else {})
             with_zeros, without = (functools.partial(take, absent, **told) for absent in (False, True))
-            if not any(lacking) or not runs(without):
+            if not any(lacking) or traced(without) is None:
                 return with_zeros()
             rest = map_updates(who, lambda _, m, none: m if none else None, updates, mean, missing)
             unseen = all_of([~jnp.any(m != 0) for m in jax.tree.leaves(rest)], real_dtype(rest))
