@@ -52,7 +52,8 @@ IN_FLOAT32 = {
 def test_a_state_keeps_its_dtypes(name, dtype):
     """As `lax.scan` needs it, though optax's moments have the dtypes of parameters and then of gradients."""
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
-    for inner in (optax.adamw(0.1), om.chain(optax.trace(0.9)), om.inject_hyperparams(optax.lion)(0.1)):
+    injected = [package.inject_hyperparams(optax.lion)(0.1) for package in (om, optax)]
+    for inner in (optax.adamw(0.1), om.chain(optax.trace(0.9)), *injected):
         tx = (AROUND | IN_FLOAT32)[name](inner)
         state = jax.eval_shape(tx.init, params)
         for given in (state, jax.eval_shape(tx.update, params, state, params)[1]):

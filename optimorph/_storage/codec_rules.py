@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 from optimorph._core.roles import FIRST, SECOND
 from optimorph._core.types import Rules, Shape
@@ -53,6 +54,16 @@ def codec_rule(who: str, rules: Rules | None) -> CodecRule:
         return codec
 
     return codec_of
+
+
+def warn_nothing(who: str, argument: str) -> None:
+    """Warn that the default rules compress nothing."""
+    warnings.warn(
+        f"{who}: no moment is compressed. By default those of leaves with at least two axes and {SMALL} "
+        "numbers are, without embeddings, biases, norms and vectors. For others type "
+        f"{argument}={BOTH}, or leave out what has no effect.",
+        stacklevel=3,
+    )
 
 
 def linear(path: str, shape: Shape) -> Codec | None:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_flags, check_seed
-from optimorph._core.differences import checked_state, other_state
+from optimorph._core.differences import TreeError, checked_state, other_state
 from optimorph._core.moments import (
     Fields,
     check_fields,
@@ -26,9 +26,9 @@ from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys
 from optimorph._core.rule import Rule, called, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
-from optimorph._core.wrapped import wrapped
+from optimorph._core.wrapped import OF_TREES, wrapped
 from optimorph._routing.rules import warn_unused
-from optimorph._storage.codec_rules import BOTH, SMALL, codec_rule
+from optimorph._storage.codec_rules import SMALL, codec_rule, warn_nothing
 from optimorph._storage.compressed import CompressedState
 from optimorph._storage.elementwise import NotElementwiseError
 from optimorph._storage.encoding import (
@@ -257,8 +257,10 @@ def _of_trees(
         tx = transform(who, _compressed(who, rule, codec_of, rules, seed))
         try:
             return tx.update(updates, state, params)
+        except TreeError:
+            raise
         except ValueError as error:
-            if isinstance(error.__cause__, TypeError | AttributeError):  # which may be the inner one's own
+            if isinstance(error.__cause__, OF_TREES):  # which may be the inner one's own
                 jax.eval_shape(lambda: whole(updates, state, params, extra))
             raise
 
@@ -333,12 +335,7 @@ def _warn_nothing(
     ]
     if leaves and handed("matrix_axes") is None and not any(codec_of(*each) for each in sizes):
         argument = "rules" if who == WHO else "state"
-        warnings.warn(
-            f"{who}: no moment is compressed. By default those of leaves with at least two axes and {SMALL} "
-            "numbers are, without embeddings, biases, norms and vectors. For others type "
-            f"{argument}={BOTH}, or leave out what has no effect.",
-            stacklevel=2,
-        )
+        warn_nothing(who, argument)
 
 
 def _warn_unknown(who: str, name: str) -> None:
@@ -352,7 +349,7 @@ def _warn_unknown(who: str, name: str) -> None:
 
 def _not_elementwise(who: str, error: NotElementwiseError, path: str) -> ValueError:
     return ValueError(
-        f"{who}: elementwise=True, but the update of {path!r} has {error}, which mixes elements or depends "
-        "on their position. Type elementwise=False, or move that transform outside, for example "
+        f"{who}: elementwise=True, but the update of {path!r} uses {error}, which mixes elements or "
+        "depends on their position. Type elementwise=False, or move that transform outside, for example "
         "optax.chain(clip_by_global_norm(1.0), compress_state(...))."
     )

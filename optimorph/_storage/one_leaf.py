@@ -6,9 +6,11 @@ import jax
 import optax
 
 from optimorph._core.moments import Fields, map_moments
+from optimorph._core.numbers import in_dtype_of
 from optimorph._core.roles import Role, scalar
 from optimorph._core.rule import Rule
 from optimorph._core.types import PyTree
+from optimorph._core.wrapped import OF_TREES
 from optimorph._storage.elementwise import NotElementwiseError
 
 
@@ -37,8 +39,10 @@ def one_leaf_rule(
         params = None if weight is None and k >= 0 else alone(weight)
         try:
             out, after = tx.update(alone(g), rule.structure.unflatten(slots), params, **extra)
-        except (TypeError, AttributeError) as error:
-            raise NotElementwiseError("another leaf") from error
+        except OF_TREES as error:
+            raise NotElementwiseError(
+                "other leaves, or parts of the state that are neither moments nor scalars"
+            ) from error
         return out, rule.slots(after)
 
     def advance(shared, leaves):
@@ -46,7 +50,11 @@ def one_leaf_rule(
             _, slots = step(leaves, -1, None, None, shared, None)
         except NotElementwiseError:  # each leaf will say so, with its path
             return shared, shared
-        return shared, rule.pick(slots)
+        new = [
+            in_dtype_of(x, old) if hasattr(old, "dtype") and hasattr(x, "dtype") else x
+            for x, old in zip(slots, rule.slots(shared), strict=True)
+        ]
+        return shared, rule.pick(new)
 
     def update(g, s, leaf, shared):
         structure = leaf.leaves.structure
