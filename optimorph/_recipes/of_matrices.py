@@ -13,7 +13,7 @@ from optimorph._core.types import AxesRules, DTypeLike, Mask, Rules, ScalarOrSch
 from optimorph._distributed.hardware import AUTO, NEVER, Hardware
 from optimorph._recipes.optimizers import adamw
 from optimorph._recipes.route_matrices import routed
-from optimorph._recipes.state_storage import with_state_storage
+from optimorph._recipes.state_storage import warning_if_nothing, with_state_storage
 from optimorph._routing.rules import lookup, warn_unused
 from optimorph._storage.codec_rules import linear
 from optimorph._storage.encoding import named
@@ -122,7 +122,7 @@ def of_matrices(
             warn_unused(who, "state", rules, moments, "moment")
         return tx.init(params)
 
-    return tx.with_init(init)
+    return warning_if_nothing(tx.with_init(init), who, state)
 
 
 def of_polar_factors(

@@ -12,7 +12,7 @@ from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._recipes.moments import identity
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._recipes.route_matrices import routed
-from optimorph._recipes.state_storage import with_state_storage
+from optimorph._recipes.state_storage import warning_if_nothing, with_state_storage
 from optimorph._routing.default_roles import role_of
 from optimorph._routing.partition import partition
 from optimorph._routing.rules import NO_MATCH, lookup, warning_of_unused
@@ -92,7 +92,7 @@ def scion(
     tx = routed(
         "scion", matrices, others, axes, shardings, names, polar=orthogonalizer, divide=divide, reads=reads
     )
-    return warning_of_unused(tx, "scion", norms=norms, radius=radius)
+    return warning_if_nothing(warning_of_unused(tx, "scion", norms=norms, radius=radius), "scion", state)
 
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,13 +1,18 @@
 """What recipes do with `state`."""
 
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from optimorph._core.checks import is_one_of
+from optimorph._core.rule import Transform
 from optimorph._core.types import DTypeLike, Rules
+from optimorph._storage.codec_rules import warn_nothing
 from optimorph._storage.compress_state import compress_state
+from optimorph._storage.encoding import in_codes
 from optimorph.codecs import Codec
 
 INT8 = "int8"
@@ -47,3 +52,15 @@ def with_state_storage(
                 "Type one of the two."
             )
     return compress_state(tx, int8 if isinstance(state, str) else state, elementwise=True)
+
+
+def warning_if_nothing(tx: Transform, who: str, state: Any) -> Transform:
+    """An optimizer that routes leaves, which warns at `init` if "int8" compresses the state of no leaf."""
+
+    def init(params):
+        made = tx.init(params)
+        if jax.tree.leaves(params) and not any(in_codes(x.dtype) for x in jax.tree.leaves(made)):
+            warn_nothing(who, "state")
+        return made
+
+    return tx.with_init(init) if is_one_of(state, (INT8,)) else tx
