@@ -542,13 +542,15 @@ MIXING = {
     "a table": (made(lambda x: x * jnp.asarray(np.linspace(0, 1, x.size).reshape(x.shape), x.dtype)), ""),
     "its mean": (made(lambda x: x - x.mean()), "reduce_sum"),
     "rows": (made(lambda x: x * jnp.arange(x.shape[0], dtype=x.dtype)[:, None]), "iota"),
-    "centered": (optax.scale_by_stddev(), "neither gradient, nor parameter, nor moment"),
+    "centered": (optax.scale_by_stddev(), "neither moments nor scalars"),
     "factored": (optax.scale_by_factored_rms(min_dim_size_to_factor=2), "neither moments nor scalars"),
+    "a second average": (optax.contrib.scale_by_ademamix(), "neither moments nor scalars"),
+    "flags of leaves": (optax.zero_nans(), "neither moments nor scalars"),
     "muon": (om.muon(0.1, axes={"*": "io"}), "'"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:compress_state. (ScaleByRStdDev|Factored)State")
+@pytest.mark.filterwarnings("ignore:compress_state. (ScaleByRStdDev|Factored|ScaleByAdemamix)State")
 @pytest.mark.parametrize("name", MIXING)
 def test_what_mixes_places_is_refused(name):
     """Naming what does so; where the word is not given it goes."""
@@ -572,6 +574,13 @@ def test_leaves_that_know_of_each_other_are_refused():
     both = optax.chain(om.momentum(0.9), optax.GradientTransformation(lambda params: (), update))
     tx = om.compress_state(both, elementwise=True)
     with pytest.raises(ValueError, match="the update of 'kernel' uses other leaves"):
+        jax.eval_shape(tx.update, params, tx.init(params), params)
+
+
+def test_moments_of_another_shape_are_refused():
+    params = drawn(shapes={"kernel": (128, 128), "other": (128, 128)})
+    tx = om.compress_state(optax.flatten(optax.adam(0.1)), elementwise=True)
+    with pytest.raises(ValueError, match="the moments are not trees like the parameters"):
         jax.eval_shape(tx.update, params, tx.init(params), params)
 
 

@@ -49,15 +49,20 @@ IN_FLOAT32 = {
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("name", [*AROUND, *IN_FLOAT32])
-def test_a_state_keeps_its_dtypes(name, dtype):
-    """As `lax.scan` needs it, though optax's moments have the dtypes of parameters and then of gradients."""
+def test_dtypes_are_kept(name, dtype):
+    """Of a state, as `lax.scan` needs it, though optax's moments have the dtypes of parameters and then of
+    gradients. Updates look like gradients.
+    """
+    whole = [optax.apply_if_finite(optax.adam(0.1), 3), optax.adafactor(0.1, min_dim_size_to_factor=2)]
+    whole = [] if name == "compress_state-elementwise" else whole
     params = jax.tree.map(lambda x: x.astype(dtype), PARAMS)
     injected = [package.inject_hyperparams(optax.lion)(0.1) for package in (om, optax)]
-    for inner in (optax.adamw(0.1), om.chain(optax.trace(0.9)), *injected):
+    for inner in (optax.adamw(0.1), om.chain(optax.trace(0.9)), *injected, *whole):
         tx = (AROUND | IN_FLOAT32)[name](inner)
         state = jax.eval_shape(tx.init, params)
         for given in (state, jax.eval_shape(tx.update, params, state, params)[1]):
-            _, after = jax.eval_shape(tx.update, params, given, params)
+            updates, after = jax.eval_shape(tx.update, params, given, params)
+            assert jax.tree.map(jnp.result_type, updates) == jax.tree.map(jnp.result_type, params)
             assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 

@@ -60,7 +60,6 @@ UNSEEN = {
         "_transforms.clip_by_global_norm: _*: if 0 always",
         "_transforms.combine: _combined: if 0 never",
         "_transforms.combine: _combined: for 1 *",
-        "_transforms.in_float32: * never",
         "_transforms.matrices: scale_by_shape.update: if 2 never",
         "_transforms.multi_steps: multi_steps: if 0 never",
         "_transforms.multi_steps: multi_steps.update: where 2 only 2",

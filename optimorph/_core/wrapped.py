@@ -1,6 +1,6 @@
 """Transformations of any library inside those of this one."""
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,16 @@ import optax
 
 from optimorph._core.checks import abbreviated, check_transforms
 from optimorph._core.differences import TreeError, difference, other_state
-from optimorph._core.numbers import as_made, is_absent, is_array, is_missing, is_trainable, traced, upcast
+from optimorph._core.numbers import (
+    as_made,
+    cast_like,
+    is_absent,
+    is_array,
+    is_missing,
+    is_trainable,
+    traced,
+    upcast,
+)
 from optimorph._core.paths import by_path
 from optimorph._core.rule import Transform, aligned, called, rule_of
 from optimorph._core.types import PyTree
@@ -28,18 +37,16 @@ def wrapped(
     Args:
       who: what errors name.
       tx: the transformation.
-      wide: whether it gets gradients in float32 or wider. A state of optax has the dtypes of the parameters
-        at first and those of the gradients later. A loop needs a state that keeps its dtypes.
+      wide: whether it runs in float32 or wider, as `in_float32` does.
 
     Raises:
       ValueError: naming `who`, what is no transformation.
     """
     check_transforms(who, tx)
-    init = _of_wide(tx.init) if wide and rule_of(tx) is None else tx.init
+    tx = _in_float32(tx) if wide and rule_of(tx) is None else tx
     if isinstance(tx, Transform):
-        return tx if init is tx.init else tx.with_init(init)  # its errors name itself
-    who, extended = called(who), optax.with_extra_args_support(tx)
-    inner = optax.GradientTransformationExtraArgs(init, extended.update)
+        return tx  # its errors name itself
+    who, inner = called(who), optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra):
         if jax.tree.structure(updates) == jax.tree.structure(params):
@@ -66,13 +73,30 @@ def wrapped(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _of_wide(init: Any) -> Any:
-    """`init` with the dtypes that it gives the state of parameters in float32 or wider."""
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation without a rule on gradients and parameters in float32 or wider.
 
-    def made(params):
-        return init(jax.tree.map(lambda w: upcast(w) if is_trainable(w) else w, params))
+    A state of optax has the dtypes of the parameters at first and those of the gradients later. A loop needs
+    a state that keeps its dtypes. Updates have the dtypes of the gradients.
+    """
+    extended = optax.with_extra_args_support(tx)
 
-    return lambda params: as_made(made, init(params), params)
+    def widened(x):
+        return None if is_missing(x) else upcast(x) if is_trainable(x) else x
+
+    wide = functools.partial(jax.tree.map, widened)
+
+    def init(params):
+        return as_made(lambda params: tx.init(wide(params)), tx.init(params), params)
+
+    def update(updates, state, params=None, **extra):
+        out, state = extended.update(wide(updates), state, wide(params), **extra)
+        gs = jax.tree.map(lambda g: None if is_missing(g) else g, updates)
+        alike = jax.tree.structure(out) == jax.tree.structure(gs)
+        return jax.tree.map(cast_like, out, gs) if alike else out, state
+
+    made = Transform if isinstance(tx, Transform) else optax.GradientTransformationExtraArgs
+    return made(init, update)
 
 
 def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:

@@ -20,7 +20,16 @@ from optimorph._core.moments import (
     warn_unused_fields,
     with_moments,
 )
-from optimorph._core.numbers import as_made, cast_like, increment, is_array, is_missing, is_trainable, upcast
+from optimorph._core.numbers import (
+    as_made,
+    cast_like,
+    increment,
+    is_array,
+    is_missing,
+    is_trainable,
+    traced,
+    upcast,
+)
 from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys
@@ -110,7 +119,7 @@ def compress_state(
       references of their own.
     """
     who = called(WHO)
-    inner = wrapped(who, inner)
+    inner = wrapped(who, inner, wide=True)
     check_seed(who, seed)
     check_flags(who, elementwise=elementwise)
     check_fields(who, fields, rules)
@@ -257,8 +266,13 @@ def _of_trees(
         tx = transform(who, _compressed(who, rule, codec_of, rules, seed))
         try:
             return tx.update(updates, state, params)
-        except TreeError:
-            raise
+        except TreeError as error:
+            if traced(whole, updates, state, params, extra) is None:
+                raise
+            raise ValueError(
+                f"{who}: elementwise=True, but the moments are not trees like the parameters. Type "
+                "elementwise=False."
+            ) from error
         except ValueError as error:
             if isinstance(error.__cause__, OF_TREES):  # which may be the inner one's own
                 jax.eval_shape(lambda: whole(updates, state, params, extra))

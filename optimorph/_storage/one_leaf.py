@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optimorph._core.moments import Fields, map_moments
@@ -12,6 +13,8 @@ from optimorph._core.rule import Rule
 from optimorph._core.types import PyTree
 from optimorph._core.wrapped import OF_TREES
 from optimorph._storage.elementwise import NotElementwiseError
+
+_OTHERS = "other leaves, or parts of the state that are neither moments nor scalars"
 
 
 def one_leaf_rule(
@@ -40,23 +43,19 @@ def one_leaf_rule(
         try:
             out, after = tx.update(alone(g), rule.structure.unflatten(slots), params, **extra)
         except OF_TREES as error:
-            raise NotElementwiseError(
-                "other leaves, or parts of the state that are neither moments nor scalars"
-            ) from error
+            raise NotElementwiseError(_OTHERS) from error
         return out, rule.slots(after)
 
     def advance(shared, leaves):
         try:
             _, slots = step(leaves, -1, None, None, shared, None)
-        except NotElementwiseError:  # each leaf will say so, with its path
-            return shared, shared
-        new = [
-            in_dtype_of(x, old) if hasattr(old, "dtype") and hasattr(x, "dtype") else x
-            for x, old in zip(slots, rule.slots(shared), strict=True)
-        ]
-        return shared, rule.pick(new)
+            return shared, jax.tree.map(_advanced, rule.pick(slots), shared, is_leaf=lambda x: x is None)
+        except NotElementwiseError as error:
+            return error, shared  # each leaf raises it, with its path
 
     def update(g, s, leaf, shared):
+        if isinstance(shared, NotElementwiseError):
+            raise shared
         structure = leaf.leaves.structure
         out, slots = step(leaf.leaves, leaf.index, g, leaf.weight, shared, s)
         own = [
@@ -70,3 +69,10 @@ def one_leaf_rule(
 
     rule = Rule(template, update, init=first, begin=first, advance=advance, narrow=True)
     return rule
+
+
+def _advanced(new: Any, old: Any) -> Any:
+    """A part of the state that all leaves share, after a step without leaves, in which it is not lost."""
+    if new is None and old is not None:
+        raise NotElementwiseError(_OTHERS)
+    return new if old is None else in_dtype_of(jnp.asarray(new), old)

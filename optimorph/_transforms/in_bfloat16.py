@@ -52,7 +52,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     References:
       Gupta et al. 2015, "Deep learning with limited numerical precision", arXiv:1502.02551, section 3.1.
     """
-    inner = wrapped("in_bfloat16", inner)
+    inner = wrapped("in_bfloat16", inner, wide=True)
     check_seed("in_bfloat16", seed)
     if rule := rule_of(inner):
         return transform("in_bfloat16", _rule(rule, seed))
