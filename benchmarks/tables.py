@@ -146,16 +146,15 @@ def rates():
 
 def tuned():
     """Optimizers with as many candidates each."""
-    yield "optimizer", "learning rate", "weight decay", "validation loss", "loss of the next candidates"
+    yield "optimizer", "learning rate", "third number", "validation loss", "loss of both finalists"
     for name, row in recorded("tuned/text-250")["optimizers"].items():
         best, last = row["best"], [curve[-1] for curve in row["curves"]]
-        others = sorted(each[-1] for each in row["finalists"])
         yield (
             name,
-            " / ".join(f"{best[kind]:.3g}" for kind in ("learning_rate", "others")),
-            f"{best['third']:g}" if row["varied"] == "weight_decay" else "-",
+            " / ".join(f"{best[kind]:.3g}" for kind in ("learning_rate", "others") if best[kind]),
+            f"{row['varied']} {best['third']:g}" if row["varied"] else "-",
             f"{statistics.mean(last):.3f} ± {statistics.stdev(last):.3f}",
-            f"{others[1]:.3f} to {others[-1]:.3f}",
+            ", ".join(f"{statistics.mean(each[3:]):.3f}" for each in row["finalists"]),
         )
 
 
