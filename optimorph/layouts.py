@@ -7,16 +7,18 @@ The default rules decide all other leaves: norms, biases, embeddings and heads.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from optimorph._core.checks import is_integer
+from optimorph._core.checks import abbreviated, is_integer
 from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules, PyTree, Shape
+from optimorph._routing.grouping import glob_of, group_by, without_numbers
 from optimorph._routing.leaf_spec import HEAD
 from optimorph._routing.name_rules import UNDECIDED, WEIGHT
 from optimorph._routing.names import by_name, with_layers
@@ -127,7 +129,7 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
 
     In latent attention each head of `kv_b` (rank, heads, size) holds a key and a value. They become two
     matrices if their sizes follow from the output projection (heads, size of a value, width). If heads and
-    their sizes share one axis, type the spec with blocks, such as `i(12o)`, instead of `per_head`.
+    their sizes share one axis, `per_head` warns: type the spec with blocks, such as `i(12o)`.
 
     Args:
       params: the parameters or their shapes.
@@ -142,8 +144,9 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
     found = {
         path: HEAD if spec.role == HEAD else spec.axes for path, spec in ruled.items() if axes is not None
     }
+    whole = []
     for path, spec in specs.items():
-        if spec.axes is not None and by_name(path, known[path])[0] == "attention":
+        if spec.axes is not None and (by_name(path, known[path])[0] == "attention" or _OF_HEADS.search(path)):
             letters = [axis.letter for axis in spec.axes.parts]
             heads = [k for k, x in enumerate(letters) if x in "io" and x in letters[k + 1 :]]
             parts = ["b" if k in heads else str(axis) for k, axis in enumerate(spec.axes.parts)]
@@ -151,10 +154,22 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
                 size, value = known[path][-1], outputs[_module(path)][-2]
                 parts[-1] = f"({size - value}+{value} o)" if value < size else "o"
             found |= {path: "".join(parts)} if heads else {}
+            whole += [] if heads or path in ruled or _LATENT.search(path) else [path]
+    if whole:
+        kinds = [repr(glob_of(group)) for group in group_by(whole, without_numbers)]
+        warnings.warn(
+            f"per_head: heads and their sizes share an axis of {abbreviated(kinds, ', ')}. These stay whole. "
+            f"Type the number of heads, such as axes={{{kinds[0]}: 'i(12o)'}} for 12 heads of outputs, or "
+            "'(12i)o' of inputs.",
+            stacklevel=2,
+        )
     return found
 
 
-_KEY_AND_VALUE = re.compile(r"(^|/)w?kv_b(_proj)?(/kernel)?$")
+_LATENT = re.compile(r"(q|kv)_a(_|/|$)")
+_KEY_AND_VALUE_B = r"(^|/)w?kv_b(_proj)?(/(kernel|weight))?$"
+_OF_HEADS = re.compile(r"attn/[qkv]_(b_)?proj/(kernel|weight|w)$|" + _KEY_AND_VALUE_B)
+_KEY_AND_VALUE = re.compile(_KEY_AND_VALUE_B)
 
 
 def _module(path: str) -> str:

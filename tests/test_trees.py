@@ -457,8 +457,9 @@ def test_attention_per_head():
         "last/norm/scale": (16,),
     }
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
-    found = by_layout(tree, om.layouts.per_head(params))
-    assert [*found.values()] == ["bibo", "bbio", "-", "ibo", "io", "-"]
+    with pytest.warns(match="share an axis of 'last/attn/out/kernel'"):
+        axes = om.layouts.per_head(params)
+    assert [*by_layout(tree, axes).values()] == ["bibo", "bbio", "-", "ibo", "io", "-"]
 
 
 def test_latent_attention_per_head():
@@ -475,6 +476,22 @@ def test_latent_attention_per_head():
     rules = {"attn/mine/wq": "ioo", "attn/mine/k": "i(4o)", "last/*": "head"}
     found = by_layout(tree, om.layouts.per_head(params, rules))
     assert [*found.values()] == ["ibo", "ib(8+6 o)", "bio", "ibo", "i(4o)", "-"]
+
+
+def test_attention_whose_heads_share_an_axis_stays_whole():
+    """One warning for all leaves, with what to type; latents have no heads."""
+    sizes = {"q_proj": (512, 2304), "kv_a_proj_with_mqa": (512, 576), "kv_b_proj": (512, 3072)}
+    params = {
+        f"layers/{k}/self_attn/{name}/kernel": jax.ShapeDtypeStruct(shape, jnp.float32)
+        for k in range(2)
+        for name, shape in {**sizes, "o_proj": (1536, 512)}.items()
+    }
+    with pytest.warns(match=r"axis of 'layers/\*/self_attn/.*Type.*'i\(12o\)'\} for 12 heads") as found:
+        assert om.layouts.per_head(params) == {}
+    text = str(found[0].message)
+    assert all(f"'layers/*/self_attn/{name}/kernel'" in text for name in ("q_proj", "kv_b_proj", "o_proj"))
+    assert len(found) == 1
+    assert "kv_a" not in text
 
 
 def test_questions_name_the_layout():
