@@ -148,9 +148,11 @@ def test_float32_changes_nothing_of_matrices():
     ],
 )
 def test_float32_changes_nothing_of_narrow_ones(weights, gradients, tx):
-    """Also where an update is wider than its gradient, whose place it cannot take."""
+    """Also where an update is wider than its gradient, whose place it cannot take. All run in float32."""
     both = [om.compress_state(tx, WIDE, elementwise=elementwise) for elementwise in (False, True)]
-    (updates, state), *others = together([tx, *both], drawn(dtype=weights), stacked(2, dtype=gradients))
+    (updates, state), *others = together(
+        [om.in_float32(tx), *both], drawn(dtype=weights), stacked(2, dtype=gradients)
+    )
     for found, after in others:
         chex.assert_trees_all_equal_dtypes(found, updates)
         chex.assert_trees_all_equal(found, updates)

@@ -77,7 +77,8 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     """A transformation without a rule on gradients and parameters in float32 or wider.
 
     A state of optax has the dtypes of the parameters at first and those of the gradients later. A loop needs
-    a state that keeps its dtypes. Updates have the dtypes of the gradients.
+    a state that keeps its dtypes. Updates have the dtypes of the gradients, or of the parameters if these are
+    wider, as a sum of both has.
     """
     extended = optax.with_extra_args_support(tx)
 
@@ -93,10 +94,20 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         out, state = extended.update(wide(updates), state, wide(params), **extra)
         gs = jax.tree.map(lambda g: None if is_missing(g) else g, updates)
         alike = jax.tree.structure(out) == jax.tree.structure(gs)
-        return jax.tree.map(cast_like, out, gs) if alike else out, state
+        return jax.tree.map(cast_like, out, _wider(gs, params)) if alike else out, state
 
     made = Transform if isinstance(tx, Transform) else optax.GradientTransformationExtraArgs
     return made(init, update)
+
+
+def _wider(gs: PyTree, params: PyTree) -> PyTree:
+    """The types of gradients, with the dtypes of parameters that are wider."""
+
+    def wider(g, w):
+        own = is_array(w) and jnp.promote_types(g.dtype, w.dtype) == w.dtype
+        return jax.ShapeDtypeStruct(g.shape, w.dtype if own else g.dtype)
+
+    return gs if jax.tree.structure(params) != jax.tree.structure(gs) else jax.tree.map(wider, gs, params)
 
 
 def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:

@@ -98,8 +98,8 @@ def compress_state(
     square is infinite: put `clip_by_global_norm` in front, or `skip_nonfinite` around the optimizer.
 
     Args:
-      inner: any transformation, of this library or of optax. Each of its moments must start with the same
-        number everywhere, such as 0.
+      inner: any transformation, of this library or of optax, which runs in float32 or wider. Each of its
+        moments must start with the same number everywhere, such as 0.
       rules: the codec of each moment, or None for no compression. It is an ordered mapping from pattern, as
         in `labels`, or a function (path, shape). The paths are those of the leaves after "first/", "second/"
         or "slow/". If no rule matches, or the value is `...`, the default is used.

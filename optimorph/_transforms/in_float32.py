@@ -10,7 +10,8 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
         u = round(inner(widen(g)))        (1)
 
-    For float32 and wider gradients this is `inner` itself. The state is `inner`'s.
+    For float32 and wider gradients this is `inner` itself. The state is `inner`'s. Updates of an optax
+    transformation have the dtype of the parameters if that is wider.
 
     Args:
       inner: any transformation. It gets updates and parameters in float32 or wider.
