@@ -139,7 +139,8 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
     known = {path: np.shape(x) for path, x in pairs if is_trainable(x)}
     resolved = resolve_leaves("per_head", axes)([*known], [*known.values()])
     specs = {path: spec for path, spec in zip(known, resolved, strict=True) if spec.unresolved is None}
-    outputs = {_module(path): known[path] for path, spec in specs.items() if spec.axes == Axes("iio")}
+    of_output = [path for path, spec in specs.items() if _letters(spec.axes).replace("b", "") == "iio"]
+    outputs = {_module(path): known[path][-2] for path in of_output}
     ruled = {path: spec for path, spec in specs.items() if spec.role == HEAD or spec.role.startswith("rule")}
     found = {
         path: HEAD if spec.role == HEAD else spec.axes for path, spec in ruled.items() if axes is not None
@@ -147,11 +148,11 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
     whole = []
     for path, spec in specs.items():
         if spec.axes is not None and (by_name(path, known[path])[0] == "attention" or _OF_HEADS.search(path)):
-            letters = [axis.letter for axis in spec.axes.parts]
+            letters = _letters(spec.axes)
             heads = [k for k, x in enumerate(letters) if x in "io" and x in letters[k + 1 :]]
             parts = ["b" if k in heads else str(axis) for k, axis in enumerate(spec.axes.parts)]
-            if _KEY_AND_VALUE.search(path) and parts == [*"ibo"] and _module(path) in outputs:
-                size, value = known[path][-1], outputs[_module(path)][-2]
+            if _KEY_AND_VALUE.search(path) and parts[-1] == "o" and heads and _module(path) in outputs:
+                size, value = known[path][-1], outputs[_module(path)]
                 parts[-1] = f"({size - value}+{value} o)" if value < size else "o"
             found |= {path: "".join(parts)} if heads else {}
             whole += [] if heads or path in ruled or _LATENT.search(path) else [path]
@@ -170,6 +171,10 @@ _LATENT = re.compile(r"(q|kv)_a(_|/|$)")
 _KEY_AND_VALUE_B = r"(^|/)w?kv_b(_proj)?(/(kernel|weight))?$"
 _OF_HEADS = re.compile(r"attn/[qkv]_(b_)?proj/(kernel|weight|w)$|" + _KEY_AND_VALUE_B)
 _KEY_AND_VALUE = re.compile(_KEY_AND_VALUE_B)
+
+
+def _letters(axes: Axes | None) -> str:
+    return "".join(axis.letter for axis in axes.parts) if axes is not None else ""
 
 
 def _module(path: str) -> str:

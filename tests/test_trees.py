@@ -446,6 +446,43 @@ def by_layout(tree, axes):
     return {path: found[path] for path in tree}
 
 
+FEEDING = {
+    "an autoencoder": (
+        "Dense_{}/kernel",
+        [(784, 256), (256, 8), (8, 256), (256, 784)],
+        ["io", "io", "io", "?"],
+    ),
+    "of PyTorch": ("fc{}/weight", [(256, 784), (8, 256), (256, 8), (784, 256)], ["oi", "oi", "oi", "?"]),
+    "a narrow layer": ("Dense_{}/kernel", [(784, 128), (128, 8), (8, 64), (64, 10)], ["io", "io", "io", "-"]),
+    "as many actions as observations": (
+        "Dense_{}/kernel",
+        [(4, 64), (64, 4), (4, 64), (64, 1)],
+        ["io", "-", "io", "-"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "sizes", "expected"), FEEDING.values(), ids=FEEDING)
+def test_a_layer_of_few_outputs_that_another_takes_in_is_no_head(name, sizes, expected):
+    tree = {name.format(k): jax.ShapeDtypeStruct(shape, jnp.float32) for k, shape in enumerate(sizes)}
+    assert [*planned(tree).values()] == expected
+
+
+def test_a_layer_of_few_outputs_that_another_module_may_take_in_is_asked_about():
+    sizes = {"encoder/Dense_1": (256, 8), "decoder/Dense_0": (8, 256), "decoder/Dense_1": (256, 784)}
+    tree = {f"{name}/kernel": jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sizes.items()}
+    tree["encoder/Dense_0/kernel"] = jax.ShapeDtypeStruct((784, 256), jnp.float32)
+    found = planned(tree)
+    assert [found[f"{name}/kernel"] for name in sizes] == ["?", "io", "?"]
+
+
+def test_tables_of_many_rows_without_a_telling_name():
+    tree = {
+        f"{name}/weight": jax.ShapeDtypeStruct((50_000, 300), jnp.float32) for name in ("center", "context")
+    }
+    assert [*planned(tree).values()] == ["-", "-"]
+
+
 def test_attention_per_head():
     """Where the shapes give the heads, layers stacked or not; whole matrices elsewhere."""
     tree = {
@@ -476,6 +513,16 @@ def test_latent_attention_per_head():
     rules = {"attn/mine/wq": "ioo", "attn/mine/k": "i(4o)", "last/*": "head"}
     found = by_layout(tree, om.layouts.per_head(params, rules))
     assert [*found.values()] == ["ibo", "ib(8+6 o)", "bio", "ibo", "i(4o)", "-"]
+
+
+def test_latent_attention_of_stacked_layers_per_head():
+    tree = {
+        "decoder/layers/self_attention/wkv_b/kernel": (16, 3, 4, 14),
+        "decoder/layers/self_attention/out/kernel": (4, 3, 6, 32),
+    }
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    found = by_layout(tree, om.layouts.per_head(params, om.layouts.maxtext(scan_axis=1)))
+    assert [*found.values()] == ["ibb(8+6 o)", "bbio"]
 
 
 def test_attention_whose_heads_share_an_axis_stays_whole():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from optimorph._core.types import Shape
+from optimorph._routing.layer_widths import heads_that_feed
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
 from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name, offers, with_layers, without_layers
@@ -48,6 +49,9 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     named = [by_name(leaf.path, leaf.shape, leaf.layers) for leaf in leaves]
     for k in hidden_of_heads(paths, shapes, [k for k, (role, _) in enumerate(named) if role == HEAD]):
         named[k] = by_name("/".join(re.split("[./]", paths[k])[-2:]), shapes[k], layers[k])
+    heads = {k for k, (role, spec) in enumerate(named) if (role, spec) == (HEAD, None)}
+    for k, certain in heads_that_feed(paths, shapes, heads):
+        named[k] = "dense", ("oi" if paths[k].endswith("weight") else "io") if certain else UNDECIDED
     tree = _Tree(leaves, named)
     return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
 

@@ -1,7 +1,7 @@
 """What a layer takes in and puts out, and what its name says of it."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from optimorph._core.types import Shape
@@ -93,6 +93,30 @@ def ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence
         out = shapes[last][0 if paths[last].endswith("weight") else -1]
         if others and all(out not in shapes[k] for k in others):
             yield last
+
+
+def heads_that_feed(
+    paths: Sequence[str], shapes: Sequence[Shape], heads: Collection[int]
+) -> Iterator[tuple[int, bool]]:
+    """The heads without a telling name that are followed by other layers, as in an autoencoder.
+
+    These take in as many numbers, more than one, and the first layer with the same name does not: it may take
+    in observations that are as many as the actions. The bool is whether the layer with the next number does.
+    """
+
+    def sides(k: int) -> Shape:
+        return shapes[k][::-1] if paths[k].endswith("weight") else shapes[k]
+
+    layers = [k for k, path in enumerate(paths) if len(shapes[k]) == 2 and has_no_name(path)]
+    for chain in group_by(layers, lambda k: without_numbers(paths[k])):
+        chain.sort(key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+        for k, after in zip(chain, [*chain[1:], None], strict=True):
+            width = sides(k)[1]
+            if k in heads and width > 1 and sides(chain[0])[0] != width:
+                if after is not None and sides(after)[0] == width:
+                    yield k, True
+                elif any(sides(j)[0] == width for j in layers if j not in chain):
+                    yield k, False
 
 
 def heads_of_vocabularies(

@@ -340,6 +340,8 @@ RULES = (
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
     NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
+    # one row for each of many tokens: an output layer, or a table
+    NameRule("embedding", "weight", when=shapes.flipped(shapes.is_vocabulary), not_in=BLOCK),
     NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=shapes.flipped(shapes.maybe_convolution)),
     NameRule(
         "dense",

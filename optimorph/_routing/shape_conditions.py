@@ -92,11 +92,14 @@ def few_outputs_first(shape: Shape) -> bool:
     return len(shape) in (2, 3) and 16 * shape[-2] <= shape[-1]
 
 
+def is_vocabulary(shape: Shape) -> bool:
+    """(in, out), with a vocabulary of outputs."""
+    return len(shape) == 2 and shape[1] >= max(1 << 14, 16 * shape[0])
+
+
 def is_output(shape: Shape) -> bool:
     """(in, out), with a vocabulary of outputs, or a few for many inputs."""
-    return len(shape) == 2 and (
-        shape[1] >= max(1 << 14, 16 * shape[0]) or (shape[1] <= 10 and shape[0] >= 64)
-    )
+    return is_vocabulary(shape) or (len(shape) == 2 and shape[1] <= 10 and shape[0] >= 64)
 
 
 def fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
