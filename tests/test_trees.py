@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import optimorph as om
@@ -481,6 +482,18 @@ def test_tables_of_many_rows_without_a_telling_name():
         f"{name}/weight": jax.ShapeDtypeStruct((50_000, 300), jnp.float32) for name in ("center", "context")
     }
     assert [*planned(tree).values()] == ["-", "-"]
+
+
+def test_roles_in_rules_know_all_leaves():
+    """A head that only widths tell is one for factors and for parts too."""
+    params = {
+        f"Dense_{k}/kernel": jnp.ones(shape) for k, shape in enumerate([(784, 64), (64, 32), (32, 100)])
+    }
+    factors = om.scale_by_rules({om.roles("head"): 0.5})
+    parts = om.partition({om.roles("head"): "a", "*": "b"}, {"a": optax.scale(0.5), "b": optax.identity()})
+    for tx in (factors, parts, optax.chain(om.partition({"*": "b"}, {"b": factors}))):
+        found, _ = jax.jit(tx.update)(params, tx.init(params), params)
+        assert [float(x.max()) for x in found.values()] == [1.0, 1.0, 0.5]
 
 
 def test_attention_per_head():

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optimorph._core.differences import other_state
-from optimorph._core.numbers import cast_like, is_absent, is_trainable
+from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._core.wrapped import OF_TREES, fits, wrapped
@@ -135,10 +135,11 @@ def routed(
                 "reads as matrices. Type tx.update(gradients, state, params), or axes= for all leaves."
             )
         forms = [spec.axes for spec in specs_of(leaves)]
+        wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
         own = None if params is None else leaves.tree
         try:
             with handed_down(matrix_axes=forms, shardings=match):
-                out, after = parted(tree, forms).update(tree.unflatten(gs), state, own, **extra)
+                out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except OF_TREES as error:
             if own is None or fits(state, tx, own):
                 raise

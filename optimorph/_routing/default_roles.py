@@ -1,6 +1,7 @@
 """The roles of leaves by the default rules, as rules for masks, partitions and factors."""
 
 import difflib
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +11,13 @@ import jax
 from optimorph._core.checks import is_integer
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND, SLOW
+from optimorph._core.rule import handed
 from optimorph._core.types import PyTree, Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE, LeafSpec
 from optimorph._routing.name_rules import RULES, UNDECIDED
 from optimorph._routing.names import by_name
 from optimorph._routing.resolve import resolve_leaves, resolve_trained
+from optimorph._routing.rules import AllLeaves
 
 INTEGER = "integer"
 
@@ -61,8 +64,9 @@ def roles(*names: Any) -> Callable[..., Any]:
         adamw(1e-3, weight_decay=0.1, mask=not_roles("norm", "bias", "vector", "embedding"))
 
     A mask gets the whole tree, so its roles are those of `plan`, and "head" also selects a head that is
-    inferred from the widths. A rule, for `labels` or `partition`, only gets one path and shape at a time.
-    So does a key of rules: `scale_by_rules({roles("embedding"): 0.1})`, `state={roles("norm"): ..., ...}`.
+    inferred from the widths. So have the rules of `partition` and `scale_by_rules`, and keys of these, as in
+    `scale_by_rules({roles("embedding"): 0.1})`. Other rules, such as those of `labels` and of `state`, only
+    get one path and shape at a time.
 
     Args:
       names: roles.
@@ -101,7 +105,9 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
     def select(tree: Any, shape: Shape | None = None) -> Any:
         """Of a tree of parameters a tree of booleans; of a path and a shape one boolean."""
         if shape is not None:
-            return (role_of(tree, shape) in wanted) == chosen
+            around = handed("all_leaves") or {}
+            role = _roles_among(around)[tree] if tree in around else role_of(tree, shape)
+            return (role in wanted) == chosen
         found = _roles_in(tree)
         return jax.tree.unflatten(
             jax.tree.structure(tree), [(found[path] in wanted) == chosen for path in leaf_paths(tree)]
@@ -109,6 +115,13 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
 
     select.__name__ = f"{who}({', '.join(map(repr, names))})"
     return select
+
+
+@functools.lru_cache(maxsize=8)
+def _roles_among(leaves: AllLeaves) -> dict[str, str]:
+    """Path → role, of all leaves."""
+    specs = resolve_leaves("roles", None, find_output=True)([*leaves], [*leaves.values()])
+    return {path: spec.role for path, spec in zip(leaves, specs, strict=True)}
 
 
 def _roles_in(params: PyTree) -> dict[str, str]:

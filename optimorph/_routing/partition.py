@@ -1,6 +1,5 @@
 """Leaves to transformations, by rules."""
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +10,10 @@ from optimorph._core.checks import LeafError
 from optimorph._core.differences import checked_state
 from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import by_path, leaf_paths
-from optimorph._core.rule import aligned, handed, handed_down
-from optimorph._core.types import PyTree, Rules
+from optimorph._core.rule import aligned
+from optimorph._core.types import PyTree, Rules, Shape
 from optimorph._core.wrapped import wrapped
-from optimorph._routing.rules import NO_MATCH, labelled, lookup, warn_unused
+from optimorph._routing.rules import NO_MATCH, among, labelled, lookup, warn_unused
 
 
 def partition(
@@ -62,18 +61,17 @@ def partition(
         updates = tree.unflatten(gs)
         params = None if params is None else tree.unflatten(ws)
         leaves = updates if params is None else params  # params have shapes where gradients are missing
-        with _handing_all(leaves):
+        with among(_trained(leaves)):
             return split(leaves).update(updates, state, params, **extra)
 
     def init(params):
         warn_unused("partition", "rules", rules, leaf_paths(params))
-        with _handing_all(params):
+        with among(_trained(params)):
             return split(params).init(params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _handing_all(tree: PyTree) -> contextlib.AbstractContextManager[None]:
-    """What each part needs to find the output layer: the shapes of all leaves."""
-    own = {path: np.shape(x) for path, x in by_path(tree).items() if is_trainable(x)}
-    return handed_down(all_leaves=handed("all_leaves") or own)
+def _trained(tree: PyTree) -> dict[str, Shape]:
+    """The shapes of the leaves that train, by path."""
+    return {path: np.shape(x) for path, x in by_path(tree).items() if is_trainable(x)}

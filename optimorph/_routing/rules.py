@@ -16,7 +16,7 @@ import numpy as np
 from optimorph._core.checks import LeafError, call_fault, not_an_array
 from optimorph._core.numbers import is_array
 from optimorph._core.paths import by_path, leaf_paths, map_paths
-from optimorph._core.rule import Leaves, Transform
+from optimorph._core.rule import Leaves, Transform, handed, handed_down
 from optimorph._core.types import Mask, PyTree, Rules, Shape
 from optimorph._routing.grouping import format_groups
 from optimorph.linalg import Axes
@@ -32,6 +32,19 @@ class _Value:
     """One value of a tree of rules, as one leaf of the tree even if the value is None."""
 
     value: Any
+
+
+class AllLeaves(dict[str, Shape]):
+    """Path → shape, of the leaves that train; a key of caches."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        """That of this object."""
+        return id(self)
+
+
+def among(leaves: Mapping[str, Shape]) -> contextlib.AbstractContextManager[None]:
+    """Inside, rules know all leaves of the tree, those of the outermost call: `handed("all_leaves")`."""
+    return handed_down(all_leaves=handed("all_leaves") or AllLeaves(leaves))
 
 
 def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:

@@ -11,7 +11,7 @@ from optimorph._core.checks import check_factor
 from optimorph._core.numbers import is_absent
 from optimorph._core.rule import Rule, called, transform
 from optimorph._core.types import Rules, Shape
-from optimorph._routing.rules import NO_MATCH, lookup, warn_unused
+from optimorph._routing.rules import NO_MATCH, among, lookup, warn_unused
 
 
 def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
@@ -45,13 +45,16 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
 
     def begin(leaves):
         warn_unused(who, "rules", rules, leaves.paths)
-        for path, x in zip(leaves.paths, leaves.values, strict=True):
-            _check(who, path, np.shape(x), NO_MATCH if is_absent(x) else match(path, np.shape(x)))
+        factors, _ = advance(optax.EmptyState(), leaves)
+        for path, x, factor in zip(leaves.paths, leaves.values, factors, strict=True):
+            _check(who, path, np.shape(x), factor)
         return optax.EmptyState()
 
     def advance(state, leaves):
         pairs = zip(leaves.paths, leaves.values, strict=True)
-        return [None if is_absent(x) else match(path, np.shape(x)) for path, x in pairs], state
+        shapes = {path: np.shape(x) for path, x in pairs if not is_absent(x)}
+        with among(shapes):
+            return [match(path, shapes[path]) if path in shapes else None for path in leaves.paths], state
 
     def update(g, state, leaf, factors):
         factor: Any = factors[leaf.index]
