@@ -104,7 +104,7 @@ def _wider(gs: PyTree, params: PyTree) -> PyTree:
     """The types of gradients, with the dtypes of parameters that are wider."""
 
     def wider(g, w):
-        own = is_array(w) and jnp.promote_types(g.dtype, w.dtype) == w.dtype
+        own = is_trainable(w) and w.dtype.itemsize > g.dtype.itemsize
         return jax.ShapeDtypeStruct(g.shape, w.dtype if own else g.dtype)
 
     return gs if jax.tree.structure(params) != jax.tree.structure(gs) else jax.tree.map(wider, gs, params)
