@@ -105,8 +105,8 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
     def select(tree: Any, shape: Shape | None = None) -> Any:
         """Of a tree of parameters a tree of booleans; of a path and a shape one boolean."""
         if shape is not None:
-            around = handed("all_leaves") or {}
-            role = _roles_among(around)[tree] if tree in around else role_of(tree, shape)
+            around = handed("all_leaves")
+            role = _roles_among(around)[tree] if around and tree in around else role_of(tree, shape)
             return (role in wanted) == chosen
         found = _roles_in(tree)
         return jax.tree.unflatten(
