@@ -12,7 +12,7 @@ which nothing was chosen by. An optimizer is compiled once, with the candidate a
 float32 precision, also on GPUs.
 
 Writes `benchmarks/results/tuned/TASK-N.json`, after each optimizer. Optimizers that the file has are not
-trained again. On two CPU cores an optimizer takes five to ten minutes.
+trained again. On one CPU core an optimizer takes about ten minutes.
 """
 
 import argparse
@@ -131,7 +131,7 @@ class Training:
 
     def __init__(self, program: "Program", candidate: Candidate, seed: int):
         """Draw the batches of the seed, and take no step yet."""
-        self.program, self.candidate, self.seed, self.step = program, candidate, seed, 0
+        self.program, self.candidate, self.step = program, candidate, 0
         self.batches = program.task.batches(seed)
         self.rates = jax.tree.map(jnp.float32, candidate)
         self.params = jax.tree.map(jnp.copy, program.task.init(seed))  # `advance` donates them

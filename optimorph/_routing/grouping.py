@@ -18,6 +18,11 @@ def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     return list(groups.values())
 
 
+def numbers_in(path: str) -> list[int]:
+    """The numbers of a path, by which layers that differ in nothing else are in order."""
+    return [*map(int, re.findall(r"\d+", path))]
+
+
 def without_numbers(path: str) -> tuple[str, ...]:
     """The texts between the numbers of a path; a `*` in the path itself is text."""
     return tuple(re.split(r"\d+", path))

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from optimorph._core.types import Shape
-from optimorph._routing.grouping import group_by, without_numbers
+from optimorph._routing.grouping import group_by, numbers_in, without_numbers
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of
 from optimorph._routing.name_rules import BLOCK, WEIGHT
 from optimorph.linalg import Axes
@@ -89,7 +89,7 @@ def ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence
         return without_numbers(module), name
 
     for group in group_by(layers, kind):
-        *others, last = sorted(group, key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+        *others, last = sorted(group, key=lambda k: numbers_in(paths[k]))
         out = shapes[last][0 if paths[last].endswith("weight") else -1]
         if others and all(out not in shapes[k] for k in others):
             yield last
@@ -109,7 +109,7 @@ def heads_that_feed(
 
     layers = [k for k, path in enumerate(paths) if len(shapes[k]) == 2 and has_no_name(path)]
     for chain in group_by(layers, lambda k: without_numbers(paths[k])):
-        chain.sort(key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+        chain.sort(key=lambda k: numbers_in(paths[k]))
         for k, after in zip(chain, [*chain[1:], None], strict=True):
             width = sides(k)[1]
             if k in heads and width > 1 and sides(chain[0])[0] != width:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
-from optimorph._routing.grouping import group_by, without_numbers
+from optimorph._routing.grouping import group_by, numbers_in, without_numbers
 from optimorph._routing.name_rules import WEIGHT
 from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name
 
@@ -160,7 +160,7 @@ def specs_by_chain(shapes: Mapping[str, Shape]) -> dict[str, str]:
     weights = [path for path, shape in shapes.items() if _IN_LIST.search(path) and len(shape) in (2, 4)]
     found = {}
     for chain in group_by(weights, lambda path: (without_numbers(path), len(shapes[path]))):
-        chain.sort(key=lambda path: [*map(int, re.findall(r"\d+", path))])
+        chain.sort(key=numbers_in)
         pairs = [(shapes[one], shapes[after]) for one, after in itertools.pairwise(chain)]
         if len(pairs) > 1 and all(a[1] == b[0] for a, b in pairs) and any(a[0] != b[1] for a, b in pairs):
             found |= dict.fromkeys(chain, "io" + "ii"[: len(shapes[chain[0]]) - 2])
@@ -216,7 +216,7 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
         return min(len(shapes[k]), len(shapes[other])) > 1 and shapes[k][out] == shapes[other][taken]
 
     for chain in group_by(heads, lambda k: without_numbers(paths[k])):
-        chain.sort(key=lambda k: [*map(int, re.findall(r"\d+", paths[k]))])
+        chain.sort(key=lambda k: numbers_in(paths[k]))
         side_by_side = "heads/" in paths[chain[0]] and feeds(chain[-1], chain[-1])
         yield from (k for k, after in itertools.pairwise(chain) if feeds(k, after) and not side_by_side)
     modules = [(_grandparent(paths[k]), k) for k in heads]
