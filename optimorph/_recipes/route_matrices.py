@@ -71,7 +71,7 @@ def route_matrices(
       ValueError: at `init`, if no rule decides how a leaf reads, or if a spec does not fit its leaf. The
         message names all such leaves, and says what to type.
     """
-    return routed("route_matrices", matrices, others, axes, shardings)
+    return routed("route_matrices", matrices, others, axes, shardings, wide=True)
 
 
 def routed(
@@ -85,12 +85,16 @@ def routed(
     polar: Callable[..., Any] | None = None,
     divide: str | Hardware = AUTO,
     reads: AxesRules | None = None,
+    wide: bool = False,
 ) -> Transform:
-    """`route_matrices` under a recipe's own name; `reads` are the recipe's rules, with `axes` in them."""
+    """`route_matrices` under a recipe's own name; `reads` are the recipe's rules, with `axes` in them.
+
+    `wide` is that of `wrapped`, for `matrices` that may be of another library.
+    """
     resolve = resolve_leaves(who, axes if reads is None else reads, find_output=True)
     match = lookup_if_given(shardings, who)
     transforms: dict[Any, optax.GradientTransformation] = {
-        MATRIX: wrapped(who, matrices, wide=True),
+        MATRIX: wrapped(who, matrices, wide=wide),
         OTHER: wrapped(who, others),
     }
 
