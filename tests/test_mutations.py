@@ -67,6 +67,8 @@ UNSEEN = {
         "_transforms.pointwise: root.plus: if 0 never",
         "_transforms.pointwise: square.squared: if 0 always",
         "_recipes.route_matrices: routed.update: if 1 *",
+        "_recipes.route_matrices: route_matrices: routed 0 without wide",
+        "_recipes.route_matrices: routed: wide 0 ignored",
         "_recipes.route_matrices: routed.update: if [345] never",
         "_transforms.hyperball: _norms: conj 0 gone",
         "_transforms.means: keep_norm.update.rescaled: conj 0 gone",
