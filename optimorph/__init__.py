@@ -52,7 +52,7 @@ from optimorph._recipes.scion import scion
 from optimorph._recipes.soap import klsoap, shampoo, soap
 from optimorph._recipes.soap_muon import soap_muon
 from optimorph._register_for_export import register_for_export
-from optimorph._routing.default_roles import not_roles, role_of, roles
+from optimorph._routing.default_roles import decay_mask, not_roles, role_of, roles
 from optimorph._routing.partition import partition
 from optimorph._routing.rules import labels
 from optimorph._split_weights import join_weights, split_weights
@@ -148,6 +148,7 @@ __all__ = [
     "curvature",
     "dampen",
     "debias",
+    "decay_mask",
     "divide",
     "ema",
     "extrapolate",

@@ -648,6 +648,36 @@ def test_roles_are_masks_partitions_and_factors():
         om.not_roles("norms")
 
 
+def test_decay_mask_leaves_out_vectors_also_of_stacked_layers():
+    params = {
+        "embed": {"embedding": jnp.ones((64, 8))},
+        "layers": {
+            "norm": {"scale": jnp.ones((3, 8))},
+            "up": {"kernel": jnp.ones((3, 8, 32)), "bias": jnp.ones((3, 32))},
+        },
+        "head": {"kernel": jnp.ones((8, 64)), "bias": jnp.ones(64)},
+    }
+    decayed = {path for path, x in by_path(om.decay_mask(params)).items() if x}
+    assert decayed == {"embed/embedding", "layers/up/kernel", "head/kernel"}
+    tx = om.adamw(0.1, weight_decay=0.5, mask=om.decay_mask)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert {path for path, x in by_path(updates).items() if jnp.any(x)} == decayed
+    assert om.labels({om.decay_mask: "decayed", "*": "not"})(params)["head"] == {
+        "kernel": "decayed",
+        "bias": "not",
+    }
+
+
+def test_rules_of_labels_and_masks_know_all_leaves():
+    """The head without a telling name is found by the widths of the others."""
+    params = layers(Dense_0=(28, 64), Dense_1=(64, 64), Dense_2=(64, 11))
+    found = om.labels({om.roles("head"): "head", "*": "other"})(params)
+    assert {path for path, x in by_path(found).items() if x == "head"} == {"Dense_2/kernel"}
+    tx = om.add_decayed_weights(1.0, mask={om.roles("head"): True, "*": False})
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert {path for path, x in by_path(updates).items() if jnp.any(x)} == {"Dense_2/kernel"}
+
+
 def test_roles_are_keys_of_rules():
     """In factors, states, labels, masks and specs; the first key that matches decides."""
     params = {"embed": jnp.ones((64, 128)), "norm": {"scale": jnp.ones(64)}, "up": {"w": jnp.ones((64, 64))}}

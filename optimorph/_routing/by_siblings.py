@@ -10,6 +10,7 @@ from optimorph._routing.layer_widths import heads_that_feed
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
 from optimorph._routing.name_rules import UNDECIDED
 from optimorph._routing.names import by_name, offers, with_layers, without_layers
+from optimorph._routing.shape_conditions import few_channels
 from optimorph._routing.siblings import (
     arrays_beside_modules,
     biases_of_layers,
@@ -133,6 +134,8 @@ class _Tree:
             told = self.told.get(path, "")
             certain = len(told) > 2 and None not in offers(path, leaf.shape, leaf.layers)[0][:1]
             return role, leaf.stacked(told) if certain else spec
+        if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
+            return HEAD, None  # the last of transposed convolutions
         told = leaf.stacked(self.told.get(path) or self.alike.get(path))
         return role, spec if spec is None or told is None else _with_outputs(spec, told)
 

@@ -61,12 +61,12 @@ def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
 def roles(*names: Any) -> Callable[..., Any]:
     """Select the leaves of some roles, as a mask or as a rule. The column "role" of `plan` shows the roles.
 
-        adamw(1e-3, weight_decay=0.1, mask=not_roles("norm", "bias", "vector", "embedding"))
+        add_decayed_weights(0.1, mask=roles("dense", "attention"))
 
     A mask gets the whole tree, so its roles are those of `plan`, and "head" also selects a head that is
-    inferred from the widths. So have the rules of `partition` and `scale_by_rules`, and keys of these, as in
-    `scale_by_rules({roles("embedding"): 0.1})`. Other rules, such as those of `labels` and of `state`, only
-    get one path and shape at a time.
+    inferred from the widths. So have the rules of `partition`, `labels` and `scale_by_rules`, and keys of
+    these, as in `scale_by_rules({roles("embedding"): 0.1})`. The rules of `state` only get one path and shape
+    at a time.
 
     Args:
       names: roles.
@@ -87,6 +87,25 @@ def not_roles(*names: Any) -> Callable[..., Any]:
       ValueError: an unknown role.
     """
     return _selection("not_roles", names, False)
+
+
+def decay_mask(tree: Any, shape: Shape | None = None) -> Any:
+    """Select what is usually decayed, as a mask or as a rule: all leaves except norms, biases and vectors.
+
+        adamw(1e-3, weight_decay=0.1, mask=decay_mask)
+
+    These are the leaves with at least two axes, apart from those of stacked layers: their biases and norms
+    have two axes too, and are found by their names and by the other leaves. Embeddings are decayed. To leave
+    them out, type `not_roles("norm", "bias", "vector", "embedding")`.
+
+    Args:
+      tree: the parameters; or, in a rule, the path of a leaf.
+      shape: in a rule, the shape of the leaf.
+
+    Returns:
+      a tree of booleans; or, in a rule, one boolean.
+    """
+    return not_roles("norm", "bias", "vector")(tree, shape)
 
 
 def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., Any]:

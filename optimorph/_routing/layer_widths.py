@@ -78,7 +78,8 @@ def channels(axes: Axes | None) -> tuple[int, int] | None:
     if letters.count("o") != 1 or letters.count("i") < 2:
         return None
     o = letters.index("o")
-    return (o - 1 if o == len(letters) - 1 else o + 1), o
+    first_in = o == len(letters) - 1 or (o == 1 and len(letters) > 3)  # or PyTorch transposes it
+    return (o - 1 if first_in else o + 1), o
 
 
 def ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape]) -> Iterator[int]:

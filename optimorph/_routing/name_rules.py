@@ -136,11 +136,13 @@ RULES = (
     ),
     NameRule(
         "head",
-        rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*))(/{WEIGHT})?|"
+        rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*|mapping))(/{WEIGHT})?|"
         rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|(\w+_)?out_(layer|dense)|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{WEIGHT})?|"
         r"\w*classification(/\w*kernel|/w(eight)?)?",
         not_in=BLOCK,
     ),
+    NameRule("head", rf"(hidden|outputs?)_?(0|to)_?(tags?|labels?|class\w*|vocab\w*)/{WEIGHT}"),
+    NameRule("head", rf"seg(mentation)?_(layers?|outputs?)(/0)?/{WEIGHT}"),
     NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{WEIGHT})?"),
     NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)(kernel|w)", when=shapes.is_output, not_in=BLOCK),
     NameRule(
@@ -277,7 +279,20 @@ RULES = (
     NameRule("attention", _QKV + "/kernel", ("ibo",), lambda s: s[1:2] == (3,), batch_axes=True),
     NameRule("attention", _QKV + "/kernel", ("iboo",), shapes.three_before_heads, batch_axes=True),
     NameRule("attention", _QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
-    NameRule("attention", "(to_)?kv(_proj)?/(kernel|w)", ("i(2o)",), shapes.fused(2)),
+    NameRule("attention", "(to_)?kv/(kernel|w)", ("i(2o)",), lambda s: len(s) == 2 and s[1] % 2 == 0),
+    NameRule("attention", "(to_)?kv/weight", ("(2o)i",), lambda s: len(s) == 2 and s[0] % 2 == 0),
+    NameRule("attention", "(to_)?kv_proj/(kernel|w)", ("i(2o)",), shapes.fused(2)),
+    NameRule("attention", "(to_)?kv_proj/weight", ("(2o)i",), shapes.fused(2, -2)),
+    NameRule(
+        "attention",
+        "(to_)?kv_proj/(kernel|w)",
+        (UNDECIDED, "i(2o)"),
+        lambda s: len(s) == 2,
+        not_in="compress",
+    ),
+    NameRule(
+        "attention", "(to_)?kv_proj/weight", (UNDECIDED, "(2o)i"), lambda s: len(s) == 2, not_in="compress"
+    ),
     NameRule("attention", "_?uvqk", ("i(4o)",), shapes.fused(4)),
     # (model, heads, 3, size)
     NameRule(

@@ -3,17 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import optax
 
 from optimorph._core.checks import LeafError
 from optimorph._core.differences import checked_state
-from optimorph._core.numbers import is_trainable
-from optimorph._core.paths import by_path, leaf_paths
+from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import aligned
-from optimorph._core.types import PyTree, Rules, Shape
+from optimorph._core.types import Rules
 from optimorph._core.wrapped import wrapped
-from optimorph._routing.rules import NO_MATCH, among, labelled, lookup, warn_unused
+from optimorph._routing.rules import NO_MATCH, among, labelled, lookup, trained_shapes, warn_unused
 
 
 def partition(
@@ -61,17 +59,12 @@ def partition(
         updates = tree.unflatten(gs)
         params = None if params is None else tree.unflatten(ws)
         leaves = updates if params is None else params  # params have shapes where gradients are missing
-        with among(_trained(leaves)):
+        with among(trained_shapes(leaves)):
             return split(leaves).update(updates, state, params, **extra)
 
     def init(params):
         warn_unused("partition", "rules", rules, leaf_paths(params))
-        with among(_trained(params)):
+        with among(trained_shapes(params)):
             return split(params).init(params)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _trained(tree: PyTree) -> dict[str, Shape]:
-    """The shapes of the leaves that train, by path."""
-    return {path: np.shape(x) for path, x in by_path(tree).items() if is_trainable(x)}

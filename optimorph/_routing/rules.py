@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from optimorph._core.checks import LeafError, call_fault, not_an_array
-from optimorph._core.numbers import is_array
+from optimorph._core.numbers import is_array, is_trainable
 from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves, Transform, handed, handed_down
 from optimorph._core.types import Mask, PyTree, Rules, Shape
@@ -40,6 +40,11 @@ class AllLeaves(dict[str, Shape]):
     def __hash__(self) -> int:  # type: ignore[override]
         """That of this object."""
         return id(self)
+
+
+def trained_shapes(tree: PyTree) -> dict[str, Shape]:
+    """The shapes of the leaves that train, by path."""
+    return {path: np.shape(x) for path, x in by_path(tree).items() if is_trainable(x)}
 
 
 def among(leaves: Mapping[str, Shape]) -> contextlib.AbstractContextManager[None]:
@@ -181,7 +186,8 @@ def labelled(who: str, match: Callable[[str, Shape], Any], tree: PyTree) -> PyTr
             return None
         return value
 
-    found = map_paths(label, tree)
+    with among(trained_shapes(tree)):
+        found = map_paths(label, tree)
     if faults:
         raise ValueError("\n".join(format_groups(faults, leaf_paths(tree))))
     return found
