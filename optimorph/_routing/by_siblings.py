@@ -9,7 +9,7 @@ from optimorph._core.types import Shape
 from optimorph._routing.layer_widths import heads_that_feed
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
 from optimorph._routing.name_rules import UNDECIDED
-from optimorph._routing.names import by_name, offers, with_layers, without_layers
+from optimorph._routing.names import by_name, offers, sides, with_layers, without_layers
 from optimorph._routing.shape_conditions import few_channels
 from optimorph._routing.siblings import (
     arrays_beside_modules,
@@ -86,7 +86,7 @@ class _Tree:
         experts = {n for _, shape in self.routers for n in shape[-1:]}
         self.widths = {shape[0] for shape in norms if len(shape) == 1} - experts
         heads = [path for path in of_role.get(HEAD, ()) if self.shapes[path]]
-        outputs = {self.shapes[path][0 if path.endswith("weight") else -1] for path in heads}
+        outputs = {sides(path, self.shapes[path])[1] for path in heads}
         self.vocabulary = {n for n in outputs if n >= 1 << 12}
         self.arrays = {*arrays_beside_modules([*self.shapes])}
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}

@@ -13,11 +13,11 @@ from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND, SLOW
 from optimorph._core.rule import handed
 from optimorph._core.types import PyTree, Shape
-from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE, LeafSpec
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE
 from optimorph._routing.name_rules import RULES, UNDECIDED
 from optimorph._routing.names import by_name
-from optimorph._routing.resolve import resolve_leaves, resolve_trained
-from optimorph._routing.rules import AllLeaves
+from optimorph._routing.resolve import resolve_leaves
+from optimorph._routing.rules import AllLeaves, trained_shapes
 
 INTEGER = "integer"
 
@@ -145,7 +145,5 @@ def _roles_among(leaves: AllLeaves) -> dict[str, str]:
 
 def _roles_in(params: PyTree) -> dict[str, str]:
     """Path → role, of all leaves."""
-    paths, leaves = leaf_paths(params), jax.tree.leaves(params)
-    resolve = resolve_leaves("roles", None, find_output=True)
-    specs = resolve_trained(resolve, paths, leaves, LeafSpec(None, INTEGER))
-    return {path: spec.role for path, spec in zip(paths, specs, strict=True)}
+    found = _roles_among(AllLeaves(trained_shapes(params)))
+    return {path: found.get(path, INTEGER) for path in leaf_paths(params)}

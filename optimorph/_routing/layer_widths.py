@@ -8,6 +8,7 @@ from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of
 from optimorph._routing.name_rules import BLOCK, WEIGHT
+from optimorph._routing.names import sides
 from optimorph.linalg import Axes
 
 _ANY_LAYER = re.compile(
@@ -61,7 +62,8 @@ def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int
     if spec.axes is None and spec.role == "embedding" and len(shape) > 1:
         return {shape[-1]}, {shape[-1]}
     if spec.axes is None and len(shape) == 2 and (spec.role in (DISTRIBUTION, HEAD) or has_no_name(path)):
-        return ({shape[1]}, {shape[0]}) if path.endswith("weight") else ({shape[0]}, {shape[1]})
+        inputs, outputs = sides(path, shape)
+        return {inputs}, {outputs}
     if spec.axes is None and len(shape) > 1 and spec.role != "bias" and (spec.role != "vector" or 1 in shape):
         return {*shape}, {*shape}
     if spec.axes is None:
@@ -91,7 +93,7 @@ def ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence
 
     for group in group_by(layers, kind):
         *others, last = sorted(group, key=lambda k: numbers_in(paths[k]))
-        out = shapes[last][0 if paths[last].endswith("weight") else -1]
+        _, out = sides(paths[last], shapes[last])
         if others and all(out not in shapes[k] for k in others):
             yield last
 
@@ -105,18 +107,18 @@ def heads_that_feed(
     in observations that are as many as the actions. The bool is whether the layer with the next number does.
     """
 
-    def sides(k: int) -> Shape:
-        return shapes[k][::-1] if paths[k].endswith("weight") else shapes[k]
+    def of(k: int) -> tuple[int, int]:
+        return sides(paths[k], shapes[k])
 
     layers = [k for k, path in enumerate(paths) if len(shapes[k]) == 2 and has_no_name(path)]
     for chain in group_by(layers, lambda k: without_numbers(paths[k])):
         chain.sort(key=lambda k: numbers_in(paths[k]))
         for k, after in zip(chain, [*chain[1:], None], strict=True):
-            width = sides(k)[1]
-            if k in heads and width > 1 and sides(chain[0])[0] != width:
-                if after is not None and sides(after)[0] == width:
+            width = of(k)[1]
+            if k in heads and width > 1 and of(chain[0])[0] != width:
+                if after is not None and of(after)[0] == width:
                     yield k, True
-                elif any(sides(j)[0] == width for j in layers if j not in chain):
+                elif any(of(j)[0] == width for j in layers if j not in chain):
                     yield k, False
 
 

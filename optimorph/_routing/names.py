@@ -35,6 +35,11 @@ def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, st
     return role, with_layers(spec, layers)
 
 
+def sides(path: str, shape: Shape) -> tuple[int, int]:
+    """A layer's numbers of inputs and outputs, by the name of its leaf: a `weight` has outputs first."""
+    return (shape[:2][-1], shape[0]) if path.endswith("weight") else (shape[-2:][0], shape[-1])
+
+
 def offers(path: str, shape: Shape, layers: int | None = None) -> tuple[list[str | None], str]:
     """What the rule that leaves a leaf `UNDECIDED` takes for likely, and its layout."""
     rule = _deciding(_normal(path, layers), without_layers(shape, layers))

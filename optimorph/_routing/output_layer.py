@@ -21,7 +21,7 @@ from optimorph._routing.layer_widths import (
 )
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of, unresolved
 from optimorph._routing.name_rules import WEIGHT
-from optimorph._routing.names import by_name
+from optimorph._routing.names import by_name, sides
 from optimorph.linalg import Axes
 
 _PARTS = ("vector", "norm", "bias")
@@ -74,7 +74,7 @@ def with_output_layer(
     ruled = [k for k, spec in enumerate(specs) if nameless[k] and spec.role.startswith("rule")]
     heads += [k for k in ruled if specs[k].axes is None and len(shapes[k]) > 1]
     vectors = [k for k, spec in enumerate(specs) if spec.role == "vector" and len(shapes[k]) > 1]
-    heads += [k for k in vectors if nameless[k] and shapes[k][0 if paths[k].endswith("weight") else -1] == 1]
+    heads += [k for k in vectors if nameless[k] and sides(paths[k], shapes[k])[1] == 1]
     confirmed = any(
         spec.role.startswith("rule") and spec.axes is None and _may_be_head(path, shape)
         for path, shape, spec in zip(paths, shapes, specs, strict=True)

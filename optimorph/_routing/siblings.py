@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
 from optimorph._routing.name_rules import WEIGHT
-from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name
+from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name, sides
 
 _Counts = set[tuple[int, int]]
 """(position, size) of the axes that all leaves of a module share, of the first two."""
@@ -212,8 +212,8 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
     """
 
     def feeds(k: int, other: int) -> bool:
-        out, taken = (0, 1) if paths[k].endswith("weight") else (-1, -2)
-        return min(len(shapes[k]), len(shapes[other])) > 1 and shapes[k][out] == shapes[other][taken]
+        matrices = min(len(shapes[k]), len(shapes[other])) > 1
+        return matrices and sides(paths[k], shapes[k])[1] == sides(paths[other], shapes[other])[0]
 
     for chain in group_by(heads, lambda k: without_numbers(paths[k])):
         chain.sort(key=lambda k: numbers_in(paths[k]))
@@ -236,9 +236,9 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
     square = [k for k in heads if len(shapes[k]) == 2 and feeds(k, k)]
     yield from (k for k in square if (_grandparent(paths[k]), shapes[k][:1]) in norms)
     dense = [k for k, shape in enumerate(shapes) if len(shape) == 2 and shape[0] > 16]
-    taken = {shapes[k][1 if paths[k].endswith("weight") else 0] for k in dense}
+    taken = {sides(paths[k], shapes[k])[0] for k in dense}
     windows = [k for k in heads if len(shapes[k]) > 3]
-    yield from (k for k in windows if shapes[k][0 if paths[k].endswith("weight") else -1] in taken)
+    yield from (k for k in windows if sides(paths[k], shapes[k])[1] in taken)
 
 
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
@@ -275,11 +275,9 @@ def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) ->
     counts = {
         (name, shapes[path][0]) for path in experts if len(shapes[path]) == 3 for name in _parents(path)
     }
-    for path, shape in shapes.items():
-        if len(shape) == 2 and _GATE.search(path):
-            outputs = shape[0 if path.endswith("weight") else 1]
-            if (_grandparent(path.replace(".", "/")), outputs) in counts:
-                yield path
+    for path in [path for path, shape in shapes.items() if len(shape) == 2 and _GATE.search(path)]:
+        if (_grandparent(path.replace(".", "/")), sides(path, shapes[path])[1]) in counts:
+            yield path
 
 
 def low_rank_spec(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> str | None:
