@@ -9,7 +9,7 @@ from optimorph._core.types import Shape
 from optimorph._routing.layer_widths import heads_that_feed
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
 from optimorph._routing.name_rules import UNDECIDED
-from optimorph._routing.names import by_name, offers, sides, with_layers, without_layers
+from optimorph._routing.names import by_name, offers, outputs_first, sides, with_layers, without_layers
 from optimorph._routing.shape_conditions import few_channels
 from optimorph._routing.siblings import (
     arrays_beside_modules,
@@ -49,10 +49,13 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     ]
     named = [by_name(leaf.path, leaf.shape, leaf.layers) for leaf in leaves]
     for k in hidden_of_heads(paths, shapes, [k for k, (role, _) in enumerate(named) if role == HEAD]):
-        named[k] = by_name("/".join(re.split("[./]", paths[k])[-2:]), shapes[k], layers[k])
+        *_, module, name = ["", *re.split("[./]", paths[k])]
+        named[k] = by_name(f"{module}/{name}", shapes[k], layers[k])
+        if named[k][0] == HEAD:  # also without the names of modules around it
+            named[k] = by_name(f"{'conv' if len(shapes[k]) > 3 else 'linear'}/{name}", shapes[k], layers[k])
     heads = {k for k, (role, spec) in enumerate(named) if (role, spec) == (HEAD, None)}
     for k, certain in heads_that_feed(paths, shapes, heads):
-        named[k] = "dense", ("oi" if paths[k].endswith("weight") else "io") if certain else UNDECIDED
+        named[k] = "dense", ("oi" if outputs_first(paths[k]) else "io") if certain else UNDECIDED
     tree = _Tree(leaves, named)
     return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
 
@@ -144,6 +147,8 @@ class _Tree:
         if f"{leaf.path}_bias" in self.shapes:  # gpt-oss, whose gate and input alternate
             return [answer for answer in found.answers if answer is not None and "~" in answer]
         if not found.answers or len(leaf.single) < 3:
+            return []
+        if outputs_first(leaf.path) and leaf.single[-1] <= 9:  # a convolution
             return []
         if found.answers[0] in [None, *offers(leaf.path, leaf.shape, leaf.layers)[0]]:
             return []

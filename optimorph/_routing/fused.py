@@ -9,6 +9,7 @@ from optimorph._routing.grouping import without_numbers
 from optimorph._routing.layer_widths import is_inside, layer_name, number_of, sides_of
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
 from optimorph._routing.name_rules import WEIGHT
+from optimorph._routing.names import outputs_first
 
 _PARTS = range(2, 9)
 
@@ -91,7 +92,7 @@ def with_fused_layers(
     for k, spec in enumerate(specs):
         asked = spec.unresolved and not spec.layout and len(shapes[k]) == 2
         if asked and (of := _QKV.search(paths[k].lower())):
-            outputs = 0 if paths[k].endswith("weight") else 1
+            outputs = 0 if outputs_first(paths[k]) else 1
             widths = {n for j in inside.get(paths[k][: of.start()].rstrip("/."), ()) for n in sides[j][0]}
             if blocks := _attention_and_perceptron(shapes[k][outputs], widths, {0}):
                 first = f"i({blocks})" if outputs else f"({blocks})i"

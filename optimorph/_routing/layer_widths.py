@@ -18,7 +18,9 @@ _ANY_LAYER = re.compile(
 )
 """A name that does not say what a layer is for."""
 
-_IN_BLOCK = re.compile(r"(block|layer|stage|expert|(^|/)h)s?[_/]?\d+/|attn|attention", re.IGNORECASE)
+_IN_BLOCK = re.compile(
+    r"(block|layer|stage|expert|(^|/)h)s?(_[a-z]+)?[_/]?\d+/|attn|attention", re.IGNORECASE
+)
 
 _INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt"))
 """Parts of names of layers and modules that are no output layers, whatever their widths."""
@@ -84,7 +86,9 @@ def channels(axes: Axes | None) -> tuple[int, int] | None:
     return (o - 1 if first_in else o + 1), o
 
 
-def ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape]) -> Iterator[int]:
+def ends_of_stacks(
+    layers: Sequence[int], paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]
+) -> Iterator[int]:
     """The last of layers in modules that differ only in numbers, if no other has a side like its outputs."""
 
     def kind(k: int) -> tuple[Any, str]:
@@ -93,7 +97,7 @@ def ends_of_stacks(layers: Sequence[int], paths: Sequence[str], shapes: Sequence
 
     for group in group_by(layers, kind):
         *others, last = sorted(group, key=lambda k: numbers_in(paths[k]))
-        _, out = sides(paths[last], shapes[last])
+        out = max(sides_of(paths[last], shapes[last], specs[last])[1])
         if others and all(out not in shapes[k] for k in others):
             yield last
 

@@ -69,6 +69,8 @@ def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str |
     meanings = _WEIGHTS if outputs_first else _KERNELS
     window = shape[2:] if outputs_first else shape[:-2]
     found = [spec for spec in meanings if _fits(spec, shape)]
+    if outputs_first and len(shape) == 3 and shape[2] <= 9 < min(shape[1], 8 * shape[0]):
+        found.sort(key=lambda spec: spec != "oii")
     if len(window) > 1 and (max(window) > 32 or (len({*window} - {1}) > 1 and not window_named)):
         found = sorted(found, key=lambda spec: spec.count("i") - spec.count("b") > 2)
     if not found and len(shape) > 1:

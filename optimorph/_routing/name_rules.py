@@ -57,9 +57,11 @@ _NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?",
 WEIGHT = "(kernel|weight|w)"
 _KERNEL = r"(kernel|w\d*)"
 _UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
+_UPWARD = r"(\w+_)?up(sampl|scal|conv|_?\d)?\w*/(\d+/)?([^/]+/)?weight"
 _CONV = r"\w*conv\w*/"
 _IN_CONV = _CONV + "[^/]+/"
 _ANY_CONV = _CONV + "([^/]+/)?" + _KERNEL
+_TRANSPOSED_WEIGHT = r"\w*(conv_?tr(ansposed?)?|transp\w*|deconv\w*)(_?\d+)?/([^/]+/)?weight"
 _TRANSPOSED = r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
 _IN_ATTENTION = r"\w*(attn|(?<!fl)atten|mha|msa)\w*/(.*/)?"
@@ -139,7 +141,7 @@ RULES = (
         rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*|mapping))(/{WEIGHT})?|"
         rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|(\w+_)?out_(layer|dense)|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{WEIGHT})?|"
         r"\w*classification(/\w*kernel|/w(eight)?)?",
-        not_in=BLOCK,
+        not_in=BLOCK + "|tokenizer",
     ),
     NameRule("head", rf"(hidden|outputs?)_?(0|to)_?(tags?|labels?|class\w*|vocab\w*)/{WEIGHT}"),
     NameRule("head", rf"seg(mentation)?_(layers?|outputs?)(/0)?/{WEIGHT}"),
@@ -153,6 +155,8 @@ RULES = (
     NameRule("head", rf"({_ROOT}(policy|advantage)|{_OF_POLICY}_decoder)/{WEIGHT}"),
     NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{WEIGHT}", not_in=BLOCK),
     NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{WEIGHT}"),
+    NameRule("head", rf"\w*to_?(rgb|img|image)\w*/([^/]+/)?{WEIGHT}", when=shapes.few_channels),
+    NameRule("head", r"\w*to_?(rgb|img|image)\w*/([^/]+/)?weight", when=shapes.flipped(shapes.few_channels)),
     NameRule("head", _ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
     NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS + "|attn|atten"),
     NameRule(
@@ -164,7 +168,7 @@ RULES = (
     NameRule(
         "embedding",
         rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)",
-        not_in=_ATTENTION + "|proj|mlp|dense|emb_layers",
+        not_in=_ATTENTION + "|proj|mlp|dense|emb_layers|embedder(_\\d+)?/linear",
     ),
     NameRule("embedding", r"x_embedder/.*|w_e|w_pos"),
     NameRule("embedding", "kernel", when=shapes.is_patches),
@@ -202,6 +206,9 @@ RULES = (
         shapes.convolution,
     ),
     _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.convolution),
+    # transposed convolutions of PyTorch
+    _convolution_rule(_TRANSPOSED_WEIGHT, ("ioi", "ioii", "ioiii"), lambda s: shapes.is_window(s[2:], 32)),
+    _convolution_rule(_UPWARD, ("ioii", "ioiii"), shapes.even_window),
     _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.convolution)),
     _convolution_rule(_IN_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.maybe_convolution, _ATTENTION),
     _convolution_rule(
@@ -375,6 +382,7 @@ RULES = (
     NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
     NameRule("dense", "(pre|post|res)_alpha", ("io",)),  # of hyper-connections
     NameRule("dense", r"w[a-z]{1,3}(_\w+)?", (UNDECIDED, "io")),
+    NameRule("dense", "weights", (UNDECIDED, "io"), lambda s: len(s) == 2 and s[0] <= 8 * s[1]),
     NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

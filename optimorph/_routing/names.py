@@ -1,10 +1,12 @@
 """What a leaf is by default: the first of `name_rules.RULES` that matches its path and shape."""
 
 import re
+from collections.abc import Sequence
 from functools import cache, lru_cache
 
 from optimorph._core.types import Shape
 from optimorph._routing.name_rules import RULES, UNDECIDED, NameRule
+from optimorph._routing.shape_conditions import is_window
 from optimorph.linalg import Axes
 
 STACK = re.compile(r"(^|/)(scan(ned)?(_\w+)?|\w*Scan[A-Z]\w*|Vmap[A-Z]\w*|stacked|\w*layer_stack\w*)/")
@@ -17,6 +19,9 @@ _ANY_STACK = re.compile(r"(^|/)(\w+_)?(layers|blocks|stages)/(?!\d|blocks/)", re
 
 UNSTACKED = -1
 """The axis of layers of a leaf that has none."""
+
+_OF_LINEN = re.compile(r"(^|/)(?!\w*(Norm|Embed))[A-Z][A-Za-z0-9]*_\d+/weight$")
+"""A `weight` of a module that Flax numbers: unlike those of PyTorch and Equinox it has inputs first."""
 
 _MATRIX_NAME = re.compile(r"(^|/)(kernel|w|[wW]_?h?h)$")  # of two axes a matrix, no stack of vectors
 
@@ -35,16 +40,26 @@ def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, st
     return role, with_layers(spec, layers)
 
 
+def outputs_first(path: str) -> bool:
+    """Whether the axis of outputs is the first, by the name of a leaf: that of a `weight`."""
+    return path.endswith("weight") and not _OF_LINEN.search(path.replace(".", "/"))
+
+
 def sides(path: str, shape: Shape) -> tuple[int, int]:
-    """A layer's numbers of inputs and outputs, by the name of its leaf: a `weight` has outputs first."""
-    return (shape[:2][-1], shape[0]) if path.endswith("weight") else (shape[-2:][0], shape[-1])
+    """A layer's numbers of inputs and outputs, by the name of its leaf."""
+    return (shape[:2][-1], shape[0]) if outputs_first(path) else (shape[-2:][0], shape[-1])
 
 
 def offers(path: str, shape: Shape, layers: int | None = None) -> tuple[list[str | None], str]:
     """What the rule that leaves a leaf `UNDECIDED` takes for likely, and its layout."""
-    rule = _deciding(_normal(path, layers), without_layers(shape, layers))
-    specs = rule.specs[1:] if rule.specs[:1] == (UNDECIDED,) else ()
-    heads = max(min(without_layers(shape, layers)) // 64, 1)  # most models' heads have 64 numbers
+    single = without_layers(shape, layers)
+    rule = _deciding(_normal(path, layers), single)
+    specs: Sequence[str | None] = ()
+    if rule.specs[:1] == (UNDECIDED,):
+        specs = rule.specs[1:]
+    elif rule.role == "attention" and len(single) == 4 and not is_window(single[:2], 3):
+        specs = [f"b{spec}" for spec in rule.specs if spec and len(spec) == 3]
+    heads = max(min(single) // 64, 1)  # most models' heads have 64 numbers
     return [with_layers(spec and spec.replace("HEADS", str(heads)), layers) for spec in specs], (
         rule.layout.replace("HEADS", str(heads))
     )
@@ -73,6 +88,7 @@ def _normal(path: str, layers: int | None) -> str:
     """A path as rules see it: where siblings tell of layers, their names do not."""
     path = re.sub(r"\d+", "0", path.replace(".", "/").replace("/~/", "/"))  # Haiku's ~ is no module
     path = re.sub(r"/weight(/(weight|args|value))*(/0)+$", "/weight", path)  # a weight in a wrapper
+    path = re.sub(r"weight$", "kernel", path) if _OF_LINEN.search(path) else path
     return path if layers is None else _ANY_STACK.sub(r"\g<0>0/", STACK.sub(r"\1blocks/0/", path))
 
 

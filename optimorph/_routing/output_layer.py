@@ -65,7 +65,7 @@ def with_output_layer(
         if not (_is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
     ]
     unnamed = [k for k in single if nameless[k]]
-    stack_ends = {*ends_of_stacks([k for k in single if not nameless[k]], paths, shapes)}
+    stack_ends = {*ends_of_stacks([k for k in single if not nameless[k]], paths, shapes, specs)}
     others = [k for k in single if not nameless[k] and (not is_inside(paths[k]) or k in stack_ends)]
     heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
     if not unnamed and not others:

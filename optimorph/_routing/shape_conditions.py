@@ -26,6 +26,11 @@ def maybe_convolution(shape: Shape) -> bool:
     return len(shape) != 3 and is_window(shape[:-2], 7 if 1 in shape[:-2] else 15)
 
 
+def even_window(shape: Shape) -> bool:
+    """(in, out, *window) of an even window, such as that of a transposed convolution of stride 2."""
+    return len(shape) > 3 and is_window(shape[2:], 8) and all(side % 2 == 0 for side in shape[2:])
+
+
 def is_patches(shape: Shape) -> bool:
     """(height, width, channels, out) of large windows of an image."""
     return len(shape) == 4 and shape[2] <= 4 and 8 <= shape[0] == shape[1] <= 64

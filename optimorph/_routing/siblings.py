@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
 from optimorph._routing.name_rules import WEIGHT
-from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name, sides
+from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name, outputs_first, sides
 
 _Counts = set[tuple[int, int]]
 """(position, size) of the axes that all leaves of a module share, of the first two."""
@@ -138,7 +138,7 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
         stacked = own == (*shape[:1], *shape[-1:]) or (len(bias) > 1 and bias[0] == shape[0])
         if not bias or others < 1 or stacked:
             continue
-        usual = 0 if path.endswith("weight") else others
+        usual = 0 if outputs_first(path) else others
         places = [k for k in range(others + 1) if shape[k : k + len(bias)] == bias]
         if usual in places or len(places) == 1:
             k = usual if usual in places else places[0]
@@ -253,16 +253,16 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
     """
     if len(shape) not in (2, 3) or _SEVERAL.search(path):
         return None
-    outputs_first = path.endswith("weight")
+    first = outputs_first(path)
     name = re.sub(rf"/{WEIGHT}$", "", path)
     down = _DOWN.search(name.rpartition("/")[2]) is not None
-    width = shape[2 if down != outputs_first else 1] if len(shape) == 3 else shape[1]
+    width = shape[2 if down != first else 1] if len(shape) == 3 else shape[1]
     near = [router for other, router in routers if len(router) == 2 and _is_beside(path, other)]
     beside = {sum(router) - width for router in near if width in router}
     if len(shape) == 2:
         rows = [n for n in beside if n and shape[0] % n == 0 and shape[0] >= 16 * width]
         return ("({}i)o" if down else "({}o)i").format(rows[0]) if rows else None
-    return ("boi" if outputs_first else "bio") if shape[0] in beside else None
+    return ("boi" if first else "bio") if shape[0] in beside else None
 
 
 def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) -> Iterator[str]:
