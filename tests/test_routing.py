@@ -19,7 +19,7 @@ from flax.core import FrozenDict
 
 import optimorph as om
 from optimorph._core.paths import by_path, leaf_paths
-from optimorph._routing.name_rules import UNDECIDED
+from optimorph._routing.name_rule import UNDECIDED
 from optimorph._routing.names import by_name
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from optimorph._core.types import Shape
 from optimorph._routing.layer_widths import heads_that_feed
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
-from optimorph._routing.name_rules import UNDECIDED
+from optimorph._routing.name_rule import UNDECIDED
 from optimorph._routing.names import by_name, offers, outputs_first, sides, with_layers, without_layers
 from optimorph._routing.shape_conditions import few_channels
 from optimorph._routing.siblings import (
@@ -18,12 +18,15 @@ from optimorph._routing.siblings import (
     hidden_of_heads,
     layer_axes,
     low_rank_spec,
+    networks_called_heads,
     routers_of_experts,
     specs_by_bias,
     specs_by_chain,
     specs_by_pair,
 )
 
+_OUTPUTS = re.compile(r"(^|[/_])(out|output|o|post)(_proj(ection)?|_dense)?/[^/]+$")
+_QUERY = re.compile(r"(^|[/_])(q|k|v|query|key|value)(_proj(ection)?)?/[^/]+$")
 _PERCEPTRON = re.compile(r"expert|moe|mlp|ff[nw]?(?![a-z])")
 
 
@@ -48,13 +51,19 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
         for path, shape, k in zip(paths, shapes, layers, strict=True)
     ]
     named = [by_name(leaf.path, leaf.shape, leaf.layers) for leaf in leaves]
-    for k in hidden_of_heads(paths, shapes, [k for k, (role, _) in enumerate(named) if role == HEAD]):
-        *_, module, name = ["", *re.split("[./]", paths[k])]
-        named[k] = by_name(f"{module}/{name}", shapes[k], layers[k])
+    last_names = ["/".join(re.split("[./]", path)[-2:]) for path in paths]
+
+    def heads() -> list[int]:
+        return [k for k, (role, _) in enumerate(named) if role == HEAD]
+
+    for k in networks_called_heads(paths, heads()):
+        named[k] = by_name(last_names[k], shapes[k], layers[k])
+    for k in hidden_of_heads(paths, shapes, heads()):
+        named[k] = by_name(last_names[k], shapes[k], layers[k])
         if named[k][0] == HEAD:  # also without the names of modules around it
-            named[k] = by_name(f"{'conv' if len(shapes[k]) > 3 else 'linear'}/{name}", shapes[k], layers[k])
-    heads = {k for k, (role, spec) in enumerate(named) if (role, spec) == (HEAD, None)}
-    for k, certain in heads_that_feed(paths, shapes, heads):
+            name = "conv" if len(shapes[k]) > 3 else "linear"
+            named[k] = by_name(f"{name}/{last_names[k].rpartition('/')[2]}", shapes[k], layers[k])
+    for k, certain in heads_that_feed(paths, shapes, {k for k in heads() if named[k][1] is None}):
         named[k] = "dense", ("oi" if outputs_first(paths[k]) else "io") if certain else UNDECIDED
     tree = _Tree(leaves, named)
     return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
@@ -155,9 +164,13 @@ class _Tree:
         first, *rest = [size in self.widths for size in leaf.single]
         if first and not any(rest[:-1]):
             few = len(rest) == 2 and 1 < leaf.single[1] < 4  # a gate and its input, or query, key and value
-            return [leaf.stacked("ibo" if few else "i" + "o" * len(rest))]
-        of_heads = leaf.layers is not None and not _PERCEPTRON.search(leaf.path.lower())
-        return [leaf.stacked("iio")] if [first, *rest] == [False, False, True] and of_heads else []
+            side, other = "oi" if _OUTPUTS.search(leaf.path.lower()) else "io"
+            return [leaf.stacked("ibo" if few else side + other * len(rest))]
+        if [first, *rest] == [False, False, True] and not _PERCEPTRON.search(leaf.path.lower()):
+            of_heads = "ooi" if _QUERY.search(leaf.path.lower()) else "iio"
+            certain = leaf.layers is not None or _OUTPUTS.search(leaf.path.lower())
+            return [leaf.stacked(of_heads)] if certain else []
+        return []
 
 
 def _with_outputs(spec: str, told: str) -> str:

@@ -14,7 +14,8 @@ from optimorph._core.roles import FIRST, SECOND, SLOW
 from optimorph._core.rule import handed
 from optimorph._core.types import PyTree, Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE
-from optimorph._routing.name_rules import RULES, UNDECIDED
+from optimorph._routing.name_rule import UNDECIDED
+from optimorph._routing.name_rules import RULES
 from optimorph._routing.names import by_name
 from optimorph._routing.resolve import resolve_leaves
 from optimorph._routing.rules import AllLeaves, trained_shapes

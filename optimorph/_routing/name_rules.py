@@ -1,38 +1,10 @@
 """The default rules: the parameter names of Flax, Equinox, Haiku, MaxText and Levanter."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from optimorph._core.types import Shape
 from optimorph._routing import shape_conditions as shapes
-
-UNDECIDED = "?"
-"""The spec of a leaf whose name and shape allow several specs or none."""
-
-
-class NameRule(NamedTuple):
-    """A rule for leaves of one role.
-
-    Args:
-      role: the role that `plan` shows.
-      pattern: a regular expression for the last names of the lower-case path, in which every number is 0.
-      specs: the possible specs, one for each number of axes; empty if the leaf is not a matrix. After
-        `UNDECIDED` they are answers that a question offers.
-      when: a condition on the shape; if it is false, the rule does not match.
-      shape_ok: a condition on the shape without batch axes; if it is false, the spec does not fit.
-      batch_axes: whether `specs` include the batch axes; otherwise these are put in front.
-      not_in: a regular expression; if the path contains a match, the rule does not match.
-      layout: of `layouts`, what decides leaves that the rule leaves `UNDECIDED`.
-    """
-
-    role: str
-    pattern: str
-    specs: tuple[str | None, ...] = ()
-    when: Callable[[Shape], bool] = lambda shape: True
-    shape_ok: Callable[[Shape], bool] = lambda shape: True
-    batch_axes: bool = False
-    not_in: str = "(?!)"
-    layout: str = ""
+from optimorph._routing.name_rule import UNDECIDED, NameRule
 
 
 def _convolution_rule(
@@ -88,12 +60,13 @@ _LAYER = "(mlp|ffn?|attn|attention)"
 _GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
 _GATED = r"(\w+_)?gru(_?(linear|layer|dense|cell))?(_?\d+)?"
 _OF_TORCH = r"(_l0(_reverse)?)?"  # the number of a layer, and the direction
+_OF_NORM = r"\w*norm(_?\d+)?/(lin|linear|proj|dense|fc)(_\d+)?"
 _QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 _ROOT = "^((params|model)/)*"
 _GENERIC = _ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
 # the projection of an embedding is not an embedding
 _NOT_A_LAYER = (
-    r"(?!\w*(proj|project|projection|mapping\w*|emb_layers|dense|linear|fc|mlp|ffn?|attn|attention)"
+    r"(?!\w*(proj|project|projection|mapping\w*|emb_layers|dense|linear|fc|mlp|ffn?|attn|attention|transform)"
     r"(_?\d+)?(/|$))"
 )
 _EMBEDDING = (
@@ -130,11 +103,13 @@ RULES = (
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
     NameRule("norm", rf"\w*norm_{_LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
     NameRule("vector", rf"{WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
+    NameRule("dense", r"\w*unembed\w*(/\w*)?", ("io",), lambda s: len(s) == 2 and s[0] == s[1]),
+    NameRule("head", rf"\w*output_proj(ection)?\w*/(output|residual)_layer/{WEIGHT}"),
     NameRule(
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
-        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/",
+        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/|layer_stack",
     ),
     NameRule(
         "head",
@@ -160,6 +135,13 @@ RULES = (
     NameRule("head", _ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
     NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS + "|attn|atten"),
     NameRule(
+        "dense",
+        _NOT_A_LAYER + _EMBEDDING + "/(kernel|w|weights)",
+        (UNDECIDED, "io"),
+        when=lambda s: len(s) == 2 and s[0] == s[1],
+        not_in=_IN_ATTENTION + r"[^/]+/(kernel|w)$",
+    ),
+    NameRule(
         "embedding",
         _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_?embed\w*/.*|cls",
         not_in=_IN_ATTENTION + r"[^/]+/(kernel|w)$",  # a projection
@@ -170,7 +152,8 @@ RULES = (
         rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)",
         not_in=_ATTENTION + "|proj|mlp|dense|emb_layers|embedder(_\\d+)?/linear",
     ),
-    NameRule("embedding", r"x_embedder/.*|w_e|w_pos"),
+    NameRule("embedding", r"x_embedder/.*|w_e|w_pos|patch_?proj\w*/.*"),
+    NameRule("embedding", r"\w*emb\w*/(kernel|w|weights)", when=shapes.flipped(shapes.is_vocabulary)),
     NameRule("embedding", "kernel", when=shapes.is_patches),
     NameRule("embedding", r"\w*emb\w*/(.*/)?(kernel|w)", when=lambda s: len(s) == 4 and s[2] <= 4),
     NameRule("embedding", "weight", when=shapes.flipped(shapes.is_patches)),
@@ -278,6 +261,15 @@ RULES = (
     # GEGLU: a gate and its input side by side
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
     NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{WEIGHT}", (UNDECIDED, None)),
+    # shift, scale and gate of a normalization
+    *(
+        NameRule("dense", f"{_OF_NORM}/(kernel|w)", (UNDECIDED, f"i({n}o)"), shapes.fused(n), not_in="batch")
+        for n in (2, 3, 6)
+    ),
+    *(
+        NameRule("dense", f"{_OF_NORM}/weight", (UNDECIDED, f"({n}o)i"), shapes.fused(n, -2), not_in="batch")
+        for n in (2, 3, 6)
+    ),
     # GPT-NeoX and BLOOM order query, key and value head by head
     NameRule("attention", _NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), shapes.fused(3), layout=_NEOX),
     NameRule("attention", _NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), shapes.fused(3, -2), layout=_NEOX),
@@ -311,6 +303,7 @@ RULES = (
     NameRule("attention", "attention/(query|key|value)/weights", ("ioo", "iooo"), shape_ok=shapes.heads),
     NameRule("attention", "attention/output/weights", ("iio", "iiio")),
     NameRule("attention", _QUERY, (UNDECIDED, "ioo"), shapes.many_heads),
+    NameRule("attention", _QUERY, (UNDECIDED, "ooi"), shapes.only_heads_first),
     NameRule("attention", _QUERY, ("io", "ioo"), shape_ok=shapes.heads),
     NameRule(
         "attention",
@@ -383,6 +376,7 @@ RULES = (
     NameRule("dense", "(pre|post|res)_alpha", ("io",)),  # of hyper-connections
     NameRule("dense", r"w[a-z]{1,3}(_\w+)?", (UNDECIDED, "io")),
     NameRule("dense", "weights", (UNDECIDED, "io"), lambda s: len(s) == 2 and s[0] <= 8 * s[1]),
+    NameRule("dense", "weights", (UNDECIDED, "bio"), lambda s: len(s) == 3 and min(s) > 1),
     NameRule("unknown", ".*", (UNDECIDED, None)),
 )
 """The rules in order. The first that matches decides."""

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 
 from optimorph._core.types import Shape
-from optimorph._routing.name_rules import RULES, UNDECIDED, NameRule
+from optimorph._routing.name_rule import UNDECIDED, NameRule
+from optimorph._routing.name_rules import RULES
 from optimorph._routing.shape_conditions import is_window
 from optimorph.linalg import Axes
 
@@ -40,6 +41,11 @@ def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, st
     return role, with_layers(spec, layers)
 
 
+def unwrapped(path: str) -> str:
+    """The path without the name of the array in a named array, as Haliax has them."""
+    return re.sub(r"(?<=[^/.])[/.]array$", "", path)
+
+
 def outputs_first(path: str) -> bool:
     """Whether the axis of outputs is the first, by the name of a leaf: that of a `weight`."""
     return path.endswith("weight") and not _OF_LINEN.search(path.replace(".", "/"))
@@ -57,8 +63,10 @@ def offers(path: str, shape: Shape, layers: int | None = None) -> tuple[list[str
     specs: Sequence[str | None] = ()
     if rule.specs[:1] == (UNDECIDED,):
         specs = rule.specs[1:]
-    elif rule.role == "attention" and len(single) == 4 and not is_window(single[:2], 3):
-        specs = [f"b{spec}" for spec in rule.specs if spec and len(spec) == 3]
+    elif rule.role == "attention" and len(single) > 3 and not is_window(single[:2], 3):
+        _, spec = by_name(path, single[1:], layers and UNSTACKED)
+        found = offers(path, single[1:])[0] if spec == UNDECIDED else [spec]
+        specs = [spec and f"b{spec}" for spec in found]
     heads = max(min(single) // 64, 1)  # most models' heads have 64 numbers
     return [with_layers(spec and spec.replace("HEADS", str(heads)), layers) for spec in specs], (
         rule.layout.replace("HEADS", str(heads))
@@ -86,8 +94,8 @@ def with_layers(spec: str | None, layers: int | None) -> str | None:
 @lru_cache(maxsize=1 << 16)
 def _normal(path: str, layers: int | None) -> str:
     """A path as rules see it: where siblings tell of layers, their names do not."""
-    path = re.sub(r"\d+", "0", path.replace(".", "/").replace("/~/", "/"))  # Haiku's ~ is no module
-    path = re.sub(r"/weight(/(weight|args|value))*(/0)+$", "/weight", path)  # a weight in a wrapper
+    path = unwrapped(path).replace(".", "/").replace("/~/", "/")  # Haiku's ~ is no module
+    path = re.sub(r"/weight(/(weight|args|value))*(/0)+$", "/weight", re.sub(r"\d+", "0", path))  # wrapped
     path = re.sub(r"weight$", "kernel", path) if _OF_LINEN.search(path) else path
     return path if layers is None else _ANY_STACK.sub(r"\g<0>0/", STACK.sub(r"\1blocks/0/", path))
 

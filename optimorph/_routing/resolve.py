@@ -14,7 +14,7 @@ from optimorph._distributed.shardings import Match, whole_shapes
 from optimorph._routing.by_siblings import by_default, by_siblings
 from optimorph._routing.fused import with_fused_layers
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, unresolved
-from optimorph._routing.names import by_name
+from optimorph._routing.names import by_name, unwrapped
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
 from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern, warn_unused
@@ -50,12 +50,13 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
 
     def of_all(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
         ruled = [by_rule(path, shape) for path, shape in zip(paths, shapes, strict=True)]
-        default = by_siblings(paths, shapes) if None in ruled else []
+        names = [*map(unwrapped, paths)]
+        default = by_siblings(names, shapes) if None in ruled else []
         specs = [default[k] if spec is None else spec for k, spec in enumerate(ruled)]
         if not default:
             return specs
-        specs = with_output_layer(paths, shapes, specs) if find_output else specs
-        return with_fused_layers(paths, shapes, specs)
+        specs = with_output_layer(names, shapes, specs) if find_output else specs
+        return with_fused_layers(names, shapes, specs)
 
     return resolve
 

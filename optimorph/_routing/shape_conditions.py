@@ -67,6 +67,11 @@ def heads_first(shape: Shape) -> bool:
     return size <= 256 and size != model and heads * size <= 4 * model
 
 
+def only_heads_first(shape: Shape) -> bool:
+    """(heads, size, model), where the first axis is too short for the model."""
+    return len(shape) == 3 and not heads(shape) and heads_first(shape)
+
+
 def heads_last(shape: Shape) -> bool:
     """(model, heads, size) of as many numbers as the model has."""
     return len(shape) == 3 and shape[0] == shape[1] * shape[2]

@@ -203,6 +203,17 @@ _NORM = re.compile(r"/(\w*norm|ln)(_\w+)?/(weight|scale)$", re.IGNORECASE)
 """The end of the path of a norm's weight."""
 
 
+_NETWORK = re.compile(
+    r"^((.*/)?(\w+_)?heads?(_?\d+)?/)(.*/)?\w*(transformer|attention|attn|layer_stack)", re.IGNORECASE
+)
+
+
+def networks_called_heads(paths: Sequence[str], heads: Sequence[int]) -> Iterator[int]:
+    """The leaves of modules that are called heads and have attention in them."""
+    modules = {found[1] for path in paths if (found := _NETWORK.search(path))}
+    yield from (k for k in heads if any(map(paths[k].startswith, modules)))
+
+
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
     """The layers of a head before its last: those whose outputs another layer of the head takes in.
 
@@ -238,7 +249,10 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
     dense = [k for k, shape in enumerate(shapes) if len(shape) == 2 and shape[0] > 16]
     taken = {sides(paths[k], shapes[k])[0] for k in dense}
     windows = [k for k in heads if len(shapes[k]) > 3]
-    yield from (k for k in windows if sides(paths[k], shapes[k])[1] in taken)
+    for k in windows:
+        inputs, outputs = sides(paths[k], shapes[k])
+        if outputs in taken or outputs >= 4 * inputs > 64:
+            yield k
 
 
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
@@ -266,7 +280,7 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
 
 
 def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) -> Iterator[str]:
-    """The gates that have one output for each of the experts in their module.
+    """The gates that have one row or column for each of the experts in their module.
 
     Args:
       shapes: of all leaves, without an axis of layers.
@@ -276,7 +290,7 @@ def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) ->
         (name, shapes[path][0]) for path in experts if len(shapes[path]) == 3 for name in _parents(path)
     }
     for path in [path for path, shape in shapes.items() if len(shape) == 2 and _GATE.search(path)]:
-        if (_grandparent(path.replace(".", "/")), sides(path, shapes[path])[1]) in counts:
+        if any((_grandparent(path.replace(".", "/")), n) in counts for n in shapes[path]):
             yield path
 
 
