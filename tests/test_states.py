@@ -27,6 +27,7 @@ ENTRIES = [
     catalog.Entry("nu_dtype", lambda om: om.adamw(0.1, nu_dtype="bfloat16"), None),
     catalog.Entry("in_bfloat16-optax", lambda om: om.in_bfloat16(optax.scale_by_adam()), None),
 ]
+IN_FEWER_BITS = ("int8", "muon-int8", "nu_dtype", "in_bfloat16-optax")
 every = pytest.mark.parametrize("entry", ENTRIES, ids=[entry.id for entry in ENTRIES])
 FEW = (
     "adamw",
@@ -192,6 +193,21 @@ def test_flags(flags, entry):
         tx, params = entry.make(om), parameters(entry, jnp.bfloat16)
         for update in (tx.update, jax.jit(tx.update)):
             two_updates(tx, update, params)
+
+
+@pytest.mark.examples("adamw", "muon", "probe")
+@pytest.mark.parametrize(
+    "entry", [e for e in ENTRIES if e.id not in IN_FEWER_BITS], ids=lambda entry: entry.id
+)
+def test_without_programs(entry):
+    """Under `jax.disable_jit`, in which people look for faults, updates are those of the program."""
+    with jax.enable_x64(True):
+        tx, params = entry.make(om), parameters(entry, jnp.float64)
+        expected, _ = two_updates(tx, jax.jit(tx.update), params)
+        with jax.disable_jit():
+            updates, _ = two_updates(tx, tx.update, params)
+        for u, v in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(u, v, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.real], ids=lambda entry: entry.id)

@@ -66,8 +66,15 @@ target_p.multiple_results = True
 
 
 @functools.partial(jax.jit, static_argnames=("f", "about", "results", "x64", "told"))
-def _eagerly(*operands, **params):
+def _compiled(*operands, **params):
     return target_p.bind(*operands, **params)
+
+
+def _eagerly(*operands, f, about, **params):
+    """Under `jax.disable_jit` the program runs as it is written, for the devices that are here."""
+    if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+        return [*f(about, Target(jax.default_backend()), *operands)]
+    return _compiled(*operands, f=f, about=about, **params)
 
 
 def _shapes(*operands, results, **params):
