@@ -66,6 +66,47 @@ def test_dtypes_are_kept(name, dtype):
             assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
 
 
+@pytest.mark.parametrize(
+    "name", ["compress_state", "compress_state-elementwise", "in_float32", "multi_steps", *IN_FLOAT32]
+)
+def test_float8_runs_in_float32(name):
+    """From the start: JAX promotes no float8, so moments in it could not be added to gradients."""
+    params = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), PARAMS)
+    tx = (AROUND | IN_FLOAT32)[name](optax.adamw(0.1))
+    state = jax.eval_shape(tx.init, params)
+    updates, after = jax.eval_shape(tx.update, params, state, params)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float8_e4m3fn)}
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)
+
+
+@pytest.mark.parametrize("name", [*AROUND, *IN_FLOAT32])
+def test_parameters_that_are_python_numbers(name):
+    """They are updated as arrays are, also outside of programs."""
+    tx = (AROUND | IN_FLOAT32)[name](optax.lion(0.1, b1=0.5))
+    numbers = {"kernel": jnp.ones((2, 2)), "bias": 2.0}
+    arrays = jax.tree.map(jnp.asarray, numbers)
+    updates, _ = tx.update(arrays, tx.init(numbers), numbers)
+    expected, _ = tx.update(arrays, tx.init(arrays), arrays)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("dtype", [bool, jnp.uint8, jnp.int4, jnp.int32])
+def test_leaves_that_do_not_train_are_no_codes(dtype, elementwise):
+    """optax has moments of theirs, in their own dtypes."""
+    params = {"kernel": jnp.ones((64, 128)), "table": jnp.ones(3, dtype)}
+    gradients = params | {"table": None}
+    tx = om.compress_state(optax.sgd(0.1, 0.9), elementwise=elementwise)
+    updates, state = tx.update(gradients, tx.init(params), params)
+    assert updates["table"] is None
+    assert sorted(x.dtype.name for x in jax.tree.leaves(state.inner)) == sorted(
+        ["int8", jnp.dtype(dtype).name]
+    )
+    if not elementwise:
+        with pytest.raises(ValueError, match="compress_state: 'first/kernel' is stored in int8"):
+            om.compress_state(optax.sgd(0.1, 0.9), {"*": None}).update(gradients, state, params)
+
+
 @pytest.mark.parametrize("how", ["None", "float0"])
 @pytest.mark.parametrize(
     "make", [lambda: optax.sgd(0.1, 0.9), lambda: optax.rmsprop(0.1)], ids=["sgd", "rms"]

@@ -88,7 +88,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     wide = functools.partial(jax.tree.map, widened)
 
     def init(params):
-        return as_made(lambda params: tx.init(wide(params)), tx.init(params), params)
+        return tx.init(wide(params))
 
     def update(updates, state, params=None, **extra):
         out, state = extended.update(wide(updates), state, wide(params), **extra)
@@ -104,7 +104,7 @@ def _wider(gs: PyTree, params: PyTree) -> PyTree:
     """The types of gradients, with the dtypes of parameters that are wider."""
 
     def wider(g, w):
-        own = is_trainable(w) and w.dtype.itemsize > g.dtype.itemsize
+        own = hasattr(w, "dtype") and is_trainable(w) and w.dtype.itemsize > g.dtype.itemsize
         return jax.ShapeDtypeStruct(g.shape, w.dtype if own else g.dtype)
 
     return gs if jax.tree.structure(params) != jax.tree.structure(gs) else jax.tree.map(wider, gs, params)

@@ -30,7 +30,7 @@ from optimorph._core.numbers import (
     traced,
     upcast,
 )
-from optimorph._core.paths import distinct_paths, leaf_paths, map_paths
+from optimorph._core.paths import by_path, distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys
 from optimorph._core.rule import Rule, called, handed, rule_of, transform
@@ -254,12 +254,6 @@ def _of_trees(
 
     def update(updates, state, params=None, **extra):
         state = as_made(init, checked_state(who, state, CompressedState), params)
-        trained = [jnp.result_type(g) for g in jax.tree.leaves(updates) if is_trainable(g)]
-        for dtype in [dtype for dtype in trained if dtype.itemsize == 1]:
-            raise ValueError(
-                f"{who}: JAX does not promote gradients of {dtype} to the float32 of moments. Cast gradients "
-                "and parameters to float32, or type an optimizer of this library, which does so."
-            )
         if not elementwise:
             return whole(updates, state, params, extra)
         rule = one_leaf_rule(inner, state.inner, fields, extra)
@@ -282,10 +276,16 @@ def _of_trees(
         """All moments are decoded, updated and encoded again."""
         key, missing, moments = _key(state), _missing(updates), moments_of(state.inner, fields)
         before, after_codes, after_scales = [], [], []
+        untrained = {path for path, w in by_path(params).items() if not is_trainable(w)}
+
+        def held(kind, path, c, s):
+            stored = Encoded(c, s)
+            return (None, stored) if path in untrained else stored_by(who, codec_of, kind, path, stored)
+
         for (kind, codes), scales in zip(moments, state.scales, strict=True):
 
             def decode_leaf(path, c, s, kind=kind):
-                return decoded(*stored_by(who, codec_of, kind, path, Encoded(c, s)))
+                return decoded(*held(kind, path, c, s))
 
             before.append(map_paths(decode_leaf, codes, scales))
         out, after = inner.update(updates, with_moments(state.inner, before, fields), params, **extra)  # (1)
@@ -293,7 +293,7 @@ def _of_trees(
         for (kind, codes), scales, (_, moment) in zip(moments, state.scales, new, strict=True):
 
             def encode_leaf(path, c, s, x, kind=kind):
-                codec, before = stored_by(who, codec_of, kind, path, Encoded(c, s))
+                codec, before = held(kind, path, c, s)
                 own = leaf_key(key, named(kind, path))
                 return before if path in missing else encoded(codec, x, own, None, before)
 
