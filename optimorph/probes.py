@@ -33,6 +33,9 @@ from optimorph._distributed.shardings import undivided
 from optimorph._routing.resolve import resolve_leaves, resolved_axes
 from optimorph.linalg import Axes
 
+INFINITE = float(jnp.finfo(jnp.float32).max)
+"""What states have in the place of an infinite value, which `jax_debug_infs` would refuse."""
+
 
 class Leaf(NamedTuple):
     """What a metric sees of a leaf, before the step; None where there is none."""
@@ -68,7 +71,7 @@ def _rms(x: Any) -> jax.Array:
 
 def _ratio(leaf: Leaf) -> jax.Array:
     step, size = common(_rms(leaf.update), _rms(leaf.weight))
-    return jnp.where(step == 0, 0, step / size)
+    return jnp.where(step == 0, 0, jnp.where(size == 0, INFINITE, step / jnp.where(size == 0, 1, size)))
 
 
 def _cosine(leaf: Leaf) -> jax.Array:
@@ -229,7 +232,8 @@ def read(state: PyTree) -> dict[str, Any]:
 def _said(node: Any) -> dict[str, Any]:
     """What one state says for itself."""
     if isinstance(node, ProbeState):
-        values = np.where(node.measured, node.values, np.float32(np.nan))
+        values = np.where(np.asarray(node.values) == INFINITE, np.float32(np.inf), node.values)
+        values = np.where(node.measured, values, np.float32(np.nan))
         return dict(zip(_as_names(node.names), map(_plain, np.moveaxis(values, -1, 0)), strict=True))
     if hasattr(node, "hyperparams"):
         return {name: _plain(value) for name, value in node.hyperparams.items()}
