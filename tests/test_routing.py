@@ -577,6 +577,27 @@ def test_a_mask_may_be_a_callable_module():
         assert moved == {path: path.endswith("weight") for path in moved}
 
 
+@pytest.mark.parametrize("boolean", [bool, np.bool_, np.array, jnp.array], ids=lambda x: x.__name__)
+def test_booleans_of_any_library(boolean):
+    """In a tree and in what a function returns, where they are known; a mask has to be known in a program."""
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    tree = {"kernel": boolean(True), "bias": boolean(False)}
+    for mask in (tree, lambda _: tree):
+        tx = om.add_decayed_weights(1.0, mask)
+        for update in (tx.update, jax.jit(tx.update)):
+            updates, _ = update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+            assert (updates["kernel"] == 1).all()
+            assert not updates["bias"].any()
+
+
+@pytest.mark.parametrize("value", [0, 1.0, jnp.ones(1, bool), jnp.array(1)])
+def test_what_is_no_boolean(value):
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    tx = om.add_decayed_weights(1.0, {"kernel": True, "bias": value})
+    with pytest.raises(ValueError, match=r"add_decayed_weights: the mask is .* for 'bias'"):
+        tx.init(params)
+
+
 def test_equinox_training():
     model = eqx.nn.MLP(3, 2, 8, 2, key=jax.random.key(0))
     tx = om.muon(0.02, axes={"layers/2/weight": None})

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from optimorph._core.checks import LeafError, call_fault, not_an_array
 from optimorph._core.numbers import is_array, is_trainable
@@ -206,7 +207,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
       ValueError: naming `who` and a leaf for which the mask has no value.
     """
     fix = "Pass a tree of booleans like the parameters, or rules such as {'*norm*': False, '*': True}."
-    a_tree = not callable(mask) or any(isinstance(x, bool | np.bool_) for x in jax.tree.leaves(mask))
+    a_tree = not callable(mask) or any(map(_is_boolean, jax.tree.leaves(mask)))
     called = [None] if a_tree else [call_fault(mask, 0), call_fault(mask, "", ())]
     if isinstance(mask, str | re.Pattern) or None not in called:
         raise ValueError(f"{who}: the mask is {mask!r}. {fix}")
@@ -215,7 +216,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
         mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
     elif not a_tree:  # a module of booleans may be callable
         mask = mask(leaves.tree)
-        if isinstance(mask, bool) and len(leaves.values) > 1:
+        if _is_boolean(mask) and len(leaves.values) > 1:
             raise ValueError(
                 f"{who}: the mask is a function of the tree of parameters, but returned one boolean. "
                 f"Give it two arguments to select leaves by (path, shape). {fix}"
@@ -227,10 +228,16 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
     except ValueError:
         values, keys = by_path(mask), leaves.paths
     for key, path, leaf in zip(keys, leaves.paths, leaves.values, strict=True):
-        if is_array(leaf) and not isinstance(values.get(key), bool | np.bool_):
+        if is_array(leaf) and not _is_boolean(values.get(key)):
             value = f"is {values[key]!r} for" if key in values else "has no value for"
             raise ValueError(f"{who}: the mask {value} {path!r}. {fix}")
     return [bool(values.get(key, False)) for key in keys]
+
+
+def _is_boolean(x: Any) -> bool:
+    """Whether it is one boolean, of Python, NumPy or JAX, that is known when a program is traced."""
+    known = isinstance(x, np.generic | np.ndarray | jax.Array) and not isinstance(x, Tracer)
+    return isinstance(x, bool) or (known and x.shape == () and x.dtype == bool)
 
 
 def _selects(value: Any) -> Any:
