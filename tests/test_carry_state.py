@@ -323,6 +323,11 @@ def test_other_trees_are_refused():
     )
 
 
+def test_what_is_no_state_is_refused():
+    """Without this all moments would be fresh, in silence."""
+    refuse(None, om.adam(0.1), tree(np.random.default_rng(0)), "state is None", "tx.init(params)")
+
+
 def test_a_checkpoint_without_its_types_is_refused():
     params = tree(np.random.default_rng(0))
     adam, _ = optax.adam(0.1).init(params)

@@ -124,6 +124,8 @@ def carry_state(
         `renamed` with a path that the state does not have, or with one new name for two leaves.
     """
     check_transforms(WHO, tx, *([] if written_by is None else [written_by]))
+    if state is None:
+        raise ValueError(f"{WHO}: state is None. Type the state of the old optimizer, or tx.init(params).")
     if params is None:
         raise ValueError(f"{WHO}: params is None. Type the parameters that tx is to update.")
     arrays(WHO, params)

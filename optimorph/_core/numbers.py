@@ -21,7 +21,7 @@ class NotScalarError(ValueError):
 
     def __init__(self, value: Any):
         """State the array's shape, or what was returned."""
-        if is_array(value):
+        if is_array(value) and np.ndim(value):
             found = f"an array of shape {np.shape(value)}. For a sweep, jax.vmap a function of one number."
         else:
             found = f"{value!r}. Type a schedule and not the function that makes it: constant_schedule(1e-3)."
