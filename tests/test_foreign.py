@@ -74,6 +74,8 @@ def test_float8_runs_in_float32(name):
     params = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn), PARAMS)
     tx = (AROUND | IN_FLOAT32)[name](optax.adamw(0.1))
     state = jax.eval_shape(tx.init, params)
+    of_shapes = tx.init(jax.eval_shape(lambda: params))
+    assert jax.tree.map(jnp.result_type, of_shapes) == jax.tree.map(jnp.result_type, state)
     updates, after = jax.eval_shape(tx.update, params, state, params)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float8_e4m3fn)}
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, state)

@@ -18,6 +18,7 @@ from optimorph._core.numbers import (
     is_trainable,
     traced,
     upcast,
+    upcast_dtype,
 )
 from optimorph._core.paths import by_path
 from optimorph._core.rule import Transform, aligned, called, rule_of
@@ -83,6 +84,8 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     extended = optax.with_extra_args_support(tx)
 
     def widened(x):
+        if isinstance(x, jax.ShapeDtypeStruct) and is_trainable(x):
+            return x.update(dtype=upcast_dtype(x.dtype))
         return None if is_missing(x) else upcast(x) if is_trainable(x) else x
 
     wide = functools.partial(jax.tree.map, widened)
