@@ -71,9 +71,10 @@ def _compiled(*operands, **params):
 
 
 def _eagerly(*operands, f, about, **params):
-    """Under `jax.disable_jit` the program runs as it is written, for the devices that are here."""
+    """Under `jax.disable_jit` the program runs as it is written, for the devices of its operands."""
     if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
-        return [*f(about, Target(jax.default_backend()), *operands)]
+        device, *_ = jax.numpy.asarray(operands[0]).devices()
+        return [*f(about, Target(device.platform), *operands)]
     return _compiled(*operands, f=f, about=about, **params)
 
 
