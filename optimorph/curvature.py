@@ -179,8 +179,4 @@ def _check(params: PyTree) -> None:
 
 
 __all__ = ["Extremes", "extremes"]
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return [*__all__]
+__dir__ = __all__.copy  # dir() shows the public names alone

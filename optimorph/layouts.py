@@ -27,12 +27,7 @@ from optimorph._routing.resolve import resolve_leaves
 from optimorph.linalg import Axes
 
 __all__ = ["gpt_neox", "hf_flax_gpt2", "maxtext", "per_head", "t5x", "torch"]
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return [*__all__]
-
+__dir__ = __all__.copy  # dir() shows the public names alone
 
 Patterns = Mapping[str | re.Pattern[str], str]
 

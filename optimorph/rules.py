@@ -45,8 +45,4 @@ __all__ = [
     "scalar",
     "transform",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return [*__all__]
+__dir__ = __all__.copy  # dir() shows the public names alone

@@ -105,8 +105,4 @@ def _check_steps(who: str, steps: int) -> None:
 
 
 __all__ = ["decay_warmup", "linear_warmup", "robbins_monro"]
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return [*__all__]
+__dir__ = __all__.copy  # dir() shows the public names alone

@@ -96,8 +96,4 @@ def _condition(who: str, smoothness: float, strong_convexity: float) -> float:
 
 
 __all__ = ["Tuning", "gradient_descent", "nesterov", "polyak"]
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return [*__all__]
+__dir__ = __all__.copy  # dir() shows the public names alone

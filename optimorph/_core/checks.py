@@ -23,38 +23,25 @@ _LARGEST = sys.float_info.max
 _DECAY = ("in [0, 1)", lambda x: 0 <= x < 1, "0.9")
 _POSITIVE = ("finite and above 0", lambda x: 0 < x < np.inf, "1.0")
 _NOT_NEGATIVE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "0.0")
-_RATE = ("finite and at least 0", lambda x: 0 <= x < np.inf, "1e-3")
+_BOUND = ("above 0", lambda x: x > 0, "1.0")
+
+_DECAYS = ("b1", "b2", "b3", "decay", "factor_decay", "lookahead", "momentum")
+_POSITIVES = ("initial_value", "largest_inverse_root", "offset", "power", "smoothness", "strong_convexity")
+_NOT_NEGATIVES = (
+    *("alpha", "eps", "eps_root", "gamma", "initial", "initial_accumulator_value", "initial_scale"),
+    "weight_decay",
+)
 
 RANGES = {
-    "alpha": _NOT_NEGATIVE,
-    "b1": _DECAY,
-    "b2": _DECAY,
-    "b3": _DECAY,
+    **dict.fromkeys(_DECAYS, _DECAY),
+    **dict.fromkeys(_POSITIVES, _POSITIVE),
+    **dict.fromkeys(_NOT_NEGATIVES, _NOT_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "others_learning_rate"), (*_NOT_NEGATIVE[:2], "1e-3")),
+    **dict.fromkeys(("max_norm", "max_rms"), _BOUND),
     "dampening": ("in [0, 1]", lambda x: 0 <= x <= 1, "0.0"),
-    "decay": _DECAY,
-    "eps": _NOT_NEGATIVE,
-    "eps_root": _NOT_NEGATIVE,
-    "factor_decay": _DECAY,
     "exponent": ("in (1/2, 1]", lambda x: 0.5 < x <= 1, "1.0"),
-    "gamma": _NOT_NEGATIVE,
-    "initial": _NOT_NEGATIVE,
-    "initial_accumulator_value": _NOT_NEGATIVE,
-    "initial_scale": _NOT_NEGATIVE,
-    "initial_value": _POSITIVE,
-    "largest_inverse_root": _POSITIVE,
-    "learning_rate": _RATE,
-    "lookahead": _DECAY,
-    "max_norm": ("above 0", lambda x: x > 0, "1.0"),
-    "max_rms": ("above 0", lambda x: x > 0, "1.0"),
-    "momentum": _DECAY,
-    "offset": _POSITIVE,
-    "others_learning_rate": _RATE,
-    "power": _POSITIVE,
-    "smoothness": _POSITIVE,
-    "strong_convexity": _POSITIVE,
-    "threshold": ("finite and above 0", lambda x: 0 < x < np.inf, "100.0"),
-    "weight": ("finite and at least 0", lambda x: 0 <= x < np.inf, "1.0"),
-    "weight_decay": _NOT_NEGATIVE,
+    "threshold": (*_POSITIVE[:2], "100.0"),
+    "weight": (*_NOT_NEGATIVE[:2], "1.0"),
 }
 """Every hyperparameter's range, by its name: the same name means the same thing everywhere."""
 
@@ -95,9 +82,7 @@ def check_numbers(who: str, **values: Any) -> None:
                 f"{who}: {name} must be one number {text}, but has shape {shape}. "
                 f"For a sweep over {name}, jax.vmap a function of one {name}."
             )
-        if not isinstance(value, Tracer) and not inside(
-            np.asarray(value).item()
-        ):  # jnp would trace it in jit
+        if not isinstance(value, Tracer) and not inside(np.asarray(value).item()):  # jnp would trace it
             raise ValueError(f"{who}: {name} must be {text}, but is {value}. {fix}")
 
 

@@ -20,8 +20,4 @@ from optimorph.codecs._float8 import Float8
 from optimorph.codecs._split import Split8, Split16
 
 __all__ = ["BFloat16", "Codec", "Encoded", "Float8", "Nonneg8", "Signed8", "Split8", "Split16"]
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return [*__all__]
+__dir__ = __all__.copy  # dir() shows the public names alone

@@ -39,8 +39,4 @@ __all__ = [
     "stable_rank",
     "top_energy",
 ]
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return [*__all__]
+__dir__ = __all__.copy  # dir() shows the public names alone
