@@ -24,7 +24,6 @@ from optimorph._core.numbers import (
     as_made,
     cast_like,
     increment,
-    is_array,
     is_missing,
     is_trainable,
     traced,
@@ -132,16 +131,7 @@ def compress_state(
 def _compressed(
     who: str, rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int, fields: Fields | None = None
 ) -> Rule:
-    """The rule with its moments encoded between steps.
-
-    Args:
-      who: whose errors these are.
-      rule: of one leaf, with decoded moments.
-      codec_of: which codec stores a moment.
-      rules: as the user gave them.
-      seed: of the noise.
-      fields: as the user gave them; the rule's state says itself what it holds.
-    """
+    """The rule with its moments encoded between steps."""
     kinds = ["" if role.moment == CODES else role.moment for role in rule.roles]
     moments = [j for j, kind in enumerate(kinds) if kind]
 
@@ -149,12 +139,7 @@ def _compressed(
         return CompressedState(rule.structure.unflatten(slots), tuple(scales), seed, count)
 
     def begin(leaves):
-        paths = distinct_paths(who, leaves.tree)
-        _warn(who, rules, [named(kind, path) for kind in kinds if kind for path in paths])
-        _note(codec_of, kinds, paths)
-        if rules is None:
-            _warn_nothing(who, codec_of, kinds, paths, [x for x in leaves.values if is_array(x)])
-        warn_unused_fields(who, rule.state, fields)
+        _announce(who, codec_of, rules, fields, [kind for kind in kinds if kind], leaves.tree, rule.state)
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:
                 if role.tree and role.shaped and not role.moment:
@@ -232,15 +217,10 @@ def _of_trees(
     """`compress_state` of a transformation of trees."""
 
     def init(params):
-        paths, scales = distinct_paths(who, params), []
-        state = inner.init(params)
+        state, scales = inner.init(params), []
         _check_codes(who, state)
         kinds = [kind for kind, _ in moments_of(state, fields)]
-        _warn(who, rules, [named(kind, path) for kind in kinds for path in paths])
-        _note(codec_of, kinds, paths, fields)
-        if rules is None:
-            _warn_nothing(who, codec_of, kinds, paths, jax.tree.leaves(params))
-        warn_unused_fields(who, state, fields)
+        _announce(who, codec_of, rules, fields, kinds, params, state)
         for name in unknown(state, SMALL, fields):
             _warn_unknown(who, name)
 
@@ -308,11 +288,26 @@ def _of_trees(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _note(codec_of: CodecRule, kinds: Sequence[str], paths: Sequence[str], fields: Fields | None = None):
-    """Tell whoever asks, such as `carry_state`, by which rule moments are stored."""
+def _announce(
+    who: str,
+    codec_of: CodecRule,
+    rules: Rules | None,
+    fields: Fields | None,
+    kinds: Sequence[str],
+    params: PyTree,
+    state: PyTree,
+) -> None:
+    """Tell `carry_state`, if it asks, how moments are stored. Warn of what the arguments do not change."""
+    argument, paths = "rules" if who == WHO else "state", distinct_paths(who, params)
+    moments = {named(kind, path): (kind, path) for kind in kinds for path in paths}
+    warn_unused(who, argument, rules, [*moments], "moment")
     if (codecs := handed("codecs")) is not None:
-        codecs.rules |= {(kind, path): codec_of for kind in kinds if kind for path in paths}
+        codecs.rules |= dict.fromkeys(moments.values(), codec_of)
         codecs.fields |= fields or {}
+    sizes = ((kind, path, np.shape(x)) for kind in kinds for path, x in by_path(params).items())
+    if rules is None and paths and handed("matrix_axes") is None and not any(codec_of(*x) for x in sizes):
+        warn_nothing(who, argument)  # the other part of a partition may have the leaves that are compressed
+    warn_unused_fields(who, state, fields)
 
 
 def _key(state: CompressedState) -> jax.Array:
@@ -334,22 +329,6 @@ def _check_codes(who: str, state: PyTree) -> None:
 
 def _is_not_in_8_bits(x: Any) -> bool:
     return hasattr(x, "not_in_8_bits")
-
-
-def _warn(who: str, rules: Rules | None, moments: list[str]) -> None:
-    warn_unused(who, "rules" if who == WHO else "state", rules, moments, "moment")
-
-
-def _warn_nothing(
-    who: str, codec_of: CodecRule, kinds: Sequence[str], paths: Sequence[str], leaves: Sequence[Any]
-) -> None:
-    """Warn of state that no codec makes smaller, unless it is that of a part of the leaves."""
-    sizes = [
-        (kind, path, np.shape(x)) for kind in kinds if kind for path, x in zip(paths, leaves, strict=True)
-    ]
-    if leaves and handed("matrix_axes") is None and not any(codec_of(*each) for each in sizes):
-        argument = "rules" if who == WHO else "state"
-        warn_nothing(who, argument)
 
 
 def _warn_unknown(who: str, name: str) -> None:
