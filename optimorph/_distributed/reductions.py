@@ -10,7 +10,7 @@ import numpy as np
 
 from optimorph._core.rule import Leaf
 from optimorph._core.types import Shape
-from optimorph._distributed.shardings import Match, Names, devices, manual_axes, shards_of
+from optimorph._distributed.shardings import Match, Names, devices, local_shard_spec, manual_axes
 from optimorph.linalg import Axes
 
 
@@ -65,7 +65,13 @@ def reduction(who: str, match: Match | None, leaf: Leaf, form: Axes | None, lett
         raise ValueError(f"compress_state: put {who} outside, because it needs whole matrices.")
     if not manual_axes():
         return Reduction(form, letters, ())
-    spec, _ = shards_of(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
+    shape = np.shape(leaf.leaves.values[leaf.index])
+    if match is None:
+        raise ValueError(
+            f"{who}: inside jax.shard_map {leaf.path!r} has shape {shape}, which may be a local shard. Type "
+            "shardings=, with the in_specs of the parameters, such as {'*': P('data')}; P() is replicated."
+        )
+    spec, _ = local_shard_spec(who, match, leaf.path, shape)
     if form is None:
         return Reduction(form, letters, tuple(name for names in spec for name in names))
     sides: list[Any] = [pair for pair in zip(spec, form.parts, strict=True) if pair[1].letter in letters]

@@ -131,42 +131,23 @@ def whole_shapes(
     """The global shapes of leaves, of which local shards have these."""
     if match is None or not manual_axes():
         return shapes
-    shard_spec = local_shard_spec(who, match)
-    return [shard_spec(path, shape)[1] for path, shape in zip(paths, shapes, strict=True)]
+    pairs = zip(paths, shapes, strict=True)
+    return [local_shard_spec(who, match, path, shape)[1] for path, shape in pairs]
 
 
-def local_shard_spec(who: str, match: Match | None) -> Callable[[str, Shape], tuple[Spec, Shape]]:
-    """(path, local shape) → the manual mesh axes that shard each axis of the leaf, and its global shape.
-
-    Raises:
-      LeafError: when called inside `jax.shard_map`, naming `who` and a leaf that no rule matches.
-    """
-
-    def shard_spec(path: str, shape: Shape) -> tuple[Spec, Shape]:
-        manual = {} if match is None else manual_axes()
-        sharding = match(path, shape) if match is not None and manual else None
-        if sharding is ...:
-            raise LeafError(f"{who}: {_unmatched(path)}")
-        spec = spec_of(PartitionSpec() if sharding is None else sharding, len(shape), manual)
-        return spec, whole_shape(manual, spec, shape)
-
-    return shard_spec
-
-
-def shards_of(who: str, match: Match | None, path: str, shape: Shape) -> tuple[Spec, Shape]:
+def local_shard_spec(who: str, match: Match | None, path: str, shape: Shape) -> tuple[Spec, Shape]:
     """Inside `jax.shard_map` the mesh axes that divide each axis of a leaf; and the leaf's global shape.
 
     Raises:
-      ValueError: naming `who` and the leaf, inside `jax.shard_map` without shardings.
+      LeafError: inside `jax.shard_map`, naming `who` and a leaf that no rule matches.
     """
-    if not manual_axes():
+    if match is None or not (manual := manual_axes()):
         return (), shape
-    if match is None:
-        raise ValueError(
-            f"{who}: inside jax.shard_map {path!r} has shape {shape}, which may be a local shard. Type "
-            "shardings=, with the in_specs of the parameters, such as {'*': P('data')}; P() is replicated."
-        )
-    return local_shard_spec(who, match)(path, shape)
+    sharding = match(path, shape)
+    if sharding is ...:
+        raise LeafError(f"{who}: {_unmatched(path)}")
+    spec = spec_of(PartitionSpec() if sharding is None else sharding, len(shape), manual)
+    return spec, whole_shape(manual, spec, shape)
 
 
 def misfit(path: str, shape: Shape, sharding: Any, mesh: Any, manual: Iterable[str] = ()) -> str | None:

@@ -329,7 +329,7 @@ def _check_manual(who: str, leaves: Leaves, forms: Any, match: Any) -> None:
     for path, x, form in zip(leaves.paths, leaves.values, forms, strict=True):
         if form is None or is_absent(x):
             continue
-        spec = None if match is None else local_shard_spec(who, match)(path, np.shape(x))[0]
+        spec = None if match is None else local_shard_spec(who, match, path, np.shape(x))[0]
         if spec is None or any(spec):
             raise ValueError(
                 f"{who}: inside jax.shard_map {path!r} has shape {np.shape(x)}, which may be a local shard, "

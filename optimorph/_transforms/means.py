@@ -175,9 +175,7 @@ def _chosen(
     who: str, where: Callable[[int, int], bool] | None, form: Axes | None, match: Match | None, leaf: Leaf
 ) -> tuple[np.ndarray, Spec]:
     """Whether each number's matrix has means, to broadcast against the whole leaf, and how it is divided."""
-    shape, spec = np.shape(leaf.leaves.values[leaf.index]), ()
-    if match is not None:
-        spec, shape = local_shard_spec(who, match)(leaf.path, shape)
+    spec, shape = local_shard_spec(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
     if where is None or form is None:
         return np.array(where is None or where(math.prod(shape), 1)), ()
     return form.spread(where, shape), spec
