@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optimorph._carry.slots import HYPERPARAMETER, Slot
 from optimorph._core.checks import check_flags, check_function
 from optimorph._core.paths import by_path, leaf_paths
-from optimorph._core.rule import Leaves, arrays
+from optimorph._core.rule import arrays
 from optimorph._core.types import Mask, PyTree, Shape
 from optimorph._routing.rules import check_mask, first_match, masked_leaves, warn_unused
 from optimorph._storage.stored import Stored
@@ -101,8 +101,7 @@ def chosen(fresh: Mask | None, params: PyTree) -> set[str]:
     """The paths of leaves that begin anew."""
     if fresh is None:
         return set()
-    values, structure = arrays(WHO, params)
-    leaves = Leaves(structure, values)
+    leaves = arrays(WHO, params)
     check_mask(WHO, fresh, leaves, "fresh")
     return {path for path, so in zip(leaves.paths, masked_leaves(WHO, fresh, leaves), strict=True) if so}
 

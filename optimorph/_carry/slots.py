@@ -154,8 +154,6 @@ class _Walk:
             return max(
                 [self.visit(child, kind, (*part, name), stage) for name, child in inner], default=False
             )
-        if hasattr(node, "hyperparams"):
-            return self._injected(node, kind, part, stage)
         if hasattr(node, "_fields"):
             around, self.stacked = self.stacked, self.stacked or _stacked(node)
             moments = self._state(node, kind, part, stage)
@@ -187,7 +185,7 @@ class _Walk:
             ]
             return max(found, default=False)
         known = _fields(node, kind)
-        own = {field for field, (_, scalar) in known.items() if not scalar}
+        own = any(not scalar and name != HYPERPARAMETER for name, scalar in known.values())
         if own:
             self.homes += 1
         home = self.homes if own else self.last.get(part, 0)
@@ -200,22 +198,6 @@ class _Walk:
                 moments |= self.visit(getattr(node, field), kind, part, stage)
         if own and moments:
             self.last[part] = home
-        return moments
-
-    def _injected(self, node: Any, kind: str, part: Part, stage: int) -> bool:
-        """The fields of a state of `inject_hyperparams`."""
-        moments = False
-        for field in node._fields:
-            held = getattr(node, field)
-            if field == "count":
-                self._note(INJECTED, held, part, stage, True, 0)
-            elif field == "hyperparams":
-                self._note(HYPERPARAMETER, held, part, stage, False, 0)
-            elif field == "hyperparams_states":
-                for _, child in _children(held):
-                    self._note(SCHEDULE, child, part, stage, True, 0)
-            else:
-                moments |= self.visit(held, kind, part, stage)
         return moments
 
     def _note(self, kind: str, tree: Any, part: Part, stage: int, scalar: bool, home: int) -> bool:
@@ -235,6 +217,12 @@ class _Walk:
 def _fields(node: Any, kind: str) -> dict[str, tuple[str, bool]]:
     """What the fields of a state hold, and whether it is a scalar; but not those that hold inner states."""
     name = type(node).__name__
+    if hasattr(node, "hyperparams"):
+        return {
+            "count": (INJECTED, True),
+            "hyperparams": (HYPERPARAMETER, False),
+            "hyperparams_states": (SCHEDULE, True),
+        }
     if own := getattr(node, "roles", None):
         return {field: (_name(name, field, role, kind), not role.tree) for field, role in own.items()}
     if hasattr(node, "averages") or isinstance(node, MixState):

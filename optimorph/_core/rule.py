@@ -202,17 +202,17 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
     who = called(who)
 
     def init(params):
-        leaves, tree = arrays(who, params)
-        known = Leaves(tree, leaves)
+        leaves = arrays(who, params)
+        tree = leaves.structure
         try:
-            shared = rule.slots(rule.begin(known))
+            shared = rule.slots(rule.begin(leaves))
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
         own = [
-            rule.slots(rule.init(Leaf(w, k, known)))
+            rule.slots(rule.init(Leaf(w, k, leaves)))
             if is_trainable(w)
             else (w if isinstance(w, ABSENT) else None)
-            for k, w in enumerate(leaves)
+            for k, w in enumerate(leaves.values)
         ]
         return rule.structure.unflatten(
             tree.unflatten([s[j] if isinstance(s, list) else s for s in own]) if role.tree else shared[j]
@@ -252,17 +252,18 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
     return tx
 
 
-def arrays(who: str, params: PyTree) -> tuple[list, Any]:
-    """The leaves of the parameters, those that are absent too, and their tree's structure.
+def arrays(who: str, params: PyTree) -> Leaves:
+    """The leaves of the parameters, those that are absent too.
 
     Raises:
       ValueError: naming `who` and a leaf that is no array.
     """
-    leaves, tree = jax.tree.flatten(params, is_leaf=is_absent)
-    for path, leaf in zip(structure_paths(tree), leaves, strict=True):
+    values, structure = jax.tree.flatten(params, is_leaf=is_absent)
+    leaves = Leaves(structure, values)
+    for path, leaf in zip(leaves.paths, values, strict=True):
         if not isinstance(leaf, ABSENT) and not is_array(leaf):
             raise ValueError(not_an_array(who, path, leaf))
-    return leaves, tree
+    return leaves
 
 
 def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = True) -> tuple[list, Any, list]:

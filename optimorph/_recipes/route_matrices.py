@@ -111,17 +111,17 @@ def routed(
         return has_no_name(path) or np.ndim(leaf) > 2
 
     def init(params):
-        leaves, tree = arrays(who, params)
-        known = Leaves(tree, leaves)
-        warn_unused(who, "axes", axes, known.paths)
-        warn_unused(who, "shardings", shardings, known.paths)
-        params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves)
-        specs = specs_of(known)
+        leaves = arrays(who, params)
+        warn_unused(who, "axes", axes, leaves.paths)
+        warn_unused(who, "shardings", shardings, leaves.paths)
+        tree = leaves.structure
+        params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves.values)
+        specs = specs_of(leaves)
         forms = [spec.axes for spec in specs]
-        for path, x, spec in zip(known.paths, leaves, specs, strict=True):
+        for path, x, spec in zip(leaves.paths, leaves.values, specs, strict=True):
             if spec.role == INFERRED_HEAD:
                 warnings.warn(_inferred(who, path, np.shape(x), spec.answers[1]), stacklevel=2)
-        if axes is None and known.paths and not any(forms):
+        if axes is None and leaves.paths and not any(forms):
             warnings.warn(
                 f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
                 stacklevel=2,

@@ -1,6 +1,7 @@
 """A transformation in another basis: the eigenvectors of running averages of g gᵀ and gᵀ g."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -206,24 +207,24 @@ def in_eigenbasis(
         return Slots.of(found, leaves.values)
 
     def init(params):
-        leaves, tree = arrays(who, params)
-        own.check(Leaves(tree, leaves))
-        slots = read(Leaves(tree, leaves))
-        mesh = mesh_of([leaves[k] for k in slots.forms])
+        leaves = arrays(who, params)
+        own.check(leaves)
+        slots = read(leaves)
+        mesh = mesh_of([leaves.values[k] for k in slots.forms])
         in_a_basis = {key for key in slots.parts if max_dim is None or min(slots.size(key)) <= max_dim}
         counts = {
             key: filled(count, mesh if key in in_a_basis else None) for key, count in slots.counts.items()
         }
-        kinds = slots.dtypes(leaves)
+        kinds = slots.dtypes(leaves.values)
 
         def zeros(key):
             kind = stored_dtype(None, kinds[key])
             return jnp.zeros((counts[key], *slots.size(key)), kind)
 
         stacks = {key: placed(zeros(key), mesh) for key in counts}
-        known = _Known(tree, slots)
+        known = _Known(leaves.structure, slots)
         with handed_down(matrix_axes=known.forms, shardings=None):
-            tree = known.joined(leaves, stacks)
+            tree = known.joined(leaves.values, stacks)
             states = inner.init(tree), before.init(tree)
         made = {
             key: first_factors(x, max_dim, stored_dtype(dtype, kinds[key]), kl) for key, x in stacks.items()
@@ -307,7 +308,7 @@ class _Known(NamedTuple):
         """How its leaves read as matrices."""
         return [None] * self.tree.num_leaves + [Axes("bio")] * len(self.slots.parts)
 
-    def joined(self, leaves: list[Any], stacks: Stack) -> PyTree:
+    def joined(self, leaves: Sequence[Any], stacks: Stack) -> PyTree:
         """The tree, of all leaves and of the stacks."""
         others = [None if k in self.slots.forms else x for k, x in enumerate(leaves)]
         return {"others": self.tree.unflatten(others), "stacks": stacks}

@@ -92,8 +92,7 @@ def orthogonalize(
     own = AxesOfLeaves(who, axes, shardings)
 
     def init(params):
-        leaves, tree = arrays(who, params)
-        own.check(Leaves(tree, leaves))
+        own.check(arrays(who, params))
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra):

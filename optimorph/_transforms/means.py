@@ -15,7 +15,6 @@ from optimorph._core.numbers import is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import (
     Leaf,
-    Leaves,
     Rule,
     arrays,
     called,
@@ -145,8 +144,7 @@ def keep_norm(
     inner, own = wrapped(who, inner, wide=True), AxesOfLeaves(who, axes, shardings)
 
     def init(params):
-        leaves, tree = arrays(who, params)
-        own.check(Leaves(tree, leaves))
+        own.check(arrays(who, params))
         return inner.init(params)
 
     def update(updates, state, params=None, **extra):

@@ -132,9 +132,9 @@ def multi_steps(
     by_maximum = False if maximum is None else maximum
 
     def init(params):
-        leaves, tree = arrays(who, params)
-        check_mask(who, maximum, Leaves(tree, leaves), "maximum")
-        mean, weight = _zeros(params, accumulator_dtype), jnp.zeros([], real_dtype(params))
+        leaves = arrays(who, params)
+        check_mask(who, maximum, leaves, "maximum")
+        mean, weight = _zeros(leaves, accumulator_dtype), jnp.zeros([], real_dtype(params))
         count, steps = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         k_now(steps)
         return MultiStepsState(inner.init(params), mean, count, weight, steps)
@@ -243,10 +243,9 @@ def _observed(state: Any, sound: jax.Array, extra: dict[str, Any]) -> Any:
     return jax.tree.map(seen, state, is_leaf=_observes)
 
 
-def _zeros(params: PyTree, dtype: DTypeLike | None) -> PyTree:
-    leaves, tree = arrays("multi_steps", params)
-    return tree.unflatten(
-        full_like(w, 0.0, dtype) if is_trainable(w) else (w if is_absent(w) else None) for w in leaves
+def _zeros(leaves: Leaves, dtype: DTypeLike | None) -> PyTree:
+    return leaves.structure.unflatten(
+        full_like(w, 0.0, dtype) if is_trainable(w) else (w if is_absent(w) else None) for w in leaves.values
     )
 
 

@@ -86,14 +86,14 @@ def qk_clip(
     """
     who = "qk_clip"
     check_numbers(who, threshold=threshold)
-    leaves, tree = arrays(who, params)
-    paths = Leaves(tree, leaves).paths
+    known = arrays(who, params)
+    leaves, paths = [*known.values], known.paths
     warn_unused(who, "axes", axes, paths)
     logits = _by_module(who, [*attention_modules(paths, leaves)], max_logits)
     for k, factor in _factors(who, axes, threshold, paths, leaves, logits).items():
         w = upcast(leaves[k])
         leaves[k] = cast_like(factor.astype(w.dtype) * w, leaves[k])  # (2), (3)
-    return tree.unflatten(map(copied, leaves))
+    return known.structure.unflatten(map(copied, leaves))
 
 
 def clip_attention_logits(
@@ -126,8 +126,8 @@ def clip_attention_logits(
     check_numbers(who, threshold=threshold)
 
     def init(params):
-        leaves, tree = arrays(who, params)
-        paths, maxima = Leaves(tree, leaves).paths, {}
+        known, maxima = arrays(who, params), {}
+        leaves, paths = known.values, known.paths
         warn_unused(who, "axes", axes, paths)
         for module, members in attention_modules(paths, leaves).items():
             if attention := attention_of(who, axes, members, paths, leaves):
