@@ -92,15 +92,12 @@ class Plan:
     over_mesh: MeshPlan | None = None
 
     def __iter__(self) -> Iterator[PlanRow]:
-        """The rows, leaf by leaf."""
         return iter(self.rows)
 
     def __len__(self) -> int:
-        """The number of leaves."""
         return len(self.rows)
 
     def __getitem__(self, path: str) -> PlanRow:
-        """The row of one leaf."""
         for row in self.rows:
             if row.path == path:
                 return row
@@ -323,7 +320,6 @@ def _cells(rows: list[PlanRow]) -> tuple[str, ...]:
 def _totals(
     rows: Iterable[PlanRow], rates: Mapping[str, float]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The titles and cells of the table of transformations."""
     groups = {group[0].transform: group for group in group_by(rows, lambda row: row.transform)}
     groups["all"] = list(rows)
     cells = [

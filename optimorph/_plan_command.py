@@ -21,7 +21,6 @@ class BadInput(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `optimorph plan`."""
     parser.add_argument(
         "target",
         metavar="MODULE:FUNCTION",

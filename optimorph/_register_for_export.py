@@ -36,7 +36,6 @@ def register_for_export(state: PyTree) -> None:
 
 
 def _types(structure: Any) -> Iterator[type]:
-    """The named tuples in a tree."""
     kind, _ = structure.node_data() or (None, None)
     if kind is not None and issubclass(kind, tuple) and hasattr(kind, "_fields"):
         yield kind

@@ -241,7 +241,6 @@ def _said(node: Any) -> dict[str, Any]:
 
 
 def _readings(node: Any) -> dict[str, Role]:
-    """The fields of a state that are to be read."""
     return {field: role for field, role in getattr(node, "roles", {}).items() if role.reading}
 
 

@@ -99,7 +99,6 @@ class Match:
             yield CarryRow(slot.where, slot.title, DROPPED, *self._why_dropped(slot))
 
     def _moment(self, slot: Slot) -> Origin:
-        """Where a leaf's array comes from."""
         leaves = slot.leaves or (slot.path,)
         if slot.moment and (anew := self.fresh.intersection(leaves)):
             why = f"a stack in which {min(anew)!r} begins anew"
@@ -142,7 +141,6 @@ class Match:
         return not all(is_known_zero(count.array) for count in self.scalars.get((kinds.WINDOW, ""), []))
 
     def _scalar(self, slot: Slot) -> Origin:
-        """Where a count, a seed or a reading comes from."""
         if slot.kind == kinds.PROBE:
             return Origin(FRESH, "measured at the next step")
         if slot.kind in CORRECTIONS:
@@ -190,7 +188,6 @@ class Match:
         return found or there
 
     def _other_count(self, slot: Slot, parts: list[Part]) -> Origin | None:
-        """What else counted the steps."""
         for kind in kinds.COUNTS:
             if kind != slot.kind and (found := self._at(slot, kind, parts)):
                 origin = _of_counts(slot, found)
@@ -289,7 +286,6 @@ def _copy(array: Any, like: Any) -> Any:
 
 
 def _grown(array: Any, like: Any, place: Any, start: Any) -> Any:
-    """`start` with `array` in its place."""
     whole, part = _decoded(start), _decoded(array)
     own = jax.typeof(whole).sharding
     explicit = AxisType.Explicit in own.mesh.axis_types
@@ -337,7 +333,6 @@ def _advice(slot: Slot) -> str:
 
 
 def _untyped(slot: Slot) -> str:
-    """That there is an array where a state should be."""
     return (
         f"carry_state: there is an array of shape {np.shape(slot.array)} where a state was expected, such as "
         "ScaleByAdamState. Restore a checkpoint into the state that init of its own optimizer returns, for "

@@ -48,11 +48,9 @@ class CarryReport:
     rows: tuple[CarryRow, ...]
 
     def __iter__(self) -> Iterator[CarryRow]:
-        """The rows."""
         return iter(self.rows)
 
     def __len__(self) -> int:
-        """The number of rows."""
         return len(self.rows)
 
     @property

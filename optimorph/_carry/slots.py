@@ -125,7 +125,6 @@ class Slot(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The leaf's path, or the part's name."""
         return self.path or "/".join(self.part)
 
 
@@ -174,7 +173,6 @@ class _Walk:
         return stage > start
 
     def _state(self, node: Any, kind: str, part: Part, stage: int) -> bool:
-        """The fields of one transform's state."""
         if isinstance(node, DivideState):
             signal = self.visit(node.signal, FIRST if kind == AVERAGE else kind, part, stage)
             return self.visit(node.by, SECOND, part, stage) or signal

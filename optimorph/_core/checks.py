@@ -112,7 +112,6 @@ def call_fault(f: Any, *arguments: Any) -> str | None:
 
 
 def check_function(who: str, name: str, f: Any, of: str, *arguments: Any) -> None:
-    """Refuse what is no function of these arguments."""
     if (fault := call_fault(f, *arguments)) is not None:
         raise ValueError(f"{who}: {name} must be a function of {of}, but is {f!r}: {fault}.")
 
@@ -128,7 +127,6 @@ def one_or_several(names: Any) -> list[Any]:
 
 
 def check_flags(who: str, **flags: Any) -> None:
-    """Refuse what is no boolean."""
     for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool_):
             raise ValueError(f"{who}: {name} must be True or False, but is {flag!r}. Type {name}=True.")
@@ -155,7 +153,6 @@ def check_counts(who: str, **counts: Any) -> None:
 
 
 def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name: str = "factor") -> None:
-    """Refuse what is no factor of a leaf of this shape."""
     known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array) and is_array(factor)
     if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
         raise ValueError(f"{who}: the {name} of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
@@ -229,7 +226,6 @@ def checked(recipe: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_params(who: str, params: Any, why: str) -> None:
-    """Refuse an `update` without the parameters that it needs."""
     if params is None:
         raise ValueError(
             f"{who}: update was called without params, but {why}. "
@@ -244,7 +240,6 @@ def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
 
 
 def check_seed(who: str, seed: Any) -> None:
-    """Refuse what is no seed of `jax.random.key`."""
     if not is_integer(seed, 0, 2**32):
         raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
 
@@ -263,6 +258,5 @@ def abbreviated(texts: Sequence[str], separator: str = "\n  ") -> str:
 
 
 def not_an_array(who: str, path: str, leaf: Any) -> str:
-    """The error for a leaf that is not an array."""
     fix = "Leave out such leaves: eqx.filter(model, eqx.is_array)."
     return f"{who}: {path!r} is {leaf!r}, which is not an array. {fix}"

@@ -78,7 +78,6 @@ def moments_of(state: PyTree, fields: Fields | None = None) -> list[tuple[str, P
 
 
 def with_moments(state: PyTree, moments: Iterable[PyTree], fields: Fields | None = None) -> PyTree:
-    """The state with other moments, in order."""
     left = iter(moments)
     return map_moments(lambda kind, _: next(left), state, fields)
 

@@ -20,7 +20,6 @@ class NotScalarError(ValueError):
     """A schedule returned an array, or no number; `transform` says of which transform."""
 
     def __init__(self, value: Any):
-        """State the array's shape, or what was returned."""
         if is_array(value) and np.ndim(value):
             found = f"an array of shape {np.shape(value)}. For a sweep, jax.vmap a function of one number."
         else:
@@ -168,7 +167,6 @@ ABSENT = (type(None), optax.MaskedNode)
 
 
 def is_absent(leaf: Any) -> bool:
-    """Whether nothing stands in a leaf's place."""
     return isinstance(leaf, ABSENT)
 
 

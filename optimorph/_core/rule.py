@@ -134,7 +134,6 @@ class Rule:
     narrow: bool = False
 
     def __post_init__(self):
-        """Refuse a state without roles, and roles without the function that makes their arrays."""
         if wrong := [role for role in self.roles if not isinstance(role, Role)]:
             raise ValueError(f"Rule: {wrong[0]!r} in its state is not a Role. Type roles_of(MyState).")
         for role in self.roles:
@@ -181,14 +180,12 @@ class Transform(optax.GradientTransformationExtraArgs):
     routes: Any = None
 
     def with_init(self, init: Any) -> "Transform":
-        """The same transformation with another `init`."""
         tx = Transform(init, self.update)
         tx.rule, tx.routes = self.rule, self.routes
         return tx
 
 
 def rule_of(tx: Any) -> Rule | None:
-    """The rule that a transformation carries, if it carries one."""
     return getattr(tx, "rule", None)
 
 

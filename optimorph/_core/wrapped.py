@@ -134,7 +134,6 @@ def _fault(
 
 
 def _lacking(updates: PyTree, params: PyTree | None) -> list[str]:
-    """The paths of the parameters without a gradient."""
     if params is None or jax.tree.structure(updates) == jax.tree.structure(params):
         return []
     weights, gradients = by_path(params), by_path(updates)
@@ -160,7 +159,6 @@ def _needs_gradients(who: str, paths: list[str]) -> TreeError:
 
 
 def _with_zeros(updates: PyTree, params: PyTree) -> PyTree:
-    """The gradients with zeros in place of those that are missing."""
     gs, tree = jax.tree.flatten(updates, is_leaf=lambda g: g is None)
     ws = tree.flatten_up_to(params)
     return tree.unflatten(

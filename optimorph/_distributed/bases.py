@@ -72,7 +72,6 @@ def _refreshed(
     names: Names,
     plans: list[Balance] | None,
 ) -> tuple[Pairs, Pairs]:
-    """The bases of the factors whose turn it is, and their orders."""
     flat, structure = jax.tree.flatten(bases)
     order, matrices = jax.tree.leaves(orders), jax.tree.leaves(factors)
     turns = _turns(count, whole, every, len(plans[0].chosen) if plans else 1)

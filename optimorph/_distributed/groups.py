@@ -83,7 +83,6 @@ class Group(NamedTuple):
         return sum(shard.matrices for shard in self.shards)
 
     def whole(self, mesh: Mapping[str, int]) -> Shape:
-        """The shape of a whole matrix."""
         return whole_shape(mesh, self.mesh_axes, self.local_shape)
 
     def part(self, parts: int) -> "Group":

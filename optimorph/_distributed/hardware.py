@@ -34,7 +34,6 @@ class Hardware:
     seconds: float = 1e-5
 
     def __post_init__(self):
-        """Refuse what no device is."""
         if self.platform not in PLATFORMS:
             names = ", ".join(map(repr, PLATFORMS))
             raise ValueError(f"Hardware: platform must be one of {names}, but is {self.platform!r}.")
@@ -88,7 +87,6 @@ def hardware_for(divide: str | Hardware, mesh: Mesh | AbstractMesh) -> Hardware 
 
 
 def check_divide(who: str, divide: object) -> None:
-    """Refuse what `hardware_for` does not know."""
     names = (AUTO, NEVER, *HARDWARE)
     if not (isinstance(divide, Hardware) or (isinstance(divide, str) and divide in names)):
         raise ValueError(

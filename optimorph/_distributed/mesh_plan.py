@@ -30,7 +30,6 @@ class MeshPlan(Placement):
     hardware: Hardware | None
 
     def __str__(self) -> str:
-        """What happens, in words."""
         axes = " x ".join(f"{name} {size}" for name, size in self.mesh)
         ways = {
             "exchange": "by all_to_all and all_gather, from the shardings that are given",

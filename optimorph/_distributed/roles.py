@@ -183,7 +183,6 @@ def shards_sent(mesh: Mapping[str, int], roles: Roles) -> int:
 
 
 def cost_of(f: Callable[..., Any], hardware: Hardware | None) -> Cost:
-    """The flops of a function of matrices."""
     if isinstance(f, NewtonSchulz):
         return functools.cache(
             functools.partial(f.flops, platform="" if hardware is None else hardware.platform)

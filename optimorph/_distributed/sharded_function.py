@@ -90,7 +90,6 @@ class ShardedFunction:
         return [*_dispatch(self, *arrays)]
 
     def on_one_device(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        """f of every matrix of arrays that are whole on one device."""
         return map_matrices(self.f, self.forms, arrays, transpose=self.equivariant)
 
     def _of_shards(
@@ -121,7 +120,6 @@ class ShardedFunction:
     def _over(
         self, mesh: Mesh | AbstractMesh, shardings: Sequence[Sharding], arrays: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        """Over a known mesh, with known shardings."""
         specs = tuple(map(partition_spec, shardings))
 
         def body(*shards):

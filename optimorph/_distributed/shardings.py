@@ -25,7 +25,6 @@ Match = Callable[[str, Shape], Any]
 
 
 def devices(mesh: Mapping[str, int], names: Iterable[str]) -> int:
-    """The number of devices along some axes of a mesh."""
     return math.prod(mesh[name] for name in names)
 
 
@@ -59,7 +58,6 @@ def undivided(x: jax.Array) -> jax.Array:
 
 
 def partition_spec(sharding: Sharding) -> PartitionSpec:
-    """A sharding without its mesh."""
     return sharding if isinstance(sharding, PartitionSpec) else sharding.spec
 
 

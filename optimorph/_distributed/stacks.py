@@ -55,7 +55,6 @@ class Slots:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of matrices of each size."""
         return {key: sum(math.prod(s[:-2]) for _, _, s in parts) for key, parts in self.parts.items()}
 
     def size(self, key: str) -> tuple[int, int]:
@@ -91,7 +90,6 @@ class Slots:
         return {key: stack(key, parts) for key, parts in self.parts.items()}
 
     def unstacked(self, stacks: Stack) -> dict[int, jax.Array]:
-        """The arrays of the matrices."""
         found = collections.defaultdict(dict)
         for key, parts in self.parts.items():
             ends = np.cumsum([0, *(math.prod(shape[:-2]) for _, _, shape in parts)])
@@ -104,7 +102,6 @@ class Slots:
 
 
 def resized(x: jax.Array, slots: int) -> jax.Array:
-    """A stack with this number of slots."""
     if slots == len(x):
         return x
     return jnp.pad(x, [(0, slots - len(x)), *[(0, 0)] * (x.ndim - 1)]) if slots > len(x) else x[:slots]

@@ -64,7 +64,6 @@ def training_display(
 
 @contextlib.contextmanager
 def _training_bars(console: Console, names: list[str], total: int) -> Iterator[OnStep]:
-    """One bar for each entry."""
     bars = Bars(
         TextColumn("{task.description:<10}", markup=False),
         BarColumn(),
@@ -87,7 +86,6 @@ def _training_bars(console: Console, names: list[str], total: int) -> Iterator[O
 
 @contextlib.contextmanager
 def _training_lines(console: Console, total: int) -> Iterator[OnStep]:
-    """One line for each evaluation."""
     num_evals: dict[str, int] = {}
 
     def on_step(entry: Entry) -> None:

@@ -51,7 +51,6 @@ GRIDS = {
 
 
 def grid(name: str, task: str) -> Iterator[LearningRates]:
-    """The learning rates that a sweep of an optimizer tries."""
     pairs = itertools.product(GRIDS[task][name], others_grid(name, task))
     return (LearningRates(*pair) for pair in pairs)
 
@@ -70,7 +69,6 @@ def at_edge(name: str, rates: LearningRates, task: str) -> bool:
 
 
 def toml(task: str, steps: int, best: dict[str, LearningRates]) -> str:
-    """A task's section of `learning_rates.toml`."""
     lines = [f"# optimorph race --task {task} --steps {steps} --sweep", f"[{task}]"]
     for name, rates in best.items():
         others = "" if rates.others is None else f", others = {rates.others}"

@@ -55,7 +55,6 @@ def find_conflict(args: argparse.Namespace) -> str | None:
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
-    """Set every option that the user did not type to its default."""
     for name, (_, _, default, _) in OPTIONS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)

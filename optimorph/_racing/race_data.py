@@ -145,7 +145,6 @@ class RaceData:
 
     @classmethod
     def read(cls: type[R], path: Path) -> R:
-        """Read a file that `write_json` wrote."""
         content = json.loads(path.read_text(), object_hook=_nan_for_null)
         fields = {field.name for field in dataclasses.fields(cls)} - {"machine"}
         values: dict[str, Any] = {key: content[key] for key in fields & set(content)}

@@ -116,6 +116,5 @@ def tuned_learning_rates(task: Task) -> dict[str, LearningRates]:
 
 
 def recorded_learning_rates(task: str) -> dict[str, LearningRates]:
-    """Name → the learning rates in `learning_rates.toml` for a task."""
     text = importlib.resources.files("optimorph._racing").joinpath("learning_rates.toml").read_text()
     return {name: LearningRates(**rates) for name, rates in tomllib.loads(text)[task].items()}

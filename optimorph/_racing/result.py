@@ -119,7 +119,6 @@ def make_row(entry: Entry) -> Row | None:
 
 
 def _machine() -> dict[str, Any]:
-    """The date, the hardware and the versions of a measurement."""
     return {
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,

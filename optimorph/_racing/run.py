@@ -94,7 +94,6 @@ class Run:
 
     @property
     def state_bytes_per_parameter(self) -> float:
-        """Bytes of optimizer state for each parameter of the model."""
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / size
 

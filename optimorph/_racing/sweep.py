@@ -162,7 +162,6 @@ def vmapped_task(task: Task, size: int) -> Task:
 
 
 def _vmapped_losses(task: Task, part: str, params: Any) -> np.ndarray:
-    """The mean held-out loss of each copy of the parameters."""
     loss = jax.jit(jax.vmap(task.loss, (0, None)))
     return np.mean([np.asarray(loss(params, batch)) for batch in task.held_out(part)], axis=0)
 

@@ -20,7 +20,6 @@ class Ticks(LogLocator):
     """Ticks at as many round numbers as the axis has room for, and at least two."""
 
     def tick_values(self, vmin: float, vmax: float) -> np.ndarray:
-        """The ticks between two positive numbers, and possibly some outside."""
         room = max(2, self.axis.get_tick_space() * 2 // 3) if self.axis else 6
         low, high = sorted((vmin, vmax))
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))

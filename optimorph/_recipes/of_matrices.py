@@ -148,7 +148,6 @@ def of_polar_factors(
 
 
 def _unit(inputs: int, outputs: int) -> float:
-    """The factor of a matrix's update without a scale."""
     return 1.0
 
 

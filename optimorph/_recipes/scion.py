@@ -96,7 +96,6 @@ def scion(
 
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The direction of each matrix by its norm."""
     given = lookup({} if norms is None else norms, "scion")
 
     def norm(path: str, shape: Shape) -> Any:
@@ -118,7 +117,6 @@ def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.Grad
 
 
 def _radius(radius: Numeric | Rules | None) -> Callable[[str, Shape], Any]:
-    """The radius of each leaf."""
     rules = callable(radius) or isinstance(radius, Mapping)
     given = lookup(radius if rules else {"*": radius}, "scion")
 

@@ -214,8 +214,6 @@ def _of_trees(
     seed: int,
     fields: Fields | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`compress_state` of a transformation of trees."""
-
     def init(params):
         state, scales = inner.init(params), []
         _check_codes(who, state)
@@ -315,7 +313,6 @@ def _key(state: CompressedState) -> jax.Array:
 
 
 def _missing(updates: PyTree) -> set[str]:
-    """The paths of leaves without a gradient."""
     flags = jax.tree.map(is_missing, updates, is_leaf=lambda x: x is None)
     return {path for path, gone in zip(leaf_paths(flags), jax.tree.leaves(flags), strict=True) if gone}
 

@@ -82,7 +82,6 @@ class Elementwise(NamedTuple):
 
 
 def check_elementwise(f: Elementwise) -> None:
-    """Raise a `NotElementwiseError` if the function is not element-wise."""
     part = (*f.whole[:-2], 1, *f.whole[-1:])
     shapes = [
         jax.ShapeDtypeStruct(
@@ -113,7 +112,6 @@ def _run(jaxpr: Jaxpr, consts: Iterable[Any], given: list[_Value], whole: Shape,
 
 
 def _made(eqn: Any, values: list[_Value], whole: Shape, part: Shape) -> list[_Value]:
-    """The results of one equation."""
     name, params = eqn.primitive.name, eqn.params
     if name in _BROADCASTS and not np.ndim(values[0].x) and eqn.outvars[0].aval.shape == whole:
         return [_Value(jnp.broadcast_to(values[0].x, part), True, "")]

@@ -160,7 +160,6 @@ def _in_float32(moment: Encoded) -> jax.ShapeDtypeStruct:
 
 
 def decode(moments: Sequence[Any], codecs: Sequence[Codec | None]) -> list[Any]:
-    """The moments of a leaf without codecs."""
     return [
         decoded(codec, m) if isinstance(m, Encoded) else m for m, codec in zip(moments, codecs, strict=True)
     ]
@@ -214,7 +213,6 @@ class LargeLeaf:
         return _shared(self, target)(*operands)
 
     def update(self, target: Target, written: PyTree, read: PyTree) -> PyTree:
-        """The update and the new moments."""
         g, weight, keys, constants = read
 
         def make(written, read):

@@ -37,7 +37,6 @@ class Stored:
 
     @property
     def shape(self) -> Shape:
-        """Of the moment."""
         return self.codes.shape
 
     @property
@@ -61,7 +60,6 @@ class Codecs:
     """Which rule of codecs each moment of a transformation has."""
 
     def __init__(self):
-        """Of none so far."""
         self.rules: dict[tuple[str, str], CodecRule] = {}
         self.fields: Fields = {}
 

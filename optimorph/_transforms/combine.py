@@ -205,15 +205,12 @@ def _combined_rule(
 
 
 def _merged(group: Sequence[Any]) -> Any:
-    """Neighbours that carry rules as one transformation."""
     if len(group) == 1:
         return group[0]
     return transform("chain", _chained([tx.rule for tx in group]))
 
 
 def _chained(rules: Sequence[Rule]) -> Rule:
-    """One rule after the other."""
-
     def update(g, states, leaf, now):
         after = []
         for rule, s, t in zip(rules, states, now, strict=True):

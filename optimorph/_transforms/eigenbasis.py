@@ -305,11 +305,9 @@ class _Known(NamedTuple):
 
     @property
     def forms(self) -> list[Axes | None]:
-        """How its leaves read as matrices."""
         return [None] * self.tree.num_leaves + [Axes("bio")] * len(self.slots.parts)
 
     def joined(self, leaves: Sequence[Any], stacks: Stack) -> PyTree:
-        """The tree, of all leaves and of the stacks."""
         others = [None if k in self.slots.forms else x for k, x in enumerate(leaves)]
         return {"others": self.tree.unflatten(others), "stacks": stacks}
 

@@ -181,7 +181,6 @@ class _Checked:
     f: Callable[[jax.Array], jax.Array]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """The polar factors, or an error that says what was returned instead."""
         found = self.f(x)
         if not is_array(found) or np.shape(found) != x.shape or kind(found) not in ("real", kind(x)):
             what = jax.tree.map(lambda x: jax.typeof(x) if is_array(x) else x, found)

@@ -230,7 +230,6 @@ def _observes(node: Any) -> bool:
 
 
 def _any_observes(state: Any) -> bool:
-    """Whether a state inside has a method `observe`."""
     return any(map(_observes, jax.tree.leaves(state, is_leaf=_observes)))
 
 

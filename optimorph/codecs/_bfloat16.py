@@ -31,7 +31,6 @@ class BFloat16(Codec):
     stochastic: bool = False
 
     def zeros(self, shape: Shape) -> Encoded:
-        """The encoding of zeros."""
         return Encoded(jnp.zeros(shape, jnp.bfloat16), None)
 
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array, scales: None) -> Encoded:

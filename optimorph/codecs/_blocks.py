@@ -36,7 +36,6 @@ class BlockCodec(Codec):
     code_dtype: ClassVar[DTypeLike]
 
     def __post_init__(self):
-        """Refuse an invalid block or scale dtype, and keep the description hashable."""
         who = type(self).__name__
         if not is_integer(self.block, 1):
             raise ValueError(
@@ -50,7 +49,6 @@ class BlockCodec(Codec):
         object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
 
     def zeros(self, shape: Shape) -> Encoded:
-        """The encoding of zeros."""
         return Encoded(
             jnp.zeros(shape, self.code_dtype), jnp.zeros(self._scales_shape(shape), self.scale_dtype)
         )
@@ -188,7 +186,6 @@ class Signed8(BlockCodec):
     code_dtype: ClassVar[DTypeLike] = jnp.int8
 
     def __post_init__(self):
-        """Refuse unknown mappings."""
         super().__post_init__()
         if self.mapping not in VALUES:
             raise ValueError(

@@ -82,7 +82,6 @@ class Rows(NamedTuple):
     last: int
 
     def split(self, x: jax.Array) -> jax.Array:
-        """The array itself."""
         return x
 
     def scales(self, x: jax.Array, bits: Bits, scale: Scale) -> jax.Array:
@@ -106,11 +105,9 @@ class Rows(NamedTuple):
         return jnp.where(spread < 0, jnp.nan, spread)
 
     def quarters(self, x: jax.Array, s: jax.Array) -> jax.Array:
-        """As of `Blocks`."""
         return x * self.spread(_four_over(s))
 
     def joined(self, x: jax.Array, like: jax.Array) -> jax.Array:
-        """The array itself."""
         return x
 
 

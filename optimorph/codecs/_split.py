@@ -26,7 +26,6 @@ class _SplitCodec(Codec):
     step: ClassVar[int]
 
     def zeros(self, shape: Shape) -> Encoded:
-        """The encoding of zeros."""
         return Encoded(jnp.zeros(shape, self.code_dtype), jnp.zeros(shape, jnp.bfloat16))
 
     def _decode(self, encoded: Encoded) -> jax.Array:

@@ -58,7 +58,6 @@ class Axis(NamedTuple):
         return self.times or size // sum(self.blocks)
 
     def __str__(self) -> str:
-        """The axis as written in a spec."""
         if self.whole:
             return self.letter
         sizes = str(len(self.blocks)) if {*self.written} == {1} else "+".join(map(str, self.written))
@@ -112,7 +111,6 @@ class Axes:
     spec: str
 
     def __post_init__(self):
-        """Refuse a spec that does not describe a matrix."""
         if not isinstance(self.spec, str):
             raise ValueError(_refusal(self.spec))
         _parse(self.spec)
@@ -308,7 +306,6 @@ def _pieces(axes: tuple[Axis, ...], shape: Shape) -> tuple[Shape, ...]:
 
 @functools.cache
 def _unequal(axes: tuple[Axis, ...]) -> tuple[tuple[int, Axis], ...]:
-    """The axes of unequal blocks, with their positions."""
     return tuple((k, axis) for k, axis in enumerate(axes) if not axis.equal)
 
 
@@ -345,5 +342,4 @@ def _refusal(spec: object) -> str:
 
 
 def _sizes(axis: Axis, size: int) -> list[int]:
-    """The sizes of an axis's blocks."""
     return [size * block // sum(axis.blocks) for block in axis.blocks]

@@ -49,7 +49,6 @@ class Coefficients:
     dtype: str = "float32"
 
     def __post_init__(self):
-        """Refuse a table that fails (2), or that diverges."""
         if self.dtype not in (*MARGINS, EXACT):
             raise ValueError(f"Coefficients: dtype must be one of {[*MARGINS]}, but is {self.dtype!r}.")
         object.__setattr__(self, "rows", tuple(checked_row(row) for row in self.rows))

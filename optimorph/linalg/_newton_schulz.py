@@ -97,7 +97,6 @@ class NewtonSchulz:
     max_stack_bytes: int = 2**28
 
     def __post_init__(self):
-        """Refuse what cannot be computed, and keep the description hashable."""
         if not isinstance(self.coefficients, str | Coefficients):
             object.__setattr__(self, "coefficients", tuple(map(checked_row, self.coefficients)))
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -215,7 +214,6 @@ def _undivided(g: jax.Array) -> jax.Array:
 
 
 def safe_denominator(x: jax.Array) -> jax.Array:
-    """`x`, with 1 in place of 0."""
     return jnp.where(x == 0, 1, x)
 
 

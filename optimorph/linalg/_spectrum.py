@@ -193,7 +193,6 @@ def _is_exact(who: str, method: str) -> bool:
 
 
 def _largest(values: jax.Array) -> jax.Array:
-    """The largest singular value; 0 if there is none."""
     return jnp.max(values, axis=-1, initial=0)
 
 
