@@ -50,11 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the plan; return 1 if a leaf is unresolved or no leaf matches a rule, otherwise 0.
-
-    Raises:
-      BadInput: the message is one line for the user.
-    """
+    """Print the plan; return 1 if a leaf is unresolved or no leaf matches a rule, otherwise 0."""
     axes: dict[str, str | None] = {}
     for text in arguments.axes:
         pattern, spec = _rule(text)

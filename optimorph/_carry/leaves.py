@@ -82,11 +82,7 @@ def new_names(renamed: Renamed | None, paths: list[str]) -> Callable[[str], str 
 
 
 def under_old_names(params: PyTree, paths: list[str], name: Callable[[str], str | None]) -> dict[str, Any]:
-    """The parameters under the paths that the state has.
-
-    Raises:
-      ValueError: two leaves of the state that become one.
-    """
+    """The parameters under the paths that the state has; two leaves that become one are refused."""
     leaves, old = by_path(params), {}
     for path in paths:
         if (new := name(path)) is None:

@@ -39,9 +39,7 @@ class Origin(NamedTuple):
     """Where an array of the new state comes from.
 
     Args:
-      fate: of the report.
-      why: of the report.
-      matters: of the report.
+      fate, why, matters: as in the report.
       make: what makes it of the array that `tx` begins with; without it, it is that array.
       begins: whether the array that `tx` begins with is needed.
       sources: which arrays of the old state it is made of.
@@ -84,11 +82,7 @@ class Match:
             yield CarryRow(slot.where, slot.title, origin.fate, origin.why, origin.matters)
 
     def dropped(self) -> Iterator[CarryRow]:
-        """Every array of the old state that the new one has not.
-
-        Raises:
-          ValueError: arrays without a state around them.
-        """
+        """Every array of the old state that the new one has not; one without a state around it is refused."""
         used = {id(slot) for origin in self.origins for slot in origin.sources}
         seen = {_key(slot) for slot in self.wanted if not _is_of_part(slot)}
         for slot in self.held:

@@ -14,11 +14,8 @@ def all_of(flags: Iterable[jax.Array], dtype: DTypeLike) -> jax.Array:
     """Whether all flags hold, computed once however many leaves use it.
 
     XLA repeats cheap arithmetic, such as a conjunction of n booleans, in each of the n leaves that use it:
-    the program and its compilation grow with n². It never repeats a square root.
-
-    Args:
-      flags: any number of scalars.
-      dtype: of the root, which should be a dtype that the program uses anyway.
+    the program and its compilation grow with n². It never repeats a square root. The dtype of the root should
+    be one that the program uses anyway.
     """
     broken = jnp.max(jnp.asarray([~flag for flag in flags], dtype), initial=0)
     return jnp.sqrt(broken) == 0

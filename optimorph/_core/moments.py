@@ -37,10 +37,7 @@ SUMS = ("MultiStepsState.acc_grads",)
 def map_moments(f: Callable[[str, PyTree], PyTree], state: PyTree, fields: Fields | None = None) -> PyTree:
     """The state with `f(kind, moment)` in place of every moment, each a tree like the parameters.
 
-    Args:
-      f: of "first", "second" or "slow", or another kind that `fields` has, and the tree.
-      state: of this library or of optax.
-      fields: which fields of further states are moments.
+    The kind is "first", "second" or "slow", or another one that `fields` has for states of other libraries.
     """
     known = OPTAX_FIELDS if fields is None else {**OPTAX_FIELDS, **fields}
 
@@ -102,9 +99,6 @@ def check_fields(who: str, fields: Any, rules: Any) -> None:
     """Refuse what does not say which fields of which states are moments, and of which kind.
 
     Only rules of codecs can be for another kind than those that this library has.
-
-    Raises:
-      ValueError: naming `who`.
     """
     held = [*fields.values()] if isinstance(fields, Mapping) else []
     kinds = [kind for of_state in held if isinstance(of_state, Mapping) for kind in of_state.values()]

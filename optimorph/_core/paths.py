@@ -45,11 +45,7 @@ def structure_paths(structure: Any) -> list[str]:
 
 
 def distinct_paths(who: str, tree: PyTree) -> list[str]:
-    """`leaf_paths`, of which no two are one.
-
-    Raises:
-      ValueError: naming `who` and the path of several leaves.
-    """
+    """`leaf_paths`; several leaves with one path are refused."""
     paths = leaf_paths(tree)
     if twice := [path for path, times in collections.Counter(paths).items() if times > 1]:
         raise ValueError(f"{who}: several leaves have the path {twice[0]!r}. Use keys without slashes.")

@@ -44,9 +44,8 @@ def leaf_keys(key: jax.Array, paths: Sequence[str]) -> jax.Array:
 def places(shape: Shape, steps: Sequence[int] | None = None) -> jax.Array:
     """The number of every element in its array, uint32, row by row; beyond 2³² from 0 again.
 
-    Args:
-      shape: of the array.
-      steps: how far it is from each element to the next along each axis, in an array that this is a part of.
+    `steps` says how far it is from each element to the next along each axis, in an array that this is a part
+    of.
     """
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))] if steps is None else steps
     place = jnp.zeros(shape, jnp.uint32)
@@ -93,10 +92,7 @@ def stochastic_bfloat16(x: jax.Array, key: jax.Array, place: jax.Array | None = 
     the probability (1), and the rest is cut off. Numbers of bfloat16, ±0 and ±inf stay what they are, and so
     does NaN. Finite numbers stay finite: beyond the largest of bfloat16, 3.39e38, they become that.
 
-    Args:
-      x: the numbers.
-      key: of `jax.random`, or of a leaf.
-      place: of every number in the array that x is a part of; x is the whole without it.
+    `place` is that of every number in the array that x is a part of; without it x is the whole array.
     """
     return _carried(x, noise(key, places(x.shape) if place is None else place) >> 16)  # (1)
 

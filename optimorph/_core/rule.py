@@ -250,11 +250,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
 
 
 def arrays(who: str, params: PyTree) -> Leaves:
-    """The leaves of the parameters, those that are absent too.
-
-    Raises:
-      ValueError: naming `who` and a leaf that is no array.
-    """
+    """The leaves of the parameters, those that are absent too; what is no array is refused."""
     values, structure = jax.tree.flatten(params, is_leaf=is_absent)
     leaves = Leaves(structure, values)
     for path, leaf in zip(leaves.paths, values, strict=True):
@@ -266,10 +262,8 @@ def arrays(who: str, params: PyTree) -> Leaves:
 def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = True) -> tuple[list, Any, list]:
     """The gradients as a list with None for missing ones, their tree's structure, and the parameters' list.
 
-    Of a tree from `optax.masked` the leaves that are masked are in the list too.
-
-    Raises:
-      ValueError: naming `who` and every leaf where the gradients are not those of the parameters.
+    Of a tree from `optax.masked` the leaves that are masked are in the list too. Gradients that are not those
+    of the parameters are refused.
     """
     gs, tree = jax.tree.flatten(updates, is_leaf=is_absent)
     try:
@@ -303,11 +297,7 @@ def _alike(g: Any, w: Any, strict: bool) -> bool:
 
 
 def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: Any) -> list[Any]:
-    """The state's slots, of trees as lists of leaves.
-
-    Raises:
-      ValueError: naming `who`, if the state is that of another optimizer or of other parameters.
-    """
+    """The slots of a state, of trees as lists of leaves; a state of another optimizer is refused."""
     try:
         slots = rule.slots(state)
     except (ValueError, TypeError, KeyError) as error:

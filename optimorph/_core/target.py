@@ -41,13 +41,8 @@ def for_target(f: Program, about: Hashable, *operands: jax.Array, results: int) 
     """`f(about, target, *operands)`, traced when the program is lowered.
 
     So the same call gives the right program when a CPU compiles for a TPU, ahead of time or by `jax.export`.
-    Derivatives are those of the program for an unknown target.
-
-    Args:
-      f: a function, or an unbound method.
-      about: its first argument, which says what to compute.
-      operands: arrays.
-      results: the number of results, which have the shapes and dtypes of the first operands.
+    Derivatives are those of the program for an unknown target. `about` says what to compute. The results have
+    the shapes and dtypes of as many first operands.
     """
     params = {"x64": jax.numpy.result_type(float) == "float64", "told": _told()}
     return target_p.bind(*operands, f=f, about=about, results=results, **params)

@@ -33,15 +33,8 @@ def wrapped(
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation inside `who`, with extra arguments: where trees do not match, errors name `who`.
 
-    It may take another tree as `params` than the parameters. Then nothing is refused that it takes.
-
-    Args:
-      who: what errors name.
-      tx: the transformation.
-      wide: whether it runs in float32 or wider, as `in_float32` does.
-
-    Raises:
-      ValueError: naming `who`, what is no transformation.
+    It may take another tree as `params` than the parameters. Then nothing is refused that it takes. With
+    `wide` it runs in float32 or wider, as `in_float32` does. What is no transformation is refused.
     """
     check_transforms(who, tx)
     tx = _in_float32(tx) if wide and rule_of(tx) is None else tx

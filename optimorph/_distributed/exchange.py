@@ -36,14 +36,8 @@ def execute(
 
     f computes in the leaf's dtype; collectives may use a narrower one. With bfloat16 every number is rounded
     to 8 bits once on the way in and once on the way out: directions with singular values below 2⁻⁹ of the
-    norm are lost, and the result is accurate to 2⁻⁹ of itself.
-
-    Args:
-      plan: what `place` returned for the leaves.
-      f: a function of stacks `(batch, n, m)` that treats each matrix independently.
-      shards: this device's local shards of the leaves.
-      equivariant: that of the plan.
-      to: "invarying" where types track what varies over the mesh, as in `jax.shard_map(check_vma=True)`.
+    norm are lost, and the result is accurate to 2⁻⁹ of itself. `to` is "invarying" where types track what
+    varies over the mesh, as in `jax.shard_map(check_vma=True)`.
     """
     results, sizes = list(shards), dict(plan.mesh)
     for exchange in plan.exchanges:

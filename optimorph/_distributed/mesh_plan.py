@@ -72,19 +72,13 @@ def plan_mesh(
     leaves: Sequence[Any],
     forms: Sequence[Axes | None],
 ) -> MeshPlan:
-    """The plan for leaves over a mesh.
+    """The plan for leaves over a mesh; shardings that do not fit it or their leaves are refused.
 
     Args:
-      mesh: devices, or names and sizes alone.
-      match: the user's rules of shardings, or None.
+      match: the user's rules of shardings; without them the shardings are those of the leaves.
       polar: the function of matrices; None for `NewtonSchulz`.
       divide: what decides whether matrices are divided, as `hardware_for` says.
-      paths: of the leaves.
-      leaves: arrays or their shapes, with their shardings.
       forms: how leaves read as matrices; None for no matrix.
-
-    Raises:
-      ValueError: a sharding over axes that the mesh does not have, or that does not fit its leaf.
     """
     sizes, matrices, faults = dict(mesh.shape), [], []
     for path, leaf, form in zip(paths, leaves, forms, strict=True):

@@ -69,12 +69,8 @@ class ShardedFunction:
     ) -> list[jax.Array]:
         """f of every matrix; the results have the arrays' shardings.
 
-        Args:
-          arrays: global arrays, or inside `jax.shard_map` this device's local shards.
-          shardings: those of the arrays; inside `jax.shard_map`, those of the global arrays.
-
-        Raises:
-          ValueError: inside `jax.shard_map`, no shardings.
+        Inside `jax.shard_map` the arrays are this device's local shards, and the shardings, which must be
+        given there, are those of the global arrays.
         """
         if manual := manual_axes():
             if shardings is None:

@@ -136,8 +136,7 @@ def whole_shapes(
 def local_shard_spec(who: str, match: Match | None, path: str, shape: Shape) -> tuple[Spec, Shape]:
     """Inside `jax.shard_map` the mesh axes that divide each axis of a leaf; and the leaf's global shape.
 
-    Raises:
-      LeafError: inside `jax.shard_map`, naming `who` and a leaf that no rule matches.
+    A leaf that no rule matches is refused by a `LeafError`.
     """
     if match is None or not (manual := manual_axes()):
         return (), shape

@@ -153,11 +153,7 @@ def from_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:
 def at_owners(mesh: AbstractMesh | None, f: Callable[..., Any], *stacks: Any, about: Any = ()) -> Any:
     """`f(*stacks, *about)`; over a mesh each device computes its slots.
 
-    Args:
-      mesh: what `mesh_in_use` found.
-      f: a function of trees of stacks, slot by slot; it returns several trees like the first.
-      stacks: their trees.
-      about: numbers.
+    `f` works slot by slot on trees of stacks, and returns several trees like the first; `about` are numbers.
     """
     if mesh is None:
         return f(*stacks, *about)

@@ -48,11 +48,7 @@ class BadInput(Exception):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; returns its exit code.
-
-    Raises:
-      BadInput: with a message of one line.
-    """
+    """Run the command; returns its exit code."""
     console = plain_console()
     if conflict := find_conflict(args):
         raise BadInput(conflict)

@@ -78,11 +78,7 @@ def candidate_rates(
 
 
 def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
-    """Refuse what would fail during training, or would measure nothing.
-
-    Raises:
-      ValueError: with the argument that is wrong, and what to type instead.
-    """
+    """Refuse what would fail during training, or would measure nothing."""
     _want(is_integer(seeds, 1), "seeds", seeds, "an integer of at least 1", "seeds=3")
     if seeds > 1 and not _is_function(params) and not callable(batches):
         raise ValueError(

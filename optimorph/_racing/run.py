@@ -17,9 +17,7 @@ WARM_UP_STEPS = 3  # steps that are not timed
 class CompiledTask:
     """The compiled loss and gradient of a task, and the compiled updates. All runs share them.
 
-    Args:
-      task: the model and its data.
-      part: the held-out data that evaluate the parameters.
+    `part` is the held-out data that evaluate the parameters.
     """
 
     def __init__(self, task: Task, part: str = "validation"):

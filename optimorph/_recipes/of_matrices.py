@@ -65,14 +65,9 @@ def of_matrices(
 ) -> Transform:
     """transforms → scale by shape → decay → learning rate; AdamW for other leaves.
 
-    `state` says how the moments of the transforms are stored.
-
-    Args:
-      who: the name of the optimizer.
-      transforms: the transformations of the gradients of matrices.
-      learning_rate: and all further arguments: those of `muon`.
-      polar: the orthogonalizer, for the plan.
-      last: a transformation that replaces the scale by shape, the weight decay and the learning rate.
+    `state` says how the moments of the transforms are stored. `polar` is the orthogonalizer, for the plan.
+    `last` replaces the scale by shape, the weight decay and the learning rate. The other arguments are those
+    of `muon`.
     """
     own_nu = SECOND in [kind for tx in transforms for kind in _moments(tx)]
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
@@ -134,15 +129,7 @@ def of_polar_factors(
     divide: str | Hardware = AUTO,
     **arguments: Any,
 ) -> Transform:
-    """`of_matrices`: average → orthogonalize → transforms.
-
-    Args:
-      who: the name of the optimizer.
-      average: the transformation of the gradients.
-      transforms: the transformations of the polar factors.
-      orthogonalizer: and `comm_dtype` and `divide`: those of `muon`.
-      arguments: those of `of_matrices`.
-    """
+    """`of_matrices`: average → orthogonalize → transforms. The arguments are those of `muon`."""
     polar = orthogonalize(orthogonalizer, comm_dtype=comm_dtype, divide=divide)
     return of_matrices(who, average, polar, *transforms, polar=orthogonalizer, divide=divide, **arguments)
 

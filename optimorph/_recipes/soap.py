@@ -172,11 +172,7 @@ def basis(
     arguments: EigenbasisArguments,
     **options: Any,
 ) -> tuple[optax.GradientTransformation, dict[str, Any]]:
-    """`in_eigenbasis` with its own arguments out of those of an optimizer, and the remaining arguments.
-
-    Raises:
-      ValueError: naming `who`, if `state` is not None.
-    """
+    """`in_eigenbasis` with its own arguments out of those of an optimizer, and the remaining arguments."""
     others: dict[str, Any] = {**arguments}
     if others.get("state") is not None:
         raise ValueError(f"{who}: state must be None: {NOT_IN_8_BITS}")

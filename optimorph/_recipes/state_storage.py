@@ -27,15 +27,8 @@ def with_state_storage(
 ) -> optax.GradientTransformationExtraArgs:
     """An element-wise transformation with its state stored as the argument `state` of a recipe says.
 
-    Args:
-      who: whose error it is.
-      tx: the transformation.
-      state: None, "int8" or the rules of `compress_state`.
-      int8: the rules that "int8" stands for; those of `compress_state` by default.
-      dtypes: `mu_dtype` and the like of the recipe.
-
-    Raises:
-      ValueError: another word; a narrow dtype beside it.
+    "int8" stands for the rules `int8`, by default those of `compress_state`. `dtypes` are `mu_dtype` and the
+    like; a narrow one beside `state` is refused.
     """
     if state is None:
         return optax.with_extra_args_support(tx)

@@ -22,11 +22,7 @@ BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
 
 
 def codec_rule(who: str, rules: Rules | None) -> CodecRule:
-    """The rules as one function; `by_default` decides where no rule matches.
-
-    Raises:
-      ValueError: a codec in place of rules; when called, a rule that gives anything but a fitting codec.
-    """
+    """The rules as one function, which refuses what is no fitting codec; else `by_default` decides."""
     if isinstance(rules, Codec):
         raise ValueError(f"{who}: rules must say which moments {rules!r} is for. Type {BOTH}, for example.")
     found = lookup({} if rules is None else rules, who)

@@ -64,10 +64,7 @@ class Elementwise(NamedTuple):
         """The results for slices of the shape `part` where an argument has the shape `whole`.
 
         Scalars may enter the arrays, and none may leave them. What does not depend on the arrays, such as a
-        learning rate, is computed unchanged.
-
-        Raises:
-          NotElementwiseError: the results are not all made element by element.
+        learning rate, is computed unchanged. Other results are refused by a `NotElementwiseError`.
         """
         jaxpr, given = self.closed.jaxpr, [*constants, *arrays]
         values = [

@@ -111,10 +111,8 @@ def stored_by(
 ) -> tuple[Codec | None, Encoded]:
     """The codec of a stored moment, and the moment as that stores it, in whichever dtype it was restored.
 
-    There is no codec if it is stored uncompressed, as complex and float64 moments are.
-
-    Raises:
-      ValueError: it was stored by another codec.
+    There is no codec if it is stored uncompressed, as complex and float64 moments are. What another codec
+    stored is refused.
     """
     dtype, scales = stored.codes.dtype, stored.scales
     assert scales is not None
@@ -272,17 +270,8 @@ def update_large(
 ) -> tuple[jax.Array, Sequence[Any]]:
     """The update and the new moments of one large leaf; leaves with the same jaxpr share a program.
 
-    Args:
-      step: of the leaf, with decoded moments.
-      g: the gradient, whose buffer the update takes if it has the same dtype.
-      weight: the parameter, or None.
-      moments: `Encoded`, arrays or None.
-      codecs: of the moments; None where there is none.
-      keys: of the noise of each moment.
-      check: whether `step` may be a function that is not element-wise.
-
-    Raises:
-      NotElementwiseError: it is not element-wise.
+    The update takes the gradient's buffer if it has the same dtype. Moments are `Encoded`, arrays or None;
+    each has a codec or None and a key of noise. With `check`, a step that is not element-wise is refused.
     """
     decoded = [m if codec is None else _in_float32(m) for m, codec in zip(moments, codecs, strict=True)]
     arguments, inside = jax.tree.flatten((g, weight, list(map(_codes, decoded))))

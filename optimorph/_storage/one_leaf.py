@@ -22,11 +22,8 @@ def one_leaf_rule(
 ) -> Rule:
     """The rule that calls `tx` on trees in which all leaves but one are None.
 
-    Args:
-      tx: an element-wise transformation without a rule, of optax for example.
-      state: one of its states.
-      fields: which fields of further states are moments.
-      extra: further arguments of its update.
+    `tx` is element-wise, without a rule, for example of optax. `state` is one of its states, and `extra` are
+    further arguments of its update.
     """
     template = map_moments(lambda kind, _: Role(kind, kind, tree=True), state, fields)
     template = jax.tree.map(lambda x: x if isinstance(x, Role) else scalar("shared"), template)

@@ -59,10 +59,7 @@ def in_slabs(
       make: of a slab of what is written, as it was, and of what is read.
       store: of a place, the number of every element in the whole, uint32, what was made, and the first slab
         as it was, for what is the same in all of them; returns what the slab becomes.
-      shape: one that has a `slab_shape` for the target.
-      target: what the program is compiled for.
       written: arrays, updated in place if they are donated.
-      read: other arrays.
     """
     slab = slab_shape(shape, target)
     assert slab is not None

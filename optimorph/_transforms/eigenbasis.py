@@ -338,11 +338,7 @@ def _check_manual(who: str, leaves: Leaves, forms: Any, match: Any) -> None:
 
 
 def _kept(who: str, slots: Slots, state: EigenbasisState) -> dict[str, Kronecker]:
-    """What a state has of each size of matrix.
-
-    Raises:
-      ValueError: naming `who`, if it is not of these matrices.
-    """
+    """What a state has of each size of matrix; a state of other matrices is refused."""
     fields = [x for x in state[-len(Kronecker._fields) :] if x is not None]
     if not all({*x} == {*slots.parts} for x in fields):
         raise other_state(who)

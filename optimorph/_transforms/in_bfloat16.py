@@ -112,11 +112,7 @@ def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _unrounded(state: Any, before: Any) -> Any:
-    """The state of a part of a leaf, which the codec that stored it rounds.
-
-    Raises:
-      ValueError: no codec stores it.
-    """
+    """The state of a part of a leaf, which the codec that stored it rounds; without a codec it is refused."""
     if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(before)):
         raise ValueError(
             "compress_state: a moment in bfloat16 without a codec is rounded stochastically, which needs the "

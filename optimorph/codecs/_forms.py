@@ -116,14 +116,7 @@ Form = Blocks | Rows
 
 
 def in_form(f: Callable[..., Any], width: int, x: jax.Array, *arrays: Any) -> Any:
-    """`f(form, x, *arrays)`, with the form that suits the platform.
-
-    Args:
-      f: a function of a form and arrays.
-      width: the numbers of a block.
-      x: an array whose rows are divided into blocks.
-      arrays: further arrays.
-    """
+    """`f(form, x, *arrays)`, with the form that suits the platform, for blocks of `width` numbers."""
 
     def of(form: Form) -> Callable[..., Any]:
         return lambda *arrays: f(form, *arrays)

@@ -40,11 +40,7 @@ class Kronecker(NamedTuple):
 def first_factors(stack: jax.Array, max_dim: int | None, dtype: Any, tracked: bool) -> Kronecker:
     """Of a stack `(batch, n, m)`: factors of 0, and bases that are the identity.
 
-    Args:
-      stack: its shape counts.
-      max_dim: sides that are longer have no factor.
-      dtype: of factors and bases.
-      tracked: whether there are eigenvalues.
+    Sides longer than `max_dim` have no factor. There are eigenvalues if they are `tracked`.
     """
     count, *sizes = stack.shape
     real = jnp.finfo(dtype).dtype

@@ -15,12 +15,7 @@ Parts = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def classification(model: Callable[[nnx.Rngs], Any], **about: Any) -> Task:
-    """The task with cross-entropy as loss.
-
-    Args:
-      model: the class of the module.
-      about: the other arguments of `Task`.
-    """
+    """The task of a module with cross-entropy as loss; `about` are the other arguments of `Task`."""
     graph = nnx.graphdef(model(nnx.Rngs(0)))
 
     def loss(params: Any, batch: Any) -> jax.Array:
@@ -33,9 +28,7 @@ def classification(model: Callable[[nnx.Rngs], Any], **about: Any) -> Task:
 def examples(load: Callable[[], Parts], batch_size: int) -> dict[str, Any]:
     """The data as arguments of `Task`: batches that are drawn with replacement, and whole held-out parts.
 
-    Args:
-      load: function → the parts "train", "tuning" and "validation". It is called when data is needed.
-      batch_size: the number of examples in a batch.
+    `load` is called when data is needed. It returns the parts "train", "tuning" and "validation".
     """
 
     def batches(seed):
