@@ -157,7 +157,8 @@ def scale_by_shape(
         forms, match = now
         if factor_of is None or forms[leaf.index] is None or np.size(g) == 0:
             return g, state
-        spec, shape = local_shard_spec(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
+        shape = np.shape(leaf.leaves.values[leaf.index])
+        spec, shape = ((), shape) if match is None else local_shard_spec(who, match, leaf.path, shape)
         factor = forms[leaf.index].spread(factor_of, shape)
         if factor.dtype.kind not in "fiu":
             raise ValueError(
