@@ -57,7 +57,7 @@ from optimorph._routing.partition import partition
 from optimorph._routing.rules import labels
 from optimorph._split_weights import join_weights, split_weights
 from optimorph._storage.compress_state import compress_state
-from optimorph._storage.compressed import CompressedState
+from optimorph._storage.stored import CompressedState
 from optimorph._transforms.averages import (
     AccumulateState,
     EmaState,

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import DTypeLike as DTypeLike
 
 Numeric = int | float | np.number | np.ndarray | jax.Array
 """A hyperparameter: a Python number, a scalar array or a tracer."""
@@ -27,15 +27,3 @@ AxesRules = Rules
 
 Mask = Any
 """What `optax.masked` takes, a tree of booleans or a function from a tree to one; or rules by pattern."""
-
-__all__ = [
-    "AxesRules",
-    "DTypeLike",
-    "Mask",
-    "Numeric",
-    "PyTree",
-    "Rules",
-    "ScalarOrSchedule",
-    "Schedule",
-    "Shape",
-]

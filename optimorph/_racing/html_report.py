@@ -1,26 +1,34 @@
 """The report of a race: curves, tables, learning rates and spectra, in one HTML file that loads no other."""
 
 import importlib.resources
+import io
 import math
 import re
 import statistics
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import matplotlib as mpl
+from matplotlib.figure import Figure
 
 from optimorph._racing import plot
 from optimorph._racing.palette import DARK, FAINT, INK, LIGHT, PAPER, Style
 from optimorph._racing.race_data import RaceData, Trial
-from optimorph._racing.svg import VARIABLES, inline_svg
 from optimorph._racing.table import notes, table_rows
 from optimorph._racing.verdict import leaders, verdict
 
 WIDE, SMALL = (5.0, 3.8), (2.4, 2.0)  # plot sizes in inches
 DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "8 3 2 3", ":": "2 3"}
+VARIABLES = {
+    INK[0]: "var(--ink)",
+    FAINT[0]: "var(--faint)",
+    **{color: f"var(--c{k})" for k, color in enumerate(LIGHT)},
+}
+"""Colour of the light palette → CSS variable."""
 
 
 def write_html(path: Path, race: RaceData) -> None:
@@ -43,12 +51,9 @@ def write_html(path: Path, race: RaceData) -> None:
 def _losses(race: RaceData) -> str:
     heads, *rows = table_rows(race)
     seeds = " Means over the seeds; each seed is a thin line." if race.seeds > 1 else ""
+    about = "A line chart of {} over {}; the table below has the final values."
     plots = [
-        inline_svg(
-            plot.make_figure(plot.draw_losses, WIDE, race, along),
-            f"loss-{along}",
-            f"A line chart of {race.measure} over {along}; the table below has the final values.",
-        )
+        _svg(f"loss-{along}", about.format(race.measure, along), plot.draw_losses, WIDE, race, along)
         for along in ("steps", "seconds")
     ]
     names = [row.name for row in race.rows]
@@ -67,11 +72,7 @@ def _rates(race: RaceData) -> str:
     note = "A cross at the top marks a learning rate with which training diverged."
     if any(trial.others is not None for trial in race.trials):
         note = f"Each point is the best over the rates tried for embeddings, head and norms. {note}"
-    svg = inline_svg(
-        plot.make_figure(plot.draw_rates, WIDE, race),
-        "rates",
-        "A line chart of final loss over learning rate.",
-    )
+    svg = _svg("rates", "A line chart of final loss over learning rate.", plot.draw_rates, WIDE, race)
     heads = ("optimizer", "best rate", "its loss", "rates within 5 %")
     return _section(
         "rates",
@@ -111,12 +112,9 @@ def _spectra(race: RaceData) -> str:
     )
     if len(plotted) < len(layers):
         note += f" The plots show {len(plotted)} of {len(layers)} layers."
+    about = "A line chart of the singular values of each optimizer's update of"
     plots = [
-        inline_svg(
-            plot.make_figure(plot.draw_spectrum, SMALL, race, layer),
-            f"spectrum-{k}",
-            f"A line chart of the singular values of each optimizer's update of {layer[0]}.",
-        )
+        _svg(f"spectrum-{k}", f"{about} {layer[0]}.", plot.draw_spectrum, SMALL, race, layer)
         for k, layer in enumerate(plotted)
     ]
     caption = (
@@ -128,6 +126,34 @@ def _spectra(race: RaceData) -> str:
         _figure(race, list(shares), plots, note, "small"),
         _table(race, ("optimizer", "median", "lowest", "highest"), rows, caption),
     )
+
+
+def _svg(
+    name: str, description: str, draw: Callable[..., None], size: tuple[float, float], *args: Any
+) -> str:
+    """A plot as an `<svg>` element, with text as text, and CSS variables for the colours of the palette.
+
+    All ids begin with `name`, so that several plots fit on one page. The description is for readers who do
+    not see the plot.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    draw(axes, *args)
+    for drawn in (figure, axes):
+        drawn.patch.set_visible(False)
+    file = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", svg, flags=re.S)
+    svg = re.sub(r"\bfont: (\S+) [^;\"]*", r"font-size: \1", svg)  # the page sets the font family
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub("|".join(VARIABLES), lambda match: VARIABLES[match[0]], svg)
+    for attribute in ("width", "height"):
+        svg = re.sub(rf'(<svg\b[^>]*?) {attribute}="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label={quoteattr(description)}', 1)
 
 
 def _section(name: str, title: str, *parts: str) -> str:

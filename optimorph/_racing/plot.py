@@ -3,7 +3,7 @@
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,6 @@ def plot_losses(race: RaceData) -> Figure:
     if names:
         figure.legend(handles, names, loc="outside right upper", title="best first")
     figure.set_size_inches(10, max(4.2, 1 + 0.22 * "\n".join(names).count("\n")))
-    return figure
-
-
-def make_figure(draw: Callable[..., None], size: tuple[float, float], *args: Any) -> Figure:
-    """A figure of this size in inches, drawn by one of the functions below: `draw(axes, *args)`."""
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure.subplots(), *args)
     return figure
 
 

@@ -37,7 +37,6 @@ from optimorph._core.types import PyTree, Rules
 from optimorph._core.wrapped import OF_TREES, wrapped
 from optimorph._routing.rules import warn_unused
 from optimorph._storage.codec_rules import SMALL, codec_rule, warn_nothing
-from optimorph._storage.compressed import CompressedState
 from optimorph._storage.elementwise import NotElementwiseError
 from optimorph._storage.encoding import (
     CodecRule,
@@ -53,6 +52,7 @@ from optimorph._storage.encoding import (
     update_large,
 )
 from optimorph._storage.one_leaf import one_leaf_rule
+from optimorph._storage.stored import CompressedState
 from optimorph.codecs import Codec, Encoded
 
 WHO, CODES = "compress_state", "codes"

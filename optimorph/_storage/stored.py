@@ -1,7 +1,7 @@
-"""Moments in codes, each with its scales and the codec that wrote them."""
+"""The state of `compress_state`; its moments in codes, with their scales and the codecs that wrote them."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,31 @@ import optax
 
 from optimorph._core.moments import Fields, moments_of, with_moments
 from optimorph._core.paths import map_paths
+from optimorph._core.roles import holds, scalar
 from optimorph._core.rounding import leaf_key
 from optimorph._core.rule import handed_down
 from optimorph._core.types import PyTree, Shape
-from optimorph._storage.compressed import CompressedState
 from optimorph._storage.encoding import CodecRule, decoded, encoded, in_codes, initial, named, stored_by
 from optimorph.codecs import Codec, Encoded
+
+
+class CompressedState(NamedTuple):
+    """The inner state with codes in place of moments, their scales, the seed of the noise, and a count.
+
+    Args:
+      inner: the state of the inner transformation. The codes have the shapes of the moments.
+      scales: for each moment a tree like the parameters, whose leaves are `(*batch, blocks)`. Moments that
+        are not compressed have zeros.
+      seed: the seed of the noise, uint32.
+      noise_count: the number of updates, int32.
+    """
+
+    averages = holds(inner="")  # stored as codes, which are no moments to others
+    inner: Any
+    scales: tuple[Any, ...]
+    seed: Any
+    noise_count: Any
+    roles = holds(seed=scalar("seed of compress_state"), noise_count=scalar("count of compress_state"))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
