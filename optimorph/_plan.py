@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
 from optimorph._core.checks import check_transforms, not_an_array
+from optimorph._core.moments import nodes_with
 from optimorph._core.numbers import is_array
 from optimorph._core.paths import distinct_paths
 from optimorph._core.rule import handed_down
@@ -260,7 +261,7 @@ def _state_bytes(
             return jax.eval_shape(optimizer.init, params)
 
     state = state_of(params)
-    if any(map(_is_stacked, jax.tree.leaves(state, is_leaf=_is_stacked))):
+    if nodes_with(state, "stacked"):  # one array for the matrices of several leaves
         alike = group_by(leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]))
         alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]: group[0][1]})) for group in alike}
         sizes = {path: sum(x.size * x.dtype.itemsize for x in xs if x.ndim) for path, xs in alone.items()}
@@ -271,11 +272,6 @@ def _state_bytes(
         if known := [key for key in keys if key in count]:
             count[known[-1]] += leaf.size * leaf.dtype.itemsize
     return {path: count[group[0][0]] for group in groups for path, *_ in group}
-
-
-def _is_stacked(node: Any) -> bool:
-    """Whether a state has one array for the matrices of several leaves."""
-    return getattr(node, "stacked", False)
 
 
 def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:

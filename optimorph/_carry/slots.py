@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 
 from optimorph._core import roles
+from optimorph._core.moments import nodes_with
 from optimorph._core.numbers import is_absent
 from optimorph._core.paths import leaf_paths
 from optimorph._storage.stored import Stored
@@ -158,7 +159,7 @@ class _Walk:
             moments = self._state(node, kind, part, stage)
             self.stacked = around
             return moments
-        if not any(map(_is_state, jax.tree.leaves(node, is_leaf=_is_state))):
+        if not nodes_with(node, "_fields"):
             self._note(BARE, node, part, stage, False, 0)
             return False
         if type(node) in (tuple, list, OrderedDict):
@@ -242,10 +243,6 @@ def _name(name: str, field: str, role: roles.Role, kind: str) -> str:
 def _is_inner(field: str, known: dict[str, str]) -> bool:
     """Whether a field of a wrapper's state, of optax or its like, holds the state of what is inside."""
     return field not in known and (field.startswith("inner") or "state" in field)
-
-
-def _is_state(node: Any) -> bool:
-    return hasattr(node, "_fields")
 
 
 def _stacked(node: Any) -> tuple[str, ...]:

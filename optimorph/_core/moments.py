@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optimorph._core.roles import AVERAGE, FIRST, SECOND, SLOW, may_be_variance
 from optimorph._core.types import PyTree
@@ -79,19 +78,22 @@ def with_moments(state: PyTree, moments: Iterable[PyTree], fields: Fields | None
     return map_moments(lambda kind, _: next(left), state, fields)
 
 
+def nodes_with(state: PyTree, attribute: str) -> list[Any]:
+    """The outermost nodes of a state that have an attribute."""
+
+    def has(node: Any) -> bool:
+        return hasattr(node, attribute)
+
+    return [node for node in jax.tree.leaves(state, is_leaf=has) if has(node)]
+
+
 def unknown(state: PyTree, size: int, fields: Fields | None = None) -> list[str]:
     """`MyState.average`: fields without a role whose real arrays have two axes and `size` numbers."""
     found: dict[str, None] = {}
-
-    def visit(name: str, tree: Any) -> None:
-        for node in jax.tree.leaves(tree, is_leaf=_is_state):
-            if _is_state(node):
-                for field in {*node._fields} - {*getattr(node, "roles", ())}:
-                    visit(f"{type(node).__name__}.{field}", getattr(node, field))
-            elif np.ndim(node) > 1 and node.size >= size and jnp.issubdtype(node.dtype, jnp.floating):
-                found[name] = None
-
-    visit("", map_moments(lambda kind, moment: None, state, fields))
+    for node, field in _without_role(map_moments(lambda kind, moment: None, state, fields)):
+        for x in jax.tree.leaves(getattr(node, field), is_leaf=lambda x: hasattr(x, "_fields")):
+            if getattr(x, "ndim", 0) > 1 and x.size >= size and jnp.issubdtype(x.dtype, jnp.floating):
+                found[f"{type(node).__name__}.{field}"] = None
     return [name for name in found if name not in SUMS]
 
 
@@ -113,11 +115,7 @@ def check_fields(who: str, fields: Any, rules: Any) -> None:
 
 def warn_unused_fields(who: str, state: PyTree, fields: Fields | None) -> None:
     """Warn of fields that no state has, or of which a state says itself what they hold."""
-    there = {
-        (type(node).__name__, field)
-        for node in _states(state)
-        for field in {*node._fields} - {*getattr(node, "roles", ())}
-    }
+    there = {(type(node).__name__, field) for node, field in _without_role(state)}
     for pair in [(name, field) for name, held in (fields or {}).items() for field in held]:
         if pair not in there:
             known = ", ".join(sorted(map(".".join, there))) or "none"
@@ -128,13 +126,8 @@ def warn_unused_fields(who: str, state: PyTree, fields: Fields | None) -> None:
             )
 
 
-def _states(tree: PyTree) -> Iterator[Any]:
-    """The states in a state, and those in them."""
-    for node in jax.tree.leaves(tree, is_leaf=_is_state):
-        if _is_state(node):
-            yield node
-            yield from _states(tuple(node))
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, tuple) and hasattr(node, "_fields")
+def _without_role(tree: PyTree) -> Iterator[tuple[Any, str]]:
+    """The states in a state, and those in them, each with every field that has no role."""
+    for node in nodes_with(tree, "_fields"):
+        yield from ((node, field) for field in node._fields if field not in getattr(node, "roles", {}))
+        yield from _without_role(tuple(node))

@@ -27,6 +27,11 @@ def check_key(who: str, key: Any) -> None:
         )
 
 
+def step_key(state: Any) -> jax.Array:
+    """The key of a step, for `leaf_key`, by the seed of a state and its count of steps."""
+    return jax.random.fold_in(jax.random.key(state.seed), state.noise_count)
+
+
 def leaf_key(key: jax.Array, path: str) -> jax.Array:
     """The key of one leaf, for `noise`: that of all leaves and its path, whatever the order of the leaves.
 

@@ -16,6 +16,7 @@ from optimorph._core.moments import (
     check_fields,
     map_moments,
     moments_of,
+    nodes_with,
     unknown,
     warn_unused_fields,
     with_moments,
@@ -31,7 +32,7 @@ from optimorph._core.numbers import (
 )
 from optimorph._core.paths import by_path, distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
-from optimorph._core.rounding import leaf_key, leaf_keys
+from optimorph._core.rounding import leaf_key, leaf_keys, step_key
 from optimorph._core.rule import Rule, called, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
 from optimorph._core.wrapped import OF_TREES, wrapped
@@ -159,7 +160,7 @@ def _compressed(
         seed, count = jnp.uint32(shared.seed), increment(shared.noise_count)
         after = state(rule.slots(inner), [None] * len(moments), seed, count)
         names = [named(kinds[j], path) for path in leaves.paths for j in moments]
-        keys = leaf_keys(_key(shared), names)
+        keys = leaf_keys(step_key(shared), names)
         return (now, keys.reshape(len(leaves.paths), len(moments), keys.shape[-1])), after
 
     def update(g, s, leaf, now):
@@ -252,7 +253,7 @@ def _of_trees(
 
     def whole(updates, state, params, extra):
         """All moments are decoded, updated and encoded again."""
-        key, missing, moments = _key(state), _missing(updates), moments_of(state.inner, fields)
+        key, missing, moments = step_key(state), _missing(updates), moments_of(state.inner, fields)
         before, after_codes, after_scales = [], [], []
         untrained = {path for path, w in by_path(params).items() if not is_trainable(w)}
 
@@ -308,10 +309,6 @@ def _announce(
     warn_unused_fields(who, state, fields)
 
 
-def _key(state: CompressedState) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(state.seed), state.noise_count)
-
-
 def _missing(updates: PyTree) -> set[str]:
     flags = jax.tree.map(is_missing, updates, is_leaf=lambda x: x is None)
     return {path for path, gone in zip(leaf_paths(flags), jax.tree.leaves(flags), strict=True) if gone}
@@ -319,13 +316,8 @@ def _missing(updates: PyTree) -> set[str]:
 
 def _check_codes(who: str, state: PyTree) -> None:
     """Refuse a state with a part that says why it cannot be encoded."""
-    for x in jax.tree.leaves(state, is_leaf=_is_not_in_8_bits):
-        if _is_not_in_8_bits(x):
-            raise ValueError(f"{who}: in_eigenbasis, as in soap, must not be inside: {x.not_in_8_bits}")
-
-
-def _is_not_in_8_bits(x: Any) -> bool:
-    return hasattr(x, "not_in_8_bits")
+    for node in nodes_with(state, "not_in_8_bits"):
+        raise ValueError(f"{who}: in_eigenbasis, as in soap, must not be inside: {node.not_in_8_bits}")
 
 
 def _warn_unknown(who: str, name: str) -> None:

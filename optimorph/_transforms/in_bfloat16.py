@@ -12,7 +12,7 @@ from optimorph._core.differences import checked_state
 from optimorph._core.numbers import increment
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
-from optimorph._core.rounding import leaf_key, stochastic_bfloat16
+from optimorph._core.rounding import leaf_key, step_key, stochastic_bfloat16
 from optimorph._core.rule import Rule, rule_of, transform
 from optimorph._core.wrapped import wrapped
 
@@ -64,7 +64,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     def update(updates, state, params=None, **extra):
         state = checked_state("in_bfloat16", state, BFloat16State)
         out, after = inner.update(updates, jax.tree.map(_widen, state.inner), params, **extra)  # (1)
-        key = _key(state)
+        key = step_key(state)
         leaves, structure = jax.tree.flatten(after)
         rounded = [
             _rounded(new, leaf_key(key, path)) for path, new in zip(leaf_paths(after), leaves, strict=True)
@@ -84,7 +84,7 @@ def _rule(rule: Rule, seed: int) -> Rule:
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
-        return (now, _key(shared)), BFloat16State(
+        return (now, step_key(shared)), BFloat16State(
             inner, jnp.uint32(shared.seed), increment(shared.noise_count)
         )
 
@@ -101,10 +101,6 @@ def _rule(rule: Rule, seed: int) -> Rule:
 
     state = BFloat16State(rule.state, **BFloat16State.roles)
     return Rule(state, update, init, begin, advance)
-
-
-def _key(state: BFloat16State) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(state.seed), state.noise_count)
 
 
 def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, is_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, cond, real_dtype
+from optimorph._core.moments import nodes_with
 from optimorph._core.numbers import (
     NotScalarError,
     as_made,
@@ -201,7 +202,7 @@ def multi_steps(
             return out, jax.tree.map(with_type_of, after, state.inner)
 
         def step():
-            told = extra | ({"sound": added} if _any_observes(state.inner) else {})
+            told = extra | ({"sound": added} if nodes_with(state.inner, "observe") else {})
             with_zeros, without = (functools.partial(take, absent, **told) for absent in (False, True))
             if not any(lacking) or traced(without) is None:
                 return with_zeros()
@@ -227,10 +228,6 @@ def multi_steps(
 
 def _observes(node: Any) -> bool:
     return hasattr(node, "observe")
-
-
-def _any_observes(state: Any) -> bool:
-    return any(map(_observes, jax.tree.leaves(state, is_leaf=_observes)))
 
 
 def _observed(state: Any, sound: jax.Array, extra: dict[str, Any]) -> Any:
