@@ -122,7 +122,6 @@ def inject_hyperparams(
 
 
 def _renamed(state: Any, name_of: Callable[[str], str]) -> Any:
-    """The state with other names for the states of its schedules."""
     states = {name_of(name): s for name, s in state.hyperparams_states.items()}
     return state._replace(hyperparams_states=states)
 

@@ -211,7 +211,6 @@ def _specs(routes: Routes | None, paths: list[str], leaves: list[jax.ShapeDtypeS
 
 @functools.lru_cache(maxsize=1 << 10)
 def _matrices(axes: Axes | None, shape: Shape) -> tuple[tuple[int, int, int], ...]:
-    """(number of matrices, inputs, outputs), for each size of matrix in a leaf."""
     counts = collections.Counter()
     for *batch, inputs, outputs in () if axes is None else axes.stacks(shape):
         counts[inputs, outputs] += math.prod(batch)
@@ -275,7 +274,6 @@ def _state_bytes(
 
 
 def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:
-    """The learning rates of matrices and of other leaves, as a fresh state has them."""
     with warnings.catch_warnings(action="ignore"):  # there is no matrix
         parts = optimizer.init({}).inner_states  # pyright: ignore[reportAttributeAccessIssue]
     found = {}

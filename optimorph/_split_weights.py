@@ -117,7 +117,6 @@ def _belongs(c: Any, w: Any) -> bool:
 
 
 def _difference(weights: PyTree, residuals: PyTree) -> str:
-    """How the trees differ, in leaves or else in containers."""
     present = jax.tree.map(lambda c: WHOLE if c is None else c, residuals, is_leaf=lambda c: c is None)
     ours, theirs = by_path(weights), by_path(present)
     lines = []

@@ -161,7 +161,6 @@ def _norm(v: PyTree) -> jax.Array:
 
 
 def _check(params: PyTree) -> None:
-    """Refuse leaves that no Hessian is of."""
     leaves = jax.tree.leaves(params)
     for path, leaf in zip(leaf_paths(params), leaves, strict=True):
         if not is_array(leaf):

@@ -300,7 +300,6 @@ def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:
 
 
 def _leaves(updates: PyTree, out: PyTree, params: PyTree, state: PyTree) -> dict[str, Leaf]:
-    """Every leaf that has a gradient and an update, by its path."""
     gradients, steps, weights = map(by_path, (updates, out, params))
     moments = _momenta(state)
     return {

@@ -113,7 +113,6 @@ def places(grown: bool | Mapping[str, Any], params: PyTree) -> Place:
 
 
 def _index(place: Any) -> tuple[Any, ...]:
-    """An index as jax takes it: a list is one of an axis."""
     axes = place if isinstance(place, tuple) else (place,)
     return tuple(np.asarray(axis) if isinstance(axis, list) else axis for axis in axes)
 

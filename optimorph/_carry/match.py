@@ -77,7 +77,6 @@ class Match:
         self.origins = [found.get(id(slot)) or self._scalar(slot) for slot in wanted]
 
     def rows(self) -> Iterator[CarryRow]:
-        """What becomes of every array of `tx`."""
         for slot, origin in zip(self.wanted, self.origins, strict=True):
             yield CarryRow(slot.where, slot.title, origin.fate, origin.why, origin.matters)
 
@@ -241,7 +240,6 @@ def _alike(found: list[Slot], slot: Slot) -> list[Slot]:
 
 
 def _of_counts(slot: Slot, found: list[Slot]) -> Origin:
-    """One of several counts: the largest."""
     arrays = [each.array for each in found]
     if any(np.shape(array) != np.shape(slot.array) for array in arrays):
         return Origin(FRESH, f"of shape {np.shape(arrays[0])} in the state", slot.kind in CORRECTIONS)
@@ -319,7 +317,6 @@ def _number(array: Any) -> str:
 
 
 def _advice(slot: Slot) -> str:
-    """What would make the difference go away."""
     if slot.kind == kinds.AVERAGE and slot.path and not slot.stage:
         return f" (axes of muon: {{{slot.path!r}: 'io'}} or {{{slot.path!r}: None}})"
     advice = {kinds.STEPS: "bias_correction must be as it was", kinds.DAMPED: "optax has no dampening"}

@@ -32,7 +32,6 @@ class CarryRow(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The path and the kind, as errors print them."""
         return f"{self.path!r}, {self.kind}" if self.path else self.kind
 
 

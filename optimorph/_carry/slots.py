@@ -121,7 +121,6 @@ class Slot(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The kind, as reports say it."""
         return self.kind + (" of updates" if self.stage and self.moment else "")
 
     @property
@@ -130,7 +129,6 @@ class Slot(NamedTuple):
 
 
 def slots(state: Any) -> list[Slot]:
-    """Every array of a state, in the order of its leaves."""
     walk = _Walk()
     walk.visit(state, AVERAGE, (), 0)
     return walk.found
@@ -283,5 +281,4 @@ def is_number(array: Any) -> bool:
 
 
 def is_known_zero(array: Any) -> bool:
-    """Whether a count is 0 for sure."""
     return not isinstance(array, Tracer | jax.ShapeDtypeStruct) and not np.any(np.asarray(array))

@@ -87,7 +87,6 @@ def check_numbers(who: str, **values: Any) -> None:
 
 
 def check_schedule(who: str, name: str, schedule: Any) -> None:
-    """Refuse a function that cannot be called with a step count alone."""
     if (fault := call_fault(schedule, 0)) is not None:
         raise ValueError(
             f"{who}: {name} must be a number or a function of the step count, but {_name(schedule)} cannot "
@@ -133,7 +132,6 @@ def check_flags(who: str, **flags: Any) -> None:
 
 
 def check_transforms(who: str, *transforms: Any) -> None:
-    """Refuse what is no gradient transformation, such as a recipe that was not called."""
     for tx in transforms:
         if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
             call = f"{_name(tx)}(...), which makes one" if callable(tx) else "optimorph.adamw(1e-3)"

@@ -60,7 +60,6 @@ def checked_state(who: str, state: Any, kind: type) -> Any:
 
 
 def other_state(who: str) -> TreeError:
-    """The error for a state of another optimizer, or of other parameters."""
     return TreeError(
         f"{who}: the optimizer state does not match these parameters or this optimizer. Type "
         "state = tx.init(params) with the same tx and the same tree of parameters; "

@@ -158,7 +158,6 @@ def _kind_of(dtype: Any) -> str:
 
 
 def is_trainable(leaf: Any) -> bool:
-    """Whether a leaf can have a gradient: real or complex numbers."""
     return kind(leaf) in ("real", "complex")
 
 

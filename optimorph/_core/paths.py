@@ -20,7 +20,6 @@ def map_paths(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:
-    """Every leaf by its path, in the tree's order."""
     return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
@@ -40,7 +39,6 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 8)
 def structure_paths(structure: Any) -> list[str]:
-    """`leaf_paths` of a tree with this structure."""
     return leaf_paths(structure.unflatten([0] * structure.num_leaves))
 
 

@@ -143,12 +143,10 @@ class Rule:
 
     @functools.cached_property
     def structure(self) -> Any:
-        """The tree structure of the state, whose leaves are roles."""
         return jax.tree.structure(self.state)
 
     @functools.cached_property
     def roles(self) -> list[Role]:
-        """The roles in the order of the state's leaves."""
         return jax.tree.leaves(self.state)
 
     def pick(self, slots: Sequence[Any], k: int | None = None) -> Any:
@@ -190,7 +188,6 @@ def rule_of(tx: Any) -> Rule | None:
 
 
 def pointwise(update: Callable[..., jax.Array]) -> Rule:
-    """The rule of a function of the gradient alone."""
     return Rule(optax.EmptyState(), lambda g, s, leaf, now: (update(g), s))
 
 

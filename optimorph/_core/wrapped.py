@@ -115,7 +115,6 @@ def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> boo
 def _fault(
     who: str, tx: optax.GradientTransformation, updates: PyTree, state: PyTree, params: PyTree | None
 ) -> TreeError | None:
-    """What is wrong with the trees that an update was given, if anything is."""
     try:
         aligned(who, updates, params, strict=False)
     except TreeError as fault:

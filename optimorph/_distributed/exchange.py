@@ -76,7 +76,6 @@ def _compute(
 def _shared(
     sizes: Sizes, exchange: Exchange, f: Function, group: Group, parts: int, x: jax.Array
 ) -> jax.Array:
-    """The own columns of f of matrices that so many owners share."""
     assert isinstance(f, NewtonSchulz)  # only then has the plan divided matrices
     names = exchange.roles.owners
     return f.of_columns(x, Neighbours(names, devices(sizes, names), parts, group.repeat))
@@ -174,7 +173,6 @@ def _in_comm_dtype(exchange: Exchange, send: Callable[[jax.Array], jax.Array], x
 
 
 def _packed(group: Group, count: int, shards: Sequence[jax.Array]) -> jax.Array:
-    """All pieces of a group, `(count, *local_shape)`, padded with zeros."""
     pieces = [_from_shard(shards[shard.leaf], shard, group.local_shape) for shard in group.shards]
     if empty := count - group.matrices:
         pieces.append(jnp.zeros((empty, *group.local_shape), pieces[0].dtype))

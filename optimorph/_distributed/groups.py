@@ -96,7 +96,6 @@ class Group(NamedTuple):
         return start + each * span.first, start + each * span.last
 
     def room(self, owners: int) -> int:
-        """The number of matrices for which there are slots."""
         return owners * self.slots + owners // self.parts * self.part_slots
 
     def cost(self, mesh: Mapping[str, int], cost: Cost) -> float:

@@ -20,8 +20,6 @@ Function = Callable[[jax.Array], jax.Array]
 def execute_by_hints(
     f: Function, forms: Sequence[Axes], arrays: Sequence[jax.Array], mesh: AbstractMesh, *, equivariant: bool
 ) -> list[jax.Array]:
-    """f of every matrix; each device computes a share of the matrices of each shape."""
-
     def divided(stack: jax.Array) -> jax.Array:
         empty = -len(stack) % mesh.size
         x = jnp.pad(stack, [(0, empty), *[(0, 0)] * (stack.ndim - 1)])

@@ -103,7 +103,6 @@ def plan_mesh(
 
 
 def _short(x: float) -> str:
-    """Three digits, or all those of the integer."""
     return f"{x:,.3g}" if x < 1000 else f"{x:,.0f}"
 
 

@@ -144,7 +144,6 @@ def place(
 
 
 def _divided(mesh: Mapping[str, int], exchange: Exchange) -> int:
-    """The number of matrices of all devices that are divided."""
     owners = devices(mesh, exchange.roles.owners)
     shared = [group for group in exchange.groups if group.part_slots]
     local = sum(group.matrices - group.slots * owners for group in shared)
@@ -199,7 +198,6 @@ def _in_rounds(
 
 
 def _least_sent(mesh: Mapping[str, int], axes: Names, owners: Sequence[str], group: Group) -> float:
-    """The numbers that a device would send if the matrices were divided evenly."""
     replica = tuple(name for name in owners if name not in axes)
     shards = shards_sent(mesh, Roles(axes, (), replica))
     return group.matrices / devices(mesh, owners) * math.prod(group.local_shape) * shards

@@ -152,7 +152,6 @@ class Chooser:
         return load.flops if self.division is None else load.computing + load.sharing
 
     def least_effort(self, group: Group) -> float:
-        """The effort if all matrices were divided evenly, and nothing were sent."""
         flops = group.matrices * group.cost(self.mesh, self.cost) / devices(self.mesh, self.owners)
         return flops if self.division is None else flops / self.division.hardware.flops
 

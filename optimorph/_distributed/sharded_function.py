@@ -144,7 +144,6 @@ def _dispatch(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...
 
 
 def _auto(task: ShardedFunction, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """With the shardings that the compiler chose."""
     return tuple(for_target(_of_compiler, task, *arrays, results=len(arrays)))
 
 

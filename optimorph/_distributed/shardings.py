@@ -75,7 +75,6 @@ def spec_of(sharding: Sharding, ndim: int, mesh: Mapping[str, int]) -> Spec:
 
 
 def whole_shape(mesh: Mapping[str, int], spec: Spec, shard: Shape) -> Shape:
-    """The global shape of an array, from the shape of its shards."""
     return tuple(size * devices(mesh, names) for size, names in zip(shard, spec, strict=True))
 
 
@@ -148,7 +147,6 @@ def local_shard_spec(who: str, match: Match | None, path: str, shape: Shape) -> 
 
 
 def misfit(path: str, shape: Shape, sharding: Any, mesh: Any, manual: Iterable[str] = ()) -> str | None:
-    """Why a sharding does not fit a leaf; None if it does."""
     if sharding is ...:
         return _unmatched(path)
     if not isinstance(sharding, NamedSharding | PartitionSpec):
@@ -173,5 +171,4 @@ def _unmatched(path: str) -> str:
 
 
 def _names(entry: str | Names | None) -> Names:
-    """The mesh axes of one entry of a `PartitionSpec`."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

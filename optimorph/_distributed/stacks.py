@@ -146,7 +146,6 @@ def to_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:
 
 
 def from_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:
-    """Stacks with the slots everywhere, for arrays that are divided otherwise."""
     return _moved(hints.from_owners, mesh, stacks)
 
 

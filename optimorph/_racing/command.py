@@ -180,7 +180,6 @@ def _sweep(
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Turn the error of a file that cannot be written into a message of one line."""
     try:
         yield
     except OSError as error:

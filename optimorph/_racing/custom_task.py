@@ -117,7 +117,6 @@ def _want(fine: bool, name: str, value: Any, wanted: str, advice: str) -> None:
 
 
 def _structure(batch: Any) -> str:
-    """The tree of a batch, with the number of axes of every leaf."""
     return str(jax.tree.map(lambda leaf: f"{jnp.ndim(leaf)} axes", batch))
 
 

@@ -203,7 +203,6 @@ def _legend(name: str, style: Style) -> str:
 
 
 def _css_variables(scheme: int, colors: Sequence[str]) -> str:
-    """The colours of the light (0) or dark (1) scheme."""
     named = {"paper": PAPER[scheme], "ink": INK[scheme], "faint": FAINT[scheme]}
     named |= {f"c{k}": color for k, color in enumerate(colors)}
     return " ".join(f"--{name}: {color};" for name, color in named.items())

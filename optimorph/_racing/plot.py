@@ -41,7 +41,6 @@ def write_plot(path: Path, race: RaceData) -> None:
 
 
 def plot_losses(race: RaceData) -> Figure:
-    """The loss over steps and over seconds, with a title above and a legend at the right."""
     note = f" (mean of {race.seeds} seeds, each one a thin line)" if race.seeds > 1 else ""
     figure = Figure(layout="constrained")
     figure.suptitle(textwrap.fill(race.title + note, 90), x=0.01, horizontalalignment="left")
@@ -153,6 +152,5 @@ def draw_spectrum(axes: Axes, race: RaceData, layer: Layer) -> None:
 
 
 def plotted_layers(layers: Sequence[Layer]) -> list[Layer]:
-    """At most `MAX_LAYERS` of the layers, evenly spread."""
     indices = np.unique(np.linspace(0, len(layers) - 1, min(MAX_LAYERS, len(layers))).round().astype(int))
     return [layers[k] for k in indices]

@@ -65,7 +65,6 @@ class Trial:
 
     @property
     def finite_or_inf(self) -> float:
-        """The loss, or infinity if training diverged."""
         return self.loss if math.isfinite(self.loss) else math.inf
 
 
@@ -153,7 +152,6 @@ class RaceData:
 
 
 def _nan_for_null(content: dict[str, Any]) -> dict[str, Any]:
-    """Losses that are null in a JSON object become NaN."""
     if "loss" in content and content["loss"] is None:
         content["loss"] = math.nan
     if "losses" in content:

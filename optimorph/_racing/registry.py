@@ -103,7 +103,6 @@ WITH_OTHERS = ("adamw", "muon", *OTHERS_OF)
 
 
 def make_optimizer(name: str, task: Task, rates: LearningRates, steps: int) -> optax.GradientTransformation:
-    """The named optimizer, with the task's schedule over `steps` steps."""
     others = None if rates.others is None else task.schedule(rates.others, steps)
     return OPTIMIZERS[name](task.schedule(rates.learning_rate, steps), others, task)
 

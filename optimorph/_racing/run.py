@@ -82,7 +82,6 @@ class Run:
 
     @property
     def step_seconds(self) -> list[float]:
-        """The seconds of every step, gradient and update."""
         return [sum(pair) for pair in zip(self.model_seconds, self.update_seconds, strict=True)]
 
     @property

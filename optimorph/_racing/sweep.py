@@ -50,7 +50,6 @@ class Sweep:
         self.compiled = CompiledTask(self.task, self.part)
 
     def run(self, makers: Mapping[str, MakeOptimizer], candidates: Mapping[str, Candidates]) -> list[Trial]:
-        """Try the candidates of every optimizer, until the sweep is stopped."""
         trials: list[Trial] = []
         for name, rates in candidates.items():
             if not self.stop.is_set():

@@ -26,12 +26,10 @@ class Entry:
 
     @property
     def step(self) -> int:
-        """Steps taken, over all seeds."""
         return sum(run.step for run in self.runs)
 
     @property
     def seconds(self) -> float:
-        """Training time, over all seeds."""
         return math.fsum(seconds for run in self.runs for seconds in run.step_seconds)
 
 

@@ -18,7 +18,6 @@ identity = transform("identity", pointwise(lambda g: g))
 def second_moment(
     b2: Numeric, eps: Numeric, eps_root: Numeric, dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """The root mean square of past gradients."""
     return chain(square(), stored(ema, b2, dtype=dtype), debias(b2), root(eps, eps_root))
 
 

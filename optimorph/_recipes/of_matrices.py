@@ -139,6 +139,5 @@ def _unit(inputs: int, outputs: int) -> float:
 
 
 def _moments(tx: optax.GradientTransformation) -> list[str]:
-    """The kinds of the moments that a transform of leaves holds."""
     rule = rule_of(tx)
     return [] if rule is None else [role.moment for role in rule.roles if role.moment]

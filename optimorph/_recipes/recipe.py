@@ -36,7 +36,6 @@ def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
 
 
 def _explicit(make: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a recipe with all that it takes by name."""
     signature, parameters = inspect.signature(make), []
     for parameter in signature.parameters.values():
         if parameter.kind is not parameter.VAR_KEYWORD:

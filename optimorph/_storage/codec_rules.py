@@ -53,7 +53,6 @@ def codec_rule(who: str, rules: Rules | None) -> CodecRule:
 
 
 def warn_nothing(who: str, argument: str) -> None:
-    """Warn that the default rules compress nothing."""
     warnings.warn(
         f"{who}: no moment is compressed. By default those of leaves with at least two axes and {SMALL} "
         "numbers are, without embeddings, biases, norms and vectors. For others type "
@@ -70,7 +69,6 @@ def linear(path: str, shape: Shape) -> Codec | None:
 
 
 def by_default(kind: str, path: str, shape: Shape) -> Codec | None:
-    """The codec of a moment that no rule matches."""
     if len(shape) < 2 or math.prod(shape) < SMALL or by_name(path, shape)[0] in WIDE:
         return None
     return {FIRST: Signed8(), SECOND: Nonneg8()}.get(kind)

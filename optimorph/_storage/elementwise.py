@@ -124,7 +124,6 @@ def _made(eqn: Any, values: list[_Value], whole: Shape, part: Shape) -> list[_Va
 
 
 def _mixes(eqn: Any, whole: Shape) -> bool:
-    """Whether an equation on arrays of this shape may mix their elements."""
     shapes = [v.aval.shape for v in eqn.outvars]
     return bool(
         _MIXING.fullmatch(eqn.primitive.name)

@@ -58,14 +58,12 @@ def _scales_shape(codec: Codec, shape: Shape) -> Shape:
 
 
 def decoded(codec: Codec | None, encoded: Encoded) -> jax.Array:
-    """The moment in float32; unchanged without a codec."""
     return encoded.codes if codec is None else codec.decode(encoded)
 
 
 def encoded(
     codec: Codec | None, x: jax.Array, key: jax.Array, place: Any, before: Encoded, scales: Any = None
 ) -> Encoded:
-    """The moment in codes; unchanged without a codec."""
     if codec is None:
         return Encoded(x, before.scales)
     found = codec.encode(x, key, place, scales)
@@ -73,8 +71,6 @@ def encoded(
 
 
 def split(tree: PyTree) -> tuple[PyTree, PyTree]:
-    """The codes and the scales of a tree of `Encoded`."""
-
     def is_encoded(x: Any) -> bool:
         return isinstance(x, Encoded)
 

@@ -60,11 +60,9 @@ class Stored:
 
     @property
     def dtype(self) -> Any:
-        """Of the decoded moment."""
         return self.codes.dtype if self.codec is None else jnp.dtype(jnp.float32)
 
     def decoded(self) -> jax.Array:
-        """The moment, in float32 if it has a codec."""
         return jnp.asarray(decoded(self.codec, Encoded(self.codes, self.scales)))
 
     def encoding(self, x: jax.Array) -> "Stored":

@@ -180,5 +180,4 @@ def _chosen(
 
 
 def _of_other_shape(state: Any) -> Any:
-    """A state of roles, none of whose arrays have the parameters' shapes."""
     return jax.tree.map(lambda role: dataclasses.replace(role, shaped=False) if role.tree else role, state)

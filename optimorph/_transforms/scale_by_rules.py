@@ -70,6 +70,5 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
 
 
 def _check(who: str, path: str, shape: Shape, factor: Any) -> None:
-    """Refuse what is no factor of a leaf of this shape, if a rule matches."""
     if factor is not NO_MATCH and factor is not None:
         check_factor(who, path, shape, factor)

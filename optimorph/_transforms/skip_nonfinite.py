@@ -112,8 +112,6 @@ def _sound(tree: Any, before: list | None = None) -> dict[str, jax.Array]:
 
 
 def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
-    """What the host is told to do when a step is skipped: to raise, if it is one too many."""
-
     def report(consecutive: Any, flags: Any) -> None:
         count = int(np.asarray(consecutive))
         if count <= limit:  # under vmap the host is called for every run

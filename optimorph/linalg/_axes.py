@@ -40,7 +40,6 @@ class Axis(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """Whether the axis has no blocks."""
         return len(self.blocks) == 1 and self.times == 1
 
     @property
@@ -248,7 +247,6 @@ class Axes:
 
 
 def inverse(order: Sequence[int]) -> list[int]:
-    """The inverse of a permutation."""
     return sorted(range(len(order)), key=order.__getitem__)
 
 

@@ -133,7 +133,6 @@ def fault(rows: Table, dtype: str) -> str | None:
 
 
 def checked_row(row: Sequence[float]) -> Row:
-    """The row as floats; refuse anything but three finite numbers."""
     if len(row) != 3 or not all(math.isfinite(x) for x in row):
         raise ValueError(f"Coefficients: a row must be three finite numbers (a, b, c), but one is {row!r}.")
     a, b, c = map(float, row)
@@ -141,7 +140,6 @@ def checked_row(row: Sequence[float]) -> Row:
 
 
 def _quotient(row: Row, sigma: Any) -> Any:
-    """p(σ) / σ, of a number or an array."""
     a, b, c = row
     return a + sigma**2 * (b + sigma**2 * c)
 

@@ -23,7 +23,6 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.out = make(), make(), make(), make()
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(rows, width) → (rows, width)."""
         heads = (-1, CONTEXT, x.shape[-1] // HEAD, HEAD)
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -40,7 +39,6 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(rows, width) → (rows, width)."""
         x = x + self.attention(self.norm1(x))
         return x + self.down(jax.nn.gelu(self.up(self.norm2(x))))
 
