@@ -57,8 +57,6 @@ class Match:
     """Which arrays of the old state belong where in the new one.
 
     Args:
-      held: those of the old state.
-      wanted: those of the new state.
       fresh: the paths of leaves that begin anew.
       place: path, and the shape of the old part → where it is in the new one, as an index; None if nowhere.
       strict: whether a moment is no other kind of moment.

@@ -39,7 +39,6 @@ class LeafShard:
     """A leaf's local shard as local shards of matrices, `(matrices, *local_shape)`.
 
     Args:
-      leaf: the leaf's index.
       view: the local shard's shape with blocks as axes of their own.
       order: the permutation of the view's axes that puts those that count matrices first.
       matrices: their number; blocks that a shard boundary cuts count as one matrix.
@@ -62,7 +61,6 @@ class Group(NamedTuple):
       local_shape: the shape of the local shard of a matrix.
       mesh_axes: the mesh axes that shard each axis of a matrix.
       form: how whole matrices `(matrices, *axes)` read as such.
-      shards: the leaves that they come from.
       slots: the number of matrices that each owner computes whole.
       parts: the number of owners among which each further matrix is divided.
       part_slots: the number of matrices of which each owner computes a part.

@@ -21,7 +21,6 @@ def map_by_shape(
 
     Args:
       f: a function of stacks `(batch, n, m)` that treats each matrix independently, to arrays `(batch, ...)`.
-      stacks: arrays `(*batch, n, m)`.
       transpose: whether f(xᴴ) = f(x)ᴴ, so that tall and wide matrices can share a stack.
     """
     wide = [_transposed(x) if transpose and x.shape[-2] > x.shape[-1] else x for x in stacks]

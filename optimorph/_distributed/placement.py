@@ -37,9 +37,6 @@ class Exchange:
     Args:
       batch_axes: mesh axes, in the mesh's order.
       roles: the other mesh axes by role.
-      dtype: that of the leaves.
-      comm_dtype: that of the data in collectives.
-      groups: the matrices.
       rounds: their slots, in the order in which they are exchanged.
     """
 
@@ -57,7 +54,6 @@ class Placement:
 
     Args:
       mesh: the names and sizes of the mesh axes.
-      exchanges: those of all leaves, each leaf in one.
       flops: multiplications and additions of the busiest device.
       least_flops: those of a device if the work were divided evenly.
       sent: bytes that a device sends.
@@ -93,12 +89,9 @@ def place(
     """The plan for leaves over a mesh.
 
     Args:
-      mesh: the names and sizes of the mesh axes, in order.
       leaves: arrays whose axes are divisible by the mesh axes that shard them.
-      cost: flops of one matrix.
       equivariant: whether rows and columns may be permuted, and matrices transposed and padded with zeros, as
         for polar factors; else owners receive the matrices unchanged.
-      comm_dtype: the dtype of the data in collectives, if narrower than the leaf's.
       bytes_at_once: the most bytes of whole matrices that a device holds in one round; one may exceed it.
       division: what decides whether matrices are divided; without it, and if not equivariant, none is.
     """

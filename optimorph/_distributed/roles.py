@@ -102,11 +102,9 @@ class Chooser:
     """Chooses for groups whose leaves lie over the same mesh axes.
 
     Args:
-      mesh: the names and sizes of the mesh axes.
       axes: those that divide the matrices.
       owners: those, and the ones over which the leaves are replicated.
       itemsize: that of numbers in collectives.
-      cost: flops of one matrix.
       division: what decides whether matrices are divided; None if nothing is known of the hardware.
     """
 

@@ -49,11 +49,8 @@ class ShardedFunction:
 
     Args:
       f: a hashable function of stacks `(batch, n, m)` that treats each matrix independently.
-      forms: how each array reads as matrices.
       equivariant: whether f(P x Q) = P f(x) Q for permutations, f(xᴴ) = f(x)ᴴ, and f of x padded with zeros
         is f(x) padded with zeros, as for polar factors.
-      comm_dtype: the dtype of the data in collectives, if narrower than the arrays'.
-      bytes_at_once: the most bytes of whole matrices that a device holds in one round.
       divide: what decides whether a matrix is divided over devices, as `hardware_for` says.
     """
 

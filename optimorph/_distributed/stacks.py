@@ -35,7 +35,6 @@ class Slots:
 
     Args:
       forms: how the leaves that are matrices read, by their index.
-      shapes: of these leaves.
       parts: for each size, the leaf, the number of the stack in the leaf, and its shape.
     """
 

@@ -29,7 +29,6 @@ class Routes:
 
     Args:
       resolve: (paths, shapes) → how the leaves of a tree read as matrices.
-      rules: the user's rules of axes.
       names: of the transformations of matrices and of other leaves.
       scale: of a matrix's update by its shape; None if it is not known.
       match: the user's rules of shardings, or None.

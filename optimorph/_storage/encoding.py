@@ -182,10 +182,7 @@ class LargeLeaf:
     Args:
       name: the same for updates that are the same.
       step: the update with decoded moments, of any part of the leaf.
-      codecs: of the moments; None where there is none.
       in_place: whether the update takes the gradient's buffer.
-      results: the structure of an update and its moments.
-      operands: the structure of what is written and what is read.
     """
 
     name: Any

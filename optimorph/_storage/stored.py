@@ -42,8 +42,6 @@ class Stored:
 
     Args:
       codes: or the moment itself, where it has no codec.
-      scales: beside them.
-      codec: None if the moment has none.
       name: `first/blocks/0/kernel`.
       readable: whether the codec is known.
     """
