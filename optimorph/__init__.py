@@ -61,10 +61,12 @@ from optimorph._storage.stored import CompressedState
 from optimorph._transforms.averages import (
     AccumulateState,
     EmaState,
+    ExtrapolateState,
     MomentumState,
     SlowEmaState,
     accumulate,
     ema,
+    extrapolate,
     momentum,
     slow_ema,
 )
@@ -73,7 +75,6 @@ from optimorph._transforms.clip_by_global_norm import ClipState, clip_by_global_
 from optimorph._transforms.clip_leaf import clip_norm, clip_rms
 from optimorph._transforms.combine import AddState, DivideState, MixState, add, chain, divide, mix
 from optimorph._transforms.eigenbasis import EigenbasisState, in_eigenbasis
-from optimorph._transforms.extrapolate import ExtrapolateState, extrapolate
 from optimorph._transforms.factored import FactoredState, factored
 from optimorph._transforms.hyperball import hyperball
 from optimorph._transforms.in_bfloat16 import BFloat16State, in_bfloat16

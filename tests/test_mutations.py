@@ -19,7 +19,6 @@ RECIPES = [f"_recipes.{name}" for name in catalog.NAMES if mutants.modules(f"_re
 PARTS = [  # modules, functions, and the entries that run them, or else those of the function or the module
     ("_core.rule", "transform* Rule.*", "chain adam compress_state muon"),
     ("_transforms.[!e]*", "*", ""),
-    ("_transforms.extrapolate", "*", ""),
     ("_transforms.averages", "_lerp", "ema slow_ema"),
     ("_transforms.clip_leaf", "_clipped*", "clip_norm clip_rms mars_adamw"),
     ("_transforms.factored", "*", "factored shampoo"),
@@ -155,7 +154,7 @@ UNSEEN = {
         "_transforms.averages: ema.update: if 2 *",
         "_transforms.averages: momentum.update: if 1 *",
         "_transforms.averages: accumulate.update: if *",
-        "_transforms.extrapolate: extrapolate.update: if 0 always",
+        "_transforms.averages: extrapolate.update: if 0 always",
         "_transforms.in_bfloat16: in_bfloat16: if 0 never",
         "_transforms.in_bfloat16: in_bfloat16: seed *",
         "_transforms.in_bfloat16: in_bfloat16.*",

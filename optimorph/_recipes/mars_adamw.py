@@ -4,10 +4,9 @@ from optimorph._core.types import DTypeLike, Mask, Numeric, Rules, ScalarOrSched
 from optimorph._recipes.moments import second_moment
 from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._recipes.state_storage import with_state_storage
-from optimorph._transforms.averages import ema
+from optimorph._transforms.averages import ema, extrapolate
 from optimorph._transforms.clip_leaf import clip_norm
 from optimorph._transforms.combine import chain, divide
-from optimorph._transforms.extrapolate import extrapolate
 from optimorph._transforms.pointwise import debias
 from optimorph._transforms.step import decay_and_step
 
