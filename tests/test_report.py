@@ -16,10 +16,10 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from optimorph._racing import palette, plot
+from optimorph._racing.comparisons import leaders, noise, verdict
 from optimorph._racing.race_data import Curve, Row, Spectrum, Trial
 from optimorph._racing.registry import OPTIMIZERS
 from optimorph._racing.result import RaceResult
-from optimorph._racing.verdict import leaders, noise, verdict
 
 NAMES = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "<muon> & co")
 WIDTHS = (1100, 375)  # of a desk and of a phone

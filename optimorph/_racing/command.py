@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from optimorph._racing.comparisons import join_words
 from optimorph._racing.display import plain_console, sweep_display, training_display
 from optimorph._racing.grids import at_edge, grid, toml
 from optimorph._racing.interrupt import stop_on_ctrl_c
@@ -25,7 +26,6 @@ from optimorph._racing.table import print_table
 from optimorph._racing.task import Task
 from optimorph._racing.tasks import digits, flights, quadratic, text
 from optimorph._racing.training import Entry, train_all
-from optimorph._racing.verdict import join_words
 
 TASKS: dict[str, Callable[[float], Task]] = {
     "text": lambda condition: text.task(),

@@ -1,8 +1,10 @@
-"""Losses compared at equal seconds, and the steps that each optimizer needs for the loss of another."""
+"""Which optimizers end lowest, given the noise of the seeds; at equal seconds; and the steps for a loss."""
 
 import itertools
 import math
 import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +12,9 @@ from optimorph._racing.race_data import Curve, RaceData, Row
 
 TARGET = "adamw"
 """The optimizer whose final loss the others are to reach."""
+
+STANDARD_ERRORS = 2.0
+"""Two means differ if their difference exceeds this many of its standard errors."""
 
 
 def losses_at_equal_seconds(race: RaceData) -> dict[str, float]:
@@ -55,3 +60,45 @@ def _first_step(target: float, curves: list[Curve]) -> int | None:
         if min(above, below) <= target:
             return a if above <= target else math.ceil(a + (b - a) * (above - target) / (above - below))
     return None
+
+
+def noise(a: Row, b: Row) -> float:
+    """How far two means can differ by chance: `STANDARD_ERRORS` standard errors of their difference.
+
+    2 √(sₐ²/nₐ + s_b²/n_b), where s is the standard deviation over n seeds. With one seed, s is unknown and
+    counts as 0.
+    """
+    return STANDARD_ERRORS * math.hypot(a.spread / math.sqrt(a.seeds), b.spread / math.sqrt(b.seeds))
+
+
+def leaders(rows: Sequence[Row]) -> list[Row]:
+    """The first rows, whose losses exceed the lowest by no more than `noise`; none if all diverged."""
+    finite = [row for row in rows if not row.diverged]
+    close = itertools.takewhile(lambda row: row.loss - finite[0].loss <= noise(finite[0], row), finite)
+    return list(close)
+
+
+def verdict(race: RaceData) -> str:
+    """Which optimizers end lowest: one, or several whose losses differ by no more than the noise."""
+    stopped = "" if race.finished else "Stopped early. "
+    first = leaders(race.rows)
+    if not first:
+        tried = f"{len(race.trials)} learning rates were tried."
+        return stopped + ("Every run diverged." if race.rows else tried)
+    names, losses = join_words([row.name for row in first]), join_words([f"{row.loss:.4g}" for row in first])
+    sentence = f"{names} {'ends' if len(first) == 1 else 'end'} lowest, at {losses}"
+    rest = [row for row in race.rows[len(first) :] if not row.diverged]
+    one_seed = len(race.rows) > 1 and min(row.seeds for row in race.rows) == 1
+    if len(first) > 1 and not one_seed:
+        sentence += "; the seeds do not tell them apart"
+    elif rest:
+        sentence += f", before {rest[0].name} at {rest[0].loss:.4g}"
+    if one_seed:
+        sentence += "; one seed cannot rank close losses"
+    return f"{stopped}{sentence}. {race.measure[:1].upper()}{race.measure[1:]}, {first[0].steps} steps."
+
+
+def join_words(words: Iterable[Any]) -> str:
+    """The words with commas, and "and" before the last."""
+    *others, last = map(str, words)
+    return f"{', '.join(others)} and {last}" if others else last

@@ -16,10 +16,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from optimorph._racing import plot
+from optimorph._racing.comparisons import leaders, verdict
 from optimorph._racing.palette import DARK, FAINT, INK, LIGHT, PAPER, Style
 from optimorph._racing.race_data import RaceData, Trial
 from optimorph._racing.table import notes, table_rows
-from optimorph._racing.verdict import leaders, verdict
 
 WIDE, SMALL = (5.0, 3.8), (2.4, 2.0)  # plot sizes in inches
 DASH_ARRAYS = {"-": "none", "--": "7 3", "-.": "8 3 2 3", ":": "2 3"}
