@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph._distributed.groups import Cost, Group, Leaf, Span, groups_of, in_order
-from optimorph._distributed.roles import Chooser, Division, Placed, Roles, shards_sent
+from optimorph._distributed.roles import Chooser, Division, Placed, Roles
 from optimorph._distributed.shardings import Names, devices
 
 Round = tuple[Span, ...]
@@ -57,7 +57,6 @@ class Placement:
       flops: multiplications and additions of the busiest device.
       least_flops: those of a device if the work were divided evenly.
       sent: bytes that a device sends.
-      least_sent: bytes that a device would send if no slot were empty.
       divided: the number of matrices that are divided over several devices.
       inside: bytes that a device sends within iterations, of matrices that are divided.
       collectives: within iterations.
@@ -69,7 +68,6 @@ class Placement:
     flops: float
     least_flops: float
     sent: float
-    least_sent: float
     divided: int
     inside: float
     collectives: int
@@ -101,13 +99,12 @@ def place(
     for group, batch_axes, dtype in groups_of(mesh, leaves, equivariant):
         alike.setdefault((batch_axes, in_order(mesh, group.mesh_axes), dtype), []).append(group)
     placed: dict[Exchange, list[Placed]] = {}
-    least_flops = least_sent = 0.0
+    least_flops = 0.0
     for (batch_axes, axes, dtype), groups in alike.items():
         owners = tuple(name for name in mesh if name not in batch_axes)
         sent_dtype = _sent_dtype(dtype, comm_dtype)
         for group in groups:
             least_flops += group.matrices * group.cost(mesh, cost) / devices(mesh, owners)
-            least_sent += sent_dtype.itemsize * _least_sent(mesh, axes, owners, group)
         chooser = Chooser(mesh, axes, owners, sent_dtype.itemsize, cost, division)
         for found in map(chooser.placed, _merged(mesh, groups, chooser) if equivariant else groups):
             exchange = Exchange(batch_axes, found.roles, dtype, sent_dtype)
@@ -123,7 +120,6 @@ def place(
         flops=sum(load.flops for load in loads),
         least_flops=least_flops,
         sent=sum(load.sent for load in loads),
-        least_sent=least_sent,
         divided=sum(_divided(mesh, exchange) for exchange in exchanges),
         inside=sum(load.inside for load in loads),
         collectives=sum(
@@ -188,12 +184,6 @@ def _in_rounds(
                 room -= count * size
                 first += count
     return dataclasses.replace(exchange, groups=tuple(groups), rounds=tuple(map(tuple, rounds)))
-
-
-def _least_sent(mesh: Mapping[str, int], axes: Names, owners: Sequence[str], group: Group) -> float:
-    replica = tuple(name for name in owners if name not in axes)
-    shards = shards_sent(mesh, Roles(axes, (), replica))
-    return group.matrices / devices(mesh, owners) * math.prod(group.local_shape) * shards
 
 
 def _sent_dtype(dtype: np.dtype, comm_dtype: np.dtype | None) -> np.dtype:
