@@ -49,9 +49,9 @@ from jax.sharding import PartitionSpec as P
 import optimorph as om
 from optimorph._distributed.balance import balanced
 from optimorph._racing import registry
-from optimorph._racing.run import CompiledTask, Run
 from optimorph._racing.task import warmup_cosine
 from optimorph._racing.tasks import text
+from optimorph._racing.training import CompiledTask, Run
 
 RESULTS = Path(__file__).parent / "results" / "eigenbasis.json"
 AXES = {"*": "io"}

@@ -17,9 +17,9 @@ import optimorph as om
 from optimorph._racing.custom_task import make_task
 from optimorph._racing.registry import LearningRates
 from optimorph._racing.result import RaceResult
-from optimorph._racing.run import CompiledTask, Run
 from optimorph._racing.spectra import spectra
 from optimorph._racing.sweep import bytes_per_rate
+from optimorph._racing.training import CompiledTask, Run
 
 
 @pytest.fixture(autouse=True)

@@ -33,10 +33,10 @@ from rich.console import Console
 import optimorph as om
 from optimorph.__main__ import main
 from optimorph._racing import command, grids, result, training
+from optimorph._racing.command import MODES, OPTIONS, RACE, find_conflict
 from optimorph._racing.comparisons import losses_at_equal_seconds, steps_to_target
 from optimorph._racing.display import plain_console, training_display
 from optimorph._racing.interrupt import STOPPING, stop_on_ctrl_c
-from optimorph._racing.options import MODES, OPTIONS, RACE, find_conflict
 from optimorph._racing.race_data import Curve
 from optimorph._racing.registry import (
     DEFAULT,
@@ -47,11 +47,10 @@ from optimorph._racing.registry import (
     tuned_learning_rates,
 )
 from optimorph._racing.result import RaceResult, make_row
-from optimorph._racing.run import CompiledTask, Run
 from optimorph._racing.sweep import Sweep, best_rates
 from optimorph._racing.table import table_rows, tables
 from optimorph._racing.tasks import digits, flights, quadratic, text
-from optimorph._racing.training import Entry, train_all
+from optimorph._racing.training import CompiledTask, Entry, Run, train_all
 from optimorph.linalg import Axes  # noqa: F401  (the public package imports beside the command)
 
 

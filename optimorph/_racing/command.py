@@ -1,4 +1,4 @@
-"""The `optimorph race` command: checks its options, then races, sweeps, lists or redraws."""
+"""The `optimorph race` command: its options, which are checked, and then a race, a sweep, a list or plots."""
 
 import argparse
 import contextlib
@@ -16,10 +16,14 @@ from optimorph._racing.comparisons import join_words
 from optimorph._racing.display import plain_console, sweep_display, training_display
 from optimorph._racing.grids import at_edge, grid, toml
 from optimorph._racing.interrupt import stop_on_ctrl_c
-from optimorph._racing.options import LIST, REDRAW, SWEEP, fill_defaults, find_conflict
-from optimorph._racing.options import add_arguments as add_arguments
 from optimorph._racing.race_data import Trial
-from optimorph._racing.registry import OPTIMIZERS, LearningRates, make_optimizer, tuned_learning_rates
+from optimorph._racing.registry import (
+    DEFAULT,
+    OPTIMIZERS,
+    LearningRates,
+    make_optimizer,
+    tuned_learning_rates,
+)
 from optimorph._racing.result import RaceResult, collect
 from optimorph._racing.sweep import Sweep, best_rates
 from optimorph._racing.table import print_table
@@ -42,9 +46,65 @@ DESCRIPTIONS = {
     "quadratic": "a quadratic with the condition number of your choice (seconds)",
 }
 
+RACE, SWEEP, REDRAW, LIST = "", "sweep", "redraw", "list"
+
+OPTIONS = {
+    "task": ("NAME", "what to train: text, digits, flights or quadratic", "text", (RACE, SWEEP)),
+    "optimizers": ("A,B", "optimizers that race, or all", ",".join(DEFAULT), (RACE, SWEEP)),
+    "steps": ("N", "training steps (default: the task's)", None, (RACE, SWEEP)),
+    "seeds": ("N", "training runs of each optimizer", "1", (RACE,)),
+    "lr": (
+        "NAME=VALUE",
+        "peak learning rate of an optimizer, such as adamw=0.005, or of its embeddings, head and norms, such "
+        "as adamw.others=0.1 (default: tuned)",
+        None,
+        (RACE,),
+    ),
+    "condition": ("R", "condition number of the quadratic", "1000", (RACE, SWEEP, LIST)),
+    "out": ("DIR", "folder of the results", "race-results", (RACE, SWEEP, REDRAW)),
+}
+"""Name → placeholder of the value, help, default, and which modes use it. The other modes refuse it."""
+
+MODES = {
+    SWEEP: "tune the learning rates over a grid",
+    REDRAW: "draw plots and reports again from the JSON files in the folder",
+    LIST: "show tasks, optimizers and learning rates",
+}
+
 
 class BadInput(Exception):
     """The user's input cannot be used; the message says what to type instead."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `optimorph race`. An option that the user did not type is None."""
+    for name, (metavar, about, default, _) in OPTIONS.items():
+        action = "append" if name == "lr" else "store"
+        about += "" if default is None else f" (default: {default})"
+        parser.add_argument(f"--{name}", metavar=metavar, action=action, help=about)
+    group = parser.add_argument_group("instead of a race", "Type at most one of these.")
+    modes = group.add_mutually_exclusive_group()
+    for name, about in MODES.items():
+        modes.add_argument(
+            f"--{name}", dest="mode", action="store_const", const=name, default=RACE, help=about
+        )
+
+
+def find_conflict(args: argparse.Namespace) -> str | None:
+    """Which options cannot be combined, and what to type instead; None if there is no conflict."""
+    for name, (*_, modes) in OPTIONS.items():
+        if getattr(args, name) is not None and args.mode not in modes:
+            return f"--{name} has no effect with --{args.mode}; leave out one of them"
+    if args.condition is not None and args.mode != LIST and args.task != "quadratic":
+        return "--condition applies only to the quadratic; type --task quadratic, or leave out --condition"
+    return None
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    for name, (_, _, default, _) in OPTIONS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    args.lr = args.lr or []
 
 
 def main(args: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ import optax
 
 from optimorph._racing.race_data import Trial
 from optimorph._racing.registry import LearningRates
-from optimorph._racing.run import CompiledTask, Run
 from optimorph._racing.task import Task
+from optimorph._racing.training import CompiledTask, Run
 
 SEED = 1000  # no race uses it
 NEEDS_NUMBER = (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError)
