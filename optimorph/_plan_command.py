@@ -11,13 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optimorph._core.checks import BadInput
 from optimorph._core.types import PyTree
 from optimorph._plan import plan
 from optimorph._transforms.matrices import SCALES
-
-
-class BadInput(Exception):
-    """The command line is wrong; the message says what to type instead."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -276,7 +276,6 @@ def owners(state: Any) -> str:
 
 
 def is_number(array: Any) -> bool:
-    """Whether an array of a state can be a moment: real or complex numbers."""
     return isinstance(array, Stored) or jnp.issubdtype(jnp.result_type(array), jnp.inexact)
 
 

@@ -60,6 +60,10 @@ COUNTS = ("block_size", "every", "max_dim")
 """Arguments that are integers of at least 1."""
 
 
+class BadInput(Exception):
+    """A command cannot use the user's input; the message says what to type instead."""
+
+
 class LeafError(ValueError):
     """The error of one leaf; functions of trees collect these and report all of them at once."""
 

@@ -45,7 +45,6 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
 
 
 def _checked(who: str, rule: Rule) -> Rule:
-    """The rule with errors that say which of its functions returned what."""
     name = type(rule.state).__name__
 
     def refusal(where: str, found: Any, expected: str) -> ValueError:

@@ -95,7 +95,6 @@ def _turns(count: jax.Array, whole: jax.Array, every: int, number: int) -> tuple
 
 
 def _alike(bases: Sequence[jax.Array]) -> list[list[int]]:
-    """The stacks whose factors are decomposed together."""
     found: dict[Any, list[int]] = {}
     for k, x in enumerate(bases):
         found.setdefault((x.shape[1], x.dtype), []).append(k)

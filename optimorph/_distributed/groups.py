@@ -84,7 +84,6 @@ class Group(NamedTuple):
         return whole_shape(mesh, self.mesh_axes, self.local_shape)
 
     def part(self, parts: int) -> "Group":
-        """The same with local shards cut into so many parts."""
         *rows, columns = self.local_shape
         return self if parts == 1 else self._replace(local_shape=(*rows, columns // parts))
 

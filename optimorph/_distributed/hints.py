@@ -50,7 +50,6 @@ def whole(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
 
 
 def _hint(x: jax.Array, mesh: AbstractMesh, names: Sequence[str]) -> jax.Array:
-    """The batch axis over these mesh axes; the other axes as the compiler likes."""
     free = itertools.repeat(PartitionSpec.UNCONSTRAINED, x.ndim - 1)
     return jax.lax.with_sharding_constraint(
         x, NamedSharding(mesh, PartitionSpec(tuple(names) or None, *free))

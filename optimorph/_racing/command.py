@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from optimorph._core.checks import BadInput
 from optimorph._racing.comparisons import join_words
 from optimorph._racing.display import plain_console, sweep_display, training_display
 from optimorph._racing.grids import at_edge, grid, toml
@@ -70,10 +71,6 @@ MODES = {
     REDRAW: "draw plots and reports again from the JSON files in the folder",
     LIST: "show tasks, optimizers and learning rates",
 }
-
-
-class BadInput(Exception):
-    """The user's input cannot be used; the message says what to type instead."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,14 +21,8 @@ class Task:
     """A model, its data and how to train it.
 
     Args:
-      name: the task's name on the command line.
-      title: a heading that says what is trained.
-      measure: what the loss is, with its unit.
-      init: function seed → parameters.
-      loss: function (parameters, batch) → scalar.
       batches: function seed → endless iterator of training batches.
       held_out: function "tuning" or "validation" → batches that are not trained on.
-      steps: the default number of training steps.
       schedule: function (peak learning rate, steps) → schedule.
       momentum: "momentum" and "nesterov" → the momentum of that optimizer.
       weight_decay: the weight decay of matrices, for `adamw` and `muon`.

@@ -94,7 +94,6 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the newest loss is not finite."""
         return not math.isfinite(self.losses[-1])
 
     @property
@@ -122,7 +121,6 @@ class Run:
             state, params = jax.block_until_ready(self._apply(gradients, state, params))
 
     def evaluate(self) -> None:
-        """Add the held-out loss to the curve, unless this step has been evaluated."""
         if self.step > self.steps[-1]:
             self.steps.append(self.step)
             self.losses.append(self.compiled.held_out_loss(self.params))

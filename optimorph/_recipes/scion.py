@@ -131,7 +131,6 @@ def _radius(radius: Numeric | Rules | None) -> Callable[[str, Shape], Any]:
 
 
 def _over_rms(sides: str) -> optax.GradientTransformationExtraArgs:
-    """Every number over the root mean square of its row, column or matrix."""
     return divide(identity, by=chain(square(), mean(sides), root(1e-8)))
 
 

@@ -132,7 +132,6 @@ def compress_state(
 def _compressed(
     who: str, rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int, fields: Fields | None = None
 ) -> Rule:
-    """The rule with its moments encoded between steps."""
     kinds = ["" if role.moment == CODES else role.moment for role in rule.roles]
     moments = [j for j, kind in enumerate(kinds) if kind]
 
@@ -315,7 +314,6 @@ def _missing(updates: PyTree) -> set[str]:
 
 
 def _check_codes(who: str, state: PyTree) -> None:
-    """Refuse a state with a part that says why it cannot be encoded."""
     for node in nodes_with(state, "not_in_8_bits"):
         raise ValueError(f"{who}: in_eigenbasis, as in soap, must not be inside: {node.not_in_8_bits}")
 

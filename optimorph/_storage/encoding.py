@@ -200,7 +200,6 @@ class LargeLeaf:
         return isinstance(other, LargeLeaf) and self.name == other.name
 
     def run(self, target: Target, *operands: jax.Array) -> list[jax.Array]:
-        """What is written, after the update, for a target."""
         return _shared(self, target)(*operands)
 
     def update(self, target: Target, written: PyTree, read: PyTree) -> PyTree:
@@ -238,8 +237,6 @@ class LargeLeaf:
 
 @functools.lru_cache(maxsize=1 << 8)
 def _shared(leaf: LargeLeaf, target: Target) -> Callable[..., list[jax.Array]]:
-    """One program for leaves alike."""
-
     def update_leaf(*operands):
         return jax.tree.leaves(leaf.update(target, *leaf.operands.unflatten(operands)))
 
@@ -248,7 +245,6 @@ def _shared(leaf: LargeLeaf, target: Target) -> Callable[..., list[jax.Array]]:
 
 @functools.lru_cache(maxsize=1 << 8)
 def _check(leaf: LargeLeaf) -> None:
-    """Refuse a step that is not element-wise, once for leaves alike."""
     check_elementwise(leaf.step)
 
 

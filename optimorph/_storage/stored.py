@@ -64,19 +64,18 @@ class Stored:
         return jnp.asarray(decoded(self.codec, Encoded(self.codes, self.scales)))
 
     def encoding(self, x: jax.Array) -> "Stored":
-        """Another moment, stored as this one is."""
         before = initial(self.codec, x)
         key = leaf_key(jax.random.key(0), self.name)  # no step has this key: those are folded
         after = encoded(self.codec, x, key, None, before)
         return dataclasses.replace(self, codes=after.codes, scales=after.scales)
 
 
+@dataclasses.dataclass
 class Codecs:
     """Which rule of codecs each moment of a transformation has."""
 
-    def __init__(self):
-        self.rules: dict[tuple[str, str], CodecRule] = {}
-        self.fields: Fields = {}
+    rules: dict[tuple[str, str], CodecRule] = dataclasses.field(default_factory=dict)
+    fields: Fields = dataclasses.field(default_factory=dict)
 
 
 def codecs_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, Codecs]:

@@ -312,12 +312,10 @@ class _Known(NamedTuple):
         return {"others": self.tree.unflatten(others), "stacks": stacks}
 
     def map(self, f: Any, own: dict[str, Any], tree: PyTree) -> PyTree:
-        """A tree with `f(own, stack)` of every stack."""
         stacks = {key: f(own[key], x) if hasattr(x, "dtype") else x for key, x in tree["stacks"].items()}
         return {**tree, "stacks": stacks}
 
     def moments(self, kind: str, f: Any, own: dict[str, Any], state: PyTree) -> PyTree:
-        """A state with `map` of its moments of this kind."""
         return map_moments(lambda found, m: self.map(f, own, m) if found == kind else m, state)
 
 
@@ -350,7 +348,6 @@ def _kept(who: str, slots: Slots, state: EigenbasisState) -> dict[str, Kronecker
 
 
 def _fields(kept: dict[str, Kronecker], kl: bool) -> Any:
-    """The fields of a state, from what it has of each size of matrix."""
     fields = [{key: k[j] for key, k in kept.items()} for j in range(len(Kronecker._fields))]
     return fields if kl else [*fields[:4], None, None]
 
