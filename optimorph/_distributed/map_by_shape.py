@@ -19,9 +19,8 @@ def map_by_shape(
 ) -> list[jax.Array]:
     """`f` of every stack, called once per distinct shape and dtype: the program grows with those only.
 
-    Args:
-      f: a function of stacks `(batch, n, m)` that treats each matrix independently, to arrays `(batch, ...)`.
-      transpose: whether f(xᴴ) = f(x)ᴴ, so that tall and wide matrices can share a stack.
+    `f` is a function of stacks `(batch, n, m)` to arrays `(batch, ...)` that treats each matrix alone.
+    With `transpose` f(xᴴ) = f(x)ᴴ, so that tall and wide matrices can share a stack.
     """
     wide = [_transposed(x) if transpose and x.shape[-2] > x.shape[-1] else x for x in stacks]
     groups: dict[tuple[Shape, jnp.dtype], list[int]] = {}

@@ -128,14 +128,8 @@ def orthogonal_iteration(
     The small multiple of the identity in (3), ε being the rounding of the dtype, keeps what the basis says of
     directions in which P is zero: without it they would be made of rounding errors.
 
-    Args:
-      matrix: P, positive semidefinite, `(batch, n, n)`.
-      basis: Q, orthogonal, `(batch, n, n)`.
-      steps: how many, a number or an integer array.
-      sort: whether (2) is done.
-
-    Returns:
-      The new bases, and the order of (2) in all steps together, int32 `(batch, n)`.
+    P, the matrix, is positive semidefinite, and Q, the basis, is orthogonal, both `(batch, n, n)`. Beside the
+    new bases the order of (2) in all steps together is returned, int32 `(batch, n)`.
 
     References:
       Golub & Van Loan 2013, "Matrix Computations", section 8.2.4 (orthogonal iteration).

@@ -17,10 +17,7 @@ def task(condition: float = 1e3) -> Task:
 
     `sgd`, `momentum` and `nesterov` use the learning rate and momentum that theory gives for R. The learning
     rates of the other optimizers are from a sweep at R = 1000. There is no weight decay, because it would
-    help to reach the solution, which is zero.
-
-    Args:
-      condition: R, from 1 to `WORST`.
+    help to reach the solution, which is zero. R, the condition number, is from 1 to `WORST`.
     """
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((SIZE, SIZE)))[0]
