@@ -158,11 +158,11 @@ def plan(
     if optimizer is None:
         muon_arguments: dict[str, Any] = {"learning_rate": 0.0} | arguments
         optimizer = muon(**muon_arguments)
-    routes = getattr(optimizer, "routes", None)
-    specs = _specs(routes, paths, shapes)
+    routed = getattr(optimizer, "routes", None)
+    routes = Routes(_roles, None, ("optimizer", "optimizer")) if routed is None else routed
+    specs = resolve_trained(routes.resolve, paths, shapes, LeafSpec(None, INTEGER))
     state_bytes = _state_bytes(optimizer, paths, shapes, specs)
-    scale = None if routes is None else routes.scale
-    scale = SCALES[scale] if isinstance(scale, str) else scale
+    scale = SCALES[routes.scale] if isinstance(routes.scale, str) else routes.scale
 
     def row(path: str, leaf: jax.ShapeDtypeStruct, spec: LeafSpec) -> PlanRow:
         matrices = _matrices(spec.axes, leaf.shape)
@@ -182,31 +182,23 @@ def plan(
         )
 
     rows = tuple(map(row, paths, shapes, specs))
-    rules = None if routes is None else routes.rules
-    rates = _learning_rates(optimizer, routes) if rated and routes is not None else {}
+    rates = _learning_rates(optimizer, routes) if rated and routed is not None else {}
     over_mesh = None
-    if mesh is not None and routes is None:
+    if mesh is not None and routed is None:
         warnings.warn(
             "plan: mesh is for optimizers of matrices, and this one works element by element. Leave it "
             "out, or type plan(params, optimorph.muon(0.02), mesh=mesh).",
             stacklevel=2,
         )
-    if mesh is not None and routes is not None:
+    elif mesh is not None:
         forms = [spec.axes for spec in specs]
-        over_mesh = plan_mesh(
-            mesh, routes.match, routes.polar, routes.divide, paths, jax.tree.leaves(params), forms
-        )
-    return Plan(rows, () if rules is None else tuple(unused(rules, paths)), rates, over_mesh)
+        over_mesh = plan_mesh(mesh, routes.match, routes.polar, routes.divide, paths, leaves, forms)
+    return Plan(rows, () if routes.rules is None else tuple(unused(routes.rules, paths)), rates, over_mesh)
 
 
-def _specs(routes: Routes | None, paths: list[str], leaves: list[jax.ShapeDtypeStruct]) -> list[LeafSpec]:
-    """How the leaves read as matrices; of an optimizer that does not route, their roles alone."""
-
-    def roles(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
-        return [LeafSpec(None, spec.role) for spec in by_siblings(paths, shapes)]
-
-    resolve = roles if routes is None else routes.resolve
-    return resolve_trained(resolve, paths, leaves, LeafSpec(None, INTEGER))
+def _roles(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+    """How leaves read of an optimizer that does not route: their roles alone."""
+    return [LeafSpec(None, spec.role) for spec in by_siblings(paths, shapes)]
 
 
 @functools.lru_cache(maxsize=1 << 10)
@@ -224,12 +216,10 @@ def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if has_dtype else jnp.result_type(leaf))
 
 
-def _transform(routes: Routes | None, spec: LeafSpec) -> str:
+def _transform(routes: Routes, spec: LeafSpec) -> str:
     if spec.unresolved is not None:
         return "?"
-    if spec.role == INTEGER:
-        return "none"
-    return "optimizer" if routes is None else routes.names[spec.axes is None]
+    return "none" if spec.role == INTEGER else routes.names[spec.axes is None]
 
 
 def _state_bytes(
