@@ -194,15 +194,11 @@ def _compressed(
         return u, state([x.codes if own else x for x, own in zip(held, coded, strict=True)], scales)
 
     template = CompressedState(
-        jax.tree.map(_as_codes, rule.state),
+        jax.tree.map(lambda role: Role(CODES, CODES, tree=True) if role.moment else role, rule.state),
         tuple(Role("scales", tree=True, shaped=False) for _ in moments),
         **CompressedState.roles,
     )
     return Rule(template, update, init, begin, advance, narrow=True)
-
-
-def _as_codes(role: Role) -> Role:
-    return Role(CODES, CODES, tree=True) if role.moment else role
 
 
 def _of_trees(
