@@ -333,3 +333,13 @@ def test_a_checkpoint_without_its_types_is_refused():
     adam, _ = optax.adam(0.1).init(params)
     refuse([adam._asdict(), None], om.adam(0.1), params, "array of shape ()", "optax's")
     refuse([[*adam], None], om.adam(0.1), params, "array of shape ()", "Restore a checkpoint")
+
+
+def test_leaves_of_small_integers_are_no_codes():
+    """Moments of leaves that are not trained have their dtype, whichever codecs the state has."""
+    params = {"w": jnp.ones((64, 128)), "n": jnp.zeros(3, jnp.uint8), "b": jnp.zeros(2, bool)}
+    tx = om.compress_state(optax.sgd(0.1, 0.9))
+    state = tx.init(params)
+    carried, report = om.carry_state(state, tx, params, written_by=tx)
+    assert report.lost == ()
+    jax.tree.map(np.testing.assert_array_equal, carried, state)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from optimorph._core.moments import Fields, moments_of, with_moments
-from optimorph._core.paths import map_paths
+from optimorph._core.numbers import is_trainable
+from optimorph._core.paths import by_path, map_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.rounding import leaf_key
 from optimorph._core.rule import handed_down
@@ -76,11 +77,12 @@ class Codecs:
 
     rules: dict[tuple[str, str], CodecRule] = dataclasses.field(default_factory=dict)
     fields: Fields = dataclasses.field(default_factory=dict)
+    untrained: frozenset[str] = frozenset()
 
 
 def codecs_of(tx: optax.GradientTransformation, params: PyTree) -> tuple[PyTree, Codecs]:
     """The shapes of a fresh state, and the codecs of its moments."""
-    found = Codecs()
+    found = Codecs(untrained=frozenset(path for path, w in by_path(params).items() if not is_trainable(w)))
     with handed_down(codecs=found):
         return jax.eval_shape(lambda p: tx.init(p), params), found  # a new function, which is traced
 
@@ -124,6 +126,8 @@ def _without_stored(node: CompressedState, codecs: Codecs) -> CompressedState:
 
 def _stored(codecs: Codecs, kind: str, path: str, codes: Any, scales: Any) -> Stored:
     rule = codecs.rules.get((kind, path))
+    if path in codecs.untrained:
+        return Stored(codes, scales, None, named(kind, path))
     if rule is None:
         return Stored(codes, scales, None, named(kind, path), not in_codes(codes.dtype))
     codec, found = stored_by("carry_state", rule, kind, path, Encoded(codes, scales))
