@@ -145,16 +145,22 @@ def rates():
 
 
 def tuned():
-    """Optimizers with as many candidates each."""
-    yield "optimizer", "learning rate", "third number", "validation loss", "loss of both finalists"
-    for name, row in recorded("tuned/text-250")["optimizers"].items():
-        best, last = row["best"], [curve[-1] for curve in row["curves"]]
+    """Optimizers with as many candidates each, the lowest loss first."""
+    rows = recorded("tuned/text-250")["optimizers"]
+    means = {
+        name: [statistics.mean(each) for each in zip(*row["curves"], strict=True)]
+        for name, row in rows.items()
+    }
+    yield "optimizer", "learning rate", "third number", "validation loss", "steps to the loss of adamw"
+    for name in sorted(rows, key=lambda name: means[name][-1]):
+        row, best = rows[name], rows[name]["best"]
+        reached = [n for n, x in zip(row["steps"], means[name], strict=True) if x <= means["adamw"][-1]]
         yield (
             name,
             " / ".join(f"{best[kind]:.3g}" for kind in ("learning_rate", "others") if best[kind]),
             f"{row['varied']} {best['third']:g}" if row["varied"] else "-",
-            f"{statistics.mean(last):.3f} ± {statistics.stdev(last):.3f}",
-            ", ".join(f"{statistics.mean(each[3:]):.3f}" for each in row["finalists"]),
+            f"{means[name][-1]:.3f} ± {statistics.stdev(curve[-1] for curve in row['curves']):.3f}",
+            str(reached[0]) if reached else "-",
         )
 
 
