@@ -6,8 +6,8 @@ Transforms, such as `ema`, `orthogonalize` and `add_decayed_weights`, are the pa
 Routing: `plan` shows what an optimizer does with every leaf, and what every device of a mesh computes and
 sends. `Hardware` describes devices whose speed the library does not know. `route_matrices` gives matrices to
 one transform and other leaves to another. `partition` and `labels` route leaves by path and shape, and
-`roles`, `not_roles` and `role_of` by their role, such as "embedding" or "bias"; `decay_mask` is a mask of what
-is usually decayed.
+`roles`, `not_roles` and `role_of` by their role, such as "embedding" or "bias". `decay_mask` is a mask of
+what is usually decayed.
 
 Weights: `qk_clip` keeps attention logits below a threshold. `apply_updates` can round bfloat16 weights
 stochastically. `split_weights` and `join_weights` store float32 weights as bfloat16 and one or two bytes.

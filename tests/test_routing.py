@@ -699,6 +699,19 @@ def test_rules_of_labels_and_masks_know_all_leaves():
     assert {path for path, x in by_path(updates).items() if jnp.any(x)} == {"Dense_2/kernel"}
 
 
+@pytest.mark.parametrize("name", ["deconv1", "conv_transpose", "up1", "upsample", "conv_tr"])
+def test_transposed_convolutions_are_asked_about_without_a_bias(name):
+    """PyTorch has the inputs of their weight first, Equinox the outputs; a bias tells."""
+    weight = jax.ShapeDtypeStruct((64, 32, 4, 4), jnp.float32)
+    (row,) = om.plan({f"{name}/weight": weight})
+    assert row.unresolved is not None
+    assert {"ioii", "oiii"} < {*row.answers}
+    for outputs, spec in ((32, "ioii"), (64, "oiii")):
+        bias = jax.ShapeDtypeStruct((outputs,), jnp.float32)
+        plan = om.plan({f"{name}/weight": weight, f"{name}/bias": bias})
+        assert plan[f"{name}/weight"].spec == spec
+
+
 def test_roles_are_keys_of_rules():
     """In factors, states, labels, masks and specs; the first key that matches decides."""
     params = {"embed": jnp.ones((64, 128)), "norm": {"scale": jnp.ones(64)}, "up": {"w": jnp.ones((64, 64))}}

@@ -33,7 +33,7 @@ _UPWARD = r"(\w+_)?up(sampl|scal|conv|_?\d)?\w*/(\d+/)?([^/]+/)?weight"
 _CONV = r"\w*conv\w*/"
 _IN_CONV = _CONV + "[^/]+/"
 _ANY_CONV = _CONV + "([^/]+/)?" + _KERNEL
-_TRANSPOSED_WEIGHT = r"\w*(conv_?tr(ansposed?)?|transp\w*|deconv\w*)(_?\d+)?/([^/]+/)?weight"
+_TRANSPOSED_WEIGHT = r"\w*(conv_?tr|transp(osed?)?(_?conv\w*)?|transpconvs|deconv\w*)(_?\d+)?/([^/]+/)?weight"
 _TRANSPOSED = r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
 _IN_ATTENTION = r"\w*(attn|(?<!fl)atten|mha|msa)\w*/(.*/)?"
@@ -189,9 +189,9 @@ RULES = (
         shapes.convolution,
     ),
     _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.convolution),
-    # transposed convolutions of PyTorch
-    _convolution_rule(_TRANSPOSED_WEIGHT, ("ioi", "ioii", "ioiii"), lambda s: shapes.is_window(s[2:], 32)),
-    _convolution_rule(_UPWARD, ("ioii", "ioiii"), shapes.even_window),
+    # transposed convolutions: PyTorch has inputs first, Equinox outputs
+    NameRule("convolution", _TRANSPOSED_WEIGHT, (UNDECIDED, "ioi", "ioii", "ioiii"), lambda s: len(s) > 2),
+    NameRule("convolution", _UPWARD, (UNDECIDED, "ioii", "ioiii"), shapes.even_window),
     _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.convolution)),
     _convolution_rule(_IN_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.maybe_convolution, _ATTENTION),
     _convolution_rule(
@@ -311,7 +311,9 @@ RULES = (
         ("io", "ioo"),
         shape_ok=shapes.heads,
     ),
-    NameRule("attention", "w?(q|k|v|kv)_b(/kernel)?", ("io", "ioo"), shape_ok=shapes.heads_of_latents),
+    NameRule(
+        "attention", "w?(q|k|v|kv)_b(_proj)?(/(kernel|w))?", ("io", "ioo"), shape_ok=shapes.heads_of_latents
+    ),
     # (model, heads, size), where outputs come first
     NameRule(
         "attention",
