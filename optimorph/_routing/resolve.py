@@ -50,11 +50,12 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
 
     def of_all(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
         ruled = [by_rule(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+        decided = [spec for spec in ruled if spec is not None]
+        if len(decided) == len(ruled):
+            return decided
         names = [*map(unwrapped, paths)]
-        default = by_siblings(names, shapes) if None in ruled else []
+        default = by_siblings(names, shapes)
         specs = [default[k] if spec is None else spec for k, spec in enumerate(ruled)]
-        if not default:
-            return specs
         specs = with_output_layer(names, shapes, specs) if find_output else specs
         return with_fused_layers(names, shapes, specs)
 
