@@ -103,12 +103,7 @@ def with_output_layer(
     for k in candidates:
         form = specs[k].axes
         answers = (None, None if form is None else form.spec)
-        if (
-            ends + last + few == [k]
-            and k in certain
-            and layers.next_of(k) is None
-            and not layers.is_in_list(k)
-        ):
+        if candidates == [k] and k in certain and layers.next_of(k) is None and not layers.is_in_list(k):
             specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
         else:
             cause = "may be the output layer, by its width"
