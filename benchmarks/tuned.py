@@ -1,18 +1,19 @@
 """Every optimizer of `optimorph race`, tuned alike: as many candidates, the same data and seeds for each.
 
-    python benchmarks/tuned.py [--task TASK] [--steps N] [--after FILE] [--out FILE] [optimizer ...]
+    python benchmarks/tuned.py [--steps N] [--lanes N] [--after FILE] [--out FILE] [optimizer ...]
 
 A candidate is a learning rate, a second one for leaves that are not matrices, and a third number such as the
 weight decay. Every optimizer has 45 candidates. All of them train for a quarter of the steps, the better
 third for half of the steps, and the better third of those to the end (successive halving; Jamieson &
 Talwalkar, 2016, arXiv:1502.07943). The two of the lowest loss on the tuning data train again with two more
 seeds, which choose the best one. Three more seeds of it give the reported losses, on the validation data,
-which nothing was chosen by. An optimizer is compiled once, with the candidate as an argument. With
-`--after FILE`, the candidates are the nine best ones of a shorter training. Products of the models have
-float32 precision, also on GPUs.
+which nothing was chosen by. The candidate is an argument of the compiled program. With `--lanes 45,15,5` a
+program trains so many candidates at once, which is faster on GPUs and slower on CPUs. With `--after FILE` the
+candidates are the best ones of another record, `--best` many. Products of the models have float32 precision,
+also on GPUs.
 
-Writes `benchmarks/results/tuned/TASK-N.json`, after each optimizer. Optimizers that the file has are not
-trained again. On one CPU core an optimizer takes about ten minutes.
+Writes `benchmarks/results/tuned/text-N.json`, after each optimizer. Optimizers that the file has are not
+trained again. On one CPU core an optimizer takes about ten minutes for 250 steps.
 """
 
 import argparse
@@ -35,10 +36,9 @@ from transfer import machine, write
 import optimorph as om
 from optimorph._racing.registry import OPTIMIZERS
 from optimorph._racing.task import Task
-from optimorph._racing.tasks import digits, flights, text
+from optimorph._racing.tasks import text
 
-TASKS = {"text": text.task, "digits": digits.task, "flights": flights.task}
-CANDIDATES, KEPT, EVALUATIONS = 45, 9, 10
+CANDIDATES, EVALUATIONS = 45, 10
 RUNGS = (0.25, 0.5, 1.0)  # shares of the steps after which only the better third goes on
 CHOICE_SEEDS, REPORT_SEEDS = (1000, 1001, 1002), (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "tuned"
@@ -82,13 +82,18 @@ def alone(recipe, varied, **arguments):
     return lambda rate, others, third, task: recipe(rate, **{varied: third}, **arguments)
 
 
-def matrices(make, first, others=(2.0**-8, 2.0**-6, 2.0**-4)):
+OTHERS = (2.0**-6, 2.0**-4, 2.0**-2)  # learning rates of the leaves that are not matrices
+SMALL, FAST = (2.0**-10, 2.0**-8, 2.0**-6), (2.0**-4, 2.0**-3, 2.0**-2)
+DECAYS, LARGE = (0.1, 0.4, 1.6), (0.4, 1.6, 6.4)
+
+
+def matrices(make, first, others=OTHERS, decays=DECAYS):
     """The study of an optimizer of the race with two rates and weight decay: 5 x 3 x 3."""
 
     def decayed(rate, others, decay, task):
         return make(rate, others, dataclasses.replace(task, weight_decay=decay))
 
-    return Study(decayed, first, others, (0.1, 0.4, 1.6), "weight_decay")
+    return Study(decayed, first, others, decays, "weight_decay")
 
 
 def of_constant_norm(make, first, others):
@@ -96,8 +101,7 @@ def of_constant_norm(make, first, others):
     return Study(lambda rate, second, third, task: make(rate, second, task), first, others)
 
 
-B2S, MOMENTA = (0.95, 0.99, 0.999), (0.8, 0.9, 0.95)
-FAST = (2.0**-5, 2.0**-3, 2.0**-1)  # learning rates of other leaves
+B2S, MOMENTA = (0.9, 0.95, 0.99), (0.6, 0.8, 0.9)
 STUDIES: Mapping[str, Study] = {
     "sgd": Study(lambda rate, others, third, task: om.sgd(rate), -7),
     "momentum": Study(alone(om.sgd, "momentum"), -8, third=MOMENTA, varied="momentum"),
@@ -106,55 +110,38 @@ STUDIES: Mapping[str, Study] = {
     "rmsprop": Study(alone(om.rmsprop, "decay"), -14, third=(0.9, 0.99, 0.999), varied="decay"),
     "adam": Study(alone(om.adam, "b2"), -14, third=B2S, varied="b2"),
     "nadam": Study(alone(om.nadam, "b2"), -14, third=B2S, varied="b2"),
-    "adamw": matrices(OPTIMIZERS["adamw"], -12, FAST),
-    "nadamw": matrices(OPTIMIZERS["nadamw"], -12, FAST),
-    "laprop": matrices(OPTIMIZERS["laprop"], -12, FAST),
-    "lion": matrices(OPTIMIZERS["lion"], -15, FAST),
-    "ademamix": matrices(OPTIMIZERS["ademamix"], -15, FAST),
-    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -13, FAST),
+    "adamw": matrices(OPTIMIZERS["adamw"], -12, FAST, LARGE),
+    "nadamw": matrices(OPTIMIZERS["nadamw"], -12, FAST, LARGE),
+    "laprop": matrices(OPTIMIZERS["laprop"], -13, FAST, LARGE),
+    "lion": matrices(OPTIMIZERS["lion"], -15, FAST, LARGE),
+    "ademamix": matrices(OPTIMIZERS["ademamix"], -14, FAST, LARGE),
+    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -12, FAST, LARGE),
     "muon": matrices(OPTIMIZERS["muon"], -6),
     "normuon": matrices(OPTIMIZERS["normuon"], -6),
     "adamuon": matrices(OPTIMIZERS["adamuon"], -10),
     "muon2": matrices(OPTIMIZERS["muon2"], -6),
     "muonh": of_constant_norm(OPTIMIZERS["muonh"], -8, tuple(2.0**k for k in range(-7, -2))),
     "adamh": of_constant_norm(OPTIMIZERS["adamh"], -12, tuple(2.0**k for k in range(-6, -1))),
-    "scion": Study(alone(om.scion, "momentum"), -16, third=(0.8, 0.9, 0.95), varied="momentum"),
-    "soap": matrices(OPTIMIZERS["soap"], -10),
-    "klsoap": matrices(OPTIMIZERS["klsoap"], -10),
-    "shampoo": matrices(OPTIMIZERS["shampoo"], -10),
+    "scion": Study(alone(om.scion, "momentum"), -16, third=MOMENTA, varied="momentum"),
+    "soap": matrices(OPTIMIZERS["soap"], -8, SMALL, LARGE),
+    "klsoap": matrices(OPTIMIZERS["klsoap"], -9, SMALL, LARGE),
+    "shampoo": matrices(OPTIMIZERS["shampoo"], -9, SMALL, LARGE),
     "soap_muon": matrices(OPTIMIZERS["soap_muon"], -6),
 }
 
 
-class Training:
-    """One candidate and one seed: parameters, state, and the step they have reached."""
-
-    def __init__(self, program: "Program", candidate: Candidate, seed: int):
-        """Draw the batches of the seed, and take no step yet."""
-        self.program, self.candidate, self.step = program, candidate, 0
-        self.batches = program.task.batches(seed)
-        self.rates = jax.tree.map(jnp.float32, candidate)
-        self.params = jax.tree.map(jnp.copy, program.task.init(seed))  # `advance` donates them
-        self.state = program.init(self.rates, self.params)
-
-    def train(self, steps: int) -> "Training":
-        """Go on until so many steps are taken."""
-        for batch in itertools.islice(self.batches, steps - self.step):
-            self.params, self.state = self.program.advance(self.params, self.state, self.rates, batch)
-        self.step = steps
-        return self
-
-    def loss(self, part: str) -> float:
-        """The loss on held-out data, infinite if it is not finite."""
-        loss = float(np.mean([self.program.loss(self.params, each) for each in self.program.held_out[part]]))
-        return loss if math.isfinite(loss) else math.inf
-
-
 class Program:
-    """The compiled functions of all trainings of an optimizer on a task."""
+    """The compiled functions of an optimizer on a task, with a new first axis for the trainings."""
 
-    def __init__(self, study: Study, task: Task, steps: int):
-        """Compile nothing yet."""
+    def __init__(self, study: Study, task: Task, steps: int, lanes: Sequence[int]):
+        """Compile nothing yet.
+
+        Args:
+          study: makes the optimizer of a candidate.
+          task: has the model and the data.
+          steps: of the schedules.
+          lanes: numbers of trainings that a program may have; the largest one first.
+        """
 
         def optimizer(candidate):
             rates = (task.schedule(rate, steps) for rate in candidate[:2])
@@ -165,86 +152,159 @@ class Program:
             updates, state = optimizer(candidate).update(gradients, state, params)
             return optax.apply_updates(params, updates), state
 
-        self.task = task
+        def init(candidate, params):
+            return optimizer(candidate).init(params)
+
+        state = jax.eval_shape(init, Candidate(0.0, 0.0, 0.0), jax.eval_shape(lambda: task.init(0)))
+        axes = jax.tree.map(lambda x: None if jnp.issubdtype(x.dtype, jnp.integer) else 0, state)
+        self.task, self.lanes, self.axes = task, lanes, axes
         self.held_out = {part: list(task.held_out(part)) for part in ("tuning", "validation")}
-        self.init = jax.jit(lambda candidate, params: optimizer(candidate).init(params))
-        self.advance = jax.jit(advance, donate_argnums=(0, 1))
-        self.loss = jax.jit(task.loss)
+        self.init = jax.jit(jax.vmap(init, out_axes=axes))
+        mapped = jax.vmap(advance, (0, axes, 0, 0), (0, axes))  # one count of steps for all trainings
+        self.advance = jax.jit(mapped, donate_argnums=(0, 1))
+        self.loss = jax.jit(jax.vmap(task.loss, (0, None)))
+
+    def groups(self, trainings: Sequence[tuple[Candidate, int]]) -> list["Group"]:
+        """Trainings of candidates and seeds, as many in each group as fit into a program."""
+        return [
+            Group(self, trainings[k : k + self.lanes[0]]) for k in range(0, len(trainings), self.lanes[0])
+        ]
 
 
-def tuned(study: Study, candidates: Sequence[Candidate], task: Task, steps: int) -> dict[str, Any]:
+class Group:
+    """Trainings that go on side by side in one program, and the step that they have reached."""
+
+    def __init__(self, program: Program, trainings: Sequence[tuple[Candidate, int]]):
+        """Take no step yet."""
+        self.program, self.trainings, self.step = program, list(trainings), 0
+        filled = [trainings[k] for k in self._filled(range(len(trainings)))]
+        inits = {seed: program.task.init(seed) for _, seed in filled}
+        self.batches = {seed: program.task.batches(seed) for seed in inits}
+        self.candidates = stacked([jax.tree.map(np.float32, candidate) for candidate, _ in filled])
+        self.params = stacked([inits[seed] for _, seed in filled])
+        self.state = program.init(self.candidates, self.params)
+
+    def _filled(self, indices: Sequence[int]) -> list[int]:
+        """The last one is repeated until there are as many as a program has."""
+        size = min(lanes for lanes in self.program.lanes if lanes >= len(indices))
+        return [*indices, *[indices[-1]] * (size - len(indices))]
+
+    def train(self, steps: int) -> "Group":
+        """Go on until so many steps are taken."""
+        for _ in range(steps - self.step):
+            batches = {seed: next(each) for seed, each in self.batches.items()}
+            batch = stacked([batches[self.trainings[k][1]] for k in self._filled(range(len(self.trainings)))])
+            self.params, self.state = self.program.advance(self.params, self.state, self.candidates, batch)
+        self.step = steps
+        return self
+
+    def losses(self, part: str) -> list[tuple[float, Candidate]]:
+        """The loss of every training on held-out data, infinite if it is not finite, and its candidate."""
+        batches = self.program.held_out[part]
+        losses = np.mean([self.program.loss(self.params, batch) for batch in batches], 0).tolist()
+        return [
+            (loss if math.isfinite(loss) else math.inf, candidate)
+            for loss, (candidate, _) in zip(losses, self.trainings, strict=False)
+        ]
+
+    def keep(self, candidates: Sequence[Candidate]) -> "Group":
+        """End the trainings of all other candidates."""
+        kept = [k for k, (candidate, _) in enumerate(self.trainings) if candidate in candidates]
+        indices = np.array(self._filled(kept))
+        self.trainings = [self.trainings[k] for k in kept]
+        self.candidates, self.params = jax.tree.map(lambda x: x[indices], (self.candidates, self.params))
+        self.state = jax.tree.map(
+            lambda axis, x: x if axis is None else x[indices],
+            self.program.axes,
+            self.state,
+            is_leaf=lambda x: x is None,
+        )
+        return self
+
+
+def stacked(trees):
+    return jax.tree.map(lambda *x: jnp.stack(x) if isinstance(x[0], jax.Array) else np.stack(x), *trees)
+
+
+def losses_of(groups: Sequence[Group], steps: int, part: str) -> list[tuple[float, Candidate]]:
+    return [each for group in groups for each in group.train(steps).losses(part)]
+
+
+def tuned(
+    study: Study, candidates: Sequence[Candidate], task: Task, steps: int, lanes: Sequence[int]
+) -> dict[str, Any]:
     """The losses of all candidates, the best candidate, and its validation losses."""
     began = time.perf_counter()
-    program = Program(study, task, steps)
-    going = [Training(program, candidate, CHOICE_SEEDS[0]) for candidate in candidates]
-    tried = []
+    program = Program(study, task, steps, lanes)
+    groups = program.groups([(candidate, CHOICE_SEEDS[0]) for candidate in candidates])
+    tried, finals = [], {}
     for share in RUNGS:
-        reached = [(run.train(round(share * steps)).loss("tuning"), run) for run in going]
-        reached.sort(key=lambda pair: pair[0])
+        step = round(share * steps)
+        reached = sorted(losses_of(groups, step, "tuning"))
         remain = 2 if share == 1.0 else -(-len(reached) // 3)
-        going = [run for _, run in reached[:remain]]
+        finals = {candidate: [loss] for loss, candidate in reached[:remain]}
         left = reached if share == 1.0 else reached[remain:]
-        tried = [[*run.candidate, run.step, _number(loss)] for loss, run in left] + tried
-    finalists = [(run.candidate, [run.loss("tuning"), *_losses(program, run, steps)]) for run in going]
-    best, _ = min(finalists, key=lambda pair: statistics.mean(pair[1]))
-    at, curves = [*range(steps // EVALUATIONS, steps + 1, steps // EVALUATIONS)], []
-    for run in [Training(program, best, seed) for seed in REPORT_SEEDS]:
-        curves.append([_number(run.train(step).loss("validation")) for step in at])
+        tried = [[*candidate, step, _number(loss)] for loss, candidate in left] + tried
+        alive = [group for group in groups if any(candidate in finals for candidate, _ in group.trainings)]
+        groups = [group.keep(list(finals)) for group in alive]
+    seeds = CHOICE_SEEDS[1:] if len(finals) > 1 else ()
+    again = program.groups([(candidate, seed) for candidate in finals for seed in seeds])
+    for loss, candidate in losses_of(again, steps, "tuning"):
+        finals[candidate].append(loss)
+    best = min(finals, key=lambda candidate: statistics.mean(finals[candidate]))
+    at = [*range(steps // EVALUATIONS, steps + 1, steps // EVALUATIONS)]
+    reported = program.groups([(best, seed) for seed in REPORT_SEEDS])
+    curves = [[_number(loss) for loss, _ in losses_of(reported, step, "validation")] for step in at]
     return {
         "varied": study.varied,
         "candidates": tried,
-        "finalists": [[*candidate, *map(_number, losses)] for candidate, losses in finalists],
+        "finalists": [[*candidate, *map(_number, losses)] for candidate, losses in finals.items()],
         "best": best._asdict(),
         "steps": at,
-        "curves": curves,
+        "curves": [list(curve) for curve in zip(*curves, strict=True)],
         "seconds": round(time.perf_counter() - began),
+        "device": jax.devices()[0].device_kind,
     }
-
-
-def _losses(program, run, steps):
-    """Those of the same candidate, with the other seeds of the choice."""
-    trainings = [Training(program, run.candidate, seed) for seed in CHOICE_SEEDS[1:]]
-    return [training.train(steps).loss("tuning") for training in trainings]
 
 
 def _number(x):
     return round(float(x), 4) if math.isfinite(x) else None
 
 
-def kept(record: Path, name: str) -> list[Candidate]:
-    """The `KEPT` best candidates of another record: those that trained for the most steps come first."""
-    tried = json.loads(record.read_text())["optimizers"][name]["candidates"]
-    return [Candidate(*row[:3]) for row in tried[:KEPT]]
+def best_of(record: Path, name: str, count: int) -> list[Candidate]:
+    """The best candidates of another record: the chosen one, and those that trained for the most steps."""
+    row = json.loads(record.read_text())["optimizers"][name]
+    tried = [Candidate(**row["best"]), *(Candidate(*each[:3]) for each in row["candidates"])]
+    return list(dict.fromkeys(tried))[:count]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("optimizers", nargs="*", help=f"of {', '.join(STUDIES)}; all without")
-    parser.add_argument("--task", choices=TASKS, default="text")
-    parser.add_argument("--steps", type=int, help=f"a multiple of {EVALUATIONS}; the task's own without")
-    parser.add_argument("--after", type=Path, help="the JSON file of a shorter training")
+    parser.add_argument("--steps", type=int, default=250, help=f"a multiple of {EVALUATIONS}")
+    parser.add_argument(
+        "--lanes", default="1", help="trainings in a program, the largest number first: 45,15,5"
+    )
+    parser.add_argument("--after", type=Path, help="the JSON file of another record, for its best candidates")
+    parser.add_argument("--best", type=int, default=9, help="how many of them")
     parser.add_argument("--out", type=Path, help=f"a JSON file; in {RESULTS} without")
     args = parser.parse_args()
     if unknown := set(args.optimizers) - set(STUDIES):
         parser.error(f"unknown: {', '.join(sorted(unknown))}. Type some of {', '.join(STUDIES)}.")
-    task = TASKS[args.task]()
-    steps = args.steps or task.steps
+    steps, lanes = args.steps, [int(each) for each in args.lanes.split(",")]
     if steps % EVALUATIONS:
         parser.error(f"--steps {steps} is not a multiple of {EVALUATIONS}")
-    out = args.out or RESULTS / f"{args.task}-{steps}.json"
+    out = args.out or RESULTS / f"text-{steps}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = json.loads(out.read_text()) if out.exists() else {}
-    after = f" --after {args.after.name}" if args.after else ""
-    record |= {
-        "command": f"python benchmarks/tuned.py --task {args.task} --steps {steps}{after}",
-        "steps": steps,
-    }
+    record |= {"command": f"python benchmarks/tuned.py --steps {steps}", "steps": steps}
     rows = record.setdefault("optimizers", {})
     for name in args.optimizers or STUDIES:
         if name not in rows:
-            candidates = kept(args.after, name) if args.after else STUDIES[name].candidates()
+            study, after = STUDIES[name], args.after
+            candidates = best_of(after, name, args.best) if after else study.candidates()
             with jax.default_matmul_precision("float32"):
-                rows[name] = tuned(STUDIES[name], candidates, task, steps)
+                rows[name] = tuned(study, candidates, text.task(), steps, lanes)
             last = [curve[-1] for curve in rows[name]["curves"]]
             print(name, rows[name]["best"], last, rows[name]["seconds"], "s", flush=True)
             write(record | machine(), out)
