@@ -4,6 +4,7 @@ A table stands below its mark, such as `<!-- table: race -->`, and ends at an em
 that says when and where a file of results was recorded, below a mark such as `<!-- recorded: race -->`.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -12,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 from optimorph._racing.comparisons import TARGET, losses_at_equal_seconds, steps_to_target
-from optimorph._racing.race_data import RaceData
+from optimorph._racing.race_data import Curve, RaceData
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -146,22 +147,64 @@ def rates():
 
 def tuned():
     """Optimizers with as many candidates each, the lowest loss first."""
-    rows = recorded("tuned/text-250")["optimizers"]
-    means = {
-        name: [statistics.mean(each) for each in zip(*row["curves"], strict=True)]
-        for name, row in rows.items()
-    }
-    yield "optimizer", "learning rate", "third number", "validation loss", "steps to the loss of adamw"
-    for name in sorted(rows, key=lambda name: means[name][-1]):
-        row, best = rows[name], rows[name]["best"]
-        reached = [n for n, x in zip(row["steps"], means[name], strict=True) if x <= means["adamw"][-1]]
+    yield (
+        "optimizer",
+        "learning rate",
+        "third number",
+        "validation loss",
+        "the same at equal seconds",
+        f"steps to the loss of {TARGET}",
+        "optimizer ms/step",
+        "state B/param",
+    )
+    found, studies = _tuned_race(250), recorded("tuned/text-250")["optimizers"]
+    equal_seconds, to_target = losses_at_equal_seconds(found), steps_to_target(found)
+    for row in found.rows:
+        study = studies[row.name]
         yield (
-            name,
-            " / ".join(f"{best[kind]:.3g}" for kind in ("learning_rate", "others") if best[kind]),
-            f"{row['varied']} {best['third']:g}" if row["varied"] else "-",
-            f"{means[name][-1]:.3f} ± {statistics.stdev(curve[-1] for curve in row['curves']):.3f}",
-            str(reached[0]) if reached else "-",
+            row.name,
+            _rates(vars(row)),
+            f"{study['varied']} {study['best']['third']:g}" if study["varied"] else "-",
+            _loss(vars(row), 3),
+            f"{equal_seconds[row.name]:.3f}",
+            to_target.get(row.name, "-"),
+            f"{row.optimizer_ms:.1f}",
+            f"{row.state_bytes_per_parameter:.2f}",
         )
+
+
+def tuned_longer():
+    """The optimizers that were tuned for more steps too."""
+    races = {steps: _tuned_race(steps) for steps in (250, 1000, 4000)}
+    yield "optimizer", *(f"{steps:,} steps: learning rate, loss, steps to {TARGET}" for steps in races)
+    rows = {steps: {row.name: row for row in race.rows} for steps, race in races.items()}
+    to_target = {steps: steps_to_target(race) for steps, race in races.items()}
+    for name in rows[1000]:
+        cells = (
+            f"{_rates(vars(rows[steps][name]))}, {_loss(vars(rows[steps][name]), 3)}, "
+            f"{to_target[steps].get(name, '-')}"
+            if name in rows[steps]
+            else "-"
+            for steps in races
+        )
+        yield name, *cells
+
+
+def _tuned_race(steps):
+    """A study of `tuned.py` as a race, with the costs of another race."""
+    study, costs = recorded(f"tuned/text-{steps}"), RaceData.read(RESULTS / "costs" / "race.json")
+    rows, curves = [], []
+    for row in costs.rows:
+        if row.name in study["optimizers"]:
+            found = study["optimizers"][row.name]
+            last = [curve[-1] for curve in found["curves"]]
+            rates = {"learning_rate": found["best"]["learning_rate"]}
+            rates["others_learning_rate"] = found["best"]["others"] or None
+            means = {"loss": statistics.fmean(last), "spread": statistics.stdev(last)}
+            rows.append(dataclasses.replace(row, seeds=len(last), steps=steps, **means, **rates))
+            curves += [Curve(row.name, k, found["steps"], [], each) for k, each in enumerate(found["curves"])]
+    rows.sort(key=lambda row: row.loss)
+    return dataclasses.replace(costs, steps=steps, rows=rows, curves=curves)
 
 
 def widths():
@@ -527,6 +570,7 @@ TABLES = {
         longer,
         rates,
         tuned,
+        tuned_longer,
         widths,
         batches,
         decays,

@@ -60,6 +60,7 @@ OPTIMIZERS = {
     "muon, rms_to_rms": (lambda rate, others: om.muon(rate, others=others), -5),
     "muonh": (lambda rate, others: om.muonh(rate, others=others), -3),
     "muon, adamw_rms": (lambda rate, others: om.muon(rate, scale="adamw_rms", others=others), -5),
+    "muon, keller": (lambda rate, others: om.muon(rate, scale="keller", others=others), -5),
     "normuon": (lambda rate, others: om.normuon(rate, others=others), -5),
     "soap": (lambda rate, others: om.soap(rate, weight_decay=0.0, others=others), -7),
 }

@@ -17,6 +17,7 @@ from optimorph._racing.race_data import Curve, Layer, RaceData, Trial
 from optimorph._racing.ticks import PlainLog
 
 MAX_LAYERS = 8  # layers whose spectra are plotted
+MAX_WITH_SEEDS = 8  # optimizers beside which every seed has a line of its own
 SETTINGS: Any = {
     "axes.edgecolor": FAINT[0],
     "axes.labelcolor": INK[0],
@@ -41,7 +42,8 @@ def write_plot(path: Path, race: RaceData) -> None:
 
 
 def plot_losses(race: RaceData) -> Figure:
-    note = f" (mean of {race.seeds} seeds, each one a thin line)" if race.seeds > 1 else ""
+    seeds = ", each one a thin line" if len(race.names) <= MAX_WITH_SEEDS else ""
+    note = f" (mean of {race.seeds} seeds{seeds})" if race.seeds > 1 else ""
     figure = Figure(layout="constrained")
     figure.suptitle(textwrap.fill(race.title + note, 90), x=0.01, horizontalalignment="left")
     over_steps, over_seconds = figure.subplots(1, 2, sharey=True)
@@ -62,6 +64,8 @@ def draw_losses(axes: Axes, race: RaceData, along: str) -> None:
         curves = [curve for curve in race.curves if curve.optimizer == name and len(curve.steps) > 1]
         if curves:
             _draw_mean(axes, curves, along, race.styles[name])
+            if len(curves) > 1 and len(race.names) <= MAX_WITH_SEEDS:
+                _draw_seeds(axes, curves, along, race.styles[name])
     axes.set(xlabel={"steps": "steps", "seconds": "seconds of training"}[along])
     axes.set(ylabel=textwrap.fill(race.measure, 45))
     axes.grid()
@@ -75,13 +79,21 @@ def draw_losses(axes: Axes, race: RaceData, along: str) -> None:
 
 
 def _draw_mean(axes: Axes, curves: list[Curve], along: str, style: Style) -> None:
+    x, losses = _table(curves, along)
+    axes.plot(x, losses.mean(axis=0), label=curves[0].optimizer, **style._asdict())
+
+
+def _draw_seeds(axes: Axes, curves: list[Curve], along: str, style: Style) -> None:
+    x, losses = _table(curves, along)
+    axes.plot(x, losses.T, color=style.color, alpha=0.5, linewidth=0.6)
+
+
+def _table(curves: list[Curve], along: str) -> tuple[np.ndarray, np.ndarray]:
+    """The mean steps or seconds, and the losses of each seed there, NaN where they are not finite."""
     length = min(len(curve.steps) for curve in curves)
     losses = np.array([curve.losses[:length] for curve in curves])
-    losses = np.where(np.isfinite(losses), losses, np.nan)
     x = np.mean([getattr(curve, along)[:length] for curve in curves], axis=0)
-    axes.plot(x, losses.mean(axis=0), label=curves[0].optimizer, **style._asdict())
-    if len(curves) > 1:
-        axes.plot(x, losses.T, color=style.color, alpha=0.5, linewidth=0.6)
+    return x, np.where(np.isfinite(losses), losses, np.nan)
 
 
 def _is_log(race: RaceData, low: float, high: float) -> bool:
@@ -97,10 +109,10 @@ def _loss_range(curves: Sequence[Curve]) -> tuple[float, float]:
 
 
 def _highest_after_start(race: RaceData) -> float:
-    """The highest mean loss at 0.4 of the steps; the fall at the start would fill the axis otherwise."""
+    """The highest mean loss at 0.6 of the steps; the fall at the start would fill the axis otherwise."""
     losses: dict[str, list[float]] = {}
     for curve in race.curves:
-        loss = np.interp(0.4 * curve.steps[-1], curve.steps, curve.losses)
+        loss = np.interp(0.6 * curve.steps[-1], curve.steps, curve.losses)
         losses.setdefault(curve.optimizer, []).append(float(loss))
     return max(filter(math.isfinite, map(statistics.fmean, losses.values())), default=math.inf)
 
