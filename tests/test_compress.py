@@ -717,6 +717,27 @@ def test_slabs_of_tpus():
     assert slabs.slab_shape((8, *stack), Target("tpu", devices=8)) == (8, 12, 96, 3072)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_slabs_are_the_whole(platform, monkeypatch):
+    """What is read is that of before the update, also where it is written; the last slab is shorter."""
+    target, shape = Target(platform), (3, 53, 8)
+    monkeypatch.setitem(slabs.SIZES, platform, (3 * 8 * 7, 3 * 8 * 7))
+    monkeypatch.setattr(slabs, "ON_TPU", 3 * 8 * 7)
+    assert slabs.slab_shape(shape, target) == (3, 7, 8)
+    a, b, c = (jax.random.normal(jax.random.key(k), shape) for k in range(3))
+
+    def make(written, read):
+        a, b = written
+        return b - read, a + 2 * b
+
+    def store(place, made, before):
+        return made[0], made[1] * place.astype(jnp.float32)
+
+    found = jax.jit(lambda a, b, c: slabs.in_slabs(make, store, shape, target, (a, b), c))(a, b, c)
+    place = jnp.arange(a.size, dtype=jnp.float32).reshape(shape)
+    chex.assert_trees_all_equal(found, (b - c, (a + 2 * b) * place))
+
+
 def test_one_program_for_leaves_alike():
     """Of six and one other leaf there are two."""
     tx = om.compress_state(om.sgd(0.1, 0.9), elementwise=True)
