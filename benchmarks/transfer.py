@@ -41,7 +41,7 @@ from optimorph._racing.tasks import text
 from optimorph._routing.resolve import leaf_axes
 
 STEPS, SEEDS, OTHERS = 128, 3, 0.02
-WIDTHS = (32, 64, 128, 256, 512)
+WIDTHS, COLUMNS = (32, 64, 128, 256, 512), 4
 COLORS = mpl.colormaps["viridis_r"](np.linspace(0.15, 1, len(WIDTHS)))
 RESULTS = Path(__file__).parent / "results" / "transfer.json"
 
@@ -211,9 +211,12 @@ def draw(record):
     curves = curves_of(record)
     best = [min(map(mean, losses.values())) for widths in curves.values() for losses in widths.values()]
     with mpl.rc_context(SETTINGS):
-        figure = Figure(figsize=(2.3 * len(curves) + 0.6, 3.6), layout="constrained")
-        panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-        for axes, (name, widths) in zip(panels, curves.items(), strict=True):
+        rows = math.ceil(len(curves) / COLUMNS)
+        figure = Figure(figsize=(2.5 * COLUMNS, 3.1 * rows + 0.4), layout="constrained")
+        panels = figure.subplots(rows, COLUMNS, sharey=True, squeeze=False).flat
+        for axes in panels[len(curves) :]:
+            axes.set_axis_off()
+        for axes, (name, widths) in zip(panels, curves.items(), strict=False):
             for (width, losses), color in zip(widths.items(), COLORS, strict=False):
                 exponents = sorted(losses)
                 means = [mean(losses[exponent]) for exponent in exponents]
@@ -225,7 +228,8 @@ def draw(record):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda exponent, _: f"2^{exponent:.0f}"))
             axes.grid()
-        panels[0].set(ylabel=f"loss after {STEPS} steps (nats per character)")
+        for axes in panels[::COLUMNS]:
+            axes.set(ylabel=f"loss after {STEPS} steps\n(nats per character)")
         labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
         figure.legend(*labels, loc="outside upper right", ncols=len(WIDTHS))
         figure.savefig(RESULTS.with_suffix(".png"), dpi=130)
