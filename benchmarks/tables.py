@@ -157,7 +157,7 @@ def tuned():
         "optimizer ms/step",
         "state B/param",
     )
-    found, studies = _tuned_race(250), recorded("tuned/text-250")["optimizers"]
+    found, studies = tuned_race(250), recorded("tuned/text-250")["optimizers"]
     equal_seconds, to_target = losses_at_equal_seconds(found), steps_to_target(found)
     for row in found.rows:
         study = studies[row.name]
@@ -175,7 +175,7 @@ def tuned():
 
 def tuned_longer():
     """The optimizers that were tuned for more steps too."""
-    races = {steps: _tuned_race(steps) for steps in (250, 1000, 4000)}
+    races = {steps: tuned_race(steps) for steps in (250, 1000, 4000)}
     yield "optimizer", *(f"{steps:,} steps: learning rate, loss, steps to {TARGET}" for steps in races)
     rows = {steps: {row.name: row for row in race.rows} for steps, race in races.items()}
     to_target = {steps: steps_to_target(race) for steps, race in races.items()}
@@ -190,7 +190,7 @@ def tuned_longer():
         yield name, *cells
 
 
-def _tuned_race(steps):
+def tuned_race(steps):
     """A study of `tuned.py` as a race, with the costs of another race."""
     study, costs = recorded(f"tuned/text-{steps}"), RaceData.read(RESULTS / "costs" / "race.json")
     rows, curves = [], []

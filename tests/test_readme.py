@@ -150,6 +150,23 @@ def sentences():
     words = f"rate fell {fell['muon, rms_to_rms']:.1f}-fold from width 32 to 512, where"
     yield "README.md", f"{words} `adamw`'s fell {fell['adamw']:.0f}-fold to 256"
 
+    found = tables.tuned_race(250)
+    rows, seconds = {row.name: row.loss for row in found.rows}, losses_at_equal_seconds(found)
+    best, muon, adamw, second = (f"{rows[name]:.3f}" for name in ("soap_muon", "muon", "adamw", "muon2"))
+    yield "README.md", f"`soap_muon` ends at {best}, `muon` at {muon}, `adamw` at {adamw}"
+    yield "docs/guides/choosing.md", f"after 250 steps on text: {best}, Muon {muon}, AdamW {adamw}"
+    below = [rows[name] - rows["soap_muon"] for name in ("muon", "adamw", "muon2")]
+    words = f"ends {below[0]:.3f} below Muon and {below[1]:.3f} below AdamW on text. At equal seconds it"
+    yield "docs/guides/choosing.md", f"{words} is {seconds['soap_muon'] - seconds['muon']:.3f} behind Muon"
+    yield "docs/benchmarks.md", f"the lowest loss after equal steps, {below[2]:.3f} below `muon2`"
+    yield "docs/benchmarks.md", f"`muon2` leads with {min(seconds.values()):.3f}"
+    leads = [
+        f"{rows['adamw'].loss - rows['muon'].loss:.2f} after {steps:,}"
+        for steps in (250, 1000, 4000)
+        for rows in [{row.name: row for row in tables.tuned_race(steps).rows}]
+    ]
+    yield "docs/benchmarks.md", f"{leads[0]} steps, {leads[1]} and {leads[2]}"
+
     lead = {case: statistics.fmean(x["losses"]) for case, x in tables.recorded("lead")["best"].items()}
     decayed = [lead[f"{steps} steps, decay 0"] - lead[f"{steps} steps, decay 0.4"] for steps in (128, 512)]
     lowered = f"lowers Muon's loss by {decayed[0]:.3f} after 128 steps and by {decayed[1]:.3f} after 512"
