@@ -2,8 +2,7 @@
 
 TPUs keep a row in registers of 128 numbers: another axis inside a row is a copy of the whole array. There a
 maximum over blocks is a window that moves by its own width, and a number for each block is spread over the
-row by a product with the indicators of the blocks. It is exact in one pass: a float32 is the sum of three
-numbers of bfloat16, which have a row of the indicators each.
+row by a product with the indicators of the blocks, which is exact: a float32 is three numbers of bfloat16.
 """
 
 import math
@@ -18,9 +17,6 @@ from optimorph._core.numbers import with_type_of
 
 TINY = 4.7019774e-38
 """Blocks with a smaller maximum become zeros: four times the smallest normal number; 4 / s is finite."""
-
-LARGER = 2.0**100
-"""Times this, every scale below 1 is a sum of three normal numbers of bfloat16."""
 
 Bits = Callable[[jax.Array], jax.Array]
 """Numbers → integers in the order that counts, which are those numbers' bits, or those of NaN."""
@@ -100,17 +96,13 @@ class Rows(NamedTuple):
         return scale(_as_float(bits(jax.lax.reduce_window(x, zero, larger, window, window, padding))))
 
     def spread(self, s: jax.Array) -> jax.Array:
-        """As of `Blocks`. In the product numbers below 1 are negative and larger, so that no part of them is
-        subnormal; and NaN, which would reach the whole row, is below them all."""
-        s, blocks = jnp.where(s < 1, -LARGER * s, jnp.where(s >= 1, s, -(LARGER**1.2))), s.shape[-1]
-        upper = _upper(s)
-        middle = _upper(s - upper)
-        parts = jnp.concatenate([upper, middle, s - upper - middle], axis=-1).astype(jnp.bfloat16)
-        place = jnp.arange(self.last)[None] - self.width * (jnp.arange(3 * blocks) % blocks)[:, None]
+        """As of `Blocks`. NaN is -1 in the product, where it would reach the whole row."""
+        place = jnp.arange(self.last)[None] - self.width * jnp.arange(s.shape[-1])[:, None]
         inside = ((place >= 0) & (place < self.width)).astype(jnp.bfloat16)
+        s = jnp.where(s >= 0, s, -1)
         axes = ((s.ndim - 1,), (0,)), ((), ())
-        spread = jax.lax.dot_general(parts, inside, axes, "default", s.dtype)
-        return jnp.where(spread < -LARGER, jnp.nan, jnp.where(spread < 0, spread / -LARGER, spread))
+        spread = jax.lax.dot_general(s, inside, axes, "highest", s.dtype)
+        return jnp.where(spread < 0, jnp.nan, spread)
 
     def quarters(self, x: jax.Array, s: jax.Array) -> jax.Array:
         return x * self.spread(_four_over(s))
@@ -141,11 +133,6 @@ def in_form(f: Callable[..., Any], width: int, x: jax.Array, *arrays: Any) -> An
 def _four_over(s: jax.Array) -> jax.Array:
     """4 / s, and 0 where s is 0, without a division by 0, which debug flags find outside of programs."""
     return jnp.where(s >= TINY, 4 / jnp.where(s >= TINY, s, 1), 0)
-
-
-def _upper(x: jax.Array) -> jax.Array:
-    """The upper half of float32 numbers, which is a number of bfloat16."""
-    return _as_float(_as_int(x) & -(1 << 16))
 
 
 def _as_float(bits: jax.Array) -> jax.Array:
