@@ -152,7 +152,7 @@ def sentences():
 
     found = tables.tuned_race(250)
     rows, seconds = {row.name: row.loss for row in found.rows}, losses_at_equal_seconds(found)
-    best, muon, adamw, second = (f"{rows[name]:.3f}" for name in ("soap_muon", "muon", "adamw", "muon2"))
+    best, muon, adamw = (f"{rows[name]:.3f}" for name in ("soap_muon", "muon", "adamw"))
     yield "README.md", f"`soap_muon` ends at {best}, `muon` at {muon}, `adamw` at {adamw}"
     yield "docs/guides/choosing.md", f"after 250 steps on text: {best}, Muon {muon}, AdamW {adamw}"
     below = [rows[name] - rows["soap_muon"] for name in ("muon", "adamw", "muon2")]
