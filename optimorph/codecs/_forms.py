@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from optimorph._core.numbers import with_type_of
@@ -85,15 +86,12 @@ class Rows(NamedTuple):
         return x
 
     def scales(self, x: jax.Array, bits: Bits, scale: Scale) -> jax.Array:
-        """As of `Blocks`, but of numbers: their integers would be an array of their own."""
+        """As of `Blocks`."""
         window = (*[1] * (x.ndim - 1), self.width)
         padding = (*[(0, 0)] * (x.ndim - 1), (0, -self.last % self.width))
 
-        def larger(a, b):
-            return _as_float(jnp.maximum(bits(a), bits(b)))
-
-        x, zero = jax.lax.stop_gradient(x), jnp.zeros([], x.dtype)
-        return scale(_as_float(bits(jax.lax.reduce_window(x, zero, larger, window, window, padding))))
+        x = bits(jax.lax.stop_gradient(x))
+        return scale(_as_float(jax.lax.reduce_window(x, np.int32(0), jax.lax.max, window, window, padding)))
 
     def spread(self, s: jax.Array) -> jax.Array:
         """As of `Blocks`. NaN is -1 in the product, where it would reach the whole row."""

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 import optimorph as om
 from optimorph.linalg import NewtonSchulz
 
-TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2"}
+TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}
 TARGETS = [name for name in (*TPUS, "H100") if targets.available(name)]
-FAST = {"v5e": "bf16", "v5p": "bf16", "H100": "f16"}
+FAST = dict.fromkeys(TPUS, "bf16") | {"H100": "f16"}
 SHAPES = {f"layer{k}": {"square": (128, 128), "up": (128, 512), "down": (512, 128)} for k in range(8)}
 AXES = ("data", "model")
 LAYOUTS = {
@@ -136,6 +136,21 @@ def test_8_bits(target):
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(state)
     )
     assert found["aliased"] >= stored
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_8_bits_of_stacked_layers(target):
+    """They compile, and the buffers of the state are used again."""
+    mesh = mesh_of(target, sizes=(1, 1)) if target == "H100" else mesh_of(target)
+    place = NamedSharding(mesh, P())
+    params = {"w": jax.ShapeDtypeStruct((12, 768, 768), jnp.float32, sharding=place)}
+    tx = om.adamw(1e-3, state="int8")
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(tx.init, params)
+    )
+    program = targets.compiled(tx.update, params, state, params, mesh=mesh, donate_argnums=(0, 1))
+    stored = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert targets.counted(program)["aliased"] >= stored
 
 
 @pytest.mark.parametrize("target", TARGETS)
