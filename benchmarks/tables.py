@@ -51,7 +51,9 @@ def _conditions(results):
         if device is None
         else f" on {device}".replace("NVIDIA", "one NVIDIA").replace(" forced", " CPU devices")
     )
-    shown = [f"{name} {versions[name]}" for name in ("jax", "optax", "flax", "libtpu") if name in versions]
+    shown = [
+        f"{name} {versions[name]}" for name in ("jax", "optax", "flax", "libtpu", "torch") if name in versions
+    ]
     return f"Recorded {results['date']}{place}, with {', '.join(shown)}.\n"
 
 
@@ -174,20 +176,21 @@ def tuned():
 
 
 def tuned_longer():
-    """The optimizers that were tuned for more steps too."""
+    """The optimizers that were tuned for more steps too; a star marks those with fewer candidates."""
     races = {steps: tuned_race(steps) for steps in (250, 1000, 4000)}
     yield "optimizer", *(f"{steps:,} steps: learning rate, loss, steps to {TARGET}" for steps in races)
-    rows = {steps: {row.name: row for row in race.rows} for steps, race in races.items()}
-    to_target = {steps: steps_to_target(race) for steps, race in races.items()}
-    for name in rows[1000]:
-        cells = (
-            f"{_rates(vars(rows[steps][name]))}, {_loss(vars(rows[steps][name]), 3)}, "
-            f"{to_target[steps].get(name, '-')}"
-            if name in rows[steps]
-            else "-"
-            for steps in races
-        )
-        yield name, *cells
+    most = len(recorded("tuned/text-250")["optimizers"][TARGET]["candidates"])
+
+    def cell(steps, name):
+        row = next((row for row in races[steps].rows if row.name == name), None)
+        if row is None:
+            return "-"
+        star = "" if len(recorded(f"tuned/text-{steps}")["optimizers"][name]["candidates"]) == most else " *"
+        reached = steps_to_target(races[steps]).get(name, "-")
+        return f"{_rates(vars(row))}, {_loss(vars(row), 3)}, {reached}{star}"
+
+    for row in races[1000].rows:
+        yield row.name, *(cell(steps, row.name) for steps in races)
 
 
 def tuned_race(steps):
@@ -266,7 +269,7 @@ def pytorch():
         "200 steps",
         "by one rounding error: 20 steps",
         "200 steps",
-        "last loss, JAX / PyTorch",
+        "loss of the last 20 steps, JAX / PyTorch",
     )
     for name, row in recorded("torch_training")["cases"].items():
         keys = ("largest_in_20_steps", "largest", "noise_in_20_steps", "noise")

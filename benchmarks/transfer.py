@@ -250,12 +250,13 @@ def show(best):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draw", action="store_true", help="draw the picture of the recorded losses only")
+    only_draw = parser.parse_args().draw
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"curves": {}}
     setting = {"command": "python benchmarks/transfer.py", "steps": STEPS, "seeds": SEEDS, "others": OTHERS}
     if changed := [key for key in setting if record.get(key, setting[key]) != setting[key]]:
         parser.error(f"{RESULTS} was trained with other {', '.join(changed)}; move it away")
     record |= setting
-    if not parser.parse_args().draw:
+    if not only_draw:
         train(record)
     record = json.loads(RESULTS.read_text())
     record["best"] = {

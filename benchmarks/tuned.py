@@ -57,14 +57,14 @@ class Study(NamedTuple):
 
     Attributes:
       make: function (schedule, schedule of other leaves, third number, task) → optimizer.
-      first: the lowest learning rate, as a power of two.
+      lowest: the lowest learning rate, as a power of two.
       others: rates of leaves that are not matrices; (0,) if the optimizer has one rate.
       third: values of the third number.
       varied: its name.
     """
 
     make: Callable[..., Any]
-    first: float
+    lowest: float
     others: Sequence[float] = (0.0,)
     third: Sequence[float] = (0.0,)
     varied: str = ""
@@ -72,8 +72,7 @@ class Study(NamedTuple):
     def candidates(self) -> list[Candidate]:
         """45, on a grid, whose learning rates span four to nine factors of two."""
         count = CANDIDATES // (len(self.others) * len(self.third))
-        factor = 2 ** min(1, 9 / count)
-        rates = [2.0**self.first * factor**k for k in range(count)]
+        rates = [2.0 ** (self.lowest + k * min(1, 9 / count)) for k in range(count)]
         return [Candidate(*values) for values in itertools.product(rates, self.others, self.third)]
 
 
@@ -84,21 +83,21 @@ def alone(recipe, varied, **arguments):
 
 OTHERS = (2.0**-6, 2.0**-4, 2.0**-2)  # learning rates of the leaves that are not matrices
 SMALL, FAST = (2.0**-10, 2.0**-8, 2.0**-6), (2.0**-4, 2.0**-3, 2.0**-2)
-DECAYS, LARGE = (0.1, 0.4, 1.6), (0.4, 1.6, 6.4)
+DECAYS, LARGE_DECAYS = (0.1, 0.4, 1.6), (0.4, 1.6, 6.4)
 
 
-def matrices(make, first, others=OTHERS, decays=DECAYS):
+def matrices(make, lowest, others=OTHERS, decays=DECAYS):
     """The study of an optimizer of the race with two rates and weight decay: 5 x 3 x 3."""
 
     def decayed(rate, others, decay, task):
         return make(rate, others, dataclasses.replace(task, weight_decay=decay))
 
-    return Study(decayed, first, others, decays, "weight_decay")
+    return Study(decayed, lowest, others, decays, "weight_decay")
 
 
-def of_constant_norm(make, first, others):
+def of_constant_norm(make, lowest, others):
     """The study of an optimizer of the race that keeps norms, without weight decay: 9 rates x 5."""
-    return Study(lambda rate, second, third, task: make(rate, second, task), first, others)
+    return Study(lambda rate, second, third, task: make(rate, second, task), lowest, others)
 
 
 B2S, MOMENTA = (0.9, 0.95, 0.99), (0.6, 0.8, 0.9)
@@ -110,12 +109,12 @@ STUDIES: Mapping[str, Study] = {
     "rmsprop": Study(alone(om.rmsprop, "decay"), -14, third=(0.9, 0.99, 0.999), varied="decay"),
     "adam": Study(alone(om.adam, "b2"), -14, third=B2S, varied="b2"),
     "nadam": Study(alone(om.nadam, "b2"), -14, third=B2S, varied="b2"),
-    "adamw": matrices(OPTIMIZERS["adamw"], -12, FAST, LARGE),
-    "nadamw": matrices(OPTIMIZERS["nadamw"], -12, FAST, LARGE),
-    "laprop": matrices(OPTIMIZERS["laprop"], -13, FAST, LARGE),
-    "lion": matrices(OPTIMIZERS["lion"], -15, FAST, LARGE),
-    "ademamix": matrices(OPTIMIZERS["ademamix"], -14, FAST, LARGE),
-    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -12, FAST, LARGE),
+    "adamw": matrices(OPTIMIZERS["adamw"], -12, FAST, LARGE_DECAYS),
+    "nadamw": matrices(OPTIMIZERS["nadamw"], -12, FAST, LARGE_DECAYS),
+    "laprop": matrices(OPTIMIZERS["laprop"], -13, FAST, LARGE_DECAYS),
+    "lion": matrices(OPTIMIZERS["lion"], -15, FAST, LARGE_DECAYS),
+    "ademamix": matrices(OPTIMIZERS["ademamix"], -14, FAST, LARGE_DECAYS),
+    "mars_adamw": matrices(OPTIMIZERS["mars_adamw"], -12, FAST, LARGE_DECAYS),
     "muon": matrices(OPTIMIZERS["muon"], -6),
     "normuon": matrices(OPTIMIZERS["normuon"], -6),
     "adamuon": matrices(OPTIMIZERS["adamuon"], -10),
@@ -123,9 +122,9 @@ STUDIES: Mapping[str, Study] = {
     "muonh": of_constant_norm(OPTIMIZERS["muonh"], -8, tuple(2.0**k for k in range(-7, -2))),
     "adamh": of_constant_norm(OPTIMIZERS["adamh"], -12, tuple(2.0**k for k in range(-6, -1))),
     "scion": Study(alone(om.scion, "momentum"), -16, third=MOMENTA, varied="momentum"),
-    "soap": matrices(OPTIMIZERS["soap"], -8, SMALL, LARGE),
-    "klsoap": matrices(OPTIMIZERS["klsoap"], -9, SMALL, LARGE),
-    "shampoo": matrices(OPTIMIZERS["shampoo"], -9, SMALL, LARGE),
+    "soap": matrices(OPTIMIZERS["soap"], -8, SMALL, LARGE_DECAYS),
+    "klsoap": matrices(OPTIMIZERS["klsoap"], -9, SMALL, LARGE_DECAYS),
+    "shampoo": matrices(OPTIMIZERS["shampoo"], -9, SMALL, LARGE_DECAYS),
     "soap_muon": matrices(OPTIMIZERS["soap_muon"], -6),
 }
 
@@ -264,6 +263,8 @@ def tuned(
         "curves": [list(curve) for curve in zip(*curves, strict=True)],
         "seconds": round(time.perf_counter() - began),
         "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "lanes": list(lanes),
     }
 
 

@@ -122,7 +122,7 @@ def _log_limits(curves: Sequence[Curve]) -> tuple[float, float]:
     first = _loss_range(curves)[1]
     fallen = [curve.losses for curve in curves if curve.losses[-1] <= first]
     positive = [loss for losses in fallen for loss in losses if 0 < loss < math.inf] or [first]
-    return min(positive) / 2, 2 * max(positive)
+    return 0.8 * min(positive), 1.25 * max(positive)
 
 
 def draw_rates(axes: Axes, race: RaceData) -> None:
