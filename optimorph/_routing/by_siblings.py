@@ -143,11 +143,13 @@ class _Tree:
         if asked:
             spec = self.gates.get(_recurrent_twin(path), spec)
         if spec == UNDECIDED:
-            told = self.told.get(path, "")
-            certain = len(told) > 2 and None not in offers(path, leaf.shape, leaf.layers)[0][:1]
+            told, offered = self.told.get(path, ""), offers(path, leaf.shape, leaf.layers)[0]
+            certain = len(told) > 2 and (not offered or leaf.stacked(told) in offered)
             return role, leaf.stacked(told) if certain else spec
         if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
             return HEAD, None  # the last of transposed convolutions
+        if role == "convolution" and self.told.get(path) == "iio" and outputs_first(path) and shape[0] > 9:
+            return role, UNDECIDED  # no window
         told = leaf.stacked(self.told.get(path) or self.alike.get(path))
         return role, spec if spec is None or told is None else _with_outputs(spec, told)
 

@@ -12,7 +12,7 @@ from optimorph._routing.names import sides
 from optimorph.linalg import Axes
 
 _ANY_LAYER = re.compile(
-    r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
+    r"(^|/)_?(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
     rf"{WEIGHT}|w_?\d+|\d+)$",
     re.IGNORECASE,
 )

@@ -24,6 +24,9 @@ _GATE = re.compile(rf"(^|[/.])\w*gate([/.]{WEIGHT})?$")
 _SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
 """A name of a gate and its input in one leaf."""
 
+_EXPERTS = re.compile(r"(^|/)experts/(?!\d)", re.IGNORECASE)
+"""A module with all experts, and not one of them."""
+
 _FIRST = re.compile(r"(?<![^/.])(?P<name>linear1|fc1|w1|wi|w3|(up|gate)(_proj)?)(_\d)?(?=[/.]weight$)")
 _LAST = {"linear1": "linear2", "fc1": "fc2", "wi": "wo", "w1": "w2", "w3": "w2"} | {
     name + end: "down" + end for name in ("up", "gate") for end in ("", "_proj")
@@ -132,6 +135,9 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
     found, alike = {}, {}
     for path, shape in shapes.items():
         own = shapes.get(_bias_of(path), ())
+        if len(shape) == 3 and 1 not in shape and own == (shape[0] * shape[2],) != shape[1:2]:
+            found[path] = "bio"  # layers side by side, whose biases lie one after the other
+            continue
         of_heads = len(own) < len(shape) and own == shape[-len(own) :]
         bias = own if of_heads else tuple(n for n in own if n > 1)
         others = len(shape) - len(bias)
@@ -274,7 +280,8 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
     near = [router for other, router in routers if len(router) == 2 and _is_beside(path, other)]
     beside = {sum(router) - width for router in near if width in router}
     if len(shape) == 2:
-        rows = [n for n in beside if n and shape[0] % n == 0 and shape[0] >= 16 * width]
+        several = shape[0] > width if _EXPERTS.search(path) else shape[0] >= 16 * width
+        rows = [n for n in beside if n and shape[0] % n == 0 and several]
         return ("({}i)o" if down else "({}o)i").format(rows[0]) if rows else None
     return ("boi" if first else "bio") if shape[0] in beside else None
 
