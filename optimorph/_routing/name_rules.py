@@ -45,6 +45,7 @@ BLOCK = (
 _SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
 _SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
 _SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
+_T5X = r"(en|de)coder/(en|de)coder/(\w*attention/(query|key|value|out)|mlp/w[io](_\d)?)/kernel"
 _LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
 _QUERY = (
     r"(dense_)?(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|"
@@ -109,7 +110,8 @@ RULES = (
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
-        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/|layer_stack|pre_?net|quantiz",
+        not_in=_ATTENTION
+        + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/|layer_stack|pre_?net|quantiz",
     ),
     NameRule(
         "head",
@@ -235,6 +237,7 @@ RULES = (
         not_in="experts?/|attention[^/]*/out/",
         layout=_MAXTEXT,
     ),
+    NameRule("dense", _T5X, (UNDECIDED, "ibo"), shapes.no_heads, layout="t5x(scan_axis=1)"),
     # Levanter: heads are axes, and outputs come first
     NameRule(
         "attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: shapes.three_before_heads(s[:-1])

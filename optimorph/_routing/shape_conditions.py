@@ -92,6 +92,11 @@ def layers_second(shape: Shape) -> bool:
     return 2 * shape[1] <= shape[0]
 
 
+def no_heads(shape: Shape) -> bool:
+    """Three axes, of which neither the first nor the last counts heads or the numbers of one."""
+    return len(shape) == 3 and min(shape[0], shape[2]) > 256
+
+
 def maybe_not_layers_first(shape: Shape) -> bool:
     """A stack whose first axis may be too long to count layers."""
     return len(shape) > 2 and 2 * shape[0] > shape[1]

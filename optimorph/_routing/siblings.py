@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
@@ -68,21 +68,32 @@ class _Module:
         ]
 
 
-def layer_axes(paths: Sequence[str], shapes: Sequence[Shape]) -> list[int | None]:
+def layer_axes(
+    paths: Sequence[str], shapes: Sequence[Shape]
+) -> tuple[list[int | None], Callable[[str, Shape], int | None]]:
     """For each leaf the axis that counts layers, `UNSTACKED` if none does, None if siblings do not tell.
 
     The nearest module with norms or biases decides. They are stacked if they have two axes, and one size
     at one position in all leaves of the module counts the layers. They are not stacked if they have one.
+
+    Returns:
+      these, and (path, shape) → the axis that may count layers where norms and biases do not tell: its size
+      is that of the same axis, and of no other, in all leaves of the nearest module with several shapes.
     """
     modules: dict[str, _Module] = {}
     for path, shape in zip(paths, shapes, strict=True):
         is_vector = by_name(path, (2,))[0] in ("norm", "bias")
         for name in _parents(path):
             modules.setdefault(name, _Module()).add(shape, is_vector)
-    return [
-        _layer_axis(modules, path) if len(shape) > 1 else None
-        for path, shape in zip(paths, shapes, strict=True)
-    ]
+
+    def maybe(path: str, shape: Shape) -> int | None:
+        shared = next(
+            (counts for name in _parents(path) if len(counts := modules[name].counts or ()) < 2), ()
+        )
+        return next((k for k, n in shared if 1 < n <= min(max(shape) // 2, 256) and len(shape) > 2), None)
+
+    pairs = zip(paths, shapes, strict=True)
+    return [_layer_axis(modules, path) if len(shape) > 1 else None for path, shape in pairs], maybe
 
 
 def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:
