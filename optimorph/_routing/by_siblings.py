@@ -151,7 +151,7 @@ class _Tree:
             spec = self.gates.get(_recurrent_twin(path), spec)
         if spec == UNDECIDED:
             told, offered = self.told.get(path, ""), offers(path, leaf.shape, leaf.layers)[0]
-            certain = len(told) > 2 and (not offered or leaf.stacked(told) in offered)
+            certain = len(told) > 2 and None not in offered[:1] and not _fits_too(offered, told, shape)
             return role, leaf.stacked(told) if certain else spec
         if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
             return HEAD, None  # the last of transposed convolutions
@@ -197,6 +197,13 @@ def _with_outputs(spec: str, told: str) -> str:
         return told
     of = {letter: iter([axis for axis in parts if axis.letter == letter]) for letter in "bio"}
     return "".join(str(next(of[letter])) for letter in told)
+
+
+def _fits_too(offered: Sequence[str | None], told: str, shape: Shape) -> bool:
+    """Whether the bias that tells one spec is as long as the outputs of the likeliest other one."""
+    other = next((spec for spec in offered if spec), told)
+    sizes = [[n for letter, n in zip(spec, shape, strict=False) if letter == "o"] for spec in (other, told)]
+    return other != told and len(other) == len(shape) and sizes[0] == sizes[1]
 
 
 def _recurrent_twin(path: str) -> str:

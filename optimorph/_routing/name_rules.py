@@ -359,8 +359,10 @@ RULES = (
     NameRule("dense", _SEVEN + "/weight", (UNDECIDED, "(1+1+1+4 o)i"), shapes.fused(7, -2)),
     NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
-    NameRule("one channel", "kernel|w", when=shapes.one_channel),
-    NameRule("one channel", "weight", when=shapes.flipped(shapes.one_channel)),
+    NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
+    NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
+    NameRule("one channel", "kernel|w", (UNDECIDED, None), shapes.one_channel),
+    NameRule("one channel", "weight", (UNDECIDED, None), shapes.flipped(shapes.one_channel)),
     # one row for each of many tokens: an output layer, or a table
     NameRule("embedding", "weight", when=shapes.flipped(shapes.is_vocabulary), not_in=BLOCK),
     NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=shapes.flipped(shapes.maybe_convolution)),

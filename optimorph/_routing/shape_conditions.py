@@ -27,8 +27,8 @@ def maybe_convolution(shape: Shape) -> bool:
 
 
 def one_channel(shape: Shape) -> bool:
-    """(*window, 1, out), where the name does not say so; a longer axis may be a model's width."""
-    return len(shape) > 2 and shape[-2] == 1 and (len(shape) > 3 or shape[0] < 10)
+    """(window, 1, out), where the name does not say so; a longer axis may be a model's width."""
+    return len(shape) == 3 and shape[1] == 1 and shape[0] <= 7
 
 
 def even_window(shape: Shape) -> bool:
