@@ -114,9 +114,8 @@ def _text(members: list[str], text: str, paths: Sequence[str]) -> str:
     rule, often = rule_for(members, paths), sum(repr(members[0]) in line for line in lines) > 1
     short = often and len(rule) > _MAX_RULE
     named = [f"  leaves = {rule}"] * short
-    return "\n".join(
-        [first, *named, *(line.replace(repr(members[0]), "leaves" if short else rule) for line in lines)]
-    )
+    lines = [line.replace(repr(members[0]), "leaves" if short else rule) for line in lines]
+    return "\n".join([first.replace(repr(members[0]), rule), *named, *lines])
 
 
 def _name(members: list[str]) -> str:

@@ -74,7 +74,10 @@ _EMBEDDING = (
     r"(\w*(embed|positional|codebook|posemb)\w*|\w*emb(s|_\w+)?(_0)?|wte|wpe|pe|pos_enc\w*|"
     r"rel_pos\w*|relative_\w+|vocab\w*|lookup\w*|word_vectors)"
 )
-_TABLE = r"(?!\w*(linear|dense|fc|mlp|mix|conv|rnn|lstm|gru))(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
+_TABLE = (
+    r"(?!\w*(linear|dense|fc|mlp|mix|conv|rnn|lstm|gru))"
+    r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
+)
 
 _IN_LAYER = r"\w*(attn|attention|mlp|ffn?|ffw|feed_?forward)\w*/"
 _LAST_CONV = (

@@ -275,7 +275,8 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
     """The spec of a leaf that has one expert for each output of a router beside it; None of other leaves.
 
-    In a leaf of two axes, of which the first is far longer, the experts lie one after the other.
+    In a leaf of two axes, of which the first is far longer, or longer in a module of all experts, the experts
+    lie one after the other.
 
     Args:
       path: of the leaf.
