@@ -155,7 +155,12 @@ class _Tree:
             return role, leaf.stacked(told) if certain else spec
         if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
             return HEAD, None  # the last of transposed convolutions
-        if role == "convolution" and self.told.get(path) == "iio" and outputs_first(path) and max(shape[:1]) > 9:
+        if (
+            role == "convolution"
+            and self.told.get(path) == "iio"
+            and outputs_first(path)
+            and max(shape[:1]) > 9
+        ):
             return role, UNDECIDED  # no window
         told = leaf.stacked(self.told.get(path) or self.alike.get(path))
         return role, spec if spec is None or told is None else _with_outputs(spec, told)
