@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from optimorph._core.types import Shape
@@ -45,7 +45,7 @@ class _Leaf(NamedTuple):
 
 def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
     """The default rules for all leaves of a tree, with what each tells of the others."""
-    layers = layer_axes(paths, shapes)
+    layers, maybe_layers = layer_axes(paths, shapes)
     leaves = [
         _Leaf(path, shape, k, without_layers(shape, k))
         for path, shape, k in zip(paths, shapes, layers, strict=True)
@@ -65,7 +65,7 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             named[k] = by_name(f"{name}/{last_names[k].rpartition('/')[2]}", shapes[k], layers[k])
     for k, certain in heads_that_feed(paths, shapes, {k for k in heads() if named[k][1] is None}):
         named[k] = "dense", ("oi" if outputs_first(paths[k]) else "io") if certain else UNDECIDED
-    tree = _Tree(leaves, named)
+    tree = _Tree(leaves, named, maybe_layers)
     return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
 
 
@@ -85,9 +85,16 @@ class _Tree:
     Args:
       leaves: all leaves.
       named: their roles and specs by their names.
+      maybe_layers: (path, shape) → the axis that may count layers.
     """
 
-    def __init__(self, leaves: Sequence[_Leaf], named: Sequence[tuple[str, str | None]]):
+    def __init__(
+        self,
+        leaves: Sequence[_Leaf],
+        named: Sequence[tuple[str, str | None]],
+        maybe_layers: Callable[[str, Shape], int | None],
+    ):
+        self.maybe_layers = maybe_layers
         self.shapes = {leaf.path: leaf.single for leaf in leaves}
         of_role: dict[str, dict[str, str | None]] = {}
         for leaf, (role, spec) in zip(leaves, named, strict=True):
@@ -143,11 +150,18 @@ class _Tree:
         if asked:
             spec = self.gates.get(_recurrent_twin(path), spec)
         if spec == UNDECIDED:
-            told = self.told.get(path, "")
-            certain = len(told) > 2 and None not in offers(path, leaf.shape, leaf.layers)[0][:1]
+            told, offered = self.told.get(path, ""), offers(path, leaf.shape, leaf.layers)[0]
+            certain = len(told) > 2 and None not in offered[:1] and not _fits_too(offered, told, shape)
             return role, leaf.stacked(told) if certain else spec
         if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
             return HEAD, None  # the last of transposed convolutions
+        if (
+            role == "convolution"
+            and self.told.get(path) == "iio"
+            and outputs_first(path)
+            and max(shape[:1]) > 9
+        ):
+            return role, UNDECIDED  # no window
         told = leaf.stacked(self.told.get(path) or self.alike.get(path))
         return role, spec if spec is None or told is None else _with_outputs(spec, told)
 
@@ -157,6 +171,12 @@ class _Tree:
             return [answer for answer in found.answers if answer is not None and "~" in answer]
         if not found.answers or len(leaf.single) < 3:
             return []
+        if leaf.layers is None and (k := self.maybe_layers(leaf.path, leaf.shape)) is not None:
+            _, spec = by_name(leaf.path, leaf.shape, k)
+            if spec not in (None, UNDECIDED):
+                return [spec]
+        if outputs_first(leaf.path) and self.told.get(leaf.path) == "iio":
+            return [leaf.stacked("bio"), leaf.stacked("iio")]
         if outputs_first(leaf.path) and leaf.single[-1] <= 9:  # a convolution
             return []
         if found.answers[0] in [None, *offers(leaf.path, leaf.shape, leaf.layers)[0]]:
@@ -182,6 +202,13 @@ def _with_outputs(spec: str, told: str) -> str:
         return told
     of = {letter: iter([axis for axis in parts if axis.letter == letter]) for letter in "bio"}
     return "".join(str(next(of[letter])) for letter in told)
+
+
+def _fits_too(offered: Sequence[str | None], told: str, shape: Shape) -> bool:
+    """Whether the bias that tells one spec is as long as the outputs of the likeliest other one."""
+    other = next((spec for spec in offered if spec), told)
+    sizes = [[n for letter, n in zip(spec, shape, strict=False) if letter == "o"] for spec in (other, told)]
+    return other != told and len(other) == len(shape) and sizes[0] == sizes[1]
 
 
 def _recurrent_twin(path: str) -> str:

@@ -68,7 +68,7 @@ def with_fused_layers(
         equal = equal_parts(k, module)
         if width in taken:
             inner = [n for n in equal if (module, width // n) not in givers]
-            equal = [n for n in inner if follows(k, module, width // n)]
+            equal = [n for n in inner if n < 5 and follows(k, module, width // n)]
         elif not equal and module:
             widths = {n for j in inside[module] if j != k for n in sides[j][0]}
             inner = {n for n in widths if (module, n) not in givers}

@@ -8,6 +8,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _MAX_TEXTS = 20
+_MAX_RULE = 80
+"""How long a rule is at most that is written in every answer."""
 
 
 def group_by(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
@@ -87,20 +89,33 @@ def rule_for(members: Sequence[str], paths: Sequence[str]) -> str:
     if {path for path in paths if fnmatchcase(path, pattern)} == own:
         return repr(pattern)
     globs = [glob_of(group) for group in group_by(members, without_numbers)]
-    exact = "|".join(
-        "".join(r"\d+" if text == "*" else re.escape(text) for text in re.split(r"(\*)", glob))
-        for glob in globs
-    )
-    if {path for path in paths if re.fullmatch(exact, path)} != own:  # others with other numbers
-        exact = "|".join(map(re.escape, members))
-    return f"re.compile(r'^{f'({exact})' if '|' in exact else exact}$')"
+    exact = [re.sub(r"\\\*", r"\\d+", re.escape(glob)) for glob in globs]
+    if {path for path in paths if any(re.fullmatch(one, path) for one in exact)} != own:  # other numbers
+        exact = [*map(re.escape, members)]
+    return f"re.compile(r'^{_alternatives(exact)}$')"
+
+
+def _alternatives(texts: Sequence[str]) -> str:
+    """A regular expression for these, in which the names that all begin and end with stand once."""
+    if len(texts) == 1:
+        return texts[0]
+    names = [text.split("/") for text in texts]
+    most = min(map(len, names)) - 1
+    first = next((k for k in range(most) if len({text[k] for text in names}) > 1), most)
+    last = next((k for k in range(most - first) if len({text[~k] for text in names}) > 1), most - first)
+    middle = "|".join("/".join(text[first : len(text) - last]) for text in names)
+    return "/".join([*names[0][:first], f"({middle})", *names[0][len(names[0]) - last :]])
 
 
 def _text(members: list[str], text: str, paths: Sequence[str]) -> str:
     if len(members) == 1:
         return text
-    before, *after = text.split(repr(members[0]))
-    return rule_for(members, paths).join([before + _name(members) + "".join(after[:1]), *after[1:]])
+    first, *lines = text.replace(repr(members[0]), _name(members), 1).split("\n")
+    rule, often = rule_for(members, paths), sum(repr(members[0]) in line for line in lines) > 1
+    short = often and len(rule) > _MAX_RULE
+    named = [f"  leaves = {rule}"] * short
+    lines = [line.replace(repr(members[0]), "leaves" if short else rule) for line in lines]
+    return "\n".join([first.replace(repr(members[0]), rule), *named, *lines])
 
 
 def _name(members: list[str]) -> str:

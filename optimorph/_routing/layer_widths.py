@@ -12,14 +12,15 @@ from optimorph._routing.names import sides
 from optimorph.linalg import Axes
 
 _ANY_LAYER = re.compile(
-    r"(^|/)(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
+    r"(^|/)_?(((dense|linear|lin|fc|layers?|l)[_/]?\d*|conv(_?[123]_?d)?(_?transpose)?(_?\d+)?|hidden_?\d+|\d+)/"
     rf"{WEIGHT}|w_?\d+|\d+)$",
     re.IGNORECASE,
 )
 """A name that does not say what a layer is for."""
 
 _IN_BLOCK = re.compile(
-    r"(block|layer|stage|expert|(^|/)h)s?(_[a-z]+)?[_/]?\d+/|attn|attention", re.IGNORECASE
+    r"(block|layer|stage|expert|(^|/)h)s?(_[a-z]+)?[_/]?\d+/|attn|attention|time(step)?s?_?emb\w*/\w*\d",
+    re.IGNORECASE,
 )
 
 _INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt"))

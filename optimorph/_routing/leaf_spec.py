@@ -73,6 +73,8 @@ def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str |
         found.sort(key=lambda spec: spec != "oii")
     if len(window) > 1 and (max(window) > 32 or (len({*window} - {1}) > 1 and not window_named)):
         found = sorted(found, key=lambda spec: spec.count("i") - spec.count("b") > 2)
+    if not outputs_first and len(shape) > 2 and shape[0] >= 64 and shape[0] >= 8 * shape[1] < 8 * shape[2]:
+        found.sort(key=lambda spec: spec[0] == "b")
     if not found and len(shape) > 1:
         found = ["b" * (len(shape) - 2) + "io"]
     found.sort(key=lambda spec: all(1 in stack[-2:] for stack in axes_of(spec).stacks(shape)))

@@ -33,11 +33,11 @@ _UPWARD = r"(\w+_)?up(sampl|scal|conv|_?\d)?\w*/(\d+/)?([^/]+/)?weight"
 _CONV = r"\w*conv\w*/"
 _IN_CONV = _CONV + "[^/]+/"
 _ANY_CONV = _CONV + "([^/]+/)?" + _KERNEL
-_TRANSPOSED_WEIGHT = r"\w*(conv_?tr|transp(osed?)?(_?conv\w*)?|deconv\w*)(_?\d+)?/([^/]+/)?weight"
+_TRANSPOSED_WEIGHT = r"\w*(conv_?tr?|transp(osed?)?(_?conv\w*)?|deconv\w*)(_?\d+|_[a-z]+)?/([^/]+/)?weight"
 _TRANSPOSED = r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel"
 _IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
-_IN_ATTENTION = r"\w*(attn|(?<!fl)atten|mha|msa)\w*/(.*/)?"
-_ATTENTION = r"attn|(?<!fl)atten|multi_?head|(^|/)(query|key|value|[qkvo])/"
+_IN_ATTENTION = r"(\w*(attn|(?<!fl)atten|mha|msa)\w*|(\w+_)?att)/(.*/)?"
+_ATTENTION = r"attn|(?<!fl)atten|(^|[/_])att/|multi_?head|(^|/)(query|key|value|[qkvo])/"
 BLOCK = (
     _ATTENTION + r"|mlp|(^|[/_])ffn?([/_]|$)|block|layers|layer_?\d|(^|/)(layer|h)/|stage|mixer|expert|moe|"
     "cell|rnn|lstm|gru|ssm|mamba|conv|lora"
@@ -45,12 +45,13 @@ BLOCK = (
 _SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
 _SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
 _SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
+_T5X = r"(en|de)coder/(en|de)coder/(\w*attention/(query|key|value|out)|mlp/w[io](_\d)?)/kernel"
 _LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
 _QUERY = (
-    r"(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|"
+    r"(dense_)?(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|"
     r"(\w+_)?[qkv]_projection/(kernel|weights)"
 )
-_POST = r"(out|\w*output|o_proj|post)/(kernel|w|weight)"
+_POST = r"((out|\w*output|o_proj|post)/(kernel|w|weight)|w?o)"
 _GATE = r"(\w*gate|gating)(_\d+)?"
 _EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{WEIGHT})?"
 _MOMENT = "(mean|log_?(std|var|sigma|scale))(_?(net|layer|linear|dense|fc))?"
@@ -73,7 +74,10 @@ _EMBEDDING = (
     r"(\w*(embed|positional|codebook|posemb)\w*|\w*emb(s|_\w+)?(_0)?|wte|wpe|pe|pos_enc\w*|"
     r"rel_pos\w*|relative_\w+|vocab\w*|lookup\w*|word_vectors)"
 )
-_TABLE = r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
+_TABLE = (
+    r"(?!\w*(linear|dense|fc|mlp|mix|conv|rnn|lstm|gru))"
+    r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
+)
 
 _IN_LAYER = r"\w*(attn|attention|mlp|ffn?|ffw|feed_?forward)\w*/"
 _LAST_CONV = (
@@ -109,14 +113,15 @@ RULES = (
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
-        not_in=_ATTENTION + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/|layer_stack",
+        not_in=_ATTENTION
+        + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/|layer_stack|pre_?net|quantiz",
     ),
     NameRule(
         "head",
         rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*|mapping))(/{WEIGHT})?|"
         rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|(\w+_)?out_(layer|dense)|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{WEIGHT})?|"
         r"\w*classification(/\w*kernel|/w(eight)?)?",
-        not_in=BLOCK + "|tokenizer",
+        not_in=BLOCK + "|tokenizer|pre_?net|quantiz",
     ),
     NameRule("head", rf"(hidden|outputs?)_?(0|to)_?(tags?|labels?|class\w*|vocab\w*)/{WEIGHT}"),
     NameRule("head", rf"seg(mentation)?_(layers?|outputs?)(/0)?/{WEIGHT}"),
@@ -155,7 +160,8 @@ RULES = (
     NameRule("embedding", r"x_embedder/.*|w_e|w_pos|patch_?proj\w*/.*"),
     NameRule("embedding", r"\w*emb\w*/(kernel|w|weights)", when=shapes.flipped(shapes.is_vocabulary)),
     NameRule("embedding", "kernel", when=shapes.is_patches),
-    NameRule("embedding", r"\w*emb\w*/(.*/)?(kernel|w)", when=lambda s: len(s) == 4 and s[2] <= 4),
+    NameRule("embedding", r"\w*emb\w*/(.*/)?(kernel|w)", when=shapes.of_image),
+    NameRule("embedding", r"\w*emb\w*/(.*/)?weight", when=shapes.flipped(shapes.of_image)),
     NameRule("embedding", "weight", when=shapes.flipped(shapes.is_patches)),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
@@ -234,6 +240,7 @@ RULES = (
         not_in="experts?/|attention[^/]*/out/",
         layout=_MAXTEXT,
     ),
+    NameRule("dense", _T5X, (UNDECIDED, "ibo"), shapes.no_heads, layout="t5x(scan_axis=1)"),
     # Levanter: heads are axes, and outputs come first
     NameRule(
         "attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: shapes.three_before_heads(s[:-1])
@@ -328,7 +335,7 @@ RULES = (
         ("io", "iio"),
         shape_ok=shapes.heads_first,
     ),
-    NameRule("attention", _IN_ATTENTION + "[^/]+/(kernel|w)", (UNDECIDED, "ioo"), shapes.heads_last),
+    NameRule("attention", _IN_ATTENTION + "[^/]+(/(kernel|w))?", (UNDECIDED, "ioo"), shapes.heads_last),
     NameRule("gates", rf"\w*lstm\w*/(.*/)?weight_[ih]h{_OF_TORCH}", ("(4o)i",)),
     NameRule("gates", rf"\w*gru\w*/(.*/)?weight_[ih]h{_OF_TORCH}", ("(3o)i",)),
     NameRule("gates", "weight_hh" + _OF_TORCH, ("(4o)i",), shapes.fused(4, -2)),
@@ -357,6 +364,8 @@ RULES = (
     NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
     NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
+    NameRule("one channel", "kernel|w", (UNDECIDED, None), shapes.one_channel),
+    NameRule("one channel", "weight", (UNDECIDED, None), shapes.flipped(shapes.one_channel)),
     # one row for each of many tokens: an output layer, or a table
     NameRule("embedding", "weight", when=shapes.flipped(shapes.is_vocabulary), not_in=BLOCK),
     NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=shapes.flipped(shapes.maybe_convolution)),

@@ -26,14 +26,24 @@ def maybe_convolution(shape: Shape) -> bool:
     return len(shape) != 3 and is_window(shape[:-2], 7 if 1 in shape[:-2] else 15)
 
 
+def one_channel(shape: Shape) -> bool:
+    """(window, 1, out), where the name does not say so; a longer axis may be a model's width."""
+    return len(shape) == 3 and shape[1] == 1 and shape[0] <= 7
+
+
 def even_window(shape: Shape) -> bool:
     """(in, out, *window) of an even window, such as that of a transposed convolution of stride 2."""
     return len(shape) > 3 and is_window(shape[2:], 8) and all(side % 2 == 0 for side in shape[2:])
 
 
+def of_image(shape: Shape) -> bool:
+    """(height, width, channels, out) with as few inputs as an image has channels."""
+    return len(shape) == 4 and shape[2] <= 4
+
+
 def is_patches(shape: Shape) -> bool:
     """(height, width, channels, out) of large windows of an image."""
-    return len(shape) == 4 and shape[2] <= 4 and 8 <= shape[0] == shape[1] <= 64
+    return of_image(shape) and 8 <= shape[0] == shape[1] <= 64
 
 
 def few_channels(shape: Shape) -> bool:
@@ -80,6 +90,11 @@ def heads_last(shape: Shape) -> bool:
 def layers_second(shape: Shape) -> bool:
     """(in, layers, ...): the second axis is far shorter than the first."""
     return 2 * shape[1] <= shape[0]
+
+
+def no_heads(shape: Shape) -> bool:
+    """Three axes, of which neither the first nor the last counts heads or the numbers of one."""
+    return len(shape) == 3 and min(shape[0], shape[2]) > 256
 
 
 def maybe_not_layers_first(shape: Shape) -> bool:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
@@ -23,6 +23,9 @@ _IN_LIST = re.compile(r"[/.]\d+[/.]weight$")
 _GATE = re.compile(rf"(^|[/.])\w*gate([/.]{WEIGHT})?$")
 _SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
 """A name of a gate and its input in one leaf."""
+
+_EXPERTS = re.compile(r"(^|/)experts/(?!\d)", re.IGNORECASE)
+"""A module with all experts, and not one of them."""
 
 _FIRST = re.compile(r"(?<![^/.])(?P<name>linear1|fc1|w1|wi|w3|(up|gate)(_proj)?)(_\d)?(?=[/.]weight$)")
 _LAST = {"linear1": "linear2", "fc1": "fc2", "wi": "wo", "w1": "w2", "w3": "w2"} | {
@@ -65,21 +68,32 @@ class _Module:
         ]
 
 
-def layer_axes(paths: Sequence[str], shapes: Sequence[Shape]) -> list[int | None]:
+def layer_axes(
+    paths: Sequence[str], shapes: Sequence[Shape]
+) -> tuple[list[int | None], Callable[[str, Shape], int | None]]:
     """For each leaf the axis that counts layers, `UNSTACKED` if none does, None if siblings do not tell.
 
     The nearest module with norms or biases decides. They are stacked if they have two axes, and one size
     at one position in all leaves of the module counts the layers. They are not stacked if they have one.
+
+    Returns:
+      these, and (path, shape) → the axis that may count layers where norms and biases do not tell: its size
+      is that of the same axis, and of no other, in all leaves of the nearest module with several shapes.
     """
     modules: dict[str, _Module] = {}
     for path, shape in zip(paths, shapes, strict=True):
         is_vector = by_name(path, (2,))[0] in ("norm", "bias")
         for name in _parents(path):
             modules.setdefault(name, _Module()).add(shape, is_vector)
-    return [
-        _layer_axis(modules, path) if len(shape) > 1 else None
-        for path, shape in zip(paths, shapes, strict=True)
-    ]
+
+    def maybe(path: str, shape: Shape) -> int | None:
+        shared = next(
+            (counts for name in _parents(path) if len(counts := modules[name].counts or ()) < 2), ()
+        )
+        return next((k for k, n in shared if 1 < n <= min(max(shape) // 2, 256) and len(shape) > 2), None)
+
+    pairs = zip(paths, shapes, strict=True)
+    return [_layer_axis(modules, path) if len(shape) > 1 else None for path, shape in pairs], maybe
 
 
 def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:
@@ -132,6 +146,9 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
     found, alike = {}, {}
     for path, shape in shapes.items():
         own = shapes.get(_bias_of(path), ())
+        if len(shape) == 3 and 1 not in shape and own == (shape[0] * shape[2],) != shape[1:2]:
+            found[path] = "bio"  # layers side by side, whose biases lie one after the other
+            continue
         of_heads = len(own) < len(shape) and own == shape[-len(own) :]
         bias = own if of_heads else tuple(n for n in own if n > 1)
         others = len(shape) - len(bias)
@@ -258,7 +275,8 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
 def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
     """The spec of a leaf that has one expert for each output of a router beside it; None of other leaves.
 
-    In a leaf of two axes, of which the first is far longer, the experts lie one after the other.
+    In a leaf of two axes, of which the first is far longer, or longer in a module of all experts, the experts
+    lie one after the other.
 
     Args:
       path: of the leaf.
@@ -274,7 +292,8 @@ def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -
     near = [router for other, router in routers if len(router) == 2 and _is_beside(path, other)]
     beside = {sum(router) - width for router in near if width in router}
     if len(shape) == 2:
-        rows = [n for n in beside if n and shape[0] % n == 0 and shape[0] >= 16 * width]
+        several = shape[0] > width if _EXPERTS.search(path) else shape[0] >= 16 * width
+        rows = [n for n in beside if n and shape[0] % n == 0 and several]
         return ("({}i)o" if down else "({}o)i").format(rows[0]) if rows else None
     return ("boi" if first else "bio") if shape[0] in beside else None
 
