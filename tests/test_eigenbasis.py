@@ -399,6 +399,25 @@ def test_a_step_that_is_not_finite_is_left_out():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("make", [om.soap, om.klsoap, om.shampoo, om.soap_muon], ids=lambda f: f.__name__)
+@rounding.in_float64
+def test_derivatives_through_several_steps(make):
+    """As in meta-learning: reverse-mode derivatives are those of forward mode, and of differences."""
+    target = drawn(1, (4, 3))
+
+    def loss(rate):
+        tx, w = make(rate, every=2, eps=1e-2, axes={"*": "io"}), drawn(0, (4, 3))
+        state = tx.init(w)
+        for _ in range(4):
+            updates, state = tx.update(w - target, state, w)
+            w = w + updates
+        return jnp.sum((w - target) ** 2)
+
+    found, step = jax.jit(jax.grad(loss))(0.01), 1e-5
+    rounding.close(found, jax.jvp(loss, (0.01,), (1.0,))[1], condition=1e4)
+    np.testing.assert_allclose(found, (loss(0.01 + step) - loss(0.01 - step)) / (2 * step), rtol=1e-6)
+
+
 def test_one_decomposition_for_each_size():
     """However many leaves there are."""
     params = {f"w{k}": jnp.ones((8, 16)) for k in range(5)}

@@ -75,8 +75,7 @@ def _refreshed(
     flat, structure = jax.tree.flatten(bases)
     order, matrices = jax.tree.leaves(orders), jax.tree.leaves(factors)
     turns = _turns(count, whole, every, len(plans[0].chosen) if plans else 1)
-    steps = jnp.where(count == 0, FIRST_STEPS, 1)
-    iterate = functools.partial(orthogonal_iteration, steps=steps, sort=sort)
+    iterate = functools.partial(orthogonal_iteration, steps=FIRST_STEPS, sort=sort, again=count == 0)
     for number, members in enumerate(_alike(flat)):
         p, q, by = (jnp.concatenate([each[k] for k in members]) for each in (matrices, flat, order))
         made = plans[number].map(iterate, names, turns, p, q, by) if plans else iterate(p, q)

@@ -160,7 +160,8 @@ def in_eigenbasis(
         The factors are computed from the gradient itself.
       skip_first: whether the first update is zero. If not, it is the output of `average`.
       spread: whether every step updates about 1/k of the bases, in turn, so that all steps cost about the
-        same. By default every k-th step updates all of them.
+        same. By default every k-th step updates all of them. Compiled programs with `spread` have no
+        reverse-mode derivatives.
       refresh_warmup: the number of first steps that update all bases, whatever k is. The first bases are
         those of one gradient, and the next gradients may differ much from it.
       max_dim: the longest side (number of rows or columns) that has a factor. A longer side is not rotated.

@@ -115,9 +115,10 @@ def with_gradient_kl(
 def orthogonal_iteration(
     matrix: jax.Array,
     basis: jax.Array,
-    steps: jax.Array | int = 1,
+    steps: int = 1,
     *,
     sort: bool = False,
+    again: jax.Array | bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Orthogonal bases that are nearer to the eigenvectors of Hermitian matrices than those before.
 
@@ -128,8 +129,9 @@ def orthogonal_iteration(
     The small multiple of the identity in (3), ε being the rounding of the dtype, keeps what the basis says of
     directions in which P is zero: without it they would be made of rounding errors.
 
-    P, the matrix, is positive semidefinite, and Q, the basis, is orthogonal, both `(batch, n, n)`. Beside the
-    new bases the order of (2) in all steps together is returned, int32 `(batch, n)`.
+    P, the matrix, is positive semidefinite, and Q, the basis, is orthogonal, both `(batch, n, n)`. There is
+    one step only unless `again`. Beside the new bases the order of (2) in all steps together is returned,
+    int32 `(batch, n)`. The number of turns of the loop is static, so that reverse-mode derivatives exist.
 
     References:
       Golub & Van Loan 2013, "Matrix Computations", section 8.2.4 (orthogonal iteration).
@@ -139,8 +141,7 @@ def orthogonal_iteration(
     scaled = matrix / jnp.where(mean > 0, mean, 1).astype(matrix.dtype)  # (1)
     shift = float(jnp.finfo(matrix.dtype).eps) ** (2 / 3)
 
-    def step(_, carry):
-        q, order = carry
+    def step(q, order):
         aq = _product(scaled, q)
         if sort:
             by = jnp.argsort(-jnp.sum((q.conj() * aq).real, axis=-2), axis=-1).astype(jnp.int32)
@@ -149,7 +150,11 @@ def orthogonal_iteration(
         return jnp.linalg.qr(aq + shift * q)[0], order  # (3)
 
     order = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), matrix.shape[:-1])
-    return jax.lax.fori_loop(0, steps, step, (basis, order))
+
+    def turn(k, made):
+        return jax.lax.cond((k == 0) | again, step, lambda *same: same, *made)
+
+    return jax.lax.fori_loop(0, steps, turn, (basis, order))
 
 
 def permuted(x: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
