@@ -193,6 +193,8 @@ def test_init_from_shapes(entry):
     tx, params = entry.build(), parameters(entry)
     shapes = jax.eval_shape(tx.init, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(params))
+    of_shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(shapes, tx.init(of_shapes))
 
 
 @pytest.mark.examples("sgd*", "ada*", "rmsprop*", "nadam*", "muon*", "ema", "clip*", "debias")

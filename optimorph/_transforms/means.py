@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_function, is_one_of
-from optimorph._core.numbers import is_absent, upcast, with_type_of
+from optimorph._core.numbers import full_like, is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import (
     Leaf,
@@ -95,8 +95,9 @@ def mean(
         form, match = own.of(leaf)
         if not np.any(_chosen(who, where, form, match, leaf)[0]):
             return None
-        over_leaf = reduction(who, match, leaf, form, over)
-        return MeanState(rule.filled(rule.init(leaf._replace(weight=over_leaf.mean(upcast(leaf.weight))))))
+        over_leaf, w = reduction(who, match, leaf, form, over), leaf.weight
+        w = full_like(w) if isinstance(w, jax.ShapeDtypeStruct) else upcast(w)
+        return MeanState(rule.filled(rule.init(leaf._replace(weight=over_leaf.mean(w)))))
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
