@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import functools
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from optimorph._core.numbers import is_array
 from optimorph._core.paths import distinct_paths
 from optimorph._core.rule import handed_down
 from optimorph._core.types import PyTree, Shape
+from optimorph._core.warn import quietly, warn
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
@@ -185,7 +185,7 @@ def plan(
     rates = _learning_rates(optimizer, routes) if rated and routed is not None else {}
     over_mesh = None
     if mesh is not None and routed is None:
-        warnings.warn(
+        warn(
             "plan: mesh is for optimizers of matrices, and this one works element by element. Leave it "
             "out, or type plan(params, optimorph.muon(0.02), mesh=mesh).",
             stacklevel=2,
@@ -244,7 +244,7 @@ def _state_bytes(
 
     def state_of(params):
         with (
-            warnings.catch_warnings(action="ignore"),
+            quietly(),
             handed_down(leaf_specs=own),
         ):  # the plan reports unused rules
             return jax.eval_shape(optimizer.init, params)
@@ -264,7 +264,7 @@ def _state_bytes(
 
 
 def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:
-    with warnings.catch_warnings(action="ignore"):  # there is no matrix
+    with quietly():  # there is no matrix
         parts = optimizer.init({}).inner_states  # pyright: ignore[reportAttributeAccessIssue]
     found = {}
     for name, part in zip(routes.names, (MATRIX, OTHER), strict=True):

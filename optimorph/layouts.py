@@ -7,7 +7,6 @@ The default rules decide all other leaves: norms, biases, embeddings and heads.
 """
 
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from optimorph._core.checks import abbreviated, is_integer
 from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import AxesRules, PyTree, Shape
+from optimorph._core.warn import warn
 from optimorph._routing.grouping import glob_of, group_by, without_numbers
 from optimorph._routing.leaf_spec import HEAD
 from optimorph._routing.name_rule import UNDECIDED
@@ -154,7 +154,7 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
             whole += [] if heads or path in ruled or _LATENT.search(path) else [path]
     if whole:
         kinds = [repr(glob_of(group)) for group in group_by(whole, without_numbers)]
-        warnings.warn(
+        warn(
             f"per_head: heads and their sizes share an axis of {abbreviated(kinds, ', ')}. These stay whole. "
             f"Type the number of heads, such as axes={{{kinds[0]}: 'i(12o)'}} for 12 heads of outputs, or "
             "'(12i)o' of inputs.",

@@ -1,5 +1,7 @@
 """Transformations and functions of others, inside those of this library."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -256,3 +258,25 @@ def test_codes_are_not_compressed_again():
     found, wanted = (t.update(PARAMS, t.init(PARAMS), PARAMS)[0] for t in (tx, alone))
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_filters_of_warnings_are_left_alone():
+    """They are those of all threads: two threads that change them at once leave them changed for good."""
+    inner, seen = optax.trace(0.9, accumulator_dtype=jnp.bfloat16), []
+
+    def init(params):
+        seen.append([*warnings.filters])
+        return inner.init(params)
+
+    tx = om.skip_nonfinite(optax.GradientTransformation(init, inner.update))
+    params = {"kernel": jnp.ones((3, 4))}
+    state = tx.init(params)
+    for look in (
+        lambda: tx.update(params, state, params),
+        lambda: om.plan(params, tx),
+        lambda: om.carry_state(state, tx, params, written_by=tx),
+    ):
+        before = len(seen)
+        look()
+        assert len(seen) > before
+    assert all(filters == [*warnings.filters] for filters in seen)

@@ -1,6 +1,5 @@
 """Continue a run with another optimizer: make its state from the state of the old one."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,7 @@ from optimorph._carry.slots import Slot, owners, slots
 from optimorph._core.checks import abbreviated, check_flags, check_transforms
 from optimorph._core.rule import arrays
 from optimorph._core.types import Mask, PyTree
+from optimorph._core.warn import quietly
 from optimorph._storage.stored import Codecs, Stored, codecs_of, with_stored, without_stored
 
 
@@ -179,7 +179,7 @@ def carry_state(
 def _codecs_of_state(written_by: optax.GradientTransformation | None, params: PyTree) -> Codecs:
     if written_by is None:
         return Codecs()
-    with warnings.catch_warnings(action="ignore"):  # of rules for leaves that are gone
+    with quietly():  # of rules for leaves that are gone
         return codecs_of(written_by, params)[1]
 
 
@@ -216,7 +216,7 @@ def _starts(
 
     if not need:
         return {}
-    with warnings.catch_warnings(action="ignore"):  # they were given before
+    with quietly():  # they were given before
         if any(np.shape(wanted[k].array) or isinstance(wanted[k].array, Stored) for k in need):
             return parts(jax.tree.map(array, params))
         return jax.jit(lambda: parts(jax.tree.map(zeros, params)))()

@@ -1,6 +1,5 @@
 """Which arrays of an optimizer's state are moments, and of which kind."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from optimorph._core.roles import AVERAGE, FIRST, SECOND, SLOW, may_be_variance
 from optimorph._core.types import PyTree
+from optimorph._core.warn import warn
 
 Fields = Mapping[str, Mapping[str, str]]
 """Name of a state's type → field → kind of the moment that it holds, "first" or "second"."""
@@ -119,7 +119,7 @@ def warn_unused_fields(who: str, state: PyTree, fields: Fields | None) -> None:
     for pair in [(name, field) for name, held in (fields or {}).items() for field in held]:
         if pair not in there:
             known = ", ".join(sorted(map(".".join, there))) or "none"
-            warnings.warn(
+            warn(
                 f"{who}: no state has the field {'.'.join(pair)!r} of the argument fields, or the state "
                 f"itself says what it holds. Fields that can be named: {known}.",
                 stacklevel=3,

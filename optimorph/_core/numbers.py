@@ -1,7 +1,6 @@
 """Numbers in the right precision: arithmetic in float32 or wider, hyperparameters, counts."""
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 
 from optimorph._core.types import DTypeLike, Numeric, PyTree, ScalarOrSchedule, Schedule
+from optimorph._core.warn import quietly
 
 _PYTHON = (bool, int, float, complex, np.ndarray, np.generic)
 
@@ -238,9 +238,10 @@ def as_made(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree | No
 def traced(f: Callable[..., Any], *trees: PyTree) -> Any:
     """The shapes of what a function returns; None if it cannot be traced.
 
-    A function of another library may raise anything. Its warnings are given when it runs, and not here.
+    A function of another library may raise anything. Warnings of this library are given when it runs, and not
+    here.
     """
-    with warnings.catch_warnings(action="ignore"):
+    with quietly():
         try:
             return jax.eval_shape(lambda *given: f(*given), *trees)
         except Exception:

@@ -9,7 +9,6 @@ shards, and the caller must give the shardings.
 import dataclasses
 import functools
 import hashlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._core.target import Target, for_target
+from optimorph._core.warn import warn
 from optimorph._distributed.exchange import execute
 from optimorph._distributed.groups import Leaf
 from optimorph._distributed.hardware import AUTO, NEVER, Hardware, hardware_for
@@ -173,7 +173,7 @@ def _divided_by_hints(
     if target.devices == 1:
         return task.on_one_device(arrays)
     if target.mesh is None:
-        warnings.warn(_NO_MESH, stacklevel=2)
+        warn(_NO_MESH, stacklevel=2)
         return task.on_one_device(arrays)
     return execute_by_hints(task.f, task.forms, arrays, target.mesh, equivariant=task.equivariant)
 

@@ -1,7 +1,6 @@
 """Matrices to one transformation, all other leaves to another."""
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from optimorph._core.differences import other_state
 from optimorph._core.numbers import cast_like, is_absent, is_trainable, upcast
 from optimorph._core.rule import Leaves, Transform, aligned, arrays, handed, handed_down
 from optimorph._core.types import AxesRules, Rules, Shape
+from optimorph._core.warn import warn
 from optimorph._core.wrapped import OF_TREES, fits, wrapped
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._distributed.shardings import Match
@@ -119,9 +119,9 @@ def routed(
         forms = [spec.axes for spec in specs]
         for path, x, spec in zip(leaves.paths, leaves.values, specs, strict=True):
             if spec.role == INFERRED_HEAD:
-                warnings.warn(_inferred(who, path, np.shape(x), spec.answers[1]), stacklevel=2)
+                warn(_inferred(who, path, np.shape(x), spec.answers[1]), stacklevel=2)
         if axes is None and leaves.paths and not any(forms):
-            warnings.warn(
+            warn(
                 f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
                 stacklevel=2,
             )

@@ -5,7 +5,6 @@ import dataclasses
 import difflib
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeGuard
@@ -19,6 +18,7 @@ from optimorph._core.numbers import is_array, is_trainable
 from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves, Transform, handed, handed_down
 from optimorph._core.types import Mask, PyTree, Rules, Shape
+from optimorph._core.warn import warn
 from optimorph._routing.grouping import format_groups
 from optimorph.linalg import Axes
 
@@ -257,7 +257,7 @@ def warn_unused(
     for rule in unused(rules, paths) if rules is not None and paths else ():
         similar = difflib.get_close_matches(rule, paths, 3, 0.3)
         text = f" Similar: {', '.join(map(repr, similar))}." if similar else ""
-        warnings.warn(f"{who}: no {what} matches the rule {rule!r} of {argument}.{text}", stacklevel=3)
+        warn(f"{who}: no {what} matches the rule {rule!r} of {argument}.{text}", stacklevel=3)
 
 
 def warning_of_unused(tx: Transform, who: str, **arguments: Any) -> Transform:

@@ -2,10 +2,10 @@
 
 import functools
 import math
-import warnings
 
 from optimorph._core.roles import FIRST, SECOND
 from optimorph._core.types import Rules, Shape
+from optimorph._core.warn import warn
 from optimorph._routing.names import by_name
 from optimorph._routing.rules import NO_MATCH, lookup
 from optimorph._storage.encoding import CodecRule, named
@@ -53,7 +53,7 @@ def codec_rule(who: str, rules: Rules | None) -> CodecRule:
 
 
 def warn_nothing(who: str, argument: str) -> None:
-    warnings.warn(
+    warn(
         f"{who}: no moment is compressed. By default those of leaves with at least two axes and {SMALL} "
         "numbers are, without embeddings, biases, norms and vectors. For others type "
         f"{argument}={BOTH}, or leave out what has no effect.",

@@ -1,6 +1,5 @@
 """Any transformation's state in fewer bytes."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +34,7 @@ from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys, step_key
 from optimorph._core.rule import Rule, called, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
+from optimorph._core.warn import warn
 from optimorph._core.wrapped import OF_TREES, wrapped
 from optimorph._routing.rules import warn_unused
 from optimorph._storage.codec_rules import SMALL, codec_rule, warn_nothing
@@ -315,7 +315,7 @@ def _check_codes(who: str, state: PyTree) -> None:
 
 
 def _warn_unknown(who: str, name: str) -> None:
-    warnings.warn(
+    warn(
         f"{who}: {name} is not compressed, because it is not known to be a moment, or it is a term of a "
         "difference, which quantization would turn into noise. If codes are right for a field of a state, "
         "type fields={'MyState': {'my_field': 'first'}}.",
