@@ -330,11 +330,11 @@ def test_first_answers_of_layers_side_by_side():
         ({"attn_0/linear/w": (64, 192), "attn_0/linear_1/w": (64, 64)}, ("i(3o)", "io")),
         ({"block_0/linear_0/w": (64, 64), "block_0/linear_1/w": (64, 192)}, ("io", "i(3o)")),
         ({"x/query_key_value/kernel": (64, 96), "x/dense/kernel": (64, 64)}, ("i(64+16+16 o)", "io")),
-        ({"x/key_proj/kernel": (64, 4, 128), "x/dense/kernel": (64, 64)}, ("ioo", "bio")),
+        ({"x/key_proj/kernel": (64, 4, 128), "x/dense/kernel": (64, 64)}, ("ioo", "ibo")),
         ({"x/qkv_proj/kernel": (64, 288), "x/out_proj/kernel": (96, 64)}, ("i(3o)", "io")),
-        ({"mlp/wi_kernel": (64, 2, 256), "mlp/scale": (64,)}, ("ibo", "bio")),
+        ({"mlp/wi_kernel": (64, 2, 256), "mlp/scale": (64,)}, ("ibo", "ioo")),
         ({"x/out_kernel": (4, 16, 64), "x/scale": (64,)}, ("iio", "bio")),
-        ({"x/q_kernel": (64, 4, 32), "x/scale": (64,), "q/scale": (32,)}, ("ioo", "bio")),
+        ({"x/q_kernel": (64, 4, 32), "x/scale": (64,), "q/scale": (32,)}, ("ioo", "ibo")),
     ):
         params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
         row = next(row for row in om.plan(params | {"lm_head/kernel": jnp.ones((64, 9))}) if row.unresolved)

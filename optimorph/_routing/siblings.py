@@ -90,7 +90,7 @@ def layer_axes(
         shared = next(
             (counts for name in _parents(path) if len(counts := modules[name].counts or ()) < 2), ()
         )
-        return next((k for k, n in shared if 1 < n <= min(max(shape) // 2, 256) and len(shape) > 2), None)
+        return next((k for k, n in shared if 1 < n <= min(max(shape) // 4, 256) and len(shape) > 2), None)
 
     pairs = zip(paths, shapes, strict=True)
     return [_layer_axis(modules, path) if len(shape) > 1 else None for path, shape in pairs], maybe
