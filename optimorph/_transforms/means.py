@@ -95,9 +95,9 @@ def mean(
         form, match = own.of(leaf)
         if not np.any(_chosen(who, where, form, match, leaf)[0]):
             return None
-        over_leaf, w = reduction(who, match, leaf, form, over), leaf.weight
-        w = full_like(w) if isinstance(w, jax.ShapeDtypeStruct) else upcast(w)
-        return MeanState(rule.filled(rule.init(leaf._replace(weight=over_leaf.mean(w)))))
+        over_leaf = reduction(who, match, leaf, form, over)
+        w = over_leaf.mean(full_like(leaf.weight))  # of zeros: it has the shape and the sharding of a mean
+        return MeanState(rule.filled(rule.init(leaf._replace(weight=w))))
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
