@@ -90,8 +90,8 @@ class Rows(NamedTuple):
         window = (*[1] * (x.ndim - 1), self.width)
         padding = (*[(0, 0)] * (x.ndim - 1), (0, -self.last % self.width))
 
-        x = bits(jax.lax.stop_gradient(x))
-        return scale(_as_float(jax.lax.reduce_window(x, np.int32(0), jax.lax.max, window, window, padding)))
+        largest = jax.lax.reduce_window(bits(x), np.int32(0), jax.lax.max, window, window, padding)
+        return scale(_as_float(largest))
 
     def spread(self, s: jax.Array) -> jax.Array:
         """As of `Blocks`. NaN is -1 in the product, where it would reach the whole row."""

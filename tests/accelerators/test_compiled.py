@@ -141,7 +141,7 @@ def test_8_bits(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_8_bits_of_stacked_layers(target):
     """They compile, and the buffers of the state are used again."""
-    mesh = mesh_of(target, sizes=(1, 1)) if target == "H100" else mesh_of(target)
+    mesh = mesh_of(target)
     place = NamedSharding(mesh, P())
     params = {"w": jax.ShapeDtypeStruct((12, 768, 768), jnp.float32, sharding=place)}
     tx = om.adamw(1e-3, state="int8")
