@@ -118,22 +118,18 @@ def measured(tx, params, name):
 
 
 def looped(tx, params):
-    """A compiled program of many updates, and its arguments: it leaves out what a call costs on the host."""
+    """Milliseconds of one of many updates in one program, without what a call costs on the host."""
     state = jax.jit(tx.init)(params)
 
     def one(_, carry):
         return tx.update(*carry, params)
 
     program = jax.jit(lambda g, s: jax.lax.fori_loop(0, 2 * STEPS, one, (g, s)))
-    return program.lower(params, state).compile(), (params, state)
-
-
-def timed_loop(compiled, arguments):
-    """Milliseconds of one of its updates."""
+    compiled = program.lower(params, state).compile()
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
+        jax.block_until_ready(compiled(params, state))
         times.append((time.perf_counter() - start) / (2 * STEPS) * 1e3)
     return statistics.median(times[1:])
 
@@ -194,7 +190,7 @@ def main():
         for k, (row, _) in enumerate(made):
             row |= {"stacked": stacked, "milliseconds": statistics.median(times[k])}
             if row["name"] in LOOPED:
-                row["looped_milliseconds"] = timed_loop(*looped(optimizers(stacked)[row["name"]], params))
+                row["looped_milliseconds"] = looped(optimizers(stacked)[row["name"]], params)
             rows.append(row)
             print(json.dumps(row), flush=True)
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
