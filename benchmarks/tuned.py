@@ -39,7 +39,7 @@ from optimorph._racing.task import Task
 from optimorph._racing.tasks import text
 
 CANDIDATES, EVALUATIONS = 45, 10
-RUNGS = (0.25, 0.5, 1.0)  # shares of the steps after which only the better third goes on
+RUNGS = (0.25, 0.5)  # shares of the steps after which only the better third goes on
 CHOICE_SEEDS, REPORT_SEEDS = (1000, 1001, 1002), (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "tuned"
 
@@ -236,16 +236,18 @@ def tuned(
     began = time.perf_counter()
     program = Program(study, task, steps, lanes)
     groups = program.groups([(candidate, CHOICE_SEEDS[0]) for candidate in candidates])
-    tried, finals = [], {}
+    tried = []
     for share in RUNGS:
         step = round(share * steps)
         reached = sorted(losses_of(groups, step, "tuning"))
-        remain = 2 if share == 1.0 else -(-len(reached) // 3)
-        finals = {candidate: [loss] for loss, candidate in reached[:remain]}
-        left = reached if share == 1.0 else reached[remain:]
-        tried = [[*candidate, step, _number(loss)] for loss, candidate in left] + tried
-        alive = [group for group in groups if any(candidate in finals for candidate, _ in group.trainings)]
-        groups = [group.keep(list(finals)) for group in alive]
+        third = -(-len(reached) // 3)
+        kept = [candidate for _, candidate in reached[:third]]
+        tried = _tried(reached[third:], step) + tried
+        alive = [group for group in groups if any(candidate in kept for candidate, _ in group.trainings)]
+        groups = [group.keep(kept) for group in alive]
+    reached = sorted(losses_of(groups, steps, "tuning"))
+    tried = _tried(reached, steps) + tried
+    finals = {candidate: [loss] for loss, candidate in reached[:2]}
     seeds = CHOICE_SEEDS[1:] if len(finals) > 1 else ()
     again = program.groups([(candidate, seed) for candidate in finals for seed in seeds])
     for loss, candidate in losses_of(again, steps, "tuning"):
@@ -266,6 +268,11 @@ def tuned(
         "jax": jax.__version__,
         "lanes": list(lanes),
     }
+
+
+def _tried(reached: Sequence[tuple[float, Candidate]], step: int) -> list[list[Any]]:
+    """As rows of the record: those that ended after so many steps."""
+    return [[*candidate, step, _number(loss)] for loss, candidate in reached]
 
 
 def _number(x):
