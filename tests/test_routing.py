@@ -815,6 +815,28 @@ def test_state_by_role():
     assert held == {"float32"}
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda state: om.adamw(0.1, state=state),
+        lambda state: om.muon(0.1, axes={"Dense_2/kernel": None}, state=state),
+        lambda state: om.compress_state(optax.GradientTransformation(*om.adam(0.1)), state, elementwise=True),
+        lambda state: om.compress_state(optax.GradientTransformation(*om.adam(0.1)), state),
+    ],
+    ids=["adamw", "muon", "elementwise", "trees"],
+)
+def test_state_by_roles_of_the_whole_tree(make):
+    """A head that only widths tell is a head in rules of moments too, at `init`, `update` and afterwards."""
+    params = layers(Dense_0=(28, 64), Dense_1=(64, 64), Dense_2=(64, 65))
+    tx = make({om.roles("head"): None})
+    state = tx.init(params)
+    for _ in range(2):
+        sizes = {leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype.itemsize == 1}
+        assert sizes == {64 * 64}  # both kernels would have codes by their names
+        _, state = tx.update(params, state, params)
+    om.carry_state(state, tx, params, written_by=tx)
+
+
 def test_what_is_no_role_is_refused():
     with pytest.raises(
         ValueError, match=r"roles: \['norm', 'bias'\] is not a role\. Type roles\('norm', 'bias'\)"

@@ -30,7 +30,7 @@ from optimorph._core.numbers import (
 )
 from optimorph._core.paths import structure_paths
 from optimorph._core.roles import Role
-from optimorph._core.types import PyTree
+from optimorph._core.types import PyTree, Shape
 
 _HANDED: ContextVar[Mapping[str, Any]] = ContextVar("handed", default={})  # noqa: B039
 
@@ -59,12 +59,24 @@ def called(name: str) -> str:
     return handed("optimizer") or name
 
 
+class Shapes(dict[str, Shape]):
+    """Path → shape; a key of caches by its identity."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
+
+
 class Leaves:
-    """What a rule knows about all leaves at once: their `values`, `paths` and `tree`."""
+    """What a rule knows about all leaves at once: their `values`, `paths`, `shapes` and `tree`."""
 
     def __init__(self, structure: Any, values: Sequence[Any]):
         """Of parameters, or without them of gradients."""
         self.structure, self.values = structure, values
+
+    @classmethod
+    def of(cls, tree: PyTree) -> "Leaves":
+        values, structure = jax.tree.flatten(tree, is_leaf=is_absent)
+        return cls(structure, values)
 
     @functools.cached_property
     def tree(self) -> PyTree:
@@ -75,6 +87,12 @@ class Leaves:
     def paths(self) -> list[str]:
         """The path of every leaf, also where there is no array."""
         return structure_paths(self.structure)
+
+    @functools.cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the leaves that train, by path."""
+        pairs = zip(self.paths, self.values, strict=True)
+        return Shapes((path, np.shape(x)) for path, x in pairs if is_trainable(x))
 
 
 class Leaf(NamedTuple):
@@ -248,9 +266,8 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
 
 def arrays(who: str, params: PyTree) -> Leaves:
     """The leaves of the parameters, those that are absent too; what is no array is refused."""
-    values, structure = jax.tree.flatten(params, is_leaf=is_absent)
-    leaves = Leaves(structure, values)
-    for path, leaf in zip(leaves.paths, values, strict=True):
+    leaves = Leaves.of(params)
+    for path, leaf in zip(leaves.paths, leaves.values, strict=True):
         if not isinstance(leaf, ABSENT) and not is_array(leaf):
             raise ValueError(not_an_array(who, path, leaf))
     return leaves

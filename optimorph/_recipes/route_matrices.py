@@ -18,7 +18,7 @@ from optimorph._distributed.shardings import Match
 from optimorph._routing.layer_widths import has_no_name
 from optimorph._routing.leaf_spec import INFERRED_HEAD, LeafSpec
 from optimorph._routing.resolve import Resolve, resolve_leaves, resolved
-from optimorph._routing.rules import lookup_if_given, warn_unused
+from optimorph._routing.rules import among, lookup_if_given, warn_unused
 
 MATRIX, OTHER = "matrix", "other"
 
@@ -125,7 +125,7 @@ def routed(
                 f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
                 stacklevel=2,
             )
-        with handed_down(matrix_axes=forms, shardings=match):
+        with handed_down(matrix_axes=forms, shardings=match), among(leaves):
             return parted(tree, forms).init(params)
 
     def update(updates, state, params=None, **extra):
@@ -141,7 +141,7 @@ def routed(
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
         own = None if params is None else leaves.tree
         try:
-            with handed_down(matrix_axes=forms, shardings=match):
+            with handed_down(matrix_axes=forms, shardings=match), among(leaves):
                 out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except OF_TREES as error:
             if own is None or fits(state, tx, own):

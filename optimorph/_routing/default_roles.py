@@ -11,14 +11,13 @@ import jax
 from optimorph._core.checks import is_integer
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND, SLOW
-from optimorph._core.rule import handed
+from optimorph._core.rule import Leaves, Shapes, handed
 from optimorph._core.types import PyTree, Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE
 from optimorph._routing.name_rule import UNDECIDED
 from optimorph._routing.name_rules import RULES
 from optimorph._routing.names import by_name
 from optimorph._routing.resolve import resolve_leaves
-from optimorph._routing.rules import AllLeaves, trained_shapes
 
 INTEGER = "integer"
 
@@ -66,8 +65,7 @@ def roles(*names: Any) -> Callable[..., Any]:
 
     A mask gets the whole tree, so its roles are those of `plan`, and "head" also selects a head that is
     inferred from the widths. So have the rules of `partition`, `labels` and `scale_by_rules`, and keys of
-    these, as in `scale_by_rules({roles("embedding"): 0.1})`. The rules of `state` only get one path and shape
-    at a time.
+    these, as in `scale_by_rules({roles("embedding"): 0.1})` and `state={roles("head"): None}`.
 
     Args:
       names: roles.
@@ -126,7 +124,8 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
         """Of a tree of parameters a tree of booleans; of a path and a shape one boolean."""
         if shape is not None:
             around = handed("all_leaves")
-            role = _roles_among(around)[tree] if around and tree in around else role_of(tree, shape)
+            found = {} if around is None else _roles_among(around.shapes)
+            role = found.get(tree) or found.get(_MOMENT.sub("", tree)) or role_of(tree, shape)
             return (role in wanted) == chosen
         found = _roles_in(tree)
         return jax.tree.unflatten(
@@ -138,7 +137,7 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
 
 
 @functools.lru_cache(maxsize=8)
-def _roles_among(leaves: AllLeaves) -> dict[str, str]:
+def _roles_among(leaves: Shapes) -> dict[str, str]:
     """Path → role, of all leaves."""
     specs = resolve_leaves("roles", None, find_output=True)([*leaves], [*leaves.values()])
     return {path: spec.role for path, spec in zip(leaves, specs, strict=True)}
@@ -146,5 +145,5 @@ def _roles_among(leaves: AllLeaves) -> dict[str, str]:
 
 def _roles_in(params: PyTree) -> dict[str, str]:
     """Path → role, of all leaves."""
-    found = _roles_among(AllLeaves(trained_shapes(params)))
+    found = _roles_among(Leaves.of(params).shapes)
     return {path: found.get(path, INTEGER) for path in leaf_paths(params)}

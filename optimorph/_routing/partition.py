@@ -8,10 +8,10 @@ import optax
 from optimorph._core.checks import LeafError
 from optimorph._core.differences import checked_state
 from optimorph._core.paths import leaf_paths
-from optimorph._core.rule import aligned
+from optimorph._core.rule import Leaves, aligned
 from optimorph._core.types import Rules
 from optimorph._core.wrapped import wrapped
-from optimorph._routing.rules import NO_MATCH, among, labelled, lookup, trained_shapes, warn_unused
+from optimorph._routing.rules import NO_MATCH, among, labelled, lookup, warn_unused
 
 
 def partition(
@@ -59,12 +59,12 @@ def partition(
         updates = tree.unflatten(gs)
         params = None if params is None else tree.unflatten(ws)
         leaves = updates if params is None else params  # params have shapes where gradients are missing
-        with among(trained_shapes(leaves)):
+        with among(Leaves.of(leaves)):
             return split(leaves).update(updates, state, params, **extra)
 
     def init(params):
         warn_unused("partition", "rules", rules, leaf_paths(params))
-        with among(trained_shapes(params)):
+        with among(Leaves.of(params)):
             return split(params).init(params)
 
     return optax.GradientTransformationExtraArgs(init, update)

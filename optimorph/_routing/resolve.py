@@ -42,7 +42,8 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
     by_rule = _by_rules(who, rules)
 
     def resolve(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
-        own, around = dict(zip(paths, shapes, strict=True)), handed("all_leaves") or {}
+        own, leaves = dict(zip(paths, shapes, strict=True)), handed("all_leaves")
+        around = own if leaves is None else leaves.shapes
         if not around.items() > own.items():
             return of_all(paths, shapes)
         specs = dict(zip(around, of_all([*around], [*around.values()]), strict=True))

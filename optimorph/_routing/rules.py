@@ -14,7 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optimorph._core.checks import LeafError, call_fault, not_an_array
-from optimorph._core.numbers import is_array, is_trainable
+from optimorph._core.numbers import is_array
 from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves, Transform, handed, handed_down
 from optimorph._core.types import Mask, PyTree, Rules, Shape
@@ -35,22 +35,9 @@ class _Value:
     value: Any
 
 
-class AllLeaves(dict[str, Shape]):
-    """Path → shape, of the leaves that train; a key of caches."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        """That of this object."""
-        return id(self)
-
-
-def trained_shapes(tree: PyTree) -> dict[str, Shape]:
-    """The shapes of the leaves that train, by path."""
-    return {path: np.shape(x) for path, x in by_path(tree).items() if is_trainable(x)}
-
-
-def among(leaves: Mapping[str, Shape]) -> contextlib.AbstractContextManager[None]:
+def among(leaves: Leaves) -> contextlib.AbstractContextManager[None]:
     """Inside, rules know all leaves of the tree, those of the outermost call: `handed("all_leaves")`."""
-    return handed_down(all_leaves=handed("all_leaves") or AllLeaves(leaves))
+    return handed_down(all_leaves=handed("all_leaves") or leaves)
 
 
 def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
@@ -187,7 +174,7 @@ def labelled(who: str, match: Callable[[str, Shape], Any], tree: PyTree) -> PyTr
             return None
         return value
 
-    with among(trained_shapes(tree)):
+    with among(Leaves.of(tree)):
         found = map_paths(label, tree)
     if faults:
         raise ValueError("\n".join(format_groups(faults, leaf_paths(tree))))

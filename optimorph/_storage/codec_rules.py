@@ -2,12 +2,14 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 from optimorph._core.roles import FIRST, SECOND
+from optimorph._core.rule import Leaves, handed
 from optimorph._core.types import Rules, Shape
 from optimorph._core.warn import warn
 from optimorph._routing.names import by_name
-from optimorph._routing.rules import NO_MATCH, lookup
+from optimorph._routing.rules import NO_MATCH, among, lookup
 from optimorph._storage.encoding import CodecRule, named
 from optimorph.codecs import Codec, Float8, Nonneg8, Signed8
 
@@ -21,15 +23,15 @@ BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
 """What to type."""
 
 
-def codec_rule(who: str, rules: Rules | None) -> CodecRule:
-    """The rules as one function, which refuses what is no fitting codec; else `by_default` decides."""
+def codec_rule(who: str, rules: Rules | None) -> Callable[[Leaves], CodecRule]:
+    """All leaves → the rules as one function, which refuses what is no fitting codec."""
     if isinstance(rules, Codec):
         raise ValueError(f"{who}: rules must say which moments {rules!r} is for. Type {BOTH}, for example.")
     found = lookup({} if rules is None else rules, who)
 
-    @functools.cache
-    def codec_of(kind: str, path: str, shape: Shape) -> Codec | None:
-        codec = found(named(kind, path), shape)
+    def codec_among(leaves: Leaves, kind: str, path: str, shape: Shape) -> Codec | None:
+        with among(leaves):
+            codec = found(named(kind, path), shape)
         if codec is NO_MATCH:
             return by_default(kind, path, shape)
         if codec is not None and not isinstance(codec, Codec):
@@ -49,7 +51,11 @@ def codec_rule(who: str, rules: Rules | None) -> CodecRule:
             )
         return codec
 
-    return codec_of
+    def codec_rule_of(leaves: Leaves) -> CodecRule:
+        around = handed("all_leaves") or leaves
+        return by_default if rules is None else functools.partial(codec_among, around)
+
+    return codec_rule_of
 
 
 def warn_nothing(who: str, argument: str) -> None:
@@ -68,6 +74,7 @@ def linear(path: str, shape: Shape) -> Codec | None:
     return Signed8(mapping="linear") if isinstance(codec, Signed8) else codec
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def by_default(kind: str, path: str, shape: Shape) -> Codec | None:
     if len(shape) < 2 or math.prod(shape) < SMALL or by_name(path, shape)[0] in WIDE:
         return None

@@ -1,6 +1,6 @@
 """Any transformation's state in fewer bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from optimorph._core.numbers import (
 from optimorph._core.paths import by_path, distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys, step_key
-from optimorph._core.rule import Rule, called, handed, rule_of, transform
+from optimorph._core.rule import Leaves, Rule, called, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
 from optimorph._core.warn import warn
 from optimorph._core.wrapped import OF_TREES, wrapped
@@ -123,14 +123,19 @@ def compress_state(
     check_seed(who, seed)
     check_flags(who, elementwise=elementwise)
     check_fields(who, fields, rules)
-    codec_of = codec_rule(who, rules)
+    codecs_for = codec_rule(who, rules)
     if rule := rule_of(inner):
-        return transform(who, _compressed(who, rule, codec_of, rules, seed, fields))
-    return _of_trees(who, inner, codec_of, rules, elementwise, seed, fields)
+        return transform(who, _compressed(who, rule, codecs_for, rules, seed, fields))
+    return _of_trees(who, inner, codecs_for, rules, elementwise, seed, fields)
 
 
 def _compressed(
-    who: str, rule: Rule, codec_of: CodecRule, rules: Rules | None, seed: int, fields: Fields | None = None
+    who: str,
+    rule: Rule,
+    codecs_for: Callable[[Leaves], CodecRule],
+    rules: Rules | None,
+    seed: int,
+    fields: Fields | None = None,
 ) -> Rule:
     kinds = ["" if role.moment == CODES else role.moment for role in rule.roles]
     moments = [j for j, kind in enumerate(kinds) if kind]
@@ -139,7 +144,8 @@ def _compressed(
         return CompressedState(rule.structure.unflatten(slots), tuple(scales), seed, count)
 
     def begin(leaves):
-        _announce(who, codec_of, rules, fields, [kind for kind in kinds if kind], leaves.tree, rule.state)
+        known = [kind for kind in kinds if kind]
+        _announce(who, codecs_for(leaves), rules, fields, known, leaves.tree, rule.state)
         if any(np.ndim(x) > 1 and np.size(x) >= SMALL for x in leaves.values):
             for role in rule.roles:
                 if role.tree and role.shaped and not role.moment:
@@ -148,7 +154,7 @@ def _compressed(
         return state(shared, none, jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def init(leaf):
-        slots, scales = rule.slots(rule.init(leaf)), []
+        slots, scales, codec_of = rule.slots(rule.init(leaf)), [], codecs_for(leaf.leaves)
         for j in moments:
             slots[j], own = initial(codec_of(kinds[j], leaf.path, np.shape(slots[j])), slots[j])
             scales.append(own)
@@ -164,7 +170,7 @@ def _compressed(
 
     def update(g, s, leaf, now):
         told, own_keys = now
-        held = rule.slots(s.inner)
+        held, codec_of = rule.slots(s.inner), codecs_for(leaf.leaves)
         codecs: list[Codec | None] = [None] * len(kinds)
         for j, scales in zip(moments, s.scales, strict=True):
             if isinstance(held[j], jax.Array | np.ndarray):
@@ -204,14 +210,14 @@ def _compressed(
 def _of_trees(
     who: str,
     inner: optax.GradientTransformationExtraArgs,
-    codec_of: CodecRule,
+    codecs_for: Callable[[Leaves], CodecRule],
     rules: Rules | None,
     elementwise: bool,
     seed: int,
     fields: Fields | None,
 ) -> optax.GradientTransformationExtraArgs:
     def init(params):
-        state, scales = inner.init(params), []
+        state, scales, codec_of = inner.init(params), [], codecs_for(Leaves.of(params))
         _check_codes(who, state)
         kinds = [kind for kind, _ in moments_of(state, fields)]
         _announce(who, codec_of, rules, fields, kinds, params, state)
@@ -231,7 +237,7 @@ def _of_trees(
         if not elementwise:
             return whole(updates, state, params, extra)
         rule = one_leaf_rule(inner, state.inner, fields, extra)
-        tx = transform(who, _compressed(who, rule, codec_of, rules, seed))
+        tx = transform(who, _compressed(who, rule, codecs_for, rules, seed))
         try:
             return tx.update(updates, state, params)
         except TreeError as error:
@@ -249,6 +255,7 @@ def _of_trees(
     def whole(updates, state, params, extra):
         """All moments are decoded, updated and encoded again."""
         key, missing, moments = step_key(state), _missing(updates), moments_of(state.inner, fields)
+        codec_of = codecs_for(Leaves.of(updates if params is None else params))
         before, after_codes, after_scales = [], [], []
         untrained = {path for path, w in by_path(params).items() if not is_trainable(w)}
 

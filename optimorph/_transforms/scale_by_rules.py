@@ -8,7 +8,6 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_factor
-from optimorph._core.numbers import is_absent
 from optimorph._core.rule import Rule, called, transform
 from optimorph._core.types import Rules, Shape
 from optimorph._routing.rules import NO_MATCH, among, lookup, warn_unused
@@ -51,9 +50,8 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         return optax.EmptyState()
 
     def advance(state, leaves):
-        pairs = zip(leaves.paths, leaves.values, strict=True)
-        shapes = {path: np.shape(x) for path, x in pairs if not is_absent(x)}
-        with among(shapes):
+        shapes = leaves.shapes
+        with among(leaves):
             return [match(path, shapes[path]) if path in shapes else None for path in leaves.paths], state
 
     def update(g, state, leaf, factors):
