@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from optimorph._core.types import Shape
@@ -16,7 +16,6 @@ from optimorph._routing.siblings import (
     biases_of_layers,
     expert_spec,
     hidden_of_heads,
-    layer_axes,
     low_rank_spec,
     networks_called_heads,
     routers_of_experts,
@@ -24,6 +23,7 @@ from optimorph._routing.siblings import (
     specs_by_chain,
     specs_by_pair,
 )
+from optimorph._routing.stacked_layers import StackedLayers
 
 _OUTPUTS = re.compile(r"(^|[/_])(out|output|o|post)(_proj(ection)?|_dense)?/[^/]+$")
 _QUERY = re.compile(r"(^|[/_])(q|k|v|query|key|value)(_proj(ection)?)?/[^/]+$")
@@ -45,7 +45,8 @@ class _Leaf(NamedTuple):
 
 def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
     """The default rules for all leaves of a tree, with what each tells of the others."""
-    layers, maybe_layers = layer_axes(paths, shapes)
+    stacks = StackedLayers(paths, shapes)
+    layers = [*map(stacks.axis, paths, shapes)]
     leaves = [
         _Leaf(path, shape, k, without_layers(shape, k))
         for path, shape, k in zip(paths, shapes, layers, strict=True)
@@ -65,7 +66,7 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             named[k] = by_name(f"{name}/{last_names[k].rpartition('/')[2]}", shapes[k], layers[k])
     for k, certain in heads_that_feed(paths, shapes, {k for k in heads() if named[k][1] is None}):
         named[k] = "dense", ("oi" if outputs_first(paths[k]) else "io") if certain else UNDECIDED
-    tree = _Tree(leaves, named, maybe_layers)
+    tree = _Tree(leaves, named, stacks)
     return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
 
 
@@ -85,16 +86,13 @@ class _Tree:
     Args:
       leaves: all leaves.
       named: their roles and specs by their names.
-      maybe_layers: (path, shape) → the axis that may count layers.
+      stacks: which axis of each leaf counts layers.
     """
 
     def __init__(
-        self,
-        leaves: Sequence[_Leaf],
-        named: Sequence[tuple[str, str | None]],
-        maybe_layers: Callable[[str, Shape], int | None],
+        self, leaves: Sequence[_Leaf], named: Sequence[tuple[str, str | None]], stacks: StackedLayers
     ):
-        self.maybe_layers = maybe_layers
+        self.stacks = stacks
         self.shapes = {leaf.path: leaf.single for leaf in leaves}
         of_role: dict[str, dict[str, str | None]] = {}
         for leaf, (role, spec) in zip(leaves, named, strict=True):
@@ -171,7 +169,7 @@ class _Tree:
             return [answer for answer in found.answers if answer is not None and "~" in answer]
         if not found.answers or len(leaf.single) < 3:
             return []
-        if leaf.layers is None and (k := self.maybe_layers(leaf.path, leaf.shape)) is not None:
+        if leaf.layers is None and (k := self.stacks.maybe_axis(leaf.path, leaf.shape)) is not None:
             _, spec = by_name(leaf.path, leaf.shape, k)
             if spec not in (None, UNDECIDED):
                 return [spec]

@@ -3,15 +3,12 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
 from optimorph._routing.name_rules import WEIGHT
-from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name, outputs_first, sides
-
-_Counts = set[tuple[int, int]]
-"""(position, size) of the axes that all leaves of a module share, of the first two."""
+from optimorph._routing.names import outputs_first, sides
 
 _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
 """The layer of a perceptron whose outputs are as wide as the model."""
@@ -35,78 +32,6 @@ _LAST = {"linear1": "linear2", "fc1": "fc2", "wi": "wo", "w1": "w2", "w3": "w2"}
 
 _TWIN = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down", "1": "2", "2": "1"}
 """The names of two factors of a matrix."""
-
-
-class _Module:
-    """What is known of all leaves below a module."""
-
-    def __init__(self):
-        self.counts: _Counts | None = None
-        self.vectors = 0
-        self.stacked_vectors: list[Shape] = []
-
-    def add(self, shape: Shape, is_vector: bool) -> None:
-        """One more leaf; a norm's scale or a bias is a vector, unless it is stacked.
-
-        Biases of one output in each layer, (layers, 1), may be both.
-        """
-        own = {(k, size) for k, size in enumerate((shape if len(shape) > 1 else shape * 2)[:2])}
-        self.counts = own if self.counts is None else self.counts & own
-        sides = [size for size in shape if size > 1]
-        if is_vector and len(sides) == 1 and shape[1:] != (1,):
-            self.vectors += 1
-        elif is_vector and len(sides) == 2:
-            self.stacked_vectors.append((*sides,))
-
-    def layers(self) -> list[int]:
-        """The positions of axes that may count layers: shorter than the widest vector is long."""
-        counts = self.counts or ()
-        return [
-            k
-            for k, n in counts
-            if n > 1 and any(n in sides and n < sides[0] * sides[1] // n for sides in self.stacked_vectors)
-        ]
-
-
-def layer_axes(
-    paths: Sequence[str], shapes: Sequence[Shape]
-) -> tuple[list[int | None], Callable[[str, Shape], int | None]]:
-    """For each leaf the axis that counts layers, `UNSTACKED` if none does, None if siblings do not tell.
-
-    The nearest module with norms or biases decides. They are stacked if they have two axes, and one size
-    at one position in all leaves of the module counts the layers. They are not stacked if they have one.
-
-    Returns:
-      these, and (path, shape) → the axis that may count layers where norms and biases do not tell: its size
-      is that of the same axis, and of no other, in all leaves of the nearest module with several shapes.
-    """
-    modules: dict[str, _Module] = {}
-    for path, shape in zip(paths, shapes, strict=True):
-        is_vector = by_name(path, (2,))[0] in ("norm", "bias")
-        for name in _parents(path):
-            modules.setdefault(name, _Module()).add(shape, is_vector)
-
-    def maybe(path: str, shape: Shape) -> int | None:
-        shared = next(
-            (counts for name in _parents(path) if len(counts := modules[name].counts or ()) < 2), ()
-        )
-        return next((k for k, n in shared if 1 < n <= min(max(shape) // 4, 256) and len(shape) > 2), None)
-
-    pairs = zip(paths, shapes, strict=True)
-    return [_layer_axis(modules, path) if len(shape) > 1 else None for path, shape in pairs], maybe
-
-
-def _layer_axis(modules: dict[str, _Module], path: str) -> int | None:
-    for name in _parents(path):
-        module = modules[name]
-        if module.vectors:
-            rest = path[len(name) :].replace(".", "/")
-            inside = not (MAYBE_STACK.search(rest) or STACK.search(rest))
-            return UNSTACKED if inside and not module.stacked_vectors else None
-        found = module.layers()
-        if len(found) == 1:
-            return found[0]
-    return None
 
 
 def arrays_beside_modules(paths: Sequence[str]) -> Iterator[str]:
@@ -305,9 +230,7 @@ def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) ->
       shapes: of all leaves, without an axis of layers.
       experts: the paths of experts.
     """
-    counts = {
-        (name, shapes[path][0]) for path in experts if len(shapes[path]) == 3 for name in _parents(path)
-    }
+    counts = {(name, shapes[path][0]) for path in experts if len(shapes[path]) == 3 for name in parents(path)}
     for path in [path for path, shape in shapes.items() if len(shape) == 2 and _GATE.search(path)]:
         if any((_grandparent(path.replace(".", "/")), n) in counts for n in shapes[path]):
             yield path
@@ -362,7 +285,7 @@ def _grandparent(path: str) -> str:
     return module.rpartition("/")[0]
 
 
-def _parents(path: str) -> Iterator[str]:
+def parents(path: str) -> Iterator[str]:
     """The modules that a leaf is in, the innermost first."""
     path = path.replace(".", "/")
     while path:
