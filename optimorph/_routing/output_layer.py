@@ -1,7 +1,7 @@
 """The output layer of a model whose layers have no telling names, by their widths and numbers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.connections import IN_PERCEPTRON, Layers, is_stack
@@ -44,73 +44,117 @@ def with_output_layer(
     specs, paths = list(specs), [path.replace(".", "/") for path in paths]
     for k in [*heads_of_vocabularies(paths, shapes, specs)]:
         specs[k] = LeafSpec(None, HEAD)
-    nameless = [has_no_name(path) for path in paths]
-    single = [
-        k
-        for k, spec in enumerate(specs)
-        if spec.role in ("dense", "convolution") and spec.axes is not None and _is_one(spec.axes)
-        if not (is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
-    ]
-    unnamed = [k for k in single if nameless[k]]
-    stack_ends = {*ends_of_stacks([k for k in single if not nameless[k]], paths, shapes, specs)}
-    others = [k for k in single if not nameless[k] and (not is_inside(paths[k]) or k in stack_ends)]
-    heads = [k for k, spec in enumerate(specs) if spec.role == HEAD]
-    if not unnamed and not others:
-        return specs
-    named = not all(nameless[k] for k in heads)
-    ruled = [k for k, spec in enumerate(specs) if nameless[k] and spec.role.startswith("rule")]
-    heads += [k for k in ruled if specs[k].axes is None and len(shapes[k]) > 1]
-    vectors = [k for k, spec in enumerate(specs) if spec.role == "vector" and len(shapes[k]) > 1]
-    heads += [k for k in vectors if nameless[k] and sides(paths[k], shapes[k])[1] == 1]
-    confirmed = any(
-        spec.role.startswith("rule") and spec.axes is None and _may_be_head(path, shape)
-        for path, shape, spec in zip(paths, shapes, specs, strict=True)
-    )
-    layers = Layers(paths, shapes, specs, sorted({*unnamed, *heads, *ruled}), others)
-    rows = {shape[0] for shape, spec in zip(shapes, specs, strict=True) if spec.role == "embedding"}
-    for k in [k for k in heads if specs[k].role == HEAD and nameless[k] and len(shapes[k]) == 2]:
-        if shapes[k][-1] not in rows and layers.is_reshaped(k):
-            specs[k] = LeafSpec(axes_of("io"), "dense")
-    fed = [k for k in unnamed if layers.is_fed(k)]
-    sinks = [k for k in fed if layers.is_sink(k)]
-    ends_of_others = [k for k in others if layers.is_fed(k) or layers.joins(k) if layers.is_sink(k)]
-    kinds = {without_numbers(paths[k]) for k in ends_of_others if layers.is_narrower(k)}
-    narrow = [k for k in ends_of_others if without_numbers(paths[k]) in kinds]
-    sinks += [] if named else narrow
-    if named:
-        certain = set[int]()
-        ends = [k for k in sinks if layers.next_of(k) is None and not is_stack(specs[k].axes)]
-        widths = [layers.outputs[k] for k in heads]
-        ends += [k for k in ends_of_others if k in narrow or layers.outputs[k] in widths]
-    elif sinks or heads or confirmed:
-        certain = {*sinks}
-        ends = sinks + [k for k in fed if k not in certain and layers.next_begins_anew(k)]
-    else:
+    found = _Candidates(paths, shapes, specs)
+    if found.unnamed or found.others:
+        for k, spec in found.outputs():
+            specs[k] = spec
+    return specs
+
+
+class _Candidates:
+    """The layers that may be the output layer.
+
+    Attributes:
+      single: the layers that are one matrix, or a convolution.
+      unnamed: those of them without a telling name.
+      others: those of them outside blocks, or at the end of stacks, whose name no rule knows.
+      heads: the output layers by name or by rule, and layers without a telling name that have one output.
+    """
+
+    def __init__(self, paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]):
+        self.paths, self.shapes, self.specs = paths, shapes, specs
+        self.nameless = nameless = [has_no_name(path) for path in paths]
+        self.single = [
+            k
+            for k, spec in enumerate(specs)
+            if spec.role in ("dense", "convolution") and spec.axes is not None and _is_one(spec.axes)
+            if not (is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
+        ]
+        self.unnamed = [k for k in self.single if nameless[k]]
+        named = [k for k in self.single if not nameless[k]]
+        stack_ends = {*ends_of_stacks(named, paths, shapes, specs)}
+        self.others = [k for k in named if not is_inside(paths[k]) or k in stack_ends]
+        self.by_name = [k for k, spec in enumerate(specs) if spec.role == HEAD]
+        ruled = [k for k, spec in enumerate(specs) if nameless[k] and spec.role.startswith("rule")]
+        vectors = [k for k, spec in enumerate(specs) if spec.role == "vector" and len(shapes[k]) > 1]
+        self.heads = [
+            *self.by_name,
+            *(k for k in ruled if specs[k].axes is None and len(shapes[k]) > 1),
+            *(k for k in vectors if nameless[k] and sides(paths[k], shapes[k])[1] == 1),
+        ]
+        self.layers = Layers(paths, shapes, specs, sorted({*self.unnamed, *self.heads, *ruled}), self.others)
+        self.fed = [k for k in self.unnamed if self.layers.is_fed(k)]
+
+    def outputs(self) -> Iterator[tuple[int, LeafSpec]]:
+        """The layers that are, or may be, the output layer, and those that only looked so by a name."""
+        layers, reshaped = self.layers, [*self._reshaped()]
+        yield from ((k, LeafSpec(axes_of("io"), "dense")) for k in reshaped)
+        ends, sinks, certain = self._ends()
+        known = sinks or self.heads or not layers.embeddings  # otherwise the embedding may be it too
+        last = [k for k in [*self.fed, *self.others] if known and k not in ends and layers.is_end(k)]
+        few = [k for k in self.single if k not in ends + last and layers.has_few_outputs(k)]
+        unlikely = {*ends} - {*sinks} if sinks else {k for k in ends if layers.inputs[k] == layers.outputs[k]}
+        unlikely |= {k for k in last if is_inside(self.paths[k]) or not layers.is_narrower(k)}
+        candidates = ends + last + few
+        for k in candidates:
+            form, in_list = self.specs[k].axes, layers.is_in_list(k)
+            answers = (None, None if form is None else form.spec)
+            if candidates == [k] and k in certain and layers.next_of(k) is None and not in_list:
+                yield k, LeafSpec(None, INFERRED_HEAD, answers=answers)
+            else:
+                cause = "may be the output layer, by its width"
+                inner = (k in unlikely and (k in last or len(unlikely) < len(ends))) or in_list
+                first = answers[::-1] if inner else answers
+                yield k, unresolved(self.paths[k], self.shapes[k], cause, first=first)
+
+    def _reshaped(self) -> Iterator[int]:
+        """The heads without a telling name whose outputs a layer takes in, in another shape."""
+        rows = {
+            shape[0] for shape, spec in zip(self.shapes, self.specs, strict=True) if spec.role == "embedding"
+        }
+        for k in self.by_name:
+            shape = self.shapes[k]
+            if self.nameless[k] and len(shape) == 2 and shape[-1] not in rows and self.layers.is_reshaped(k):
+                yield k
+
+    def _ends(self) -> tuple[list[int], list[int], set[int]]:
+        """The layers that may be last; the sinks, whose outputs no leaf takes in; and the certain ones."""
+        layers = self.layers
+        sinks = [k for k in self.fed if layers.is_sink(k)]
+        sinks_of_others = [k for k in self.others if layers.is_fed(k) or layers.joins(k) if layers.is_sink(k)]
+        kinds = {without_numbers(self.paths[k]) for k in sinks_of_others if layers.is_narrower(k)}
+        narrow = [k for k in sinks_of_others if without_numbers(self.paths[k]) in kinds]
+        if not all(self.nameless[k] for k in self.by_name):  # beside an output layer with a telling name
+            ends = [k for k in sinks if layers.next_of(k) is None and not is_stack(self.specs[k].axes)]
+            widths = [layers.outputs[k] for k in self.heads]
+            ends += [k for k in sinks_of_others if k in narrow or layers.outputs[k] in widths]
+            return ends, sinks, set()
+        sinks += narrow
+        if sinks or self.heads or self._is_confirmed():
+            anew = [k for k in self.fed if k not in sinks and layers.next_begins_anew(k)]
+            return sinks + anew, sinks, {*sinks}
+        return self._ends_without_sinks(sinks_of_others)
+
+    def _ends_without_sinks(self, others: list[int]) -> tuple[list[int], list[int], set[int]]:
+        """The same, if a leaf takes in the outputs of every layer without a telling name."""
+        layers, fed = self.layers, self.fed
         own = {k for k in fed if layers.takes_its_own_end(k)}
-        certain = own if len(unnamed) == 1 else {k for k in fed if k not in own and layers.is_last_of_all(k)}
-        asked = {k for k in own if not IN_PERCEPTRON.search(paths[k])}
+        one = len(self.unnamed) == 1
+        certain = own if one else {k for k in fed if k not in own and layers.is_last_of_all(k)}
+        asked = {k for k in own if not IN_PERCEPTRON.search(self.paths[k])}
         ends = [k for k in fed if k in asked or k in certain or layers.may_be_last(k)]
-        ends += [] if layers.embeddings else ends_of_others
-        ends += [k for k in others if k not in ends and layers.is_fed(k) and layers.only_earlier_take(k)]
+        ends += [] if layers.embeddings else others
+        ends += [k for k in self.others if k not in ends and layers.is_fed(k) and layers.only_earlier_take(k)]
         widths = [layers.outputs[k] for k in ends if layers.is_narrower(k) and k not in certain]
         ends += [k for k in fed if k not in ends and layers.is_narrower(k) and layers.outputs[k] in widths]
-    known = sinks or heads or not layers.embeddings  # otherwise the embedding may be the output layer too
-    last = [k for k in [*fed, *others] if known and k not in ends and layers.is_end(k)]
-    few = [k for k in single if k not in ends + last and layers.has_few_outputs(k)]
-    unlikely = {*ends} - {*sinks} if sinks else {k for k in ends if layers.inputs[k] == layers.outputs[k]}
-    unlikely |= {k for k in last if is_inside(paths[k]) or not layers.is_narrower(k)}
-    candidates = ends + last + few
-    for k in candidates:
-        form = specs[k].axes
-        answers = (None, None if form is None else form.spec)
-        if candidates == [k] and k in certain and layers.next_of(k) is None and not layers.is_in_list(k):
-            specs[k] = LeafSpec(None, INFERRED_HEAD, answers=answers)
-        else:
-            cause = "may be the output layer, by its width"
-            inner = (k in unlikely and (k in last or len(unlikely) < len(ends))) or layers.is_in_list(k)
-            likelier = answers[::-1] if inner else answers
-            specs[k] = unresolved(paths[k], shapes[k], cause, first=likelier)
-    return specs
+        return ends, [], certain
+
+    def _is_confirmed(self) -> bool:
+        """Whether a rule says of a layer that may be the output layer that it is no matrix."""
+        return any(
+            spec.role.startswith("rule") and spec.axes is None and _may_be_head(path, shape)
+            for path, shape, spec in zip(self.paths, self.shapes, self.specs, strict=True)
+        )
 
 
 def _may_be_head(path: str, shape: Shape) -> bool:
