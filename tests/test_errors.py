@@ -180,9 +180,17 @@ REFUSED = {
     "a class for a schedule": (lambda: om.adamw(int), ["adamw: learning_rate", "not a function"]),
     "a class for a mask": (lambda: om.adamw(0.1, mask=bool).init(W), ["the mask is", "bool"]),
     "a mask of nothing": (lambda: om.adamw(0.1, mask=lambda: True).init(W), ["the mask is"]),
-    "a class for rules": (lambda: om.muon(0.1, axes=dict), ["muon: a function of rules", "not a function"]),
+    "a mask of another name": (
+        lambda: om.multi_steps(om.sgd(0.1), 2, maximum=2).init(W),
+        ["the mask maximum is 2"],
+    ),
+    "another such": (
+        lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), W, fresh=2),
+        ["carry_state: the mask fresh is 2"],
+    ),
+    "a class for rules": (lambda: om.muon(0.1, axes=dict), ["muon: a function of axes", "not a function"]),
     "an array for a word": (lambda: om.adamw(0.1, state=PAIR), ["adamw: state must be 'int8'"]),
-    "an array for norms": (lambda: om.scion(0.1, norms=PAIR), ["scion: rules", "shape (2,)"]),
+    "an array for norms": (lambda: om.scion(0.1, norms=PAIR), ["scion: norms must be", "shape (2,)"]),
     "a word for a radius": (
         lambda: om.scion(0.1, radius=np.array("large")).init(W),
         ["the radius of 'w' must be a real number"],

@@ -631,7 +631,7 @@ def test_factors_by_rules():
     for factor in (1j, True, "x"):
         with pytest.raises(ValueError, match="scale_by_rules: the factor of 'bias' must be a real number"):
             om.scale_by_rules({"bias": factor}).init(g)
-    with pytest.raises(ValueError, match=r"scale_by_rules: rules are a mapping"):
+    with pytest.raises(ValueError, match=r"scale_by_rules: rules must be a mapping"):
         om.scale_by_rules(3.0)
     with pytest.warns(UserWarning, match="scale_by_rules: no leaf matches the rule 'embde/"):
         om.scale_by_rules({"embde/*": 1.0, "*": 1.0}).init(g)

@@ -86,7 +86,7 @@ def of_matrices(
         )
     rules = state
     if isinstance(rules, Mapping):
-        state = lookup(rules, who)  # some rules are for matrices, some for other leaves
+        state = lookup(rules, who, "state")  # some rules are for matrices, some for other leaves
     step = decay_and_step(who, learning_rate, weight_decay, mask, weight_decay_form)
 
     def stored(own: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -18,7 +18,7 @@ from optimorph._distributed.shardings import Match
 from optimorph._routing.layer_widths import has_no_name
 from optimorph._routing.leaf_spec import INFERRED_HEAD, LeafSpec
 from optimorph._routing.resolve import Resolve, resolve_leaves, resolved
-from optimorph._routing.rules import among, lookup_if_given, warn_unused
+from optimorph._routing.rules import among, match_shardings, warn_unused
 
 MATRIX, OTHER = "matrix", "other"
 
@@ -91,7 +91,7 @@ def routed(
     `wide` is that of `wrapped`, for `matrices` that may be of another library.
     """
     resolve = resolve_leaves(who, axes if reads is None else reads, find_output=True)
-    match = lookup_if_given(shardings, who)
+    match = match_shardings(who, shardings)
     transforms: dict[Any, optax.GradientTransformation] = {
         MATRIX: wrapped(who, matrices, wide=wide),
         OTHER: wrapped(who, others),

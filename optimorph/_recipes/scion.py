@@ -96,7 +96,7 @@ def scion(
 
 
 def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.GradientTransformation:
-    given = lookup({} if norms is None else norms, "scion")
+    given = lookup({} if norms is None else norms, "scion", "norms")
 
     def norm(path: str, shape: Shape) -> Any:
         found = given(path, shape)
@@ -118,7 +118,7 @@ def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.Grad
 
 def _radius(radius: Numeric | Rules | None) -> Callable[[str, Shape], Any]:
     rules = callable(radius) or isinstance(radius, Mapping)
-    given = lookup(radius if rules else {"*": radius}, "scion")
+    given = lookup(radius if rules else {"*": radius}, "scion", "radius")
 
     def own(path: str, shape: Shape) -> Any:
         found = given(path, shape)
@@ -136,7 +136,7 @@ def _over_rms(sides: str) -> optax.GradientTransformationExtraArgs:
 
 def _with_tables(axes: AxesRules | None) -> AxesRules:
     """The user's rules and the default ones, and a spec for embeddings and heads, which these do not have."""
-    given = lookup({} if axes is None else axes, "scion")
+    given = lookup({} if axes is None else axes, "scion", "axes")
 
     def spec(path: str, shape: Shape) -> Any:
         found = given(path, shape)

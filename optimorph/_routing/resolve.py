@@ -17,7 +17,7 @@ from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, unresolved
 from optimorph._routing.names import by_name, unwrapped
 from optimorph._routing.output_layer import with_output_layer
 from optimorph._routing.questions import questions
-from optimorph._routing.rules import NO_MATCH, lookup, lookup_if_given, matching_pattern, warn_unused
+from optimorph._routing.rules import NO_MATCH, lookup, match_shardings, matching_pattern, warn_unused
 from optimorph.linalg import Axes
 
 NOTHING = LeafSpec(None, "none")
@@ -81,7 +81,7 @@ class AxesOfLeaves:
 
     def __init__(self, who: str, axes: AxesRules | None, shardings: Rules | None):
         self.who, self.axes, self.shardings = who, axes, shardings
-        self.match = lookup_if_given(shardings, who)
+        self.match = match_shardings(who, shardings)
         self.resolve = resolve_leaves(who, axes)
         self.known: weakref.WeakKeyDictionary[Leaves, tuple[Sequence[Axes | None], Any]]
         self.known = weakref.WeakKeyDictionary()
@@ -148,7 +148,7 @@ def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafS
             f"Type axes={{'*': {rules!r}}} for all leaves."
         )
     rules = {} if rules is None else rules
-    match, pattern_of = lookup(rules, who), matching_pattern(rules)
+    match, pattern_of = lookup(rules, who, "axes"), matching_pattern(rules)
 
     def by_rule(path: str, shape: Shape) -> LeafSpec | None:
         spec = match(path, shape)

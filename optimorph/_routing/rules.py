@@ -40,16 +40,16 @@ def among(leaves: Leaves) -> contextlib.AbstractContextManager[None]:
     return handed_down(all_leaves=handed("all_leaves") or leaves)
 
 
-def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
+def lookup(rules: Rules, who: str = "labels", argument: str = "rules") -> Callable[[str, Shape], Any]:
     """(path, shape) → the value of the first rule that matches, or `NO_MATCH`. `labels` describes rules.
 
     Raises:
-      ValueError: naming `who`: what is no rules, or two values for one path.
+      ValueError: naming `who` and its `argument`: what is no rules, or two values for one path.
     """
     for key in filter(callable, rules if isinstance(rules, Mapping) else ()):
         if (fault := call_fault(key, "", ())) is not None:
             raise ValueError(
-                f"{who}: a function that is a key of rules takes the path and the shape of a leaf, but "
+                f"{who}: a function that is a key of {argument} takes the path and the shape of a leaf, but "
                 f"{key!r} does not: {fault}. Type roles('norm'), or lambda path, shape: ..."
             )
     if has_patterns(rules):
@@ -58,7 +58,7 @@ def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
     if callable(rules) and _is_leaf(rules):
         if (fault := call_fault(rules, "", ())) is not None:
             raise ValueError(
-                f"{who}: a function of rules takes the path and the shape of a leaf, but "
+                f"{who}: a function of {argument} takes the path and the shape of a leaf, but "
                 f"{rules!r} does not: {fault}. Type lambda path, shape: ..."
             )
         return rules
@@ -66,8 +66,8 @@ def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
     if rules is None or shape is not None or isinstance(rules, str | bytes | int | float):
         found = repr(rules) if shape is None else f"an array of shape {shape}"
         raise ValueError(
-            f"{who}: rules are a mapping from patterns, a function of (path, shape), or a tree, but here "
-            f"they are {found}. Type {{'*': ...}} with one value for all leaves."
+            f"{who}: {argument} must be a mapping from patterns, a function of (path, shape), or a tree, but "
+            f"is {found}. Type {argument}={{'*': ...}} with one value for all leaves."
         )
     values: dict[str, Any] = {}
     for path, value in _tree_values(rules):
@@ -76,9 +76,9 @@ def lookup(rules: Rules, who: str = "labels") -> Callable[[str, Shape], Any]:
     return lambda path, shape: values.get(path, NO_MATCH)
 
 
-def lookup_if_given(rules: Rules | None, who: str) -> Callable[[str, Shape], Any] | None:
-    """`lookup`; None without rules."""
-    return None if rules is None else lookup(rules, who)
+def match_shardings(who: str, shardings: Rules | None) -> Callable[[str, Shape], Any] | None:
+    """(path, shape) → the sharding that the rules of `shardings` give; None without rules."""
+    return None if shardings is None else lookup(shardings, who, "shardings")
 
 
 def has_patterns(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:
@@ -181,7 +181,7 @@ def labelled(who: str, match: Callable[[str, Shape], Any], tree: PyTree) -> PyTr
     return found
 
 
-def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
+def masked_leaves(who: str, mask: Mask, leaves: Leaves, argument: str = "mask") -> list[bool]:
     """Whether the mask selects each leaf.
 
     Args:
@@ -189,23 +189,25 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
       mask: a tree of booleans, or a prefix of one, matched by path if its containers differ; a function from
         the tree to such a tree; or rules, which select a leaf if their value is neither None nor False.
       leaves: the parameters, or the gradients if there are no parameters.
+      argument: the argument of `who` that is the mask.
 
     Raises:
       ValueError: naming `who` and a leaf for which the mask has no value.
     """
+    the_mask = "the mask" if argument == "mask" else f"the mask {argument}"
     fix = "Pass a tree of booleans like the parameters, or rules such as {'*norm*': False, '*': True}."
     a_tree = not callable(mask) or any(map(_is_boolean, jax.tree.leaves(mask)))
     called = [None] if a_tree else [call_fault(mask, 0), call_fault(mask, "", ())]
     if isinstance(mask, str | re.Pattern) or None not in called:
-        raise ValueError(f"{who}: the mask is {mask!r}. {fix}")
+        raise ValueError(f"{who}: {the_mask} is {mask!r}. {fix}")
     if _is_rules(mask):
-        match = lookup(mask, who)
+        match = lookup(mask, who, "mask")
         mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
     elif not a_tree:  # a module of booleans may be callable
         mask = mask(leaves.tree)
         if _is_boolean(mask) and len(leaves.values) > 1:
             raise ValueError(
-                f"{who}: the mask is a function of the tree of parameters, but returned one boolean. "
+                f"{who}: {the_mask} is a function of the tree of parameters, but returned one boolean. "
                 f"Give it two arguments to select leaves by (path, shape). {fix}"
             )
     try:
@@ -217,7 +219,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves) -> list[bool]:
     for key, path, leaf in zip(keys, leaves.paths, leaves.values, strict=True):
         if is_array(leaf) and not _is_boolean(values.get(key)):
             value = f"is {values[key]!r} for" if key in values else "has no value for"
-            raise ValueError(f"{who}: the mask {value} {path!r}. {fix}")
+            raise ValueError(f"{who}: {the_mask} {value} {path!r}. {fix}")
     return [bool(values.get(key, False)) for key in keys]
 
 
@@ -262,7 +264,7 @@ def warning_of_unused(tx: Transform, who: str, **arguments: Any) -> Transform:
 def check_mask(who: str, mask: Mask | None, leaves: Leaves, argument: str = "mask") -> None:
     """Refuse a mask that has no value for a leaf, as `masked_leaves` does, and warn of its unused rules."""
     if mask is not None:
-        masked_leaves(who, mask, leaves)
+        masked_leaves(who, mask, leaves, argument)
         if has_patterns(mask) and _is_rules(mask):
             warn_unused(who, argument, mask, leaves.paths)
 

@@ -23,11 +23,17 @@ BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
 """What to type."""
 
 
+def argument_of(who: str) -> str:
+    """The argument of `compress_state` that has the rules, or of an optimizer."""
+    return "rules" if who == "compress_state" else "state"
+
+
 def codec_rule(who: str, rules: Rules | None) -> Callable[[Leaves], CodecRule]:
     """All leaves → the rules as one function, which refuses what is no fitting codec."""
     if isinstance(rules, Codec):
-        raise ValueError(f"{who}: rules must say which moments {rules!r} is for. Type {BOTH}, for example.")
-    found = lookup({} if rules is None else rules, who)
+        what = f"{who}: {argument_of(who)} must say which moments {rules!r} is for"
+        raise ValueError(f"{what}. Type {BOTH}, for example.")
+    found = lookup({} if rules is None else rules, who, argument_of(who))
 
     def codec_among(leaves: Leaves, kind: str, path: str, shape: Shape) -> Codec | None:
         with among(leaves):

@@ -37,7 +37,7 @@ from optimorph._core.types import PyTree, Rules
 from optimorph._core.warn import warn
 from optimorph._core.wrapped import OF_TREES, wrapped
 from optimorph._routing.rules import warn_unused
-from optimorph._storage.codec_rules import SMALL, codec_rule, warn_nothing
+from optimorph._storage.codec_rules import SMALL, argument_of, codec_rule, warn_nothing
 from optimorph._storage.elementwise import NotElementwiseError
 from optimorph._storage.encoding import (
     CodecRule,
@@ -299,7 +299,7 @@ def _announce(
     state: PyTree,
 ) -> None:
     """Tell `carry_state`, if it asks, how moments are stored. Warn of what the arguments do not change."""
-    argument, paths = "rules" if who == WHO else "state", distinct_paths(who, params)
+    argument, paths = argument_of(who), distinct_paths(who, params)
     moments = {named(kind, path): (kind, path) for kind in kinds for path in paths}
     warn_unused(who, argument, rules, [*moments], "moment")
     if (codecs := handed("codecs")) is not None:

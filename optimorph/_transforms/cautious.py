@@ -10,7 +10,7 @@ from optimorph._core.rule import Leaf, Leaves, aligned, map_updates
 from optimorph._core.types import Rules
 from optimorph._core.wrapped import wrapped
 from optimorph._distributed.reductions import Reduction, reduction
-from optimorph._routing.rules import lookup_if_given, warn_unused
+from optimorph._routing.rules import match_shardings, warn_unused
 
 LEAST = 1e-3
 
@@ -34,7 +34,7 @@ def cautious(
     References:
       Liang et al. 2024, "Cautious optimizers: improving training with one line of code", arXiv:2411.16085.
     """
-    inner, match = wrapped("cautious", inner, wide=True), lookup_if_given(shardings, "cautious")
+    inner, match = wrapped("cautious", inner, wide=True), match_shardings("cautious", shardings)
 
     def update(updates, state, params=None, **extra):
         wide = map_updates("cautious", upcast, updates)

@@ -12,7 +12,7 @@ from optimorph._core.numbers import as_scalar
 from optimorph._core.rule import Rule, called, transform
 from optimorph._core.types import Numeric, Rules
 from optimorph._distributed.reductions import Reduction, reduction
-from optimorph._routing.rules import lookup_if_given, warn_unused
+from optimorph._routing.rules import match_shardings, warn_unused
 
 
 def clip_norm(max_norm: Numeric, shardings: Rules | None = None) -> optax.GradientTransformationExtraArgs:
@@ -70,7 +70,7 @@ def clip_rms(max_rms: Numeric = 1.0, shardings: Rules | None = None) -> optax.Gr
 
 def _clipped(who: str, bound: Numeric, shardings: Rules | None, of_squares: Callable[..., Any]) -> Any:
     """(1), where the size of an array is the root of a reduction of the squares."""
-    match = lookup_if_given(shardings, who)
+    match = match_shardings(who, shardings)
 
     def update(g, state, leaf, now):
         over = reduction(who, match, leaf, None)

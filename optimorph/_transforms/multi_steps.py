@@ -160,7 +160,7 @@ def multi_steps(
         if not (is_array(flush) and jnp.issubdtype(jnp.result_type(flush), jnp.bool_) and not np.ndim(flush)):
             raise ValueError(f"{who}: flush must be one boolean, but is {flush!r}. Type flush=True.")
         gs, tree, means = aligned(who, updates, state.mean)
-        largest = masked_leaves(who, by_maximum, Leaves(tree, means))
+        largest = masked_leaves(who, by_maximum, Leaves(tree, means), "maximum")
         lacking = [g is None and is_array(m) for g, m in zip(gs, means, strict=True)]
         pairs = zip(gs, means, lacking, largest, strict=True)
         gs = [(jnp.asarray(m) if top else jnp.zeros_like(m)) if none else g for g, m, none, top in pairs]
