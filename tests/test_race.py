@@ -41,7 +41,6 @@ from optimorph._racing.race_data import Curve
 from optimorph._racing.registry import (
     DEFAULT,
     OPTIMIZERS,
-    WITH_OTHERS,
     LearningRates,
     make_optimizer,
     tuned_learning_rates,
@@ -426,7 +425,7 @@ def test_every_task_has_learning_rates():
         rates = tuned_learning_rates(made)
         assert list(rates) == list(OPTIMIZERS)
         for name, rate in rates.items():
-            assert (rate.others is not None) == (name in WITH_OTHERS)
+            assert (rate.others is not None) == (OPTIMIZERS[name].others_of is not None)
             assert name in made.theory or rate in list(grids.grid(name, task))
             make_optimizer(name, made, rate, 10)  # the recipe takes what the task has, such as a decay
 

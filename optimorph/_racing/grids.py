@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from optimorph._racing.registry import OTHERS_OF, WITH_OTHERS, LearningRates, recorded_learning_rates
+from optimorph._racing.registry import OPTIMIZERS, LearningRates, recorded_learning_rates
 
 Rates = tuple[float, ...]
 
@@ -57,9 +57,9 @@ def grid(name: str, task: str) -> Iterator[LearningRates]:
 
 def others_grid(name: str, task: str) -> tuple[float | None, ...]:
     """The second rates that a sweep tries; None if the optimizer has none."""
-    if name in OTHERS_OF:
-        return (recorded_learning_rates(task)[OTHERS_OF[name]].others,)
-    return GRIDS[task]["others"] if name in WITH_OTHERS else (None,)
+    if (tuned := OPTIMIZERS[name].others_of) in (name, None):
+        return GRIDS[task]["others"] if tuned else (None,)
+    return (recorded_learning_rates(task)[tuned].others,)
 
 
 def at_edge(name: str, rates: LearningRates, task: str) -> bool:

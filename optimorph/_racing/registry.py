@@ -24,20 +24,31 @@ class LearningRates(NamedTuple):
         return f"{self.learning_rate:.3g}" + ("" if self.others is None else f" / {self.others:.3g}")
 
 
-Make = Callable[[Any, Any, Task], optax.GradientTransformation]
-"""Function (schedule, schedule of the other leaves, task) → optimizer."""
+class Racer(NamedTuple):
+    """An optimizer that can race.
+
+    Args:
+      make: (schedule, schedule of the other leaves, task) → optimizer.
+      others_of: the optimizer whose tuned rate of the other leaves it has, as both have the same AdamW for
+        them; None if all leaves have one rate.
+    """
+
+    make: Callable[[Any, Any, Task], optax.GradientTransformation]
+    others_of: str | None = None
 
 
-def _alone(recipe: Callable[..., Any], **arguments: Any) -> Make:
+def _alone(recipe: Callable[..., Any], **arguments: Any) -> Racer:
     """A recipe for all leaves."""
-    return lambda rate, others, task: recipe(rate, **arguments)
+    return Racer(lambda rate, others, task: recipe(rate, **arguments))
 
 
-def _beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Make:
+def _beside_adamw(recipe: Callable[..., Any], **arguments: Any) -> Racer:
     """A recipe with weight decay for the leaves that `muon` takes for matrices, and AdamW for the others."""
-    return lambda rate, others, task: _partitioned(
-        recipe(rate, weight_decay=task.weight_decay, **arguments), others
-    )
+
+    def make(rate: Any, others: Any, task: Task) -> optax.GradientTransformation:
+        return _partitioned(recipe(rate, weight_decay=task.weight_decay, **arguments), others)
+
+    return Racer(make, "adamw")
 
 
 def _partitioned(matrices: optax.GradientTransformation, others: Any) -> optax.GradientTransformation:
@@ -48,21 +59,24 @@ def _partitioned(matrices: optax.GradientTransformation, others: Any) -> optax.G
     )
 
 
-def _for_matrices(recipe: Callable[..., Any], **arguments: Any) -> Make:
+def _for_matrices(recipe: Callable[..., Any], **arguments: Any) -> Racer:
     """A recipe that gives matrices to one transform itself, and the others to the AdamW that it is given."""
-    return lambda rate, others, task: recipe(
-        rate, weight_decay=task.weight_decay, others=_adamw_of_others(others), **arguments
-    )
+
+    def make(rate: Any, others: Any, task: Task) -> optax.GradientTransformation:
+        adamw = _adamw_of_others(others)
+        return recipe(rate, weight_decay=task.weight_decay, others=adamw, **arguments)
+
+    return Racer(make, "muon")
 
 
 def _adamw_of_others(rate: Any) -> optax.GradientTransformation:
     return om.adamw(rate, b2=B2, weight_decay=0.0)
 
 
-OPTIMIZERS: dict[str, Make] = {
+OPTIMIZERS: dict[str, Racer] = {
     "sgd": _alone(om.sgd),
-    "momentum": lambda rate, others, task: om.sgd(rate, task.momentum["momentum"]),
-    "nesterov": lambda rate, others, task: om.sgd(rate, task.momentum["nesterov"], nesterov=True),
+    "momentum": Racer(lambda rate, others, task: om.sgd(rate, task.momentum["momentum"])),
+    "nesterov": Racer(lambda rate, others, task: om.sgd(rate, task.momentum["nesterov"], nesterov=True)),
     "adagrad": _alone(om.adagrad),
     "rmsprop": _alone(om.rmsprop),
     "adam": _alone(om.adam, b2=B2),
@@ -71,11 +85,11 @@ OPTIMIZERS: dict[str, Make] = {
     "nadamw": _beside_adamw(om.nadamw, b2=B2),
     "laprop": _beside_adamw(om.laprop, b2=B2),
     "lion": _beside_adamw(om.lion),
-    "adamh": lambda rate, others, task: _partitioned(om.adamh(rate, b2=B2), others),
+    "adamh": Racer(lambda rate, others, task: _partitioned(om.adamh(rate, b2=B2), others), "adamw"),
     "ademamix": _beside_adamw(om.ademamix, b2=B2, b3=B2),
     "mars_adamw": _beside_adamw(om.mars_adamw),
     "muon": _for_matrices(om.muon),
-    "muonh": lambda rate, others, task: om.muonh(rate, others=_adamw_of_others(others)),
+    "muonh": Racer(lambda rate, others, task: om.muonh(rate, others=_adamw_of_others(others)), "muon"),
     "normuon": _for_matrices(om.normuon),
     "adamuon": _for_matrices(om.adamuon),
     "muon2": _for_matrices(om.muon2),
@@ -90,21 +104,10 @@ OPTIMIZERS: dict[str, Make] = {
 DEFAULT = ("sgd", "momentum", "rmsprop", "adam", "adamw", "muon", "muonh", "normuon")
 """The optimizers of a race that names none."""
 
-OTHERS_OF = {
-    **dict.fromkeys(("nadamw", "laprop", "lion", "adamh", "ademamix", "mars_adamw"), "adamw"),
-    **dict.fromkeys(
-        ("muonh", "normuon", "adamuon", "muon2", "soap", "klsoap", "shampoo", "soap_muon"), "muon"
-    ),
-}
-"""Optimizer → the one whose tuned rate of the other leaves it has, as both have the same AdamW for them."""
-
-WITH_OTHERS = ("adamw", "muon", *OTHERS_OF)
-"""The optimizers that have a second learning rate."""
-
 
 def make_optimizer(name: str, task: Task, rates: LearningRates, steps: int) -> optax.GradientTransformation:
     others = None if rates.others is None else task.schedule(rates.others, steps)
-    return OPTIMIZERS[name](task.schedule(rates.learning_rate, steps), others, task)
+    return OPTIMIZERS[name].make(task.schedule(rates.learning_rate, steps), others, task)
 
 
 def tuned_learning_rates(task: Task) -> dict[str, LearningRates]:
