@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from optimorph import linalg
-from optimorph._core.checks import check_flags, check_params, is_integer, one_or_several
+from optimorph._core.checks import check_flags, check_integer, check_params, one_or_several
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import cond
 from optimorph._core.moments import moments_of
@@ -322,8 +322,7 @@ def _check(metrics: Sequence[str], every: int) -> None:
     known = [*OF_LEAVES, *(f"{of}_{name}" for of in Leaf._fields for name in OF_MATRICES)]
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"probe: {unknown[0]!r} is not a metric. Type some of {', '.join(known)}.")
-    if not is_integer(every, 1, 2**31):
-        raise ValueError(f"probe: every must be an integer of at least 1, but is {every!r}. Type every=25.")
+    check_integer("probe", "every", every, 25, below=2**31)
 
 
 __all__ = ["CHEAP", "SPECTRAL", "ProbeState", "probe", "read"]

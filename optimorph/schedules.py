@@ -4,7 +4,7 @@ import math
 
 import jax.numpy as jnp
 
-from optimorph._core.checks import checked, is_integer
+from optimorph._core.checks import check_integer, checked
 from optimorph._core.numbers import as_scalar
 from optimorph._core.types import Numeric, Schedule
 
@@ -53,7 +53,7 @@ def linear_warmup(final_value: Numeric, steps: int) -> Schedule:
     References:
       Pagliardini et al. 2024, "The AdEMAMix optimizer", arXiv:2409.03137, section 3 (of α).
     """
-    _check_steps("linear_warmup", steps)
+    check_integer("linear_warmup", "steps", steps, 1000)
 
     def schedule(count):
         t = jnp.asarray(count).astype(float)
@@ -83,7 +83,7 @@ def decay_warmup(b1: Numeric, b3: Numeric, steps: int) -> Schedule:
       Pagliardini et al. 2024, "The AdEMAMix optimizer", arXiv:2409.03137, appendix A.1, and its published
       program, which has the 10⁻⁸: a β of 0 has a half-life too.
     """
-    _check_steps("decay_warmup", steps)
+    check_integer("decay_warmup", "steps", steps, 1000)
 
     def schedule(count):
         t = jnp.asarray(count).astype(float)
@@ -97,11 +97,6 @@ def decay_warmup(b1: Numeric, b3: Numeric, steps: int) -> Schedule:
         return jnp.where(share < 1, between, as_scalar(b3, t))  # (4)
 
     return schedule
-
-
-def _check_steps(who: str, steps: int) -> None:
-    if not is_integer(steps, 1):
-        raise ValueError(f"{who}: steps must be an integer of at least 1, but is {steps!r}. Type steps=1000.")
 
 
 __all__ = ["decay_warmup", "linear_warmup", "robbins_monro"]

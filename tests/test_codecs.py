@@ -449,7 +449,7 @@ def test_descriptions():
     assert len({*CODECS.values(), *CODECS.values()}) == len(CODECS)
     assert len({Signed8(), Float8(), Nonneg8(), Signed8(64), Split8(), Split16()}) == 6
     for block in (0, -1, True):
-        with pytest.raises(ValueError, match="Float8: block must be a whole number of at least 1"):
+        with pytest.raises(ValueError, match="Float8: block must be an integer of at least 1"):
             Float8(block)
     with pytest.raises(ValueError, match=r"Signed8: mapping must be 'softsign' or 'linear', but is 'log'"):
         Signed8(mapping="log")

@@ -38,8 +38,11 @@ RANGES = {
     **dict.fromkeys(_NOT_NEGATIVES, _NOT_NEGATIVE),
     **dict.fromkeys(("learning_rate", "others_learning_rate"), (*_NOT_NEGATIVE[:2], "1e-3")),
     **dict.fromkeys(("max_norm", "max_rms"), _BOUND),
+    "cushion": (*_DECAY[:2], "0.02"),
     "dampening": ("in [0, 1]", lambda x: 0 <= x <= 1, "0.0"),
     "exponent": ("in (1/2, 1]", lambda x: 0.5 < x <= 1, "1.0"),
+    "lower": ("in (0, 1)", lambda x: 0 < x < 1, "1e-3"),
+    "safety": (*_DECAY[:2], "0.01"),
     "threshold": (*_POSITIVE[:2], "100.0"),
     "weight": (*_NOT_NEGATIVE[:2], "1.0"),
 }
@@ -148,10 +151,17 @@ def check_transforms(who: str, *transforms: Any) -> None:
 def check_counts(who: str, **counts: Any) -> None:
     """Refuse what is no integer of at least 1; None passes where it has a meaning."""
     for name, value in counts.items():
-        if not (is_integer(value, 1) or (value is None and name in ("block_size", "max_dim"))):
-            raise ValueError(
-                f"{who}: {name} must be an integer of at least 1, but is {value!r}. Type {name}=10."
-            )
+        if value is not None or name not in ("block_size", "max_dim"):
+            check_integer(who, name, value, 10)
+
+
+def check_integer(
+    who: str, name: str, x: Any, example: int, least: int = 1, below: int | float = np.inf
+) -> None:
+    if not is_integer(x, least, below):
+        raise ValueError(
+            f"{who}: {name} must be an integer of at least {least}, but is {x!r}. Type {name}={example}."
+        )
 
 
 def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name: str = "factor") -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optimorph._core.checks import check_dtypes, check_numbers, check_schedule, is_integer
+from optimorph._core.checks import check_dtypes, check_integer, check_numbers, check_schedule
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, cond, real_dtype
 from optimorph._core.moments import nodes_with
@@ -124,7 +124,10 @@ def multi_steps(
       weights: West 1979, "Updating mean and variance estimates: an improved method".
     """
     who = "multi_steps"
-    _check_k(every_k)
+    if callable(every_k):
+        check_schedule(who, "every_k", every_k)
+    else:
+        check_integer(who, "every_k", every_k, 4, below=2**31)
     check_dtypes(who, accumulator_dtype=accumulator_dtype)
     if not callable(every_k) and every_k == 1:
         return wrapped(who, inner)
@@ -257,13 +260,3 @@ def _on_all_devices(so: jax.Array) -> jax.Array:
     """Whether it is so on all devices. This differs from `so` only inside `jax.shard_map`."""
     axes = tuple(manual_axes())
     return jax.lax.pmin(so.astype(jnp.int32), axes) == 1 if axes else so
-
-
-def _check_k(every_k: Any) -> None:
-    if callable(every_k):
-        check_schedule("multi_steps", "every_k", every_k)
-    elif not is_integer(every_k, 1, 2**31):
-        raise ValueError(
-            f"multi_steps: every_k must be an integer of at least 1, but is {every_k!r}. Type every_k=4, for "
-            "example."
-        )

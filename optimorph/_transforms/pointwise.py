@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_numbers, is_integer
+from optimorph._core.checks import check_integer, check_numbers
 from optimorph._core.numbers import as_scalar, increment
 from optimorph._core.roles import holds, roles_of, scalar
 from optimorph._core.rule import Rule, pointwise, transform
@@ -110,10 +110,8 @@ def debias(decay: Numeric, *, ahead: int = 0, power: Numeric = 1.0) -> optax.Gra
       Kingma & Ba 2015, arXiv:1412.6980, section 3; `ahead`: Dozat 2016, "Incorporating Nesterov
       momentum into Adam", algorithm 2.
     """
-    check_numbers("debias", decay=decay)
-    if not is_integer(ahead, 0, 2**31):
-        raise ValueError(f"debias: ahead must be an integer of at least 0, but is {ahead!r}. Type ahead=1.")
-    check_numbers("debias", power=power)
+    check_numbers("debias", decay=decay, power=power)
+    check_integer("debias", "ahead", ahead, 1, least=0, below=2**31)
 
     def advance(state, leaves):
         count = increment(state.debias_count)  # (1)

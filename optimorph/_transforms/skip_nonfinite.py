@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import abbreviated, is_integer
+from optimorph._core.checks import abbreviated, check_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
 from optimorph._core.numbers import in_dtype_of, increment, is_missing, is_trainable, with_type_of
@@ -63,7 +63,8 @@ def skip_nonfinite(
       Micikevicius et al. 2018, "Mixed precision training", arXiv:1710.03740, section 3.2.
     """
     inner = wrapped("skip_nonfinite", inner)
-    _check_limit(max_consecutive)
+    if max_consecutive is not None:
+        check_integer("skip_nonfinite", "max_consecutive", max_consecutive, 10, least=0, below=2**31)
 
     def init(params):
         return SkipState(inner.init(params), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
@@ -126,11 +127,3 @@ def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
         )
 
     return report
-
-
-def _check_limit(limit: int | None) -> None:
-    if limit is not None and not is_integer(limit, 0, 2**31):
-        raise ValueError(
-            f"skip_nonfinite: max_consecutive must be an integer of at least 0, or None, but is {limit!r}. "
-            "Type max_consecutive=10, for example."
-        )

@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.checks import dtype_name, is_integer
+from optimorph._core.checks import check_integer, dtype_name
 from optimorph._core.rounding import noise, outer_bfloat16
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
@@ -37,10 +37,7 @@ class BlockCodec(Codec):
 
     def __post_init__(self):
         who = type(self).__name__
-        if not is_integer(self.block, 1):
-            raise ValueError(
-                f"{who}: block must be a whole number of at least 1, but is {self.block!r}. Type block=128."
-            )
+        check_integer(who, "block", self.block, 128)
         if dtype_name(self.scale_dtype) not in ("float32", "bfloat16"):
             raise ValueError(
                 f"{who}: scale_dtype must be float32 or bfloat16, which have the range of gradients, but is "

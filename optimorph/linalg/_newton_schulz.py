@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
+from optimorph._core.checks import check_integer
 from optimorph._core.numbers import upcast, with_type_of
 from optimorph._core.target import Target, for_target
 from optimorph._core.types import DTypeLike
@@ -99,10 +100,7 @@ class NewtonSchulz:
     def __post_init__(self):
         if not isinstance(self.coefficients, str | Coefficients):
             object.__setattr__(self, "coefficients", tuple(map(checked_row, self.coefficients)))
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(
-                f"NewtonSchulz: steps must be a whole number of at least 1, but is {self.steps!r}."
-            )
+        check_integer("NewtonSchulz", "steps", self.steps, 5)
         if self.iteration not in ITERATIONS:
             raise ValueError(
                 f"NewtonSchulz: iteration is {self.iteration!r}. Type one of "

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from optimorph._core.checks import check_integer, check_numbers, is_one_of
 from optimorph.linalg._coefficients import (
     EXACT,
     MARGINS,
@@ -55,7 +56,10 @@ def polar_express(
     References:
       Amsel et al. 2025, arXiv:2505.16932, section 3 and algorithm 1; Grishina et al. 2025, arXiv:2506.10935.
     """
-    _check_arguments(lower, steps, degree, safety, cushion)
+    check_numbers("polar_express", lower=lower, safety=safety, cushion=cushion)
+    check_integer("polar_express", "steps", steps, 5)
+    if not is_one_of(degree, (3, 5)):
+        raise ValueError(f"polar_express: degree must be 3 or 5, but is {degree!r}. Type degree=5.")
     rows, low, high = [], lower, 1.0
     for step in range(steps):
         row = _best(max(low, cushion * high), high, degree)  # (1)
@@ -69,20 +73,6 @@ def polar_express(
     source = f"polar_express({lower:g}, {steps}, degree={degree}, safety={safety:g}, cushion={cushion:g})"
     safe = (dtype for dtype in MARGINS if fault(tuple(rows), dtype) is None)
     return Coefficients(tuple(rows), source, lower, next(safe, EXACT))
-
-
-def _check_arguments(lower: float, steps: int, degree: int, safety: float, cushion: float) -> None:
-    who = "polar_express"
-    if not 0 < lower < 1:
-        raise ValueError(f"{who}: lower must be in (0, 1), but is {lower}. Type lower=1e-3, for example.")
-    if isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"{who}: steps must be a whole number of at least 1, but is {steps}.")
-    if degree not in (3, 5):
-        raise ValueError(f"{who}: degree must be 3 or 5, but is {degree}.")
-    if not 0 <= safety < 1:
-        raise ValueError(f"{who}: safety must be in [0, 1), but is {safety}. Type safety=0.01.")
-    if not 0 <= cushion < 1:
-        raise ValueError(f"{who}: cushion must be in [0, 1), but is {cushion}. Type cushion=0.02.")
 
 
 def _best(lower: float, upper: float, degree: int) -> Row:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from optimorph._core.checks import is_integer
+from optimorph._core.checks import check_integer
 from optimorph._core.numbers import upcast_dtype
 from optimorph.linalg._newton_schulz import Stack, rescale, safe_denominator
 from optimorph.linalg._symmetric import product
@@ -161,8 +161,7 @@ def top_energy(x: Stack | Spectrum, k: int) -> Numbers:
     References:
       Eckart & Young 1936, "The approximation of one matrix by another of lower rank".
     """
-    if not is_integer(k, 1):
-        raise ValueError(f"top_energy: k must be a whole number of at least 1, but is {k}. Type k=1.")
+    check_integer("top_energy", "k", k, 1)
     squares = _relative(x) ** 2
     return jnp.sum(squares[..., :k], axis=-1) / safe_denominator(jnp.sum(squares, axis=-1))  # (1)
 
