@@ -235,23 +235,17 @@ def _state_bytes(
     the matrices of several leaves.
     """
     leaves = [leaf for leaf in zip(paths, shapes, specs, strict=True) if leaf[2].unresolved is None]
-    many = len(leaves) > _EXACT
-    groups = group_by(
-        leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]) if many else x[0]
-    )
+    alike = group_by(leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]))
+    groups = alike if len(leaves) > _EXACT else [[leaf] for leaf in leaves]
     params = {group[0][0]: group[0][1] for group in groups}
     own = {group[0][0]: group[0][2] for group in groups}
 
     def state_of(params):
-        with (
-            quietly(),
-            handed_down(leaf_specs=own),
-        ):  # the plan reports unused rules
+        with quietly(), handed_down(leaf_specs=own):  # the plan reports unused rules
             return jax.eval_shape(optimizer.init, params)
 
     state = state_of(params)
     if nodes_with(state, "stacked"):  # one array for the matrices of several leaves
-        alike = group_by(leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]))
         alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]: group[0][1]})) for group in alike}
         sizes = {path: sum(x.size * x.dtype.itemsize for x in xs if x.ndim) for path, xs in alone.items()}
         return {path: sizes[group[0][0]] for group in alike for path, *_ in group}

@@ -182,6 +182,11 @@ def stored_dtype(dtype: DTypeLike | None, own: DTypeLike) -> jnp.dtype:
     return stored
 
 
+def as_stored(moment: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    """A moment in the dtype in which it is stored; without `dtype` it is unchanged."""
+    return moment if dtype is None else moment.astype(stored_dtype(dtype, moment.dtype))
+
+
 def restored(x: Any) -> Any:
     """A part of a state as an array of JAX, if JSON or NumPy has restored it as another; unchanged if not."""
     if not isinstance(x, int | float | np.ndarray | np.generic) and not getattr(x, "weak_type", False):

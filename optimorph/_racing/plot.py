@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from optimorph._racing.palette import FAINT, INK, Style
+from optimorph._racing.palette import FAINT, INK
 from optimorph._racing.race_data import Curve, Layer, RaceData, Trial
 from optimorph._racing.ticks import PlainLog
 
@@ -63,9 +63,10 @@ def draw_losses(axes: Axes, race: RaceData, along: str) -> None:
     for name in race.names:
         curves = [curve for curve in race.curves if curve.optimizer == name and len(curve.steps) > 1]
         if curves:
-            _draw_mean(axes, curves, along, race.styles[name])
+            style, (x, losses) = race.styles[name], _table(curves, along)
+            axes.plot(x, losses.mean(axis=0), label=name, **style._asdict())
             if len(curves) > 1 and len(race.names) <= MAX_WITH_SEEDS:
-                _draw_seeds(axes, curves, along, race.styles[name])
+                axes.plot(x, losses.T, color=style.color, alpha=0.5, linewidth=0.6)
     axes.set(xlabel={"steps": "steps", "seconds": "seconds of training"}[along])
     axes.set(ylabel=textwrap.fill(race.measure, 45))
     axes.grid()
@@ -76,16 +77,6 @@ def draw_losses(axes: Axes, race: RaceData, along: str) -> None:
         high = min(high, _highest_after_start(race))
         margin = 0.05 * max(high - low, 1e-3)
         axes.set(ylim=(low - margin, high + margin))
-
-
-def _draw_mean(axes: Axes, curves: list[Curve], along: str, style: Style) -> None:
-    x, losses = _table(curves, along)
-    axes.plot(x, losses.mean(axis=0), label=curves[0].optimizer, **style._asdict())
-
-
-def _draw_seeds(axes: Axes, curves: list[Curve], along: str, style: Style) -> None:
-    x, losses = _table(curves, along)
-    axes.plot(x, losses.T, color=style.color, alpha=0.5, linewidth=0.6)
 
 
 def _table(curves: list[Curve], along: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,11 @@ from optimorph._core.numbers import (
     as_kind_of,
     as_scalar,
     as_schedule,
+    as_stored,
     common,
     full_like,
     increment,
     is_schedule,
-    stored_dtype,
 )
 from optimorph._core.roles import AVERAGE, SLOW, TOTAL, VELOCITY, Role, holds, roles_of, scalar
 from optimorph._core.rule import Rule, transform
@@ -109,7 +109,7 @@ def ema(
         u = (
             _lerp(x, m, decay) if nesterov else m if lookahead is None else _lerp(x, before, lookahead)
         )  # (3), (2), (4)
-        return as_kind_of(u, g), EmaState(m if dtype is None else _stored(m, dtype))
+        return as_kind_of(u, g), EmaState(as_stored(m, dtype))
 
     def init(leaf):
         return EmaState(full_like(leaf.weight, initial, dtype))
@@ -199,9 +199,7 @@ def momentum(
     def update(g, state, leaf, now):
         x, v = common(g, state.velocity)
         v = add(x, v)  # (1)
-        return as_kind_of(add(x, v) if nesterov else v, g), MomentumState(
-            v if dtype is None else _stored(v, dtype)
-        )  # (3), (2)
+        return as_kind_of(add(x, v) if nesterov else v, g), MomentumState(as_stored(v, dtype))  # (3), (2)
 
     def init(leaf):
         return MomentumState(full_like(leaf.weight, 0.0, dtype))
@@ -234,7 +232,7 @@ def accumulate(
     def update(g, state, leaf, now):
         x, s = common(g, state.total)
         s = x + s  # (1)
-        return as_kind_of(s, g), AccumulateState(s if dtype is None else _stored(s, dtype))  # (2)
+        return as_kind_of(s, g), AccumulateState(as_stored(s, dtype))  # (2)
 
     def init(leaf):
         return AccumulateState(full_like(leaf.weight, initial, dtype))
@@ -273,7 +271,7 @@ def extrapolate(
         x, before = common(g, state.previous)
         beta = as_scalar(decay, x)
         u = x + as_scalar(gamma, x) * beta / (1 - beta) * (x - before)  # (1)
-        return as_kind_of(u, g), ExtrapolateState(x if dtype is None else _stored(x, dtype))
+        return as_kind_of(u, g), ExtrapolateState(as_stored(x, dtype))
 
     def init(leaf):
         return ExtrapolateState(full_like(leaf.weight, 0.0, dtype))
@@ -284,7 +282,3 @@ def extrapolate(
 def _lerp(g: jax.Array, m: jax.Array, decay: Numeric) -> jax.Array:
     b = as_scalar(decay, m)
     return (1 - b) * g + b * m
-
-
-def _stored(x: jax.Array, dtype: Any) -> jax.Array:
-    return x.astype(stored_dtype(dtype, x.dtype))

@@ -78,7 +78,7 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
         most = float(jnp.finfo(jnp.float32).max)
         reported = jnp.where(finite, jnp.minimum(norm, most), root)
         out = tree.unflatten(g if is_absent(g) else clip(g) for g in gs)
-        return out, ClipState(*map(_float32, (reported, factor)))
+        return out, ClipState(reported.astype(jnp.float32), factor.astype(jnp.float32))
 
     return optax.GradientTransformation(init, update)
 
@@ -103,7 +103,3 @@ def _scaled_norm(leaves: list) -> tuple[jax.Array, jax.Array]:
 def _at_least(x: jax.Array, kind: np.dtype) -> jax.Array:
     """`x` in the real dtype `kind`, or in the complex one of its precision."""
     return x.astype(np.result_type(kind, np.complex64) if jnp.iscomplexobj(x) else kind)
-
-
-def _float32(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32)

@@ -19,6 +19,7 @@ from optimorph._core.numbers import (
     as_made,
     as_scalar,
     as_schedule,
+    as_stored,
     cast_like,
     common,
     full_like,
@@ -27,7 +28,6 @@ from optimorph._core.numbers import (
     is_absent,
     is_array,
     is_trainable,
-    stored_dtype,
     traced,
     upcast,
     with_type_of,
@@ -221,7 +221,7 @@ def multi_steps(
             return nothing, jax.tree.map(in_dtype_of, _observed(state.inner, added, extra), after)
 
         out, after = cond(due, step, wait)  # (2), (3)
-        kept = jax.tree.map(lambda m: _stored(jnp.where(due, 0, m), accumulator_dtype), mean)
+        kept = jax.tree.map(lambda m: as_stored(jnp.where(due, 0, m), accumulator_dtype), mean)
         count, weight = jnp.where(due, 0, count), jnp.where(due, 0, total)
         steps = jnp.where(due, increment(state.steps), state.steps)
         return out, MultiStepsState(after, kept, count, weight, steps)
@@ -246,10 +246,6 @@ def _zeros(leaves: Leaves, dtype: DTypeLike | None) -> PyTree:
     return leaves.structure.unflatten(
         full_like(w, 0.0, dtype) if is_trainable(w) else (w if is_absent(w) else None) for w in leaves.values
     )
-
-
-def _stored(mean: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    return mean if dtype is None else mean.astype(stored_dtype(dtype, mean.dtype))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
