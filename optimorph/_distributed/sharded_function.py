@@ -170,10 +170,9 @@ def _row_major(x: jax.Array) -> jax.Array:
 def _divided_by_hints(
     task: ShardedFunction, target: Target, arrays: Sequence[jax.Array]
 ) -> Sequence[jax.Array]:
-    if target.devices == 1:
-        return task.on_one_device(arrays)
-    if target.mesh is None:
+    if target.devices > 1 and target.mesh is None:
         warn(_NO_MESH, stacklevel=2)
+    if target.devices == 1 or target.mesh is None:
         return task.on_one_device(arrays)
     return execute_by_hints(task.f, task.forms, arrays, target.mesh, equivariant=task.equivariant)
 

@@ -128,11 +128,7 @@ class Run:
 
 
 def _copy(tree: Any) -> Any:
-    """Copy every array of a tree.
-
-    The compiled update donates the buffers of state and parameters. A donated buffer must not be in use
-    elsewhere, and must not occur twice in the arguments.
-    """
+    """Copy every array of a tree: the compiled update donates buffers, which must not be used elsewhere."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, tree)
 
 

@@ -61,10 +61,5 @@ def soap_muon(
         "soap_muon", quotient, b2, every, max_dim, arguments, average=average, skip_first=False
     )
     return of_polar_factors(
-        "soap_muon",
-        matrices,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        scale=scale,
-        **others,
+        "soap_muon", matrices, learning_rate=learning_rate, weight_decay=weight_decay, scale=scale, **others
     )

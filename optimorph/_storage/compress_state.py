@@ -20,15 +20,7 @@ from optimorph._core.moments import (
     warn_unused_fields,
     with_moments,
 )
-from optimorph._core.numbers import (
-    as_made,
-    cast_like,
-    increment,
-    is_missing,
-    is_trainable,
-    traced,
-    upcast,
-)
+from optimorph._core.numbers import as_made, cast_like, increment, is_missing, is_trainable, traced, upcast
 from optimorph._core.paths import by_path, distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys, step_key
@@ -281,10 +273,8 @@ def _of_trees(
             c, s = split(map_paths(encode_leaf, codes, scales, moment))
             after_codes.append(c)
             after_scales.append(s)
-        after = with_moments(after, after_codes, fields)
-        return out, CompressedState(
-            after, tuple(after_scales), jnp.uint32(state.seed), increment(state.noise_count)
-        )  # (2)
+        after, seed = with_moments(after, after_codes, fields), jnp.uint32(state.seed)  # (2)
+        return out, CompressedState(after, tuple(after_scales), seed, increment(state.noise_count))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -218,9 +218,7 @@ class LargeLeaf:
         if slab_shape(self.step.whole, target) is not None:
             return in_slabs(make, store, self.step.whole, target, written, (g, weight))
         scales = None
-        if (
-            target.platform == "gpu"
-        ):  # a kernel for scales, and one that puts the update where the gradient was
+        if target.platform == "gpu":  # a kernel for scales, and one that writes the update over the gradient
             scales = self._scales(make(written, (g, weight)))
             scales, written, g, weight = jax.lax.optimization_barrier((scales, written, g, weight))
         stored = store(None, make(written, (g, weight)), written, scales)

@@ -104,11 +104,9 @@ def ema(
         raise ValueError("ema: nesterov and lookahead exclude each other. Type one of them.")
 
     def update(g, state, leaf, now):
-        x, before = common(g, state.average)
-        m = _lerp(x, before, decay)  # (1)
-        u = (
-            _lerp(x, m, decay) if nesterov else m if lookahead is None else _lerp(x, before, lookahead)
-        )  # (3), (2), (4)
+        x, old = common(g, state.average)
+        m = _lerp(x, old, decay)  # (1)
+        u = _lerp(x, m, decay) if nesterov else m if lookahead is None else _lerp(x, old, lookahead)  # (2-4)
         return as_kind_of(u, g), EmaState(as_stored(m, dtype))
 
     def init(leaf):

@@ -64,8 +64,7 @@ def hyperball(
 
     def update(u, state, leaf, now):
         rate, forms, match = now
-        if leaf.weight is None:
-            check_params(who, None, "the norm that it keeps is theirs")
+        check_params(who, leaf.weight, "it keeps the norms of the parameters")
         over, w = reduction(who, match, leaf, forms[leaf.index]), upcast(leaf.weight).astype(u.dtype)
         factors = _on_sphere(as_scalar(rate, u).real, *_norms(over, w, u))
         of_w, of_unit, length = (over.spread(x, u.shape).astype(u.dtype) for x in factors)

@@ -84,9 +84,8 @@ def _rule(rule: Rule, seed: int) -> Rule:
 
     def advance(shared, leaves):
         now, inner = rule.advance(shared.inner, leaves)
-        return (now, step_key(shared)), BFloat16State(
-            inner, jnp.uint32(shared.seed), increment(shared.noise_count)
-        )
+        after = BFloat16State(inner, jnp.uint32(shared.seed), increment(shared.noise_count))
+        return (now, step_key(shared)), after
 
     def update(g, state, leaf, now):
         now, key = now

@@ -13,16 +13,7 @@ import optax
 from optimorph._core.checks import check_function, is_one_of
 from optimorph._core.numbers import full_like, is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
-from optimorph._core.rule import (
-    Leaf,
-    Rule,
-    arrays,
-    called,
-    map_updates,
-    pointwise,
-    rule_of,
-    transform,
-)
+from optimorph._core.rule import Leaf, Rule, arrays, called, map_updates, pointwise, rule_of, transform
 from optimorph._core.types import AxesRules, Rules
 from optimorph._core.wrapped import wrapped
 from optimorph._distributed.reductions import reduction

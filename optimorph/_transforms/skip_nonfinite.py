@@ -72,11 +72,10 @@ def skip_nonfinite(
     def update(updates, state, params=None, **extra):
         state = checked_state("skip_nonfinite", state, SkipState)
         out, after = inner.update(updates, state.inner, params, **extra)
-        gradients_sound, updates_sound = _sound(updates), _sound(out)
-        state_sound = _sound(after, jax.tree.leaves(state.inner))
-        sound = {f"the gradient of {path!r}": ok for path, ok in gradients_sound.items()}
-        sound |= {f"the update of {path!r}": ok for path, ok in updates_sound.items()}
-        sound |= {f"the state's {path!r}": ok for path, ok in state_sound.items()}
+        sound = {f"the gradient of {path!r}": ok for path, ok in _sound(updates).items()}
+        sound |= {f"the update of {path!r}": ok for path, ok in _sound(out).items()}
+        of_state = _sound(after, jax.tree.leaves(state.inner))
+        sound |= {f"the state's {path!r}": ok for path, ok in of_state.items()}
         fine = all_of(sound.values(), real_dtype(updates))
         skipped = jnp.where(fine, state.skipped, increment(state.skipped))
         consecutive = jnp.where(fine, 0, increment(state.consecutive))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_flags, check_numbers, check_params
+from optimorph._core.checks import check_flags, check_numbers, check_params, is_one_of
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, is_trainable, upcast
 from optimorph._core.roles import holds, roles_of, scalar
 from optimorph._core.rule import Rule, called, pointwise, rule_of, transform
@@ -99,8 +99,7 @@ def add_decayed_weights(
         decay, chosen = now
         if never or (chosen is not None and not chosen[leaf.index]):
             return g, state
-        if leaf.weight is None:
-            check_params(who, None, "weight decay adds a multiple of them")
+        check_params(who, leaf.weight, "weight decay adds a multiple of them")
         w = upcast(leaf.weight).astype(g.dtype)
         term = as_scalar(decay, g) * w
         if cautious:
@@ -188,7 +187,7 @@ def decay_and_step(
       but not by the learning rate; (3) Chen et al. 2025, "Cautious weight decay", arXiv:2510.12402;
       (4) Defazio 2025, arXiv:2506.02285, AdamC.
     """
-    if not isinstance(form, str) or form not in FORMS:
+    if not is_one_of(form, FORMS):
         raise ValueError(
             f"{who}: weight_decay_form must be one of {', '.join(map(repr, FORMS))}, but is {form!r}. "
             "Type weight_decay_form='coupled'."

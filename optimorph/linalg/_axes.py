@@ -210,12 +210,8 @@ class Axes:
         """
         axes, longer = _laid_out(self.spec, x.shape)
         sides = [(k, axis.blocks) for k, axis in enumerate(axes) if axis.letter in letters]
-        x = f(
-            x.reshape(longer),
-            axis=tuple(k for k, blocks in sides if len(blocks) == 1),
-            keepdims=True,
-            initial=0,
-        )
+        whole = tuple(k for k, blocks in sides if len(blocks) == 1)
+        x = f(x.reshape(longer), axis=whole, keepdims=True, initial=0)
         for k, blocks in [side for side in sides if len(side[1]) > 1]:
             n = len(blocks)
             if letters != "io" and axes[k].equal:  # of a large array a view, in parts for 8 devices

@@ -84,9 +84,7 @@ def _best(lower: float, upper: float, degree: int) -> Row:
     """
     low, powers = lower / upper, np.arange(1, degree + 1, 2)
     count = len(powers)
-    best = np.array(
-        [3 / 2, -1 / 2] if degree == 3 else [15 / 8, -10 / 8, 3 / 8]
-    )  # the limit as low tends to 1
+    best = np.array([12, -4] if degree == 3 else [15, -10, 3]) / 8  # the limit as low tends to 1
     points = low + (1 - low) * np.array([0, 1 / 2, 1] if degree == 3 else [0, 1 / 4, 3 / 4, 1])
     for _ in range(100 if 1 - low > 5e-6 else 0):
         signs = (-1.0) ** np.arange(count + 1)
