@@ -123,7 +123,9 @@ def _muon_matrices(om, **kwargs):
     return om.muon(0.02, axes={"*": "io"}, **kwargs)
 
 
-BESIDE_MUON = ("normuon", "adamuon", "muon2")  # optimizers with polar factors, by their names in the papers
+BESIDE_MUON = ("normuon", "adamuon", "muon2")
+"""Optimizers with polar factors, by their names in `papers`."""
+
 INDEPENDENT = {"weight_decay_form": "independent", "axes": {"*": "io"}}
 
 TRANSFORMS = [

@@ -99,7 +99,7 @@ OPTIMIZERS: dict[str, Racer] = {
     "shampoo": _for_matrices(om.shampoo),
     "soap_muon": _for_matrices(om.soap_muon, every=10),
 }
-"""Name → its optimizer. All recipes of the library are here."""
+"""Name → its optimizer."""
 
 DEFAULT = ("sgd", "momentum", "rmsprop", "adam", "adamw", "muon", "muonh", "normuon")
 """The optimizers of a race that names none."""
