@@ -89,8 +89,8 @@ def inject_hyperparams(
             raise TypeError(f"{who}: {error}") from None
         if unnamed := spare & {*given.arguments}:
             raise ValueError(
-                f"inject_hyperparams: {who} has no name for {given.arguments[min(unnamed)]}, by which the "
-                "state could keep it. Type a function that names it, such as lambda learning_rate: ..."
+                f"inject_hyperparams: {who} has no name for {given.arguments[min(unnamed)]}, so the state "
+                "cannot keep it. Type a function with named arguments, such as lambda learning_rate: ..."
             )
         for name, value in given.arguments.items():
             number = value.item() if isinstance(value, np.generic) else value

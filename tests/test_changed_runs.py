@@ -303,7 +303,7 @@ def test_codes_need_what_wrote_them():
     with jax.enable_x64(False):
         params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree(0, LARGE))
         state = narrow.init(params)
-        with pytest.raises(ValueError, match=r"'hidden', first moment, is in codes, .*written_by="):
+        with pytest.raises(ValueError, match=r"'hidden', first moment, is stored in codes\. .*written_by="):
             om.carry_state(state, om.adamw(0.1), params)
         with pytest.raises(
             ValueError, match=r"first/hidden' is stored in int8 with 2 scales a row, but the rules say"
@@ -669,7 +669,7 @@ def test_leaves_have_new_names(renamed):
 def test_new_names_that_are_none():
     tx = om.adam(0.1)
     params, state = begun(tx)
-    with pytest.raises(ValueError, match=r"carry_state: renamed has 'hiden', .* Similar: 'hidden'"):
+    with pytest.raises(ValueError, match=r"carry_state: renamed has 'hiden', .* Similar paths: 'hidden'"):
         om.carry_state(state, tx, params, renamed={"hiden": "new"})
     with pytest.raises(ValueError, match="carry_state: renamed gives both 'bias' and 'head' the path 'head'"):
         om.carry_state(state, tx, params, renamed={"bias": "head"})

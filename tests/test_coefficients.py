@@ -101,7 +101,7 @@ def test_a_step_is_the_best_polynomial_there_is(lower, degree):
 
 def test_an_unsafe_table_says_where():
     aol = (4.0098, -7.0585, 2.4635)  # of the kind that was published: negative above σ = .9
-    with pytest.raises(ValueError, match=r"step 1, .* flips signs: from σ = 1") as error:
+    with pytest.raises(ValueError, match=r"step 1, .* flips signs: it turns σ = 1") as error:
         Coefficients((aol,))
     assert "a + b σ² + c σ⁴ > 0" in str(error.value)
     with pytest.raises(ValueError, match=r"step 2, .* flips signs"):

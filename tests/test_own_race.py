@@ -243,7 +243,7 @@ BAD = {
     "rates of a transformation": (
         {"sgd": om.sgd(0.1)},
         {"learning_rates": [0.1]},
-        "not a function of a learning rate",
+        "no such function of a learning rate",
     ),
     "rates of an unknown optimizer": ({"sgd": om.sgd}, {"learning_rates": {"adam": [0.1]}}, "rates of adam"),
     "a negative rate": ({"sgd": om.sgd}, {"learning_rates": [-1.0]}, "at least 0"),

@@ -756,7 +756,7 @@ def test_flights_come_from_a_package_that_is_not_imported(tmp_path, monkeypatch,
     monkeypatch.setattr(flights, "PACKAGE", "stand_in")
     with pytest.raises(SystemExit):
         main(["race", "--task", "flights", "--out", str(tmp_path)])
-    assert capsys.readouterr().err.endswith("needs data of a package; type pip install stand_in.\n")
+    assert capsys.readouterr().err.endswith("needs a package that has its data; type pip install stand_in.\n")
     (tmp_path / "stand_in" / "data").mkdir(parents=True)
     (tmp_path / "stand_in" / "__init__.py").write_text("raise AssertionError")
     lines = ["day,month,carrier,origin,dest,sched_dep_time,sched_arr_time"]

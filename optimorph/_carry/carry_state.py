@@ -152,9 +152,9 @@ def carry_state(
     in_codes = [slot for slot in held if isinstance(slot.array, Stored) and not slot.array.readable]
     if in_codes and written_by is None:
         raise ValueError(
-            f"{WHO}: {in_codes[0].where!r}, {in_codes[0].kind}, is in codes, which only the codecs that "
-            f"wrote them can decode. Type {WHO}(state, tx, params, written_by=...), with the optimizer that "
-            "made the state."
+            f"{WHO}: {in_codes[0].where!r}, {in_codes[0].kind}, is stored in codes. Only the codecs that "
+            f"wrote them can decode them. Type {WHO}(state, tx, params, written_by=old_tx), where old_tx is "
+            "the optimizer that made the state."
         )
     stored = with_stored(blank, codecs)
     wanted = [slot._replace(leaves=that_fit(slot, params) if slot.leaves else ()) for slot in slots(stored)]

@@ -57,7 +57,7 @@ def new_names(renamed: Renamed | None, paths: list[str]) -> Callable[[str], str 
         isinstance(old, str) and isinstance(new, str | None) for old, new in renamed.items()
     ):
         raise ValueError(
-            f"{WHO}: renamed maps paths in the state to paths in the parameters, but is {renamed!r}. "
+            f"{WHO}: renamed must map paths in the state to paths in the parameters, but is {renamed!r}. "
             "Type renamed={'encoder': 'backbone/encoder', 'old_head': None}."
         )
 
@@ -69,7 +69,7 @@ def new_names(renamed: Renamed | None, paths: list[str]) -> Callable[[str], str 
             similar = difflib.get_close_matches(old, paths, 3, 0.3)
             raise ValueError(
                 f"{WHO}: renamed has {old!r}, but no path of the state is {old!r} or begins with '{old}/'. "
-                f"Similar: {', '.join(map(repr, similar))}."
+                f"Similar paths: {', '.join(map(repr, similar)) or 'none'}."
             )
 
     def name(path: str) -> str | None:

@@ -66,6 +66,13 @@ class Shapes(dict[str, Shape]):
         return id(self)
 
 
+def not_in_parts(who: str, why: str) -> ValueError:
+    """The error of a transform that cannot update a leaf in parts."""
+    return ValueError(
+        f"compress_state: put {who} outside of compress_state, which updates large leaves in parts: {why}."
+    )
+
+
 class Leaves:
     """What a rule knows about all leaves at once: their `values`, `paths`, `shapes` and `tree`."""
 

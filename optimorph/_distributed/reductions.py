@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.rule import Leaf
+from optimorph._core.rule import Leaf, not_in_parts
 from optimorph._core.types import Shape
 from optimorph._distributed.shardings import Match, Names, devices, local_shard_spec, manual_axes
 from optimorph.linalg import Axes
@@ -62,14 +62,14 @@ def reduction(who: str, match: Match | None, leaf: Leaf, form: Axes | None, lett
         blocks; inside `compress_state`, a part of a leaf.
     """
     if leaf.part:
-        raise ValueError(f"compress_state: put {who} outside, because it needs whole matrices.")
+        raise not_in_parts(who, f"{who} needs whole matrices")
     if not manual_axes():
         return Reduction(form, letters, ())
     shape = np.shape(leaf.leaves.values[leaf.index])
     if match is None:
         raise ValueError(
-            f"{who}: inside jax.shard_map {leaf.path!r} has shape {shape}, which may be a local shard. Type "
-            "shardings=, with the in_specs of the parameters, such as {'*': P('data')}; P() is replicated."
+            f"{who}: inside jax.shard_map, {leaf.path!r} of shape {shape} may be a local shard. Give the "
+            "in_specs of the parameters, such as shardings={'*': P('data')}. P() means replicated."
         )
     spec, _ = local_shard_spec(who, match, leaf.path, shape)
     if form is None:
@@ -77,6 +77,7 @@ def reduction(who: str, match: Match | None, leaf: Leaf, form: Axes | None, lett
     sides: list[Any] = [pair for pair in zip(spec, form.parts, strict=True) if pair[1].letter in letters]
     if any(names and not axis.whole for names, axis in sides):
         raise ValueError(
-            f"{who}: inside jax.shard_map the blocks of {leaf.path!r} are divided. Type axes without blocks."
+            f"{who}: inside jax.shard_map, the axis of {leaf.path!r} that holds several matrices is sharded. "
+            "Type axes without blocks, such as 'io', or shard another axis."
         )
     return Reduction(form, letters, tuple(name for names, _ in sides for name in names))

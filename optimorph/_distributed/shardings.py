@@ -101,9 +101,9 @@ def shardings_of(
     if match is None:
         if manual and paths:
             raise ValueError(
-                f"{who}: inside jax.shard_map or pmap over {', '.join(manual)} {paths[0]!r} has shape "
-                f"{arrays[0].shape}, which may be a local shard. Type shardings=, with the in_specs of the "
-                "parameters, such as shardings={'*/kernel': P('data', None), '*': P()}; P() is replicated."
+                f"{who}: inside jax.shard_map or pmap over {', '.join(manual)}, {paths[0]!r} of shape "
+                f"{arrays[0].shape} may be a local shard. Give the in_specs of the parameters, such as "
+                "shardings={'*/kernel': P('data', None), '*': P()}. P() means replicated."
             )
         return None
     shardings = [match(path, x.shape) for path, x in zip(paths, arrays, strict=True)]
@@ -167,7 +167,7 @@ def misfit(path: str, shape: Shape, sharding: Any, mesh: Any, manual: Iterable[s
 
 
 def _unmatched(path: str) -> str:
-    return f"no sharding rule matches {path!r}. Add one, or end with '*': P() for replicated leaves."
+    return f"no sharding rule matches {path!r}. Add one. If all other leaves are replicated, add '*': P()."
 
 
 def _names(entry: str | Names | None) -> Names:

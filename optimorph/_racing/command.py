@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
     steps = None if args.steps is None else _parse_int("--steps", args.steps)
     task = TASKS[args.task](condition)
     if task.package is not None and importlib.util.find_spec(task.package) is None:
-        raise BadInput(f"{task.name} needs data of a package; type pip install {task.package}")
+        raise BadInput(f"{task.name} needs a package that has its data; type pip install {task.package}")
     steps = task.steps if steps is None else steps
     if args.mode == SWEEP:
         return _sweep(console, task, _candidates(console, task, names), steps, _make_folder(args.out))
@@ -199,7 +199,7 @@ def _candidates(console: Console, task: Task, names: list[str]) -> dict[str, lis
     candidates = {name: list(grid(name, task.name)) for name in names if name not in task.theory}
     if not candidates:
         raise BadInput(
-            f"nothing to tune, as theory gives the learning rate of {known}; type other --optimizers"
+            f"theory gives the learning rate of {known}, so nothing is left to tune; type other --optimizers"
         )
     if known:
         console.print(f"Not tuned, because theory gives their learning rates: {known}.")

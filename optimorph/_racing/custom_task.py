@@ -62,9 +62,9 @@ def candidate_rates(
         unknown = set() if functions or not len(learning_rates) else {"every optimizer"}
     if unknown:
         raise ValueError(
-            f"race: learning_rates has rates of {', '.join(sorted(unknown))}, which is not a function of a "
-            "learning rate. Type 'adamw': om.adamw instead of 'adamw': om.adamw(1e-3), for example, or leave "
-            "out its rates."
+            f"race: learning_rates has rates of {', '.join(sorted(unknown))}, but optimizers has no such "
+            "function of a learning rate. Type 'adamw': om.adamw instead of 'adamw': om.adamw(1e-3), for "
+            "example, or leave out the rates."
         )
     for name in functions:
         if not len(table.get(name, ())):
@@ -96,13 +96,13 @@ def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
     for held_out_batch in task.held_out(""):
         if _structure(held_out_batch) != _structure(batch):
             raise ValueError(
-                f"race: a batch of held_out is {_structure(held_out_batch)}, but a batch of batches is "
-                f"{_structure(batch)}. Both are lists of batches: type held_out=[batch]."
+                f"race: held_out has a batch with the structure {_structure(held_out_batch)}, but batches "
+                f"has one with {_structure(batch)}. Both must be lists of batches: type held_out=[batch]."
             )
     out = jax.eval_shape(task.loss, tree, batch)
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape or not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(
-            f"race: loss must return one real number, but returns {out}. Return the mean loss alone."
+            f"race: loss must return one real number, but returns {out}. Return only the mean loss."
         )
     if not all(jnp.isfinite(task.loss(tree, held_out_batch)) for held_out_batch in task.held_out("")):
         raise ValueError(

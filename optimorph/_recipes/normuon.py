@@ -75,7 +75,9 @@ def normuon(
 def _second_moment(average: str, b2: Numeric, eps: Numeric) -> optax.GradientTransformation:
     """The root of the mean squares of rows, or along the longer side of each matrix."""
     if not is_one_of(average, ("inputs", "shorter")):
-        raise ValueError(f"normuon: average must be 'inputs' or 'shorter', but is {average!r}.")
+        raise ValueError(
+            f"normuon: average must be 'inputs' or 'shorter', but is {average!r}. Type average='inputs'."
+        )
     if average == "inputs":
         return chain(square(), mean("i", ema(b2)), root(eps))
     inputs = mean("i", ema(b2), where=lambda inputs, outputs: inputs <= outputs)

@@ -122,7 +122,7 @@ def routed(
                 warn(_inferred(who, path, np.shape(x), spec.answers[1]), stacklevel=2)
         if axes is None and leaves.paths and not any(forms):
             warn(
-                f"{who}: no leaf is a matrix: all are updated by the other optimizer. See optimorph.plan.",
+                f"{who}: no leaf is a matrix, so the other optimizer updates all. See optimorph.plan.",
                 stacklevel=2,
             )
         with handed_down(matrix_axes=forms, shardings=match), among(leaves):
@@ -134,8 +134,8 @@ def routed(
         missing = params is None and axes is None and any(map(is_absent, gs))
         if missing and any(map(needs_others, leaves.paths, gs)):
             raise ValueError(
-                f"{who}: gradients are missing, and without params the other leaves do not say how each leaf "
-                "reads as matrices. Type tx.update(gradients, state, params), or axes= for all leaves."
+                f"{who}: some gradients are None, and update was called without params, so it is not known "
+                "how all leaves read as matrices. Type tx.update(gradients, state, params), or give axes=."
             )
         forms = [spec.axes for spec in specs_of(leaves)]
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]

@@ -41,8 +41,8 @@ def with_state_storage(
     for name, dtype in dtypes.items():
         if dtype is not None and jnp.finfo(dtype).bits < 32:
             raise ValueError(
-                f"{who}: state says how moments are stored, and so does {name}={jnp.dtype(dtype).name!r}. "
-                "Type one of the two."
+                f"{who}: state and {name}={jnp.dtype(dtype).name!r} both say how moments are stored. Type "
+                "only one of the two."
             )
     return compress_state(tx, int8 if isinstance(state, str) else state, elementwise=True)
 

@@ -308,7 +308,9 @@ def _missing(updates: PyTree) -> set[str]:
 
 def _check_codes(who: str, state: PyTree) -> None:
     for node in nodes_with(state, "not_in_8_bits"):
-        raise ValueError(f"{who}: in_eigenbasis, as in soap, must not be inside: {node.not_in_8_bits}")
+        raise ValueError(
+            f"{who}: inner must not contain in_eigenbasis, which soap uses: {node.not_in_8_bits}"
+        )
 
 
 def _warn_unknown(who: str, name: str) -> None:

@@ -10,7 +10,7 @@ import optax
 from optimorph._core.checks import check_flags, check_numbers
 from optimorph._core.numbers import as_scalar, common, full_like, stored_dtype, upcast
 from optimorph._core.roles import Role, holds, roles_of
-from optimorph._core.rule import Rule, called, transform
+from optimorph._core.rule import Rule, called, not_in_parts, transform
 from optimorph._core.types import AxesRules, Numeric, PyTree, Rules
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph.linalg import Axes
@@ -84,7 +84,7 @@ def factored(
 
     def update(g, state, leaf, forms):
         if leaf.part:
-            raise ValueError(f"compress_state: put {who} outside, because means are those of whole matrices.")
+            raise not_in_parts(who, f"{who} needs whole matrices")
         form = forms[leaf.index]
 
         def average(x, before):

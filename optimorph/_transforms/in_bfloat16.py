@@ -110,9 +110,9 @@ def _unrounded(state: Any, before: Any) -> Any:
     """The state of a part of a leaf, which the codec that stored it rounds; without a codec it is refused."""
     if any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(before)):
         raise ValueError(
-            "compress_state: a moment in bfloat16 without a codec is rounded stochastically, which needs the "
-            "whole leaf. Type a codec for it, such as optimorph.codecs.BFloat16(stochastic=True), "
-            "or leave out nu_dtype or in_bfloat16, by which it is in bfloat16."
+            "compress_state: a moment without a codec is in bfloat16, and rounding it stochastically needs "
+            "the whole leaf. Type a codec for it, such as optimorph.codecs.BFloat16(stochastic=True), or "
+            "leave out nu_dtype or in_bfloat16, which store it in bfloat16."
         )
     return state
 

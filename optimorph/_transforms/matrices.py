@@ -11,7 +11,7 @@ import optax
 
 from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of
 from optimorph._core.numbers import is_array, kind
-from optimorph._core.rule import Leaves, Rule, Transform, aligned, arrays, called, transform
+from optimorph._core.rule import Leaves, Rule, Transform, aligned, arrays, called, not_in_parts, transform
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.hardware import AUTO, Hardware, check_divide
 from optimorph._distributed.sharded_function import ShardedFunction
@@ -141,7 +141,7 @@ def scale_by_shape(
     if not (scale is None or is_one_of(scale, [*SCALES]) or call_fault(scale, 1, 1) is None):
         raise ValueError(
             f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, None, or a function of the "
-            f"numbers of inputs and outputs, but is {scale!r}."
+            f"numbers of inputs and outputs, but is {scale!r}. Type scale='rms_to_rms', for example."
         )
     factor_of = scale if scale is None or callable(scale) else SCALES[scale]
     own = AxesOfLeaves(who, axes, shardings)
@@ -168,7 +168,7 @@ def scale_by_shape(
         if factor.size == 1:
             return factor.item() * g, state
         if leaf.part:
-            raise ValueError(f"compress_state: put {who} outside, because {leaf.path!r} has several scales.")
+            raise not_in_parts(who, f"{leaf.path!r} has several scales")
         return local_shard(factor.astype(g.dtype), spec) * g, state
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))

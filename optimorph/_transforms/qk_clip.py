@@ -34,8 +34,8 @@ class QKClipState(NamedTuple):
             if logits.shape != before.shape:
                 raise ValueError(
                     f"clip_attention_logits: the logits of {module!r} have shape {logits.shape}, but "
-                    f"{before.shape} was expected, (*layers, heads). Type axes= that tell the heads, such as "
-                    "'ioo', 'i(12o)', or 'i(12+12+12 o)' of a fused kernel."
+                    f"{before.shape} was expected, (*layers, heads). Type axes that show the heads, such as "
+                    "'ioo', 'i(12o)', or for a fused kernel 'i(12+12+12 o)'."
                 )
             logits = logits.astype(before.dtype)
             counts = sound & ~jnp.isnan(logits)
@@ -166,7 +166,9 @@ def _by_module(who: str, modules: Sequence[str], logits: PyTree | None) -> dict[
             )
         module = max(within, key=len)
         if module in out:
-            raise ValueError(f"{who}: there are logits of {module!r} twice. Give the largest of each head.")
+            raise ValueError(
+                f"{who}: there are logits of {module!r} twice. Give one array, with the largest of each head."
+            )
         out[module] = undivided(upcast(x))
     return out
 
@@ -187,8 +189,9 @@ def _factors(
         attention = attention_of(who, axes, members, paths, leaves)
         s = logits[module]
         if attention is None or s.ndim == 0:
-            cause = "they are one number" if attention else "by its axes a query or key is no matrix"
-            raise ValueError(f"{who}: there are logits of {module!r}, but {cause}. Give one for each head.")
+            one = "they are one number. Give one for each head"
+            no_matrix = "by its axes a query or key is no matrix. Leave out these logits, or change axes"
+            raise ValueError(f"{who}: there are logits of {module!r}, but {one if attention else no_matrix}.")
         tau = as_scalar(threshold, s)
         above = (s > tau) & jnp.isfinite(s)
         gamma = jnp.where(above, tau / jnp.where(above, s, 1), 1)  # (1)

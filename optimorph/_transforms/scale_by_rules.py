@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_factor
-from optimorph._core.rule import Rule, called, transform
+from optimorph._core.rule import Rule, called, not_in_parts, transform
 from optimorph._core.types import Rules, Shape
 from optimorph._routing.rules import NO_MATCH, among, lookup, warn_unused
 
@@ -61,7 +61,7 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         _check(who, leaf.path, np.shape(leaf.leaves.values[leaf.index]), factor)
         factor = jnp.asarray(factor).astype(g.dtype)
         if factor.ndim and leaf.part:
-            raise ValueError(f"compress_state: put {who} outside, because {leaf.path!r} has several factors.")
+            raise not_in_parts(who, f"{leaf.path!r} has several factors")
         return jnp.expand_dims(factor, range(factor.ndim, g.ndim)) * g, state  # (1)
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))

@@ -119,14 +119,14 @@ def fault(rows: Table, dtype: str) -> str | None:
         where, low = _lowest(row, top)
         if low <= 0:
             return (
-                f"step {step}, {row}, flips signs: from σ = {where:.6g}, within reach in {dtype}, it makes "
-                f"{where * low:.3g}. Every step needs a + b σ² + c σ⁴ > 0."
+                f"step {step}, {row}, flips signs: it turns σ = {where:.6g} into {where * low:.3g}. Singular "
+                f"values of this size occur in {dtype}. Every step needs a + b σ² + c σ⁴ > 0."
             )
         where, high = highest(row, top)
         if high > _MAX_VALUE:
             return (
-                f"step {step}, {row}, diverges: from σ = {where:.6g}, within reach in {dtype}, it makes "
-                f"{high:.3g}. Singular values should tend to 1."
+                f"step {step}, {row}, diverges: it turns σ = {where:.6g} into {high:.3g}. Singular values "
+                f"of this size occur in {dtype}, and should tend to 1."
             )
         top = high * (1 + MARGINS[dtype])
     return None

@@ -108,13 +108,14 @@ class NewtonSchulz:
             )
         if self.max_stack_bytes < 1:
             raise ValueError(
-                f"NewtonSchulz: max_stack_bytes must be positive, but is {self.max_stack_bytes}."
+                f"NewtonSchulz: max_stack_bytes must be above 0, but is {self.max_stack_bytes}. Type 2**28."
             )
         table = self.table
         if self.dtype is not None and not _safe(table, jnp.dtype(self.dtype)):
             raise ValueError(
-                f"NewtonSchulz: {table.source} is safe in {table.dtype}, not in {jnp.dtype(self.dtype)}. "
-                "Leave out dtype, or type coefficients='polar_express', which has room for rounding."
+                f"NewtonSchulz: with {table.source} the iteration may diverge by rounding in "
+                f"{jnp.dtype(self.dtype)}. The table is made for {table.dtype} arithmetic. Leave out dtype, "
+                "or type coefficients='polar_express', which allows for the rounding of bfloat16."
             )
 
     @property

