@@ -20,8 +20,9 @@ class MeshPlan(Placement):
     """The placement of matrices of float32 over a mesh, in one update.
 
     Args:
-      platform: of the mesh's devices, or "" if the mesh does not name it.
-      way: "exchange", "custom_partitioning" or "hints".
+      platform: the platform of the mesh's devices, or "" if the mesh does not name it.
+      way: how matrices are sent: "exchange" (the shardings are given), "custom_partitioning" (the compiler
+        chooses the shardings) or "hints" (sharding hints to the compiler).
       hardware: the numbers of the devices; None if nothing is known of the devices.
     """
 

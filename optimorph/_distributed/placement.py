@@ -59,8 +59,8 @@ class Placement:
       sent: bytes that a device sends.
       divided: the number of matrices that are divided over several devices.
       inside: bytes that a device sends within iterations, of matrices that are divided.
-      collectives: within iterations.
-      seconds: of computing and of sending, by the numbers of the hardware; 0 if these are not known.
+      collectives: the number of collectives within iterations.
+      seconds: the expected seconds of computing and of sending; 0 if the speed of the devices is not known.
     """
 
     mesh: tuple[tuple[str, int], ...]

@@ -39,7 +39,7 @@ def adamuon(
     Args:
       b2: the decay of the second moment, which has the parameters' shape and is stored in `nu_dtype`.
       weight_decay_form: as in `adamw`.
-      arguments: and `scale`: as in `muon`.
+      scale, arguments: as in `muon`.
 
     Raises:
       ValueError: as `muon`.

@@ -34,7 +34,7 @@ def muon(
         "adamw_rms", a function (inputs, outputs) → factor, or None.
       weight_decay_form: as in `adamw`.
       state: "int8" stores the moments of large leaves in one byte for each number; the codes of matrices are
-        evenly spaced. It also takes the rules of `compress_state`.
+        evenly spaced. `state` may also be rules for `compress_state`.
       axes: which leaves are matrices, and which of their axes are inputs and outputs, for leaves that the
         default rules do not know or read wrongly. It is an ordered mapping from a path pattern to a spec,
         such as "io" (see `linalg.Axes`), or to None for "not a matrix"; the first match decides. A pattern is

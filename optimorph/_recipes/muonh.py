@@ -26,8 +26,7 @@ def muonh(
     about √(η λ) corresponds to Muon with the learning rate η and the decay λ.
 
     Args:
-      weight_decay: and `weight_decay_form`, `mask`: those of the AdamW for other leaves. Matrices have no
-        decay.
+      weight_decay, weight_decay_form, mask: those of the AdamW for other leaves. Matrices have no decay.
       arguments: as in `muon`.
 
     Raises:

@@ -47,7 +47,7 @@ def normuon(
       average: "inputs", as in the paper; or "shorter", as in the speedruns of GPT-2 and NVIDIA's
         Emerging-Optimizers.
       weight_decay_form: as in `adamw`.
-      arguments: and `scale`: as in `muon`.
+      scale, arguments: as in `muon`.
 
     Raises:
       ValueError: another `average`; as `muon`.

@@ -55,8 +55,8 @@ def soap(
       block_size: longer sides are divided into blocks with their own factors, as in `in_eigenbasis`.
       factor_dtype: the dtype of stored factors and bases, as `dtype` of `in_eigenbasis`.
       state: must be None. 8 bits are too few for factors and bases, which are most of the state.
-      weight_decay_form: and `mask`, `axes`, `others`, `others_learning_rate`, `mu_dtype`, `nu_dtype`,
-        `shardings`: as in `muon`.
+      weight_decay_form, mask, axes, others, others_learning_rate, mu_dtype, nu_dtype, shardings: as in
+        `muon`.
 
     Raises:
       ValueError: a `state` that is not None; the errors of `muon` and `in_eigenbasis`.
@@ -95,7 +95,7 @@ def klsoap(
             kl=True, whole_first=True, largest_inverse_root=4000), hyperball(0.018))
 
     Args:
-      arguments: and `every`, `max_dim`, `weight_decay_form`: as in `soap`.
+      every, max_dim, weight_decay_form, arguments: as in `soap`.
 
     Raises:
       ValueError: the errors of `soap`.
@@ -143,7 +143,7 @@ def shampoo(
 
     Args:
       power: the power of the inverse factors, 0.25 as in the paper, or 0.5.
-      arguments: and `every`, `max_dim`, `weight_decay_form`: as in `soap`.
+      every, max_dim, weight_decay_form, arguments: as in `soap`.
 
     Raises:
       ValueError: another `power`; the errors of `soap`.

@@ -40,9 +40,8 @@ def soap_muon(
     gradient's factors. The first step is a step of Muon.
 
     Args:
-      every: and `max_dim`, `factor_decay`, `spread`, `refresh_warmup`, `block_size`, `factor_dtype`: as in
-        `soap`.
-      scale: and all further arguments: as in `muon`.
+      every, max_dim, factor_decay, spread, refresh_warmup, block_size, factor_dtype: as in `soap`.
+      scale, arguments: as in `muon`.
 
     Raises:
       ValueError: the errors of `soap`.

@@ -38,9 +38,9 @@ def clip_by_global_norm(max_norm: Numeric) -> optax.GradientTransformation:
     If an update is NaN or infinite, all updates pass unchanged. The state then has the true norm and a factor
     of 1, and `skip_nonfinite` around the optimizer leaves the step out.
 
-    In front of `muon` or `partition` the norm is that of all leaves; inside, it is that of one group. Inside
-    `jax.shard_map` it is that of the shards of one device. Over a mesh it takes two all-reduces of scalars
-    for all leaves that are sharded over the same axes.
+    In front of `muon` or `partition` the norm is that of all leaves. Inside a part of `partition` it is the
+    norm of the leaves of this part. Inside `jax.shard_map` it is that of the shards of one device. Over a
+    mesh it takes two all-reduces of scalars for all leaves that are sharded over the same axes.
 
     Args:
       max_norm: above 0, a number, an array or a tracer, in units of the gradient. With infinity the norm is

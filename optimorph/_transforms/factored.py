@@ -21,8 +21,8 @@ class FactoredState(NamedTuple):
 
     Args:
       rows, columns: `(*batch, n)` and `(*batch, m)` for a leaf that reads as `(*batch, n, m)`. If a leaf has
-        several stacks, theirs are concatenated. A leaf that is not a matrix has its average in `rows` and a
-        single 0 in `columns`.
+        several stacks, their averages are concatenated. A leaf that is not a matrix has its average in `rows`
+        and a single 0 in `columns`.
     """
 
     rows: PyTree

@@ -24,10 +24,11 @@ def hyperball(
         x = w - η ‖w‖ u / ‖u‖          (1)
         w ← ‖w‖ x / ‖x‖                (2)
 
-    It replaces the learning rate and the weight decay. The scale of u has no effect. If u is orthogonal to w,
-    a small η is the angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32 or wider; a leaf
-    that is not a matrix has one norm. Numbers of about 10⁻³⁰ to 10³⁰ are in its range. Over a mesh this takes
-    all-reduces of six numbers for each matrix, or at most for each row or column of a fused kernel.
+    `hyperball` replaces the learning rate and the weight decay. The scale of u has no effect. If u is
+    orthogonal to w, a small η is the angle of the step. ‖·‖ is the Frobenius norm of each matrix, in float32
+    or wider; a leaf that is not a matrix has one norm. Weights and updates may be as small as 1e-30 and as
+    large as 1e30. Over a mesh this takes all-reduces of six numbers for each matrix, or at most for each row
+    or column of a fused kernel.
 
     A matrix of zeros takes the step -η u, and keeps its new norm from then on. A matrix whose u is zero does
     not change. A scalar parameter can only keep its absolute value, so it does not train. η should be far

@@ -29,7 +29,7 @@ class BFloat16State(NamedTuple):
 def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """Keep a transformation's state in bfloat16, rounded stochastically.
 
-        u, s' = inner(g, widen(s))        (1)
+        u, s' = inner(g, widen(s))               (1)
         s ← round(s'),  E[round(s')] = s'        (2)
 
     In one step an average with β = 0.999 covers a thousandth of the distance to its limit, but two
@@ -40,6 +40,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     The noise depends on the seed, the step and the leaf's path. Seed and step are in the state, so a run
     repeats bit by bit, also when it is resumed or moved to another mesh. Under `jax.vmap` all runs have the
     same noise.
+
     Arrays of real numbers are stored in bfloat16. Scalars, integers and complex numbers are not changed.
 
     Args:

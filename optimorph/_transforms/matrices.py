@@ -39,7 +39,7 @@ def orthogonalize(
     bytes_at_once: int = 2**28,
     divide: str | Hardware = AUTO,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replace every matrix by its polar factor: the same singular vectors, all singular values 1.
+    """Replace every matrix by its polar factor, which has its singular vectors and singular values of 1.
 
         u = polar(g) = U Vᴴ, where g = U Σ Vᴴ        (1)
 
@@ -69,7 +69,7 @@ def orthogonalize(
 
     Raises:
       ValueError: at `init`, a spec that does not fit its leaf, or a leaf that no rule decides; at `update`,
-        missing or unfit shardings inside `jax.shard_map`.
+        inside `jax.shard_map`, shardings that are missing or do not fit.
 
     References:
       Carlson et al. 2015, "Preconditioned spectral descent for deep learning"; Bernstein & Newhouse 2024,

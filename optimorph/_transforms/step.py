@@ -54,9 +54,9 @@ def add_decayed_weights(
         u = g + λ w                  (1)
         u = g + λ w [g w ≥ 0]        (2)  with cautious: only where the step already shrinks the weight
 
-    Its meaning depends on its place in the chain. Before the division of Adam it is the gradient of
-    (λ/2)‖w‖²: L2 regularisation, which the division rescales for each weight. After the division it is
-    decoupled decay, which shrinks every weight by the same fraction:
+    What this does depends on the place in the chain. Before the division of Adam, λ w is the gradient of
+    (λ/2)‖w‖². This is L2 regularisation, and the division rescales it for each weight. After the division it
+    is decoupled decay, which shrinks every weight by the same fraction:
 
         l2_adam = chain(add_decayed_weights(λ), scale_by_adam, scale_by_learning_rate(η))
         adamw   = chain(scale_by_adam, add_decayed_weights(λ), scale_by_learning_rate(η))

@@ -75,10 +75,13 @@ class NewtonSchulz:
       steps: the number of steps (2), at least 1.
       iteration: "standard", (2); "gram", (3); or "auto", whichever takes fewer operations for the shape, but
         (2) where (3) is not accurate enough: in bfloat16, and for a table such as "cans".
-      dtype: that of the iteration, whose products accumulate in float32. By default float16 on GPUs and
-        bfloat16 on TPUs, if the table is safe in it, else float32; float64 and complex input keep their own.
-      precision: of float32 products, as `jax.lax.Precision` names it; "highest" rounds nothing to fewer bits.
-      max_stack_bytes: larger stacks are computed in several batches, which bounds memory.
+      dtype: the dtype of the iteration. Its products accumulate in float32. By default it is float16 on GPUs
+        and bfloat16 on TPUs if the table is safe in that dtype, and float32 otherwise. float64 and complex
+        input keep their dtypes.
+      precision: the precision of float32 products, a name that `jax.lax.Precision` takes. With "highest",
+        factors are not rounded to fewer bits.
+      max_stack_bytes: the most bytes of matrices that are computed at once. A larger stack is computed in
+        several batches, which need less memory.
 
     Raises:
       ValueError: an unknown preset or iteration, fewer than one step, or a table that is not safe in the
