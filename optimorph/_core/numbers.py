@@ -183,8 +183,8 @@ def stored_dtype(dtype: DTypeLike | None, own: DTypeLike) -> jnp.dtype:
 
 
 def as_stored(moment: jax.Array, dtype: DTypeLike | None) -> jax.Array:
-    """A moment in the dtype in which it is stored; without `dtype` it is unchanged."""
-    return moment if dtype is None else moment.astype(stored_dtype(dtype, moment.dtype))
+    """A moment in the dtype in which it is stored."""
+    return moment.astype(stored_dtype(dtype, moment.dtype))
 
 
 def restored(x: Any) -> Any:

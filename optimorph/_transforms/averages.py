@@ -107,7 +107,7 @@ def ema(
         x, old = common(g, state.average)
         m = _lerp(x, old, decay)  # (1)
         u = _lerp(x, m, decay) if nesterov else m if lookahead is None else _lerp(x, old, lookahead)  # (2-4)
-        return as_kind_of(u, g), EmaState(as_stored(m, dtype))
+        return as_kind_of(u, g), EmaState(m if dtype is None else as_stored(m, dtype))
 
     def init(leaf):
         return EmaState(full_like(leaf.weight, initial, dtype))
@@ -197,7 +197,8 @@ def momentum(
     def update(g, state, leaf, now):
         x, v = common(g, state.velocity)
         v = add(x, v)  # (1)
-        return as_kind_of(add(x, v) if nesterov else v, g), MomentumState(as_stored(v, dtype))  # (3), (2)
+        u = add(x, v) if nesterov else v  # (3), (2)
+        return as_kind_of(u, g), MomentumState(v if dtype is None else as_stored(v, dtype))
 
     def init(leaf):
         return MomentumState(full_like(leaf.weight, 0.0, dtype))
@@ -230,7 +231,7 @@ def accumulate(
     def update(g, state, leaf, now):
         x, s = common(g, state.total)
         s = x + s  # (1)
-        return as_kind_of(s, g), AccumulateState(as_stored(s, dtype))  # (2)
+        return as_kind_of(s, g), AccumulateState(s if dtype is None else as_stored(s, dtype))  # (2)
 
     def init(leaf):
         return AccumulateState(full_like(leaf.weight, initial, dtype))
@@ -269,7 +270,7 @@ def extrapolate(
         x, before = common(g, state.previous)
         beta = as_scalar(decay, x)
         u = x + as_scalar(gamma, x) * beta / (1 - beta) * (x - before)  # (1)
-        return as_kind_of(u, g), ExtrapolateState(as_stored(x, dtype))
+        return as_kind_of(u, g), ExtrapolateState(x if dtype is None else as_stored(x, dtype))
 
     def init(leaf):
         return ExtrapolateState(full_like(leaf.weight, 0.0, dtype))

@@ -99,7 +99,8 @@ def add_decayed_weights(
         decay, chosen = now
         if never or (chosen is not None and not chosen[leaf.index]):
             return g, state
-        check_params(who, leaf.weight, "weight decay adds a multiple of them")
+        if leaf.weight is None:
+            check_params(who, None, "weight decay adds a multiple of them")
         w = upcast(leaf.weight).astype(g.dtype)
         term = as_scalar(decay, g) * w
         if cautious:
