@@ -151,6 +151,10 @@ UNSEEN = {
         "_recipes.optimizers: rmsprop: chain 2 without 1",
     ],
     "it rounds what is stored, which no formula does": [
+        "_transforms.averages: ema.update: if 2 *",
+        "_transforms.averages: momentum.update: if 1 *",
+        "_transforms.averages: accumulate.update: if *",
+        "_transforms.averages: extrapolate.update: if 0 always",
         "_transforms.in_bfloat16: in_bfloat16: if 0 never",
         "_transforms.in_bfloat16: in_bfloat16: seed *",
         "_transforms.in_bfloat16: in_bfloat16.*",
