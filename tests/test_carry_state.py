@@ -202,6 +202,27 @@ def test_counts_of_schedules(theirs, ours, counts):
         assert optax.tree.get(state, reading) > 0  # of the first step until the next is taken
 
 
+PARTLY = {
+    "chain": lambda last: om.chain(om.muon(0.1), last),
+    "sum": lambda last: om.add(last, om.muon(schedule)),
+    "mixture": lambda last: om.mix(0.5, om.soap(schedule), last),
+}
+
+
+@pytest.mark.parametrize("around", PARTLY.values(), ids=[*PARTLY])
+def test_counts_beside_parts_stay_where_they_are(around):
+    """Where matrices have counts of their own, that of all leaves is not theirs: here it counts every other step."""
+    tx = around(om.multi_steps(om.scale_by_learning_rate(schedule), 2))
+    params = {"hidden": {"kernel": jnp.eye(4)}, "head": {"kernel": jnp.ones((4, 2))}}
+    state = tx.init(params)
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+    after, report = om.carry_state(state, tx, params, strict=True)
+    assert {row.fate for row in report} == {"kept"}
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("wrap", [lambda tx: tx, om.skip_nonfinite], ids=["chain", "skip_nonfinite"])
 def test_behind_clipping(wrap):
     """What optax has nothing of begins anew; of this library's own states it goes on."""

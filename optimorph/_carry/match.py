@@ -136,7 +136,7 @@ class Match:
             return Origin(FRESH, "measured at the next step")
         if slot.kind in CORRECTIONS:
             return self._correction(slot)
-        parts = list(dict.fromkeys(source.part for new, source in self.kept if _inside(new.part, slot.part)))
+        parts = _parts(slot, (pair for pair in self.kept if _inside(pair[0].part, slot.part)))
         found = self._at(slot, slot.kind, parts)
         if not found and slot.kind == kinds.WEIGHT and (count := self._at(slot, kinds.WINDOW, parts)):
             return _of_counts(slot, count)._replace(fate=CONVERTED, why=f"of the {kinds.WINDOW}", sources=())
@@ -151,10 +151,10 @@ class Match:
             own = slot.kind == kinds.STEPS and slot.home
             return new.home == slot.home if own else _inside(new.part, slot.part)
 
-        kept = [source for new, source in self.kept if beside(new)]
+        kept = [pair for pair in self.kept if beside(pair[0])]
         if not kept and any(new.moment and beside(new) for new in self.wanted):
             return Origin(FRESH, "begins with its moments")
-        homes, parts = {source.home for source in kept}, list(dict.fromkeys(source.part for source in kept))
+        homes, parts = {source.home for _, source in kept}, _parts(slot, kept)
         found = [count for count in self.scalars.get((slot.kind, ""), []) if count.home in homes]
         if found := found or self._at(slot, slot.kind, parts):
             origin = _of_counts(slot, found)
@@ -230,6 +230,15 @@ def _rows_differ(source: Slot, slot: Slot) -> bool:
 
 def _inside(part: Part, around: Part) -> bool:
     return part[: len(around)] == around
+
+
+def _parts(slot: Slot, kept: Iterable[tuple[Slot, Slot]]) -> list[Part]:
+    """The parts of the old state that stand for a scalar's, by the moments in it, each with its source.
+
+    A moment that is in a part of the scalar's part comes from a part of the old scalar's part.
+    """
+    depths = ((len(new.part) - len(slot.part), source.part) for new, source in kept)
+    return list(dict.fromkeys(part[: max(len(part) - depth, 0)] for depth, part in depths))
 
 
 def _alike(found: list[Slot], slot: Slot) -> list[Slot]:
