@@ -161,7 +161,7 @@ def plan(
     routed = getattr(optimizer, "routes", None)
     routes = Routes(_roles, None, ("optimizer", "optimizer")) if routed is None else routed
     specs = resolve_trained(routes.resolve, paths, shapes, LeafSpec(None, INTEGER))
-    state_bytes = _state_bytes(optimizer, paths, shapes, specs)
+    state_bytes = _state_bytes(optimizer, params, paths, shapes, specs)
     scale = SCALES[routes.scale] if isinstance(routes.scale, str) else routes.scale
 
     def row(path: str, leaf: jax.ShapeDtypeStruct, spec: LeafSpec) -> PlanRow:
@@ -182,7 +182,7 @@ def plan(
         )
 
     rows = tuple(map(row, paths, shapes, specs))
-    rates = _learning_rates(optimizer, routes) if rated and routed is not None else {}
+    rates = _learning_rates(optimizer, params, routes) if rated and routed is not None else {}
     over_mesh = None
     if mesh is not None and routed is None:
         warn(
@@ -224,42 +224,51 @@ def _transform(routes: Routes, spec: LeafSpec) -> str:
 
 def _state_bytes(
     optimizer: optax.GradientTransformation,
+    params: PyTree,
     paths: list[str],
     shapes: list[jax.ShapeDtypeStruct],
     specs: list[LeafSpec],
 ) -> dict[str, int]:
     """Path → bytes of the state's arrays that belong to the leaf. Scalars such as counts belong to no leaf.
 
-    Unresolved leaves are left out, because the optimizer would refuse them. In a tree of more than a thousand
-    leaves, those whose paths differ only in numbers are measured once, and always where a state has stacks of
-    the matrices of several leaves.
+    The optimizer gets a tree like `params`, because its masks and labels may be such trees. Leaves that are
+    not measured are empty arrays of integers in it: unresolved ones, which the optimizer would refuse, and of
+    more than a thousand leaves, all but one of those whose paths differ only in numbers. Where a state has
+    stacks of the matrices of several leaves, each leaf is measured alone.
     """
     leaves = [leaf for leaf in zip(paths, shapes, specs, strict=True) if leaf[2].unresolved is None]
     alike = group_by(leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]))
     groups = alike if len(leaves) > _EXACT else [[leaf] for leaf in leaves]
-    params = {group[0][0]: group[0][1] for group in groups}
-    own = {group[0][0]: group[0][2] for group in groups}
+    own = dict(zip(paths, specs, strict=True))
+    tree = jax.tree.structure({"": 0} if paths == [""] else params)  # every leaf has a key
 
-    def state_of(params):
+    def state_of(chosen):
+        tried = tree.unflatten(
+            x if path in chosen else x.update(shape=(0,) * x.ndim, dtype=np.int8)
+            for path, x in zip(paths, shapes, strict=True)
+        )
         with quietly(), handed_down(leaf_specs=own):  # the plan reports unused rules
-            return jax.eval_shape(optimizer.init, params)
+            return jax.eval_shape(optimizer.init, tried)
 
-    state = state_of(params)
+    state = state_of({group[0][0] for group in groups})
     if nodes_with(state, "stacked"):  # one array for the matrices of several leaves
-        alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]: group[0][1]})) for group in alike}
+        alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]})) for group in alike}
         sizes = {path: sum(x.size * x.dtype.itemsize for x in xs if x.ndim) for path, xs in alone.items()}
         return {path: sizes[group[0][0]] for group in alike for path, *_ in group}
-    count = dict.fromkeys(params, 0)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        if known := [key for key in keys if key in count]:
-            count[known[-1]] += leaf.size * leaf.dtype.itemsize
+    places = dict(jax.tree_util.tree_leaves_with_path(tree.unflatten(paths)))
+    count = dict.fromkeys(paths, 0)
+    for place, leaf in jax.tree_util.tree_leaves_with_path(state):
+        ends = [place[k:] for k in range(len(place)) if place[k:] in places]  # it is in a tree like params
+        if ends:
+            count[places[ends[0]]] += leaf.size * leaf.dtype.itemsize
     return {path: count[group[0][0]] for group in groups for path, *_ in group}
 
 
-def _learning_rates(optimizer: optax.GradientTransformation, routes: Routes) -> dict[str, float]:
+def _learning_rates(
+    optimizer: optax.GradientTransformation, params: PyTree, routes: Routes
+) -> dict[str, float]:
     with quietly():  # there is no matrix
-        parts = optimizer.init({}).inner_states  # pyright: ignore[reportAttributeAccessIssue]
+        parts = optimizer.init(jax.tree.map(lambda _: None, params)).inner_states  # pyright: ignore[reportAttributeAccessIssue]
     found = {}
     for name, part in zip(routes.names, (MATRIX, OTHER), strict=True):
         rates = [rate for _, rate in optax.tree.get_all_with_path(parts[part], "last_learning_rate")]

@@ -211,7 +211,7 @@ PARTLY = {
 
 @pytest.mark.parametrize("around", PARTLY.values(), ids=[*PARTLY])
 def test_counts_beside_parts_stay_where_they_are(around):
-    """Where matrices have counts of their own, that of all leaves is not theirs: here it counts every other step."""
+    """Where matrices have counts of their own, that of all leaves is another, of half the steps."""
     tx = around(om.multi_steps(om.scale_by_learning_rate(schedule), 2))
     params = {"hidden": {"kernel": jnp.eye(4)}, "head": {"kernel": jnp.ones((4, 2))}}
     state = tx.init(params)

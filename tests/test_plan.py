@@ -84,6 +84,33 @@ def test_a_large_tree_is_planned_leaf_by_leaf():
     assert len(str(plan).splitlines()) < 10  # alike leaves share a line
 
 
+def test_masks_and_labels_of_optax_may_be_trees():
+    """They have the structure of the parameters, and may look at the keys of a path."""
+    params = {
+        "hidden": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)},
+        "list": [jnp.ones((8, 4)), jnp.ones(4)],
+    }
+    params = jax.eval_shape(lambda: params)
+    mask = jax.tree.map(lambda x: x.ndim > 1, params)
+    by_key = optax.partition(
+        {True: optax.adam(1e-3), False: optax.sgd(1e-3)},
+        lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "hidden", tree),
+    )
+    two, other = optax.masked(optax.adam(1e-3), mask), optax.masked(om.adam(1e-3), mask)
+    routed = om.route_matrices(optax.adamw(1e-3, mask=mask), others=om.sgd(1e-3))
+    of = {"hidden/kernel": 512, "hidden/bias": 0, "list/0": 256, "list/1": 0}
+    for tx, expected in [
+        (two, of),
+        (om.skip_nonfinite(other), of),
+        (optax.partition({True: om.adam(1e-3), False: optax.sgd(1e-3)}, mask), of),
+        (by_key, {"hidden/kernel": 512, "hidden/bias": 64, "list/0": 0, "list/1": 0}),
+        (optax.flatten(om.muon(1e-3)), dict.fromkeys(of, 0)),  # one array for all leaves
+        (routed, of | {"list/0": 0}),  # it may be the output layer
+    ]:
+        found = {row.path: row.state_bytes for row in om.plan(params, tx).rows}
+        assert found == expected
+
+
 @pytest.mark.parametrize("layers", [3, 1001])
 def test_bytes_of_an_inferred_head_and_beside_unresolved_leaves(layers):
     """The optimizer's state is measured on fewer leaves, but with the plan's routes."""

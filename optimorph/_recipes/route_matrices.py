@@ -102,8 +102,10 @@ def routed(
         return optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
 
     def specs_of(leaves: Leaves) -> list[LeafSpec]:
-        known = handed("leaf_specs")
-        return resolved(who, resolve, match, leaves) if known is None else [known[p] for p in leaves.paths]
+        known = handed("leaf_specs") or {}
+        if any(path not in known for path in leaves.paths):  # a wrapper may pass other leaves than it gets
+            return resolved(who, resolve, match, leaves)
+        return [known[path] for path in leaves.paths]
 
     def needs_others(path: str, leaf: Any) -> bool:
         """Whether other leaves may tell how this one reads."""
