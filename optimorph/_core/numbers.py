@@ -56,7 +56,8 @@ def with_type_of(x: jax.Array, like: Any) -> jax.Array:
 def varying(x: jax.Array, *likes: Any) -> jax.Array:
     """`x`, varying over the manual mesh axes over which other arrays vary, where types say so."""
     own, *others = (_varies_over(like) for like in (x, *likes))
-    return jax.lax.pcast(x, tuple(own.union(*others) - own), to="varying")
+    more = own.union(*others) - own
+    return jax.lax.pcast(x, tuple(more), to="varying") if more else x
 
 
 def _varies_over(x: Any) -> frozenset[str]:

@@ -26,6 +26,7 @@ from optimorph._core.numbers import (
     kind,
     restored,
     upcast,
+    varying,
     with_type_of,
 )
 from optimorph._core.paths import structure_paths
@@ -261,7 +262,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
         after = [
-            tree.unflatten(slot) if role.tree else new
+            tree.unflatten(slot) if role.tree else varying(new, slot)
             for slot, role, new in zip(slots, rule.roles, rule.slots(shared), strict=True)
         ]
         return tree.unflatten(out), rule.structure.unflatten(after)

@@ -128,6 +128,29 @@ def test_what_varies_inside_shard_map(wrapped):
     jax.eval_shape(step, whole, state, whole)
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [om.adamw(0.1), om.lion(0.1), om.adamw(0.1, weight_decay_form="corrected"), om.adamw(0.1, state="int8")],
+    ids=["adamw", "lion", "corrected", "int8"],
+)
+def test_a_state_that_varies_stays_so(tx):
+    """Inside `shard_map`, one member of an ensemble on each device: also numbers that are always the same."""
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+    params = {"w": jnp.ones((4, 64, 64))}
+
+    def steps(state, params):
+        state, params = jax.tree.map(lambda x: x[0], (state, params))
+
+        def step(state, _):
+            return tx.update(params, state, params)[1], None
+
+        return jax.tree.map(lambda x: x[None], jax.lax.scan(step, state, length=2)[0])
+
+    state = jax.vmap(tx.init)(params)
+    steps = jax.shard_map(steps, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert jax.tree.structure(jax.eval_shape(steps, state, params)) == jax.tree.structure(state)
+
+
 IN_LOOPS = {
     "multi_steps": om.multi_steps(om.adam(0.1), 2),
     "extrapolate": om.chain(om.sgd(0.1), om.extrapolate(0.1, 0.9)),
