@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh
 
+from optimorph._core.numbers import varying
 from optimorph._distributed.balance import Balance, balanced
 from optimorph._distributed.shardings import Names
 from optimorph._distributed.stacks import at_owners, filled
@@ -42,7 +43,8 @@ def refreshed(
     """
     factors = {key: (k.left, k.right) for key, k in kept.items()}
     bases = {key: (k.left_basis, k.right_basis) for key, k in kept.items()}
-    orders = jax.tree.map(_in_order, bases)
+    bases = jax.tree.map(varying, bases, factors)
+    orders = jax.tree.map(varying, jax.tree.map(_in_order, bases), factors)
     turns = every if spread else 1
     plans = _plans(mesh, bases, matrices, turns)
 

@@ -127,13 +127,20 @@ def mesh_in_use(arrays: Sequence[Any]) -> AbstractMesh | None:
 
 
 def placed(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
-    """A stack that is made, with its slots at their owners."""
+    """A stack that is made, with its slots at their owners.
+
+    Beside `Explicit` axes of a mesh the compiler chooses what its `Auto` axes divide. In a `vmap` outside of
+    `jit` a mesh is known without its devices, and nothing is placed.
+    """
     if mesh is None or len(x) % mesh.size:
         return x
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    if names := tuple(name for name, kind in kinds if kind is AxisType.Explicit):
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(names)))
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    if AxisType.Explicit in mesh.axis_types:
-        return jax.sharding.reshard(x, place)
-    return jax.lax.with_sharding_constraint(x, place) if isinstance(x, Tracer) else jax.device_put(x, place)
+    if isinstance(x, Tracer):
+        return jax.lax.with_sharding_constraint(x, place)
+    return jax.device_put(x, place) if isinstance(mesh, Mesh) else x
 
 
 def to_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.numbers import as_scalar
+from optimorph._core.numbers import as_scalar, varying
 from optimorph._core.types import Numeric
 
 FIRST_STEPS = 2
@@ -154,7 +154,7 @@ def orthogonal_iteration(
     def turn(k, made):
         return jax.lax.cond((k == 0) | again, step, lambda *same: same, *made)
 
-    return jax.lax.fori_loop(0, steps, turn, (basis, order))
+    return jax.lax.fori_loop(0, steps, turn, tuple(varying(x, scaled, basis) for x in (basis, order)))
 
 
 def permuted(x: jax.Array, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:

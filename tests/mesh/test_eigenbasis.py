@@ -132,3 +132,39 @@ def test_inside_shard_map():
     for arguments in ({}, {"shardings": {"*": P("data")}}):
         with pytest.raises(ValueError, match=r"in_eigenbasis: inside jax.shard_map 'w' has shape"):
             inside(P("data"), **arguments)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_gradients_that_vary_inside_shard_map(spread):
+    """Where types say so, beside bases that begin alike everywhere."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.stack([jnp.eye(8)] * 8)}
+    tx = om.soap(0.1, every=2, spread=spread, axes={"*": "io"}, shardings={"*": P()})
+
+    def inside(params):
+        w = jax.tree.map(lambda x: x[0], params)
+        return jax.tree.map(lambda x: x[None], tx.update(w, tx.init(w), w)[0])
+
+    jax.eval_shape(jax.shard_map(inside, mesh=mesh, in_specs=P("data"), out_specs=P("data")), params)
+
+
+@pytest.mark.parametrize(
+    "kinds", [(AxisType.Explicit, AxisType.Auto), (AxisType.Auto, AxisType.Explicit)], ids=str
+)
+@rounding.in_float64
+def test_over_axes_of_both_types(kinds):
+    """The types of arrays say how `Explicit` axes divide them, and the compiler sees to `Auto` ones."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds, devices=jax.devices()[:8])
+    with jax.set_mesh(mesh):
+        got, _ = steps(lambda tree: jax.device_put(tree, NamedSharding(mesh, P())), 3)
+    rounding.close(jax.tree.map(np.asarray, got), steps(trees.on_one, 3)[0], condition=1e5)
+
+
+def test_an_ensemble_outside_of_jit():
+    """The mesh of its members is known, but not the devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    params = jax.device_put({"w": jnp.stack([jnp.eye(8)] * 8)}, NamedSharding(mesh, P("data")))
+    tx = om.soap(0.1, axes={"*": "io"})
+    state = jax.vmap(tx.init)(params)
+    updates, _ = jax.jit(jax.vmap(tx.update))(params, state, params)
+    assert updates["w"].shape == (8, 8, 8)
