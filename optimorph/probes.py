@@ -220,6 +220,10 @@ def read(state: PyTree) -> dict[str, Any]:
     partition the name of the part comes first, as in `matrix/learning_rate`. The values are Python numbers.
     If the state has further axes, as after `jax.vmap`, they are NumPy arrays.
     """
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
+        raise ValueError(
+            "read: the state has shapes and no arrays. Type the state that tx.init or tx.update returned."
+        )
     found: dict[str, Any] = {}
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_speaks):
         if _speaks(node):

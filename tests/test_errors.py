@@ -180,14 +180,6 @@ REFUSED = {
     "a class for a schedule": (lambda: om.adamw(int), ["adamw: learning_rate", "not a function"]),
     "a class for a mask": (lambda: om.adamw(0.1, mask=bool).init(W), ["the mask is", "bool"]),
     "a mask of nothing": (lambda: om.adamw(0.1, mask=lambda: True).init(W), ["the mask is"]),
-    "a mask of another name": (
-        lambda: om.multi_steps(om.sgd(0.1), 2, maximum=2).init(W),
-        ["the mask maximum is 2"],
-    ),
-    "another such": (
-        lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), W, fresh=2),
-        ["carry_state: the mask fresh is 2"],
-    ),
     "a class for rules": (lambda: om.muon(0.1, axes=dict), ["muon: a function of axes", "not a function"]),
     "an array for a word": (lambda: om.adamw(0.1, state=PAIR), ["adamw: state must be 'int8'"]),
     "an array for norms": (lambda: om.scion(0.1, norms=PAIR), ["scion: norms must be", "shape (2,)"]),
@@ -241,6 +233,18 @@ REFUSED = {
     "an infinite factor": (
         lambda: om.scale_by_rules({"*": [1.0, 2.0, np.inf]}).init({"b": jnp.ones(3)}),
         ["scale_by_rules: the factor of 'b'", "finite", "inf"],
+    ),
+    "a maximum of 2": (
+        lambda: om.multi_steps(om.sgd(0.1), 2, maximum=2).init(W),
+        ["multi_steps: the mask maximum is 2"],
+    ),
+    "fresh of 2": (
+        lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), W, fresh=2),
+        ["carry_state: the mask fresh is 2"],
+    ),
+    "shapes of a state": (
+        lambda: om.probes.read(jax.eval_shape(om.probes.probe(om.sgd(0.1)).init, W)),
+        ["read: ", "shapes", "tx.init"],
     ),
     "flush of 3": (lambda: accumulated(3, flush=3), ["multi_steps: flush", "one boolean", "3"]),
     "flush of several": (lambda: accumulated(3, flush=np.zeros(2, bool)), ["multi_steps: flush"]),

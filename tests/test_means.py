@@ -204,3 +204,12 @@ def test_repeated_blocks_are_matrices_of_their_own(spec, over):
     tx = om.mean(over, axes={"*": spec})
     u, _ = tx.update({"w": g}, tx.init({"w": g}))
     rounding.close(u["w"], axes.array(means, g.shape))
+
+
+def test_rows_and_columns_of_no_layers():
+    """A stack of no matrices stays what it is."""
+    params = {"w": jnp.ones((0, 8, 8)), "v": jnp.ones((0, 3))}
+    tx = om.factored(0.9, {"w": "bio", "v": None})
+    updates, state = tx.update(params, tx.init(params))
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))

@@ -99,7 +99,8 @@ def chosen(fresh: Mask | None, params: PyTree) -> set[str]:
         return set()
     leaves = arrays(WHO, params)
     check_mask(WHO, fresh, leaves, "fresh")
-    return {path for path, so in zip(leaves.paths, masked_leaves(WHO, fresh, leaves), strict=True) if so}
+    selected = masked_leaves(WHO, fresh, leaves, "fresh")
+    return {path for path, so in zip(leaves.paths, selected, strict=True) if so}
 
 
 def places(grown: bool | Mapping[str, Any], params: PyTree) -> Place:

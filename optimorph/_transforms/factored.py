@@ -92,7 +92,9 @@ def factored(
             b = as_scalar(decay, before)
             return b * before + (1 - b) * x
 
-        if form is None or np.size(g) == 0:
+        if np.size(g) == 0:
+            return g, FactoredState(*map(upcast, state))
+        if form is None:
             rows = average(g, state.rows)
             return rows.astype(g.dtype), FactoredState(rows, upcast(state.columns))
         stacks = form.matrices(g)
