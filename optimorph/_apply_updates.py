@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.differences import difference
+from optimorph._core.differences import difference, stands_for_several
 from optimorph._core.numbers import ABSENT, as_kind_of, cast_like, copied, is_absent, is_missing, kind, upcast
 from optimorph._core.paths import structure_paths
 from optimorph._core.rounding import check_key, leaf_key, stochastic_bfloat16
@@ -49,13 +49,15 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
         ws = tree.flatten_up_to(params)
     except (ValueError, TypeError, KeyError) as error:
         raise difference("apply_updates", updates, params) from error
-    if not all(is_missing(u) or isinstance(u, ABSENT) or _fits(u, w) for u, w in zip(us, ws, strict=True)):
+    if not all(_fits(u, w) for u, w in zip(us, ws, strict=True)):
         raise difference("apply_updates", updates, params)
     leaves = zip(structure_paths(tree), us, ws, strict=True)
     return tree.unflatten(_updated(path, u, w, key) for path, u, w in leaves)
 
 
 def _fits(u: Any, w: Any) -> bool:
+    if is_missing(u) or isinstance(u, ABSENT):
+        return not stands_for_several(u, w)
     if kind(w) == "integer" or "none" in (kind(u), kind(w)):
         return kind(u) == kind(w) == "integer" and np.shape(u) == np.shape(w)
     return np.shape(u) == np.shape(w)

@@ -13,6 +13,7 @@ import optax
 
 from optimorph._core.checks import RANGES, call_fault, check_numbers, dtype_name, one_or_several
 from optimorph._core.differences import checked_state
+from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike
 from optimorph._core.wrapped import wrapped
 
@@ -54,7 +55,7 @@ def inject_hyperparams(
     if isinstance(inner_factory, type) or not callable(inner_factory):
         raise ValueError(
             f"inject_hyperparams: inner_factory must be a function that makes an optimizer, but is "
-            f"{inner_factory!r}. Type inject_hyperparams(optimorph.adamw)(learning_rate=1e-3)."
+            f"{shown(inner_factory)}. Type inject_hyperparams(optimorph.adamw)(learning_rate=1e-3)."
         )
     signature = inspect.signature(inner_factory)
     names = signature.parameters

@@ -20,6 +20,7 @@ from optimorph._core.moments import nodes_with
 from optimorph._core.numbers import is_array
 from optimorph._core.paths import distinct_paths
 from optimorph._core.rule import handed_down
+from optimorph._core.shown import shown
 from optimorph._core.types import PyTree, Shape
 from optimorph._core.warn import quietly, warn
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
@@ -151,7 +152,7 @@ def plan(
     if optimizer is not None:
         check_transforms("plan", optimizer)
     if mesh is not None and not isinstance(mesh, Mesh | AbstractMesh):
-        raise ValueError(f"plan: mesh must be a jax.sharding.Mesh or AbstractMesh, but is {mesh!r}.")
+        raise ValueError(f"plan: mesh must be a jax.sharding.Mesh or AbstractMesh, but is {shown(mesh)}.")
     paths, leaves = distinct_paths("plan", params), jax.tree.leaves(params)
     shapes = [_shape(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
     rated = optimizer is not None or "learning_rate" in arguments

@@ -10,6 +10,7 @@ from optimorph._core.checks import abbreviated, is_one_of, not_an_array
 from optimorph._core.numbers import copied, is_array, kind
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rounding import check_key, leaf_key
+from optimorph._core.shown import shown
 from optimorph._core.types import PyTree
 from optimorph.codecs import Encoded, Split8, Split16
 
@@ -64,7 +65,7 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
       equations.
     """
     if not is_one_of(bits, (8, 16)):
-        raise ValueError(f"split_weights: bits must be 8 or 16, but is {bits!r}. Type bits=8.")
+        raise ValueError(f"split_weights: bits must be 8 or 16, but is {shown(bits)}. Type bits=8.")
     if key is not None:
         check_key("split_weights", key)
     codec = Split16() if bits == 16 else Split8(stochastic=key is not None)

@@ -16,6 +16,7 @@ import numpy as np
 from optimorph._core.checks import abbreviated, is_integer
 from optimorph._core.numbers import is_trainable
 from optimorph._core.paths import leaf_paths
+from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, PyTree, Shape
 from optimorph._core.warn import warn
 from optimorph._routing.grouping import glob_of, group_by, without_numbers
@@ -44,7 +45,7 @@ _MAXTEXT = {
 def _check_axis(who: str, scan_axis: int | None) -> None:
     if scan_axis is not None and (not is_integer(scan_axis, 0) or scan_axis > 2):
         raise ValueError(
-            f"{who}: scan_axis is {scan_axis!r}, but of stacked matrices it is 0, 1 or 2. "
+            f"{who}: scan_axis is {shown(scan_axis)}, but of stacked matrices it is 0, 1 or 2. "
             "Type scan_axis=1, or None."
         )
 
@@ -93,7 +94,7 @@ def gpt_neox(heads: int) -> Patterns:
       heads: the number of heads. The queries of all heads are one matrix, and so are the keys and the values.
     """
     if not is_integer(heads, 1):
-        raise ValueError(f"gpt_neox: heads must be an integer above 0, but is {heads!r}. Type heads=12.")
+        raise ValueError(f"gpt_neox: heads must be an integer above 0, but is {shown(heads)}. Type heads=12.")
     return {
         "*query_key_value/kernel": f"i({heads}~3 o)",
         "*query_key_value/weight": f"({heads}~3 o)i",

@@ -15,11 +15,13 @@ from test_contract import NUMBERS, required
 
 import optimorph as om
 from optimorph import schedules, theory
-from optimorph._core.checks import SCHEDULED
+from optimorph._core.checks import SCHEDULED, check_matrices, check_transforms
+from optimorph._core.rounding import check_key
 from optimorph.linalg import Axes, Coefficients, NewtonSchulz, polar_express
 
 PAIR = np.array([1.0, 2.0])
 W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+PAIRS = {"a": {"w": jnp.ones(3), "b": jnp.ones(3)}}
 
 
 def accumulated(every_k, **extra):
@@ -234,6 +236,30 @@ REFUSED = {
         lambda: om.scale_by_rules({"*": [1.0, 2.0, np.inf]}).init({"b": jnp.ones(3)}),
         ["scale_by_rules: the factor of 'b'", "finite", "inf"],
     ),
+    "no gradients at all": (
+        lambda: om.adamw(0.1).update(None, om.adamw(0.1).init(PAIRS), PAIRS),
+        ["adamw: the gradients do not match", "'a/w': a parameter of shape (3,), but no gradient"],
+    ),
+    "no gradients of a module": (
+        lambda: om.sgd(0.1).update({"a": None}, om.sgd(0.1).init(PAIRS), PAIRS),
+        ["sgd: the gradients do not match", "'a/w': a parameter of shape (3,), but no gradient"],
+    ),
+    "no updates at all": (
+        lambda: om.apply_updates(PAIRS, None),
+        ["apply_updates: ", "'a/w': a parameter of shape (3,), but no "],
+    ),
+    "parameters for axes": (
+        lambda: om.muon(0.1, axes={"w": jnp.ones((3, 4))}).init({"w": jnp.ones((3, 4))}),
+        ["muon: 'w' has shape (3, 4), and float32[3, 4] is not a spec"],
+    ),
+    "a tree of arrays for axes": (
+        lambda: om.muon(0.1, axes=[jnp.ones((3, 4))]).init([jnp.ones((3, 4))]),
+        ["muon: '0' has shape (3, 4), and float32[3, 4] is not a spec"],
+    ),
+    "integers for a matrix": (
+        lambda: check_matrices("Exact", jnp.ones((3, 4), jnp.int32)),
+        ["Exact: matrices are an array of floating-point numbers", "int32[3, 4]"],
+    ),
     "a maximum of 2": (
         lambda: om.multi_steps(om.sgd(0.1), 2, maximum=2).init(W),
         ["multi_steps: the mask maximum is 2"],
@@ -254,6 +280,26 @@ REFUSED = {
     ),
     "zero eigenvalue": (lambda: theory.nesterov(1.0, 0.0), ["nesterov", "strong_convexity", "0.0"]),
 }
+
+
+TREE = {f"layer_{k}": {"kernel": np.ones((64, 64)), "b": jnp.ones(64)} for k in range(100)}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: om.adamw(TREE),
+        lambda: om.role_of("a", TREE),
+        lambda: check_transforms("chain", om.adamw(0.1).init(TREE)),
+        lambda: om.partition({"*": TREE}, {"a": om.sgd(0.1)}).init(W),
+        lambda: check_key("apply_updates", TREE),
+    ],
+)
+def test_no_error_is_as_long_as_a_model(call):
+    """A tree in the place of something else is named by its first leaves."""
+    with pytest.raises(ValueError, match=r"float(32|64)\[64, 64\]|EmaState|DivideState") as caught:
+        call()
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize(("call", "words"), REFUSED.values(), ids=REFUSED)

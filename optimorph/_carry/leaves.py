@@ -14,6 +14,7 @@ from optimorph._carry.slots import HYPERPARAMETER, Slot
 from optimorph._core.checks import check_flags, check_function
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rule import arrays
+from optimorph._core.shown import shown
 from optimorph._core.types import Mask, PyTree, Shape
 from optimorph._routing.rules import check_mask, first_match, masked_leaves, warn_unused
 from optimorph._storage.stored import Stored
@@ -57,8 +58,8 @@ def new_names(renamed: Renamed | None, paths: list[str]) -> Callable[[str], str 
         isinstance(old, str) and isinstance(new, str | None) for old, new in renamed.items()
     ):
         raise ValueError(
-            f"{WHO}: renamed must map paths in the state to paths in the parameters, but is {renamed!r}. "
-            "Type renamed={'encoder': 'backbone/encoder', 'old_head': None}."
+            f"{WHO}: renamed must map paths in the state to paths in the parameters, but is "
+            f"{shown(renamed)}. Type renamed={{'encoder': 'backbone/encoder', 'old_head': None}}."
         )
 
     def starts(path: str, old: str) -> bool:

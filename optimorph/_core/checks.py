@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optimorph._core.numbers import is_array, is_schedule
+from optimorph._core.shown import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,7 +83,7 @@ def check_numbers(who: str, **values: Any) -> None:
         if value is None:
             raise ValueError(f"{who}: {name} is missing. {fix}")
         if not (is_array(value) and _is_real(value)) or isinstance(value, jax.ShapeDtypeStruct):
-            raise ValueError(f"{who}: {name} must be a number {text}, but is {value!r}. {fix}")
+            raise ValueError(f"{who}: {name} must be a number {text}, but is {shown(value)}. {fix}")
         shape = getattr(value, "shape", ())
         if shape != ():
             raise ValueError(
@@ -119,12 +120,22 @@ def call_fault(f: Any, *arguments: Any) -> str | None:
 
 def check_function(who: str, name: str, f: Any, of: str, *arguments: Any) -> None:
     if (fault := call_fault(f, *arguments)) is not None:
-        raise ValueError(f"{who}: {name} must be a function of {of}, but is {f!r}: {fault}.")
+        raise ValueError(f"{who}: {name} must be a function of {of}, but is {shown(f)}: {fault}.")
 
 
 def is_one_of(value: Any, choices: Sequence[Any]) -> bool:
     """Whether it is one of these words and numbers; what is compared elementwise is none of them."""
     return isinstance(value, str | int | float | np.generic) and value in choices
+
+
+def check_matrices(who: str, x: Any) -> None:
+    """Refuse what is no stack of matrices of real or complex floating-point numbers."""
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or len(x.shape) < 2:
+        raise ValueError(
+            f"{who}: matrices are an array of floating-point numbers of shape (*batch, n, m), but here they "
+            f"are {shown(x)}. Type jnp.ones((3, 4)), for example."
+        )
 
 
 def one_or_several(names: Any) -> list[Any]:
@@ -135,7 +146,7 @@ def one_or_several(names: Any) -> list[Any]:
 def check_flags(who: str, **flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool | np.bool_):
-            raise ValueError(f"{who}: {name} must be True or False, but is {flag!r}. Type {name}=True.")
+            raise ValueError(f"{who}: {name} must be True or False, but is {shown(flag)}. Type {name}=True.")
 
 
 def check_transforms(who: str, *transforms: Any) -> None:
@@ -160,18 +171,20 @@ def check_integer(
 ) -> None:
     if not is_integer(x, least, below):
         raise ValueError(
-            f"{who}: {name} must be an integer of at least {least}, but is {x!r}. Type {name}={example}."
+            f"{who}: {name} must be an integer of at least {least}, but is {shown(x)}. Type {name}={example}."
         )
 
 
 def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name: str = "factor") -> None:
     known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array) and is_array(factor)
     if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
-        raise ValueError(f"{who}: the {name} of {path!r} must be a real number, but is {factor!r}. Type 0.5.")
+        raise ValueError(
+            f"{who}: the {name} of {path!r} must be a real number, but is {shown(factor)}. Type 0.5."
+        )
     value = np.asarray(1.0 if isinstance(factor, Tracer) else factor, float)
     if not np.all(np.isfinite(value)) or (name == "radius" and np.any(value <= 0)):
         what = "finite and above 0" if name == "radius" else "finite"
-        raise ValueError(f"{who}: the {name} of {path!r} must be {what}, but is {factor!r}. Type 0.5.")
+        raise ValueError(f"{who}: the {name} of {path!r} must be {what}, but is {shown(factor)}. Type 0.5.")
     sizes = np.shape(factor)
     if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes, shape, strict=False)):
         raise ValueError(
@@ -181,7 +194,7 @@ def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name:
 
 
 def _name(x: Any) -> str:
-    return getattr(x, "__name__", repr(x)) if callable(x) else repr(x)
+    return getattr(x, "__name__", shown(x)) if callable(x) else shown(x)
 
 
 def check_dtypes(who: str, **dtypes: Any) -> None:
@@ -191,7 +204,8 @@ def check_dtypes(who: str, **dtypes: Any) -> None:
             continue
         if dtype_name(dtype) not in STORED:
             raise ValueError(
-                f"{who}: {name} must be one of {', '.join(STORED)}, but is {dtype!r}. Type {name}='bfloat16'."
+                f"{who}: {name} must be one of {', '.join(STORED)}, but is {shown(dtype)}. Type "
+                f"{name}='bfloat16'."
             )
         if name == "nu_dtype" and jnp.dtype(dtype) == jnp.float16:
             raise ValueError(
@@ -253,7 +267,7 @@ def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
 
 def check_seed(who: str, seed: Any) -> None:
     if not is_integer(seed, 0, 2**32):
-        raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {seed!r}. Type seed=0.")
+        raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {shown(seed)}. Type seed=0.")
 
 
 def _is_real(value: Any) -> bool:
@@ -271,4 +285,4 @@ def abbreviated(texts: Sequence[str], separator: str = "\n  ") -> str:
 
 def not_an_array(who: str, path: str, leaf: Any) -> str:
     fix = "Leave out such leaves: eqx.filter(model, eqx.is_array)."
-    return f"{who}: {path!r} is {leaf!r}, which is not an array. {fix}"
+    return f"{who}: {path!r} is {shown(leaf)}, which is not an array. {fix}"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optimorph._core.roles import AVERAGE, FIRST, SECOND, SLOW, may_be_variance
+from optimorph._core.shown import shown
 from optimorph._core.types import PyTree
 from optimorph._core.warn import warn
 
@@ -109,7 +110,7 @@ def check_fields(who: str, fields: Any, rules: Any) -> None:
     if fields is not None and not (nested and known):
         raise ValueError(
             f"{who}: fields must say which fields of a state are {FIRST!r} or {SECOND!r} moments, but is "
-            f"{fields!r}. Type fields={{'MyState': {{'average': 'first'}}}}."
+            f"{shown(fields)}. Type fields={{'MyState': {{'average': 'first'}}}}."
         )
 
 

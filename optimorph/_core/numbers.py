@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 
+from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Numeric, PyTree, ScalarOrSchedule, Schedule
 from optimorph._core.warn import quietly
 
@@ -23,7 +24,8 @@ class NotScalarError(ValueError):
         if is_array(value) and np.ndim(value):
             found = f"an array of shape {np.shape(value)}. For a sweep, jax.vmap a function of one number."
         else:
-            found = f"{value!r}. Type a schedule and not the function that makes it: constant_schedule(1e-3)."
+            made = "a schedule and not the function that makes it: constant_schedule(1e-3)"
+            found = f"{shown(value)}. Type {made}."
         super().__init__(f"a schedule must return one number, but returned {found}")
 
 

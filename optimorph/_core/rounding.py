@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optimorph._core.shown import shown
 from optimorph._core.types import Shape
 
 NAN = np.array(np.nan, jnp.bfloat16)
@@ -20,7 +21,7 @@ def check_key(who: str, key: Any) -> None:
     dtype, shape = getattr(key, "dtype", None), np.shape(key)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (shape == () if typed else dtype == jnp.uint32 and len(shape) == 1):
-        said = f"{dtype}{list(shape)}" if dtype is not None else repr(key)
+        said = f"{dtype}{list(shape)}" if dtype is not None else shown(key)
         raise ValueError(
             f"{who}: key must be one key of jax.random, but is {said}. Type key=jax.random.key(0), and "
             "another key at every step."

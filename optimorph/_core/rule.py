@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import not_an_array
-from optimorph._core.differences import difference, other_state
+from optimorph._core.differences import difference, other_state, stands_for_several
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
@@ -261,10 +261,11 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
                         slot[k] = new
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
-        after = [
-            tree.unflatten(slot) if role.tree else varying(new, slot)
-            for slot, role, new in zip(slots, rule.roles, rule.slots(shared), strict=True)
-        ]
+        after = []
+        for slot, role, new in zip(slots, rule.roles, rule.slots(shared), strict=True):
+            if not role.tree and jax.typeof(new) != jax.typeof(slot):
+                new = varying(new, slot)
+            after.append(tree.unflatten(slot) if role.tree else new)
         return tree.unflatten(out), rule.structure.unflatten(after)
 
     tx = Transform(init, update)
@@ -293,6 +294,8 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
     except (ValueError, TypeError, KeyError) as error:
         raise difference(who, updates, params) from error
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
+        if g is None and stands_for_several(g, w):
+            raise difference(who, updates, params)
         if isinstance(g, ABSENT):
             ws[k] = w if hasattr(w, "dtype") or isinstance(w, ABSENT) else None  # not functions
             continue

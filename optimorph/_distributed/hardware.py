@@ -4,6 +4,8 @@ import dataclasses
 
 from jax.sharding import AbstractMesh, Mesh
 
+from optimorph._core.shown import shown
+
 AUTO, NEVER = "auto", "never"
 """Values of `divide`: by the mesh's devices, or not at all."""
 
@@ -36,11 +38,11 @@ class Hardware:
     def __post_init__(self):
         if self.platform not in PLATFORMS:
             names = ", ".join(map(repr, PLATFORMS))
-            raise ValueError(f"Hardware: platform must be one of {names}, but is {self.platform!r}.")
+            raise ValueError(f"Hardware: platform must be one of {names}, but is {shown(self.platform)}.")
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
             if not (isinstance(value, int | float) and value > 0):
-                raise ValueError(f"Hardware: {field.name} must be a positive number, but is {value!r}.")
+                raise ValueError(f"Hardware: {field.name} must be a positive number, but is {shown(value)}.")
 
     def bytes_over(self, span: int) -> float:
         """Bytes per second in a group of devices whose first and last are `span` devices apart."""
@@ -90,5 +92,6 @@ def check_divide(who: str, divide: object) -> None:
     names = (AUTO, NEVER, *HARDWARE)
     if not (isinstance(divide, Hardware) or (isinstance(divide, str) and divide in names)):
         raise ValueError(
-            f"{who}: divide must be one of {', '.join(map(repr, names))}, or a Hardware, but is {divide!r}."
+            f"{who}: divide must be one of {', '.join(map(repr, names))}, or a Hardware, but is "
+            f"{shown(divide)}."
         )

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from optimorph._core.checks import LeafError
+from optimorph._core.shown import shown
 from optimorph._core.types import Shape
 
 Names = tuple[str, ...]
@@ -150,7 +151,7 @@ def misfit(path: str, shape: Shape, sharding: Any, mesh: Any, manual: Iterable[s
     if sharding is ...:
         return _unmatched(path)
     if not isinstance(sharding, NamedSharding | PartitionSpec):
-        return f"{path!r} has sharding {sharding!r}. Type a jax.sharding.PartitionSpec or NamedSharding."
+        return f"{path!r} has sharding {shown(sharding)}. Type a jax.sharding.PartitionSpec or NamedSharding."
     spec = partition_spec(sharding)
     if not mesh.shape:
         return f"{path!r} has sharding {spec} without a mesh. Type a NamedSharding, or use jax.set_mesh."

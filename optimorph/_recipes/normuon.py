@@ -8,6 +8,7 @@ import optax
 from optimorph._core.checks import is_one_of
 from optimorph._core.numbers import as_scalar
 from optimorph._core.rule import pointwise, transform
+from optimorph._core.shown import shown
 from optimorph._core.types import Numeric, ScalarOrSchedule
 from optimorph._recipes.moments import identity
 from optimorph._recipes.of_matrices import PolarArguments, of_polar_factors
@@ -76,7 +77,7 @@ def _second_moment(average: str, b2: Numeric, eps: Numeric) -> optax.GradientTra
     """The root of the mean squares of rows, or along the longer side of each matrix."""
     if not is_one_of(average, ("inputs", "shorter")):
         raise ValueError(
-            f"normuon: average must be 'inputs' or 'shorter', but is {average!r}. Type average='inputs'."
+            f"normuon: average must be 'inputs' or 'shorter', but is {shown(average)}. Type average='inputs'."
         )
     if average == "inputs":
         return chain(square(), mean("i", ema(b2)), root(eps))

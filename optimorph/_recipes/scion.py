@@ -7,6 +7,7 @@ import jax
 import optax
 
 from optimorph._core.checks import LeafError, check_factor
+from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule, Shape
 from optimorph._distributed.hardware import AUTO, Hardware
 from optimorph._recipes.moments import identity
@@ -103,7 +104,9 @@ def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.Grad
         if found is NO_MATCH:
             found = "sign" if role_of(path, shape) in TABLES else "spectral"
         if found not in [*directions]:  # a list: the norm may not be hashable
-            raise LeafError(f"scion: the norm of {path!r} must be one of {[*directions]}, but is {found!r}.")
+            raise LeafError(
+                f"scion: the norm of {path!r} must be one of {[*directions]}, but is {shown(found)}."
+            )
         return found
 
     over_inputs = scale_by_shape(lambda inputs, outputs: 1 / inputs)

@@ -9,6 +9,7 @@ import optax
 
 from optimorph._core.checks import is_one_of
 from optimorph._core.rule import Transform
+from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Rules
 from optimorph._storage.codec_rules import warn_nothing
 from optimorph._storage.compress_state import compress_state
@@ -35,7 +36,7 @@ def with_state_storage(
     rules = isinstance(state, Codec | Mapping) or (callable(state) and not isinstance(state, type))
     if not is_one_of(state, (INT8,)) and not rules:
         raise ValueError(
-            f"{who}: state must be 'int8', the rules of compress_state or None, but is {state!r}. "
+            f"{who}: state must be 'int8', the rules of compress_state or None, but is {shown(state)}. "
             "Type state='int8'."
         )
     for name, dtype in dtypes.items():

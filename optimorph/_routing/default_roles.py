@@ -12,6 +12,7 @@ from optimorph._core.checks import is_integer
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND, SLOW
 from optimorph._core.rule import Leaves, Shapes, handed
+from optimorph._core.shown import shown
 from optimorph._core.types import PyTree, Shape
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, UNDECIDED_ROLE
 from optimorph._routing.name_rule import UNDECIDED
@@ -44,7 +45,7 @@ def role_of(path: Any, shape: Any, params: PyTree | None = None) -> str:
     sizes = shape if isinstance(shape, tuple | list) else [None]
     if not isinstance(path, str) or not all(is_integer(size, 0) for size in sizes):
         raise ValueError(
-            f"role_of: it takes a path and a shape, but got {path!r} and {shape!r}. Type "
+            f"role_of: it takes a path and a shape, but got {shown(path)} and {shown(shape)}. Type "
             "role_of('layers/0/kernel', (64, 64)), or roles('norm') for a mask."
         )
     if params is None:
@@ -113,7 +114,7 @@ def _selection(who: str, names: tuple[Any, ...], chosen: bool) -> Callable[..., 
     for name in names:
         if not isinstance(name, str):
             typed = ", ".join(map(repr, name)) if isinstance(name, list | tuple | set) else "'norm', 'bias'"
-            raise ValueError(f"{who}: {name!r} is not a role. Type {who}({typed}).")
+            raise ValueError(f"{who}: {shown(name)} is not a role. Type {who}({typed}).")
         if name not in ROLES:
             similar = difflib.get_close_matches(name, ROLES, 1) or ROLES[:1]
             known = ", ".join(map(repr, ROLES))

@@ -9,6 +9,7 @@ from optimorph._core.checks import LeafError
 from optimorph._core.differences import checked_state
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned
+from optimorph._core.shown import shown
 from optimorph._core.types import Rules
 from optimorph._core.wrapped import wrapped
 from optimorph._routing.rules import NO_MATCH, among, labelled, lookup, warn_unused
@@ -37,7 +38,7 @@ def partition(
     """
     if not isinstance(transforms, Mapping):
         raise ValueError(
-            f"partition: transforms must map labels to transformations, but is {transforms!r}. Type "
+            f"partition: transforms must map labels to transformations, but is {shown(transforms)}. Type "
             "{'matrices': optimorph.sgd(0.1), ...}."
         )
     txs: dict[Any, Any] = {name: wrapped("partition", tx) for name, tx in transforms.items()}
@@ -47,7 +48,9 @@ def partition(
         name = match(path, shape)
         if name is NO_MATCH or name in [*transforms]:  # a list: the label may not be hashable
             return name
-        raise LeafError(f"partition: the label of {path!r} is {name!r}, but transforms has {[*transforms]}.")
+        raise LeafError(
+            f"partition: the label of {path!r} is {shown(name)}, but transforms has {[*transforms]}."
+        )
 
     def split(tree):
         tree_labels = labelled("partition", label, tree)

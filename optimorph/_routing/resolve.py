@@ -9,6 +9,7 @@ import numpy as np
 from optimorph._core.checks import LeafError
 from optimorph._core.numbers import is_trainable
 from optimorph._core.rule import Leaf, Leaves, handed
+from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, Rules, Shape
 from optimorph._distributed.shardings import Match, whole_shapes
 from optimorph._routing.by_siblings import by_default, by_siblings
@@ -144,8 +145,8 @@ def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafS
     """(path, shape) → how a leaf reads by the user's rules; None if none of these matches."""
     if isinstance(rules, str | Axes):
         raise ValueError(
-            f"{who}: axes must map patterns of paths to specs, but is {rules!r}. "
-            f"Type axes={{'*': {rules!r}}} for all leaves."
+            f"{who}: axes must map patterns of paths to specs, but is {shown(rules)}. "
+            f"Type axes={{'*': {shown(rules)}}} for all leaves."
         )
     rules = {} if rules is None else rules
     match, pattern_of = lookup(rules, who, "axes"), matching_pattern(rules)
@@ -156,10 +157,12 @@ def _by_rules(who: str, rules: AxesRules | None) -> Callable[[str, Shape], LeafS
             return None
         pattern = pattern_of(path, shape)
         role = "rule" if pattern is None else f"rule {pattern}"
-        if spec is None or spec == HEAD:
-            return LeafSpec(None, HEAD if spec == HEAD else role)
+        if spec is None:
+            return LeafSpec(None, role)
         if not isinstance(spec, str | Axes):
-            return unresolved(path, shape, f"{spec!r} is not a spec", role)
+            return unresolved(path, shape, f"{shown(spec)} is not a spec", role)
+        if spec == HEAD:
+            return LeafSpec(None, HEAD)
         try:
             axes = spec if isinstance(spec, Axes) else axes_of(spec)
         except ValueError as error:

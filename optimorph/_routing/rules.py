@@ -17,6 +17,7 @@ from optimorph._core.checks import LeafError, call_fault, not_an_array
 from optimorph._core.numbers import is_array
 from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves, Transform, handed, handed_down
+from optimorph._core.shown import shown
 from optimorph._core.types import Mask, PyTree, Rules, Shape
 from optimorph._core.warn import warn
 from optimorph._routing.grouping import format_groups
@@ -50,7 +51,7 @@ def lookup(rules: Rules, who: str = "labels", argument: str = "rules") -> Callab
         if (fault := call_fault(key, "", ())) is not None:
             raise ValueError(
                 f"{who}: a function that is a key of {argument} takes the path and the shape of a leaf, but "
-                f"{key!r} does not: {fault}. Type roles('norm'), or lambda path, shape: ..."
+                f"{shown(key)} does not: {fault}. Type roles('norm'), or lambda path, shape: ..."
             )
     if has_patterns(rules):
         patterns, first = list(rules), first_match(rules)
@@ -59,19 +60,20 @@ def lookup(rules: Rules, who: str = "labels", argument: str = "rules") -> Callab
         if (fault := call_fault(rules, "", ())) is not None:
             raise ValueError(
                 f"{who}: a function of {argument} takes the path and the shape of a leaf, but "
-                f"{rules!r} does not: {fault}. Type lambda path, shape: ..."
+                f"{shown(rules)} does not: {fault}. Type lambda path, shape: ..."
             )
         return rules
     shape = getattr(rules, "shape", None)
     if rules is None or shape is not None or isinstance(rules, str | bytes | int | float):
-        found = repr(rules) if shape is None else f"an array of shape {shape}"
+        found = shown(rules) if shape is None else f"an array of shape {shape}"
         raise ValueError(
             f"{who}: {argument} must be a mapping from patterns, a function of (path, shape), or a tree, but "
             f"is {found}. Type {argument}={{'*': ...}} with one value for all leaves."
         )
     values: dict[str, Any] = {}
     for path, value in _tree_values(rules):
-        if values.setdefault(path, value) != value:
+        found = values.setdefault(path, value)
+        if found is not value and found != value:
             raise ValueError(f"{who}: several leaves have the path {path!r}. Use keys without slashes.")
     return lambda path, shape: values.get(path, NO_MATCH)
 
@@ -199,7 +201,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves, argument: str = "mask") 
     a_tree = not callable(mask) or any(map(_is_boolean, jax.tree.leaves(mask)))
     called = [None] if a_tree else [call_fault(mask, 0), call_fault(mask, "", ())]
     if isinstance(mask, str | re.Pattern) or None not in called:
-        raise ValueError(f"{who}: {the_mask} is {mask!r}. {fix}")
+        raise ValueError(f"{who}: {the_mask} is {shown(mask)}. {fix}")
     if _is_rules(mask):
         match = lookup(mask, who, "mask")
         mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
@@ -218,7 +220,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves, argument: str = "mask") 
         values, keys = by_path(mask), leaves.paths
     for key, path, leaf in zip(keys, leaves.paths, leaves.values, strict=True):
         if is_array(leaf) and not _is_boolean(values.get(key)):
-            value = f"is {values[key]!r} for" if key in values else "has no value for"
+            value = f"is {shown(values[key])} for" if key in values else "has no value for"
             raise ValueError(f"{who}: {the_mask} {value} {path!r}. {fix}")
     return [bool(values.get(key, False)) for key in keys]
 

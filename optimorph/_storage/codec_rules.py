@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from optimorph._core.roles import FIRST, SECOND
 from optimorph._core.rule import Leaves, handed
+from optimorph._core.shown import shown
 from optimorph._core.types import Rules, Shape
 from optimorph._core.warn import warn
 from optimorph._routing.names import by_name
@@ -31,7 +32,7 @@ def argument_of(who: str) -> str:
 def codec_rule(who: str, rules: Rules | None) -> Callable[[Leaves], CodecRule]:
     """All leaves → the rules as one function, which refuses what is no fitting codec."""
     if isinstance(rules, Codec):
-        what = f"{who}: {argument_of(who)} must say which moments {rules!r} is for"
+        what = f"{who}: {argument_of(who)} must say which moments {shown(rules)} is for"
         raise ValueError(f"{what}. Type {BOTH}, for example.")
     found = lookup({} if rules is None else rules, who, argument_of(who))
 
@@ -42,17 +43,17 @@ def codec_rule(who: str, rules: Rules | None) -> Callable[[Leaves], CodecRule]:
             return by_default(kind, path, shape)
         if codec is not None and not isinstance(codec, Codec):
             raise ValueError(
-                f"{who}: the rules give {codec!r} for {named(kind, path)!r}, which is not a codec. "
+                f"{who}: the rules give {shown(codec)} for {named(kind, path)!r}, which is not a codec. "
                 "Type optimorph.codecs.Signed8(), for example, or None for no compression."
             )
         if kind == FIRST and isinstance(codec, Nonneg8):
             raise ValueError(
-                f"{who}: the rules give {codec!r} for {named(kind, path)!r}, whose numbers have "
+                f"{who}: the rules give {shown(codec)} for {named(kind, path)!r}, whose numbers have "
                 f"signs. Type {BOTH}, for example."
             )
         if kind == SECOND and isinstance(codec, Signed8 | Float8):
             raise ValueError(
-                f"{who}: the rules give {codec!r} for {named(kind, path)!r}, which can round to 0, "
+                f"{who}: the rules give {shown(codec)} for {named(kind, path)!r}, which can round to 0, "
                 f"but updates are divided by roots of these moments. Type {BOTH}, for example."
             )
         return codec

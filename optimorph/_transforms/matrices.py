@@ -12,6 +12,7 @@ import optax
 from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of
 from optimorph._core.numbers import is_array, kind
 from optimorph._core.rule import Leaves, Rule, Transform, aligned, arrays, called, not_in_parts, transform
+from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, DTypeLike, Rules
 from optimorph._distributed.hardware import AUTO, Hardware, check_divide
 from optimorph._distributed.sharded_function import ShardedFunction
@@ -84,7 +85,7 @@ def orthogonalize(
         polar = _Checked(who, polar if isinstance(polar, Hashable) else _by_identity(polar))
     if comm_dtype is not None and dtype_name(comm_dtype) not in _COMM_DTYPES:
         raise ValueError(
-            f"{who}: comm_dtype must be one of {[*_COMM_DTYPES]}, but is {comm_dtype!r}. Type "
+            f"{who}: comm_dtype must be one of {[*_COMM_DTYPES]}, but is {shown(comm_dtype)}. Type "
             "comm_dtype='bfloat16': a narrower exponent would lose small gradients."
         )
     check_divide(who, divide)
@@ -141,7 +142,7 @@ def scale_by_shape(
     if not (scale is None or is_one_of(scale, [*SCALES]) or call_fault(scale, 1, 1) is None):
         raise ValueError(
             f"{who}: scale must be one of {', '.join(map(repr, SCALES))}, None, or a function of the "
-            f"numbers of inputs and outputs, but is {scale!r}. Type scale='rms_to_rms', for example."
+            f"numbers of inputs and outputs, but is {shown(scale)}. Type scale='rms_to_rms', for example."
         )
     factor_of = scale if scale is None or callable(scale) else SCALES[scale]
     own = AxesOfLeaves(who, axes, shardings)

@@ -14,6 +14,7 @@ from optimorph._core.checks import check_function, is_one_of
 from optimorph._core.numbers import full_like, is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import Leaf, Rule, arrays, called, map_updates, pointwise, rule_of, transform
+from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, Rules
 from optimorph._core.wrapped import wrapped
 from optimorph._distributed.reductions import reduction
@@ -70,11 +71,11 @@ def mean(
     if where is not None:
         check_function(who, "where", where, "the numbers of inputs and outputs", 1, 1)
     if not is_one_of(over, ("i", "o", "io")):
-        raise ValueError(f"{who}: over must be 'i', 'o' or 'io', but is {over!r}. Type mean('i').")
+        raise ValueError(f"{who}: over must be 'i', 'o' or 'io', but is {shown(over)}. Type mean('i').")
     if rule is None:
         raise ValueError(
-            f"{who}: inner must be a transform of this library that works leaf by leaf, but is {inner!r}. "
-            "Type mean('i', ema(0.95)), for example."
+            f"{who}: inner must be a transform of this library that works leaf by leaf, but is "
+            f"{shown(inner)}. Type mean('i', ema(0.95)), for example."
         )
     own = AxesOfLeaves(who, axes, shardings)
 

@@ -34,6 +34,7 @@ from optimorph._core.numbers import (
 )
 from optimorph._core.roles import Role, holds, scalar
 from optimorph._core.rule import Leaves, aligned, arrays, map_updates
+from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Mask, PyTree
 from optimorph._core.wrapped import wrapped
 from optimorph._distributed.shardings import manual_axes
@@ -161,7 +162,7 @@ def multi_steps(
         state = as_made(init, checked_state(who, state, MultiStepsState), params)
         check_numbers(who, weight=weight)
         if not (is_array(flush) and jnp.issubdtype(jnp.result_type(flush), jnp.bool_) and not np.ndim(flush)):
-            raise ValueError(f"{who}: flush must be one boolean, but is {flush!r}. Type flush=True.")
+            raise ValueError(f"{who}: flush must be one boolean, but is {shown(flush)}. Type flush=True.")
         gs, tree, means = aligned(who, updates, state.mean)
         largest = masked_leaves(who, by_maximum, Leaves(tree, means), "maximum")
         lacking = [g is None and is_array(m) for g, m in zip(gs, means, strict=True)]

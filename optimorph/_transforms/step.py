@@ -12,6 +12,7 @@ from optimorph._core.checks import check_flags, check_numbers, check_params, is_
 from optimorph._core.numbers import as_float32, as_scalar, as_schedule, increment, is_trainable, upcast
 from optimorph._core.roles import holds, roles_of, scalar
 from optimorph._core.rule import Rule, called, pointwise, rule_of, transform
+from optimorph._core.shown import shown
 from optimorph._core.types import Mask, ScalarOrSchedule
 from optimorph._routing.rules import check_mask, masked_leaves
 
@@ -190,7 +191,7 @@ def decay_and_step(
     """
     if not is_one_of(form, FORMS):
         raise ValueError(
-            f"{who}: weight_decay_form must be one of {', '.join(map(repr, FORMS))}, but is {form!r}. "
+            f"{who}: weight_decay_form must be one of {', '.join(map(repr, FORMS))}, but is {shown(form)}. "
             "Type weight_decay_form='coupled'."
         )
     step = scale_by_learning_rate(learning_rate)

@@ -8,8 +8,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.checks import check_integer, dtype_name
+from optimorph._core.checks import check_integer, dtype_name, is_one_of
 from optimorph._core.rounding import noise, outer_bfloat16
+from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
 from optimorph.codecs._forms import TINY, Form, in_form
@@ -41,7 +42,7 @@ class BlockCodec(Codec):
         if dtype_name(self.scale_dtype) not in ("float32", "bfloat16"):
             raise ValueError(
                 f"{who}: scale_dtype must be float32 or bfloat16, which have the range of gradients, but is "
-                f"{self.scale_dtype!r}. Type scale_dtype='bfloat16'."
+                f"{shown(self.scale_dtype)}. Type scale_dtype='bfloat16'."
             )
         object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
 
@@ -184,9 +185,9 @@ class Signed8(BlockCodec):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mapping not in VALUES:
+        if not is_one_of(self.mapping, [*VALUES]):
             raise ValueError(
-                f"Signed8: mapping must be {' or '.join(map(repr, VALUES))}, but is {self.mapping!r}."
+                f"Signed8: mapping must be {' or '.join(map(repr, VALUES))}, but is {shown(self.mapping)}."
             )
 
     def _codes(self, quarters: jax.Array, key: jax.Array | None, place: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optimorph._core.shown import shown
 from optimorph._core.types import Shape
 
 _BLOCKS = r"[0-9]+(?:\s*\+\s*[0-9]+)*"
@@ -329,7 +330,7 @@ def _parse(spec: str) -> tuple[Axis, ...]:
 
 def _refusal(spec: object) -> str:
     return (
-        f"{spec!r} does not describe a matrix. Type one letter per axis, i (input), o (output) or b "
+        f"{shown(spec)} does not describe a matrix. Type one letter per axis, i (input), o (output) or b "
         "(batch), with at least one i and one o, such as 'io', 'oi' or 'bio', and an axis of several "
         "matrices with its blocks, such as 'i(3o)', 'i(32+8+8 o)' or 'i(8*(4+1+1) o)'."
     )

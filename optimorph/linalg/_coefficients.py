@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from optimorph._core.shown import shown
+
 Row = tuple[float, float, float]
 Table = tuple[Row, ...]
 
@@ -50,7 +52,7 @@ class Coefficients:
 
     def __post_init__(self):
         if self.dtype not in (*MARGINS, EXACT):
-            raise ValueError(f"Coefficients: dtype must be one of {[*MARGINS]}, but is {self.dtype!r}.")
+            raise ValueError(f"Coefficients: dtype must be one of {[*MARGINS]}, but is {shown(self.dtype)}.")
         object.__setattr__(self, "rows", tuple(checked_row(row) for row in self.rows))
         if not self.rows:
             raise ValueError("Coefficients: the table has no rows. Type at least one: ((a, b, c),).")
@@ -134,7 +136,9 @@ def fault(rows: Table, dtype: str) -> str | None:
 
 def checked_row(row: Sequence[float]) -> Row:
     if len(row) != 3 or not all(math.isfinite(x) for x in row):
-        raise ValueError(f"Coefficients: a row must be three finite numbers (a, b, c), but one is {row!r}.")
+        raise ValueError(
+            f"Coefficients: a row must be three finite numbers (a, b, c), but one is {shown(row)}."
+        )
     a, b, c = map(float, row)
     return a, b, c
 

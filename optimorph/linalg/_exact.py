@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.checks import check_matrices
 from optimorph._core.numbers import with_type_of
 from optimorph.linalg._newton_schulz import Stack, normalize
 
@@ -27,6 +28,7 @@ class Exact:
 
     def __call__(self, g: Stack) -> Stack:
         """The polar factor of every matrix."""
+        check_matrices("Exact", g)
         if g.size == 0:
             return g
         u, s, vh = jnp.linalg.svd(normalize(g), full_matrices=False)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
-from optimorph._core.checks import check_integer
+from optimorph._core.checks import check_integer, check_matrices
 from optimorph._core.numbers import upcast, with_type_of
+from optimorph._core.shown import shown
 from optimorph._core.target import Target, for_target
 from optimorph._core.types import DTypeLike
 from optimorph.linalg._coefficients import (
@@ -106,7 +107,7 @@ class NewtonSchulz:
         check_integer("NewtonSchulz", "steps", self.steps, 5)
         if self.iteration not in ITERATIONS:
             raise ValueError(
-                f"NewtonSchulz: iteration is {self.iteration!r}. Type one of "
+                f"NewtonSchulz: iteration is {shown(self.iteration)}. Type one of "
                 f"{', '.join(map(repr, ITERATIONS))}."
             )
         if self.max_stack_bytes < 1:
@@ -128,6 +129,7 @@ class NewtonSchulz:
 
     def __call__(self, g: Stack) -> Stack:
         """The approximate polar factor of every matrix."""
+        check_matrices("NewtonSchulz", g)
         if g.size == 0:
             return g
         tall = g.shape[-2] > g.shape[-1]
@@ -242,7 +244,7 @@ def _table(coefficients: str | Coefficients | Table, steps: int) -> Coefficients
         return Coefficients(coefficients).take(steps)
     if coefficients not in PRESETS:
         raise ValueError(
-            f"NewtonSchulz: coefficients must be a table or a name, but is {coefficients!r}. Type one of "
+            f"NewtonSchulz: coefficients must be a table or a name, but is {shown(coefficients)}. Type "
             f"{', '.join(map(repr, PRESETS))}, linalg.polar_express(...), or the rows: ((a, b, c), ...)."
         )
     return PRESETS[coefficients](steps)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from optimorph._core.checks import check_integer, check_numbers, is_one_of
+from optimorph._core.shown import shown
 from optimorph.linalg._coefficients import (
     EXACT,
     MARGINS,
@@ -59,7 +60,7 @@ def polar_express(
     check_numbers("polar_express", lower=lower, safety=safety, cushion=cushion)
     check_integer("polar_express", "steps", steps, 5)
     if not is_one_of(degree, (3, 5)):
-        raise ValueError(f"polar_express: degree must be 3 or 5, but is {degree!r}. Type degree=5.")
+        raise ValueError(f"polar_express: degree must be 3 or 5, but is {shown(degree)}. Type degree=5.")
     rows, low, high = [], lower, 1.0
     for step in range(steps):
         row = _best(max(low, cushion * high), high, degree)  # (1)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from optimorph._core.checks import check_integer
 from optimorph._core.numbers import upcast_dtype
+from optimorph._core.shown import shown
 from optimorph.linalg._newton_schulz import Stack, rescale, safe_denominator
 from optimorph.linalg._symmetric import product
 
@@ -187,7 +188,7 @@ def orthogonality_error(x: Stack | Spectrum) -> Numbers:
 def _is_exact(who: str, method: str) -> bool:
     """Whether a method is the exact one; refuse unknown methods."""
     if method not in METHODS:
-        raise ValueError(f"{who}: method is {method!r}. Type {' or '.join(map(repr, METHODS))}.")
+        raise ValueError(f"{who}: method is {shown(method)}. Type {' or '.join(map(repr, METHODS))}.")
     return method == "svd"
 
 
