@@ -21,8 +21,8 @@ from optimorph._core.types import AxesRules, PyTree, Shape
 from optimorph._core.warn import warn
 from optimorph._routing.grouping import glob_of, group_by, without_numbers
 from optimorph._routing.leaf_spec import HEAD
+from optimorph._routing.name_patterns import WEIGHT
 from optimorph._routing.name_rule import UNDECIDED
-from optimorph._routing.name_rules import WEIGHT
 from optimorph._routing.names import by_name, with_layers
 from optimorph._routing.resolve import resolve_leaves
 from optimorph.linalg import Axes

@@ -8,7 +8,7 @@ from optimorph._core.types import Shape
 from optimorph._routing.grouping import without_numbers
 from optimorph._routing.layer_widths import is_inside, layer_name, number_of, sides_of
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, unresolved
-from optimorph._routing.name_rules import WEIGHT
+from optimorph._routing.name_patterns import WEIGHT
 from optimorph._routing.names import outputs_first
 
 _PARTS = range(2, 9)

@@ -7,7 +7,7 @@ from typing import Any
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of
-from optimorph._routing.name_rules import BLOCK, WEIGHT
+from optimorph._routing.name_patterns import BLOCK, WEIGHT
 from optimorph._routing.names import sides
 from optimorph.linalg import Axes
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from optimorph._core.types import Shape
+from optimorph._routing import name_patterns as p
 from optimorph._routing import shape_conditions as shapes
 from optimorph._routing.name_rule import UNDECIDED, NameRule
 
@@ -25,137 +26,82 @@ def _gpt2_rule(role: str, name: str, spec: str, when: Callable[[Shape], bool]) -
     return NameRule(role, f"h/0/{name}/kernel", (UNDECIDED, spec), when, layout="hf_flax_gpt2()")
 
 
-_NEOX, _NEOX_QKV, _MAXTEXT = "gpt_neox(heads=HEADS)", r"query_key_value(/\w+)?", "maxtext(scan_axis=1)"
-WEIGHT = "(kernel|weight|w)"
-_KERNEL = r"(kernel|w\d*)"
-_UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
-_UPWARD = r"(\w+_)?up(sampl|scal|conv|_?\d)?\w*/(\d+/)?([^/]+/)?weight"
-_CONV = r"\w*conv\w*/"
-_IN_CONV = _CONV + "[^/]+/"
-_ANY_CONV = _CONV + "([^/]+/)?" + _KERNEL
-_TRANSPOSED_WEIGHT = r"\w*(conv_?tr?|transp(osed?)?(_?conv\w*)?|deconv\w*)(_?\d+|_[a-z]+)?/([^/]+/)?weight"
-_TRANSPOSED = r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel"
-_IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
-_IN_ATTENTION = r"(\w*(attn|(?<!fl)atten|mha|msa)\w*|(\w+_)?att)/(.*/)?"
-_ATTENTION = r"attn|(?<!fl)atten|(^|[/_])att/|multi_?head|(^|/)(query|key|value|[qkvo])/"
-BLOCK = (
-    _ATTENTION + r"|mlp|(^|[/_])ffn?([/_]|$)|block|layers|layer_?\d|(^|/)(layer|h)/|stage|mixer|expert|moe|"
-    "cell|rnn|lstm|gru|ssm|mamba|conv|lora"
-)
-_SCANNED = r"decoder/((\w+_)?layers|scanned_blocks)/(?!\d)(.*/)?"
-_SCANNED_ATTENTION = _SCANNED + r"\w*attention\w*/"
-_SCANNED_DENSE = _SCANNED + r"\w*(mlp|experts?)\w*/(wi\w*|wo)/kernel"
-_T5X = r"(en|de)coder/(en|de)coder/(\w*attention/(query|key|value|out)|mlp/w[io](_\d)?)/kernel"
-_LEVANTER = r"(layers|blocks)/(stacked|blocks/\d+)/(.*/)?"
-_QUERY = (
-    r"(dense_)?(query|key|value|w?[qkv]|to_[qkv])(_(proj|dense|projector))?/(kernel|w)|"
-    r"(\w+_)?[qkv]_projection/(kernel|weights)"
-)
-_POST = r"((out|\w*output|o_proj|post)/(kernel|w|weight)|w?o)"
-_GATE = r"(\w*gate|gating)(_\d+)?"
-_EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{WEIGHT})?"
-_MOMENT = "(mean|log_?(std|var|sigma|scale))(_?(net|layer|linear|dense|fc))?"
-_OF_POLICY = "(policy|value|actions?|q|advantage)"
-_SEVEN = r"\w*(linear|proj|fc|dense)\w*"
-_LAYER = "(mlp|ffn?|attn|attention)"
-_GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
-_GATED = r"(\w+_)?gru(_?(linear|layer|dense|cell))?(_?\d+)?"
-_OF_TORCH = r"(_l0(_reverse)?)?"  # the number of a layer, and the direction
-_OF_NORM = r"\w*norm(_?\d+)?/(lin|linear|proj|dense|fc)(_\d+)?"
-_QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
-_ROOT = "^((params|model)/)*"
-_GENERIC = _ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
-# the projection of an embedding is not an embedding
-_NOT_A_LAYER = (
-    r"(?!\w*(proj|project|projection|mapping\w*|emb_layers|dense|linear|fc|mlp|ffn?|attn|attention|transform)"
-    r"(_?\d+)?(/|$))"
-)
-_EMBEDDING = (
-    r"(\w*(embed|positional|codebook|posemb)\w*|\w*emb(s|_\w+)?(_0)?|wte|wpe|pe|pos_enc\w*|"
-    r"rel_pos\w*|relative_\w+|vocab\w*|lookup\w*|word_vectors)"
-)
-_TABLE = (
-    r"(?!\w*(linear|dense|fc|mlp|mix|conv|rnn|lstm|gru))"
-    r"(\w+_)?(tok|tokens?|pos|positions?|segments?|latents?|prompts?|tables?)"
-)
-
-_IN_LAYER = r"\w*(attn|attention|mlp|ffn?|ffw|feed_?forward)\w*/"
-_LAST_CONV = (
-    r"(\w+_)?(conv_?out|out(put)?_?conv|(final|last)_?conv|conv_?(final|last|output)|to_?(rgb|img|image)|"
-    r"(img|image)_?out)\w*"
-)
-_BLOCK_OF_CONVOLUTIONS = r"(^|/)\w*(block|resnet|layer|stage|attention)s?(_?\d+)?/"
-_MATRIX_NAME = (
-    r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|(\w+_)?w[iqkvogud](_?\d+)?|w_\w+|wqkv|"
-    r"[qkvo]|query|key|value|(to_)?(in|out|up|down|gate|[qkv])(_?\d+)?|(up|down|gate|in|out)_\w+|c_(attn|proj|fc)|mlp\w*|kernel_(mu|mean)"
-)
-"""Names that mean a matrix."""
-
-_LINEAR = r"\w*(proj|projection|linear|dense|fc|mlp|transition|gate|act|activations|scalar)(_?\d+)?"
-"""Modules whose `weights` are a matrix, and not a table."""
+_NEOX, _MAXTEXT = "gpt_neox(heads=HEADS)", "maxtext(scan_axis=1)"
 
 RULES = (
     NameRule("low rank", r"(\w+_)?lora_?[ab](/kernel)?|\w*(lora|adapter)\w*/(.*/)?[ab]", ("io",)),
     NameRule("low rank", r"(\w+_)?lora_?[ab]/weight", ("oi",)),
     NameRule("bias", r"(\w+_)?bias(es)?(_\w+)?|offset|(\w+_)?beta|(\w+_)?sinks?|a_log"),
     NameRule("bias", r"\w*(expert|moe)\w*/([^/]+/)?b(\d+|_\w+)?"),
-    NameRule("bias", _IN_ATTENTION + "(query|key|value|gating|output)_b"),
+    NameRule("bias", p.IN_ATTENTION + "(query|key|value|gating|output)_b"),
     NameRule("bias", r"b\d*|g", when=lambda shape: len(shape) < 2),
-    NameRule("bias", _IN_STACK + r"(b(\d+|_\w+)?|g)", when=lambda shape: len(shape) < 3),
+    NameRule("bias", p.IN_STACK + r"(b(\d+|_\w+)?|g)", when=lambda shape: len(shape) < 3),
     NameRule("norm", r"(\w+_)?scale|gamma|\w*norms?(_weights?|\d*)|(\w+_)?(ln|rms|ls)(_\w+|\d*)"),
-    NameRule("norm", _NOT_A_LAYER + r"(\w*norm\w*|(\w+_)?(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
+    NameRule("norm", p.NOT_A_LAYER + r"(\w*norm\w*|(\w+_)?(ln|bn|rms)(_\w+|\d*))/(weight|gain|w|mean|var)"),
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
-    NameRule("norm", rf"\w*norm_{_LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
-    NameRule("vector", rf"{WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
+    NameRule("norm", rf"\w*norm_{p.LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
+    NameRule("vector", rf"{p.WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
     NameRule("dense", r"\w*unembed\w*(/\w*)?", ("io",), lambda s: len(s) == 2 and s[0] == s[1]),
-    NameRule("head", rf"\w*output_proj(ection)?\w*/(output|residual)_layer/{WEIGHT}"),
+    NameRule("head", rf"\w*output_proj(ection)?\w*/(output|residual)_layer/{p.WEIGHT}"),
     NameRule(
         "head",
         r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
-        not_in=_ATTENTION
+        not_in=p.ATTENTION
         + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/|layer_stack|pre_?net|quantiz",
     ),
     NameRule(
         "head",
-        rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*|mapping))(/{WEIGHT})?|"
-        rf"{_ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|(\w+_)?out_(layer|dense)|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{WEIGHT})?|"
+        rf"(\w*readout(_?\d+)?|(\w+_)?output_proj(ection)?|score|final_(proj\w*|dense|linear|fc|out\w*|mapping))(/{p.WEIGHT})?|"
+        rf"{p.ROOT}([^/]*[a-z_][^/]*/)?(w_?out|out|output|(\w+_)?out_(layer|dense)|output_(layer|dense)|(\w+_)?proj_out|fc_out)(/{p.WEIGHT})?|"
         r"\w*classification(/\w*kernel|/w(eight)?)?",
-        not_in=BLOCK + "|tokenizer|pre_?net|quantiz",
+        not_in=p.BLOCK + "|tokenizer|pre_?net|quantiz",
     ),
-    NameRule("head", rf"(hidden|outputs?)_?(0|to)_?(tags?|labels?|class\w*|vocab\w*)/{WEIGHT}"),
-    NameRule("head", rf"seg(mentation)?_(layers?|outputs?)(/0)?/{WEIGHT}"),
-    NameRule("head", rf"{_ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{WEIGHT})?"),
-    NameRule("head", f"({_GENERIC}|{_OF_POLICY}/)(kernel|w)", when=shapes.is_output, not_in=BLOCK),
+    NameRule("head", rf"(hidden|outputs?)_?(0|to)_?(tags?|labels?|class\w*|vocab\w*)/{p.WEIGHT}"),
+    NameRule("head", rf"seg(mentation)?_(layers?|outputs?)(/0)?/{p.WEIGHT}"),
+    NameRule("head", rf"{p.ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{p.WEIGHT})?"),
     NameRule(
-        "head", f"({_GENERIC}|{_OF_POLICY}/)weight", when=shapes.flipped(shapes.is_output), not_in=BLOCK
+        "head",
+        f"({p.GENERIC}|{p.OF_POLICY}/)(kernel|w)",
+        when=shapes.is_output,
+        not_in=p.BLOCK,
+    ),
+    NameRule(
+        "head",
+        f"({p.GENERIC}|{p.OF_POLICY}/)weight",
+        when=shapes.flipped(shapes.is_output),
+        not_in=p.BLOCK,
     ),
     # the outputs of a distribution, of a policy, of a value
-    NameRule("distribution", rf"(\w*{_MOMENT}|(\w+_)?mu)/{WEIGHT}", when=lambda s: len(s) == 2),
-    NameRule("head", rf"({_ROOT}(policy|advantage)|{_OF_POLICY}_decoder)/{WEIGHT}"),
-    NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{WEIGHT}", not_in=BLOCK),
-    NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{WEIGHT}"),
-    NameRule("head", rf"\w*to_?(rgb|img|image)\w*/([^/]+/)?{WEIGHT}", when=shapes.few_channels),
+    NameRule("distribution", rf"(\w*{p.MOMENT}|(\w+_)?mu)/{p.WEIGHT}", when=lambda s: len(s) == 2),
+    NameRule("head", rf"({p.ROOT}(policy|advantage)|{p.OF_POLICY}_decoder)/{p.WEIGHT}"),
+    NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{p.WEIGHT}", not_in=p.BLOCK),
+    NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{p.WEIGHT}"),
+    NameRule("head", rf"\w*to_?(rgb|img|image)\w*/([^/]+/)?{p.WEIGHT}", when=shapes.few_channels),
     NameRule("head", r"\w*to_?(rgb|img|image)\w*/([^/]+/)?weight", when=shapes.flipped(shapes.few_channels)),
-    NameRule("head", _ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
-    NameRule("head", rf"({_LAST_CONV})/([^/]+/)?{WEIGHT}", not_in=_BLOCK_OF_CONVOLUTIONS + "|attn|atten"),
+    NameRule("head", p.ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
+    NameRule(
+        "head",
+        rf"({p.LAST_CONV})/([^/]+/)?{p.WEIGHT}",
+        not_in=p.BLOCK_OF_CONVOLUTIONS + "|attn|atten",
+    ),
     NameRule(
         "dense",
-        _NOT_A_LAYER + _EMBEDDING + "/(kernel|w|weights)",
+        p.NOT_A_LAYER + p.EMBEDDING + "/(kernel|w|weights)",
         (UNDECIDED, "io"),
         when=lambda s: len(s) == 2 and s[0] == s[1],
-        not_in=_IN_ATTENTION + r"[^/]+/(kernel|w)$",
+        not_in=p.IN_ATTENTION + r"[^/]+/(kernel|w)$",
     ),
     NameRule(
         "embedding",
-        _NOT_A_LAYER + _EMBEDDING + r"(/[^/]+)?|\w*patch_?embed\w*/.*|cls",
-        not_in=_IN_ATTENTION + r"[^/]+/(kernel|w)$",  # a projection
+        p.NOT_A_LAYER + p.EMBEDDING + r"(/[^/]+)?|\w*patch_?embed\w*/.*|cls",
+        not_in=p.IN_ATTENTION + r"[^/]+/(kernel|w)$",  # a projection
     ),
-    NameRule("embedding", _TABLE + r"(/(weight|w))?|\w*(queries|codevectors)", not_in=_ATTENTION),
+    NameRule("embedding", p.TABLE + r"(/(weight|w))?|\w*(queries|codevectors)", not_in=p.ATTENTION),
     NameRule(
         "embedding",
-        rf"({_EMBEDDING}|{_TABLE})/\w+/(weight|w|table)",
-        not_in=_ATTENTION + "|proj|mlp|dense|emb_layers|embedder(_\\d+)?/linear",
+        rf"({p.EMBEDDING}|{p.TABLE})/\w+/(weight|w|table)",
+        not_in=p.ATTENTION + "|proj|mlp|dense|emb_layers|embedder(_\\d+)?/linear",
     ),
     NameRule("embedding", r"x_embedder/.*|w_e|w_pos|patch_?proj\w*/.*"),
     NameRule("embedding", r"\w*emb\w*/(kernel|w|weights)", when=shapes.flipped(shapes.is_vocabulary)),
@@ -165,92 +111,118 @@ RULES = (
     NameRule("embedding", "weight", when=shapes.flipped(shapes.is_patches)),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
-    NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/" + WEIGHT),
-    NameRule("router", _EXPERT_GATE, when=lambda shape: len(shape) != 3 or shapes.few_outputs(shape)),
-    NameRule("router", _EXPERT_GATE, (UNDECIDED,)),
+    NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/" + p.WEIGHT),
+    NameRule("router", p.EXPERT_GATE, when=lambda shape: len(shape) != 3 or shapes.few_outputs(shape)),
+    NameRule("router", p.EXPERT_GATE, (UNDECIDED,)),
     NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=shapes.few_outputs),
-    NameRule("router", _GATE + "/weight", when=shapes.few_outputs_first, not_in=_ATTENTION + "|expert"),
-    NameRule("router", _GATE + "(/(kernel|w))?", when=shapes.few_outputs, not_in=_ATTENTION + "|expert"),
+    NameRule(
+        "router",
+        p.GATE + "/weight",
+        when=shapes.few_outputs_first,
+        not_in=p.ATTENTION + "|expert",
+    ),
+    NameRule(
+        "router",
+        p.GATE + "(/(kernel|w))?",
+        when=shapes.few_outputs,
+        not_in=p.ATTENTION + "|expert",
+    ),
     NameRule("router", r"experts?/gate/kernel", when=lambda s: len(s) == 2 and shapes.few_outputs(s)),
     # (*window, 1, out): depthwise, or the first convolution of grey images
-    NameRule("one channel", _CONV + "([^/]+/)?" + _KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
+    NameRule("one channel", p.CONV + "([^/]+/)?" + p.KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
     NameRule("one channel", r"(\w+_)?depthwise_kernel"),
-    NameRule("one channel", _CONV + "([^/]+/)?weight", when=lambda s: len(s) > 2 and s[1] == 1),
-    NameRule("attention", _QKV + r"/(\w*conv\w*/)?kernel", (UNDECIDED, "iii(3o)"), shapes.three_of_pixels),
+    NameRule("one channel", p.CONV + "([^/]+/)?weight", when=lambda s: len(s) > 2 and s[1] == 1),
+    NameRule("attention", p.QKV + r"/(\w*conv\w*/)?kernel", (UNDECIDED, "iii(3o)"), shapes.three_of_pixels),
     NameRule(
         "attention",
-        _QKV + r"/(\w*conv\w*/)?weight",
+        p.QKV + r"/(\w*conv\w*/)?weight",
         (UNDECIDED, "(3o)iii"),
         shapes.flipped(shapes.three_of_pixels),
     ),
     NameRule("convolution", "kernel", ("iiio",), lambda s: s[:-2] == (1, 1), batch_axes=True),
     # (window, channels), of a convolution of each channel by itself
-    NameRule("one channel", _CONV + _KERNEL, (UNDECIDED, None), lambda s: len(s) == 2 and 16 * s[0] <= s[1]),
+    NameRule(
+        "one channel",
+        p.CONV + p.KERNEL,
+        (UNDECIDED, None),
+        lambda s: len(s) == 2 and 16 * s[0] <= s[1],
+    ),
     # transposed convolutions of Flax; those of Haiku and Keras have the outputs before the inputs
-    NameRule("convolution", _UP + "kernel", (UNDECIDED, "iio"), when=lambda s: len(s) == 3),
-    NameRule("convolution", _UP + "w", (UNDECIDED, "ioi", "iioi"), when=lambda s: len(s) > 2),
+    NameRule("convolution", p.UP + "kernel", (UNDECIDED, "iio"), when=lambda s: len(s) == 3),
+    NameRule("convolution", p.UP + "w", (UNDECIDED, "ioi", "iioi"), when=lambda s: len(s) > 2),
     _convolution_rule(
-        _TRANSPOSED,
+        p.TRANSPOSED,
         ("ioi", "iioi", "iiioi"),
         shapes.convolution,
     ),
-    _convolution_rule(_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.convolution),
+    _convolution_rule(p.CONV + p.KERNEL, ("iio", "iiio", "iiiio"), shapes.convolution),
     # transposed convolutions: PyTorch has inputs first, Equinox outputs
-    NameRule("convolution", _TRANSPOSED_WEIGHT, (UNDECIDED, "ioi", "ioii", "ioiii"), lambda s: len(s) > 2),
-    NameRule("convolution", _UPWARD, (UNDECIDED, "ioii", "ioiii"), shapes.even_window),
-    _convolution_rule(_CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.convolution)),
-    _convolution_rule(_IN_CONV + _KERNEL, ("iio", "iiio", "iiiio"), shapes.maybe_convolution, _ATTENTION),
+    NameRule("convolution", p.TRANSPOSED_WEIGHT, (UNDECIDED, "ioi", "ioii", "ioiii"), lambda s: len(s) > 2),
+    NameRule("convolution", p.UPWARD, (UNDECIDED, "ioii", "ioiii"), shapes.even_window),
+    _convolution_rule(p.CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.convolution)),
     _convolution_rule(
-        _IN_CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.maybe_convolution), _ATTENTION
+        p.IN_CONV + p.KERNEL,
+        ("iio", "iiio", "iiiio"),
+        shapes.maybe_convolution,
+        p.ATTENTION,
+    ),
+    _convolution_rule(
+        p.IN_CONV + "weight",
+        ("oii", "oiii", "oiiii"),
+        shapes.flipped(shapes.maybe_convolution),
+        p.ATTENTION,
     ),
     NameRule("experts", r"moeblock_\d+/(.*/)?(wi\w*|wo)", ("bio", "bbio"), batch_axes=True),
-    _maxtext_rule("attention", _SCANNED_ATTENTION + r"(query|key|value|wq|wq_b|wkv_b)/kernel", "iboo"),
-    _maxtext_rule("attention", _SCANNED_ATTENTION + "qkv_proj/kernel", "ibboo"),
-    _maxtext_rule("attention", _SCANNED_ATTENTION + "(wq_a|wkv_a)/kernel", "ibo"),
-    _maxtext_rule("attention", _SCANNED_ATTENTION + "out/kernel", "ibio", lambda s: s[0] * s[2] == s[3]),
+    _maxtext_rule("attention", p.SCANNED_ATTENTION + r"(query|key|value|wq|wq_b|wkv_b)/kernel", "iboo"),
+    _maxtext_rule("attention", p.SCANNED_ATTENTION + "qkv_proj/kernel", "ibboo"),
+    _maxtext_rule("attention", p.SCANNED_ATTENTION + "(wq_a|wkv_a)/kernel", "ibo"),
+    _maxtext_rule("attention", p.SCANNED_ATTENTION + "out/kernel", "ibio", lambda s: s[0] * s[2] == s[3]),
     # Gemma's pairs of layers: only MaxText uses these names
     _maxtext_rule(
         "attention",
-        _SCANNED + "self_attention_(local|global)/out/kernel",
+        p.SCANNED + "self_attention_(local|global)/out/kernel",
         "ibio",
         shapes.out_not_layers_first,
     ),
     NameRule(
         "attention",
-        _SCANNED_ATTENTION + "out/kernel",
+        p.SCANNED_ATTENTION + "out/kernel",
         (UNDECIDED, "ibio"),
         shapes.out_not_layers_first,
         layout=_MAXTEXT,
     ),
-    NameRule("router", _SCANNED + r"\w*experts?/gate/kernel", (UNDECIDED, None), lambda s: len(s) == 3),
-    _maxtext_rule("dense", _SCANNED_DENSE, "ibo"),
-    NameRule("dense", _SCANNED_DENSE, (UNDECIDED, "ibo"), shapes.maybe_not_layers_first, layout=_MAXTEXT),
+    NameRule("router", p.SCANNED + r"\w*experts?/gate/kernel", (UNDECIDED, None), lambda s: len(s) == 3),
+    _maxtext_rule("dense", p.SCANNED_DENSE, "ibo"),
+    NameRule("dense", p.SCANNED_DENSE, (UNDECIDED, "ibo"), shapes.maybe_not_layers_first, layout=_MAXTEXT),
     NameRule(
         "experts",
-        _SCANNED + r"(wi\w*|wo)",
+        p.SCANNED + r"(wi\w*|wo)",
         (UNDECIDED, "bbio"),
         shapes.maybe_not_layers_first,
         layout=_MAXTEXT,
     ),
     NameRule(
         "dense",
-        _SCANNED + "[^/]+",
+        p.SCANNED + "[^/]+",
         (UNDECIDED, "ibo", "iboo"),
         shapes.maybe_not_layers_first,
         not_in="experts?/|attention[^/]*/out/",
         layout=_MAXTEXT,
     ),
-    NameRule("dense", _T5X, (UNDECIDED, "ibo"), shapes.no_heads, layout="t5x(scan_axis=1)"),
+    NameRule("dense", p.T5X, (UNDECIDED, "ibo"), shapes.no_heads, layout="t5x(scan_axis=1)"),
     # Levanter: heads are axes, and outputs come first
     NameRule(
-        "attention", _LEVANTER + "c_attn/weight", ("booi",), lambda s: shapes.three_before_heads(s[:-1])
+        "attention",
+        p.LEVANTER + "c_attn/weight",
+        ("booi",),
+        lambda s: shapes.three_before_heads(s[:-1]),
     ),
-    NameRule("attention", _LEVANTER + "c_attn/weight", ("iboo",), shapes.three_before_heads),
-    NameRule("attention", _LEVANTER + r"\w*attn/c_proj/weight", ("oi", "oii")),
-    NameRule("attention", _LEVANTER + "q_proj/weight", ("oi", "ooi", "oooi")),
-    NameRule("attention", _LEVANTER + "[kv]_proj/weight", ("oi", "ooi")),
-    NameRule("attention", _LEVANTER + "o_proj/weight", ("oi", "oii")),
-    NameRule("experts", _LEVANTER + r"experts/(\w+/)?weight", ("io",)),
+    NameRule("attention", p.LEVANTER + "c_attn/weight", ("iboo",), shapes.three_before_heads),
+    NameRule("attention", p.LEVANTER + r"\w*attn/c_proj/weight", ("oi", "oii")),
+    NameRule("attention", p.LEVANTER + "q_proj/weight", ("oi", "ooi", "oooi")),
+    NameRule("attention", p.LEVANTER + "[kv]_proj/weight", ("oi", "ooi")),
+    NameRule("attention", p.LEVANTER + "o_proj/weight", ("oi", "oii")),
+    NameRule("experts", p.LEVANTER + r"experts/(\w+/)?weight", ("io",)),
     # GPT-2 of Hugging Face's Flax: outputs come first
     _gpt2_rule("attention", "(attn|crossattention)/(c_proj|q_attn)", "oi", lambda s: len(s) == 2),
     _gpt2_rule("dense", "mlp/c_fc", "oi", lambda s: len(s) == 2 and s[0] > s[1]),
@@ -267,24 +239,36 @@ RULES = (
     NameRule("dense", "gating_einsum(/w)?", ("boi",), lambda s: len(s) > 2 and s[-2] > s[-1]),
     # GEGLU: a gate and its input side by side
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
-    NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{WEIGHT}", (UNDECIDED, None)),
+    NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{p.WEIGHT}", (UNDECIDED, None)),
     # shift, scale and gate of a normalization
     *(
-        NameRule("dense", f"{_OF_NORM}/(kernel|w)", (UNDECIDED, f"i({n}o)"), shapes.fused(n), not_in="batch")
+        NameRule(
+            "dense",
+            f"{p.OF_NORM}/(kernel|w)",
+            (UNDECIDED, f"i({n}o)"),
+            shapes.fused(n),
+            not_in="batch",
+        )
         for n in (2, 3, 6)
     ),
     *(
-        NameRule("dense", f"{_OF_NORM}/weight", (UNDECIDED, f"({n}o)i"), shapes.fused(n, -2), not_in="batch")
+        NameRule(
+            "dense",
+            f"{p.OF_NORM}/weight",
+            (UNDECIDED, f"({n}o)i"),
+            shapes.fused(n, -2),
+            not_in="batch",
+        )
         for n in (2, 3, 6)
     ),
     # GPT-NeoX and BLOOM order query, key and value head by head
-    NameRule("attention", _NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), shapes.fused(3), layout=_NEOX),
-    NameRule("attention", _NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), shapes.fused(3, -2), layout=_NEOX),
-    NameRule("attention", _QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), shapes.fused(3, -2)),
-    NameRule("attention", _QKV + r"(/(kernel|w))?", ("i(3o)",), shapes.fused(3)),
-    NameRule("attention", _QKV + "/kernel", ("ibo",), lambda s: s[1:2] == (3,), batch_axes=True),
-    NameRule("attention", _QKV + "/kernel", ("iboo",), shapes.three_before_heads, batch_axes=True),
-    NameRule("attention", _QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
+    NameRule("attention", p.NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), shapes.fused(3), layout=_NEOX),
+    NameRule("attention", p.NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), shapes.fused(3, -2), layout=_NEOX),
+    NameRule("attention", p.QKV + r"(/weight|_weight)|in_proj_weight", ("(3o)i",), shapes.fused(3, -2)),
+    NameRule("attention", p.QKV + r"(/(kernel|w))?", ("i(3o)",), shapes.fused(3)),
+    NameRule("attention", p.QKV + "/kernel", ("ibo",), lambda s: s[1:2] == (3,), batch_axes=True),
+    NameRule("attention", p.QKV + "/kernel", ("iboo",), shapes.three_before_heads, batch_axes=True),
+    NameRule("attention", p.QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
     NameRule("attention", "(to_)?kv/(kernel|w)", ("i(2o)",), lambda s: len(s) == 2 and s[1] % 2 == 0),
     NameRule("attention", "(to_)?kv/weight", ("(2o)i",), lambda s: len(s) == 2 and s[0] % 2 == 0),
     NameRule("attention", "(to_)?kv_proj/(kernel|w)", ("i(2o)",), shapes.fused(2)),
@@ -302,19 +286,23 @@ RULES = (
     NameRule("attention", "_?uvqk", ("i(4o)",), shapes.fused(4)),
     # (model, heads, 3, size)
     NameRule(
-        "attention", _QKV + "/kernel", ("iobo",), lambda s: s[-2:-1] == (3,) != s[-3:-2], batch_axes=True
+        "attention",
+        p.QKV + "/kernel",
+        ("iobo",),
+        lambda s: s[-2:-1] == (3,) != s[-3:-2],
+        batch_axes=True,
     ),
     _gpt2_rule("attention", "attn/c_attn", "(3o)i", shapes.fused(3, -2)),
-    NameRule("attention", _QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
+    NameRule("attention", p.QKV + r"(/(kernel|w|weight))?|in_proj_weight", (UNDECIDED,)),
     # Penzai: groups of heads are an axis of their own
     NameRule("attention", "attention/(query|key|value)/weights", ("ioo", "iooo"), shape_ok=shapes.heads),
     NameRule("attention", "attention/output/weights", ("iio", "iiio")),
-    NameRule("attention", _QUERY, (UNDECIDED, "ioo"), shapes.many_heads),
-    NameRule("attention", _QUERY, (UNDECIDED, "ooi"), shapes.only_heads_first),
-    NameRule("attention", _QUERY, ("io", "ioo"), shape_ok=shapes.heads),
+    NameRule("attention", p.QUERY, (UNDECIDED, "ioo"), shapes.many_heads),
+    NameRule("attention", p.QUERY, (UNDECIDED, "ooi"), shapes.only_heads_first),
+    NameRule("attention", p.QUERY, ("io", "ioo"), shape_ok=shapes.heads),
     NameRule(
         "attention",
-        _IN_ATTENTION + r"((query|key|value|gating)(_w)?|w?[qkv])",
+        p.IN_ATTENTION + r"((query|key|value|gating)(_w)?|w?[qkv])",
         ("io", "ioo"),
         shape_ok=shapes.heads,
     ),
@@ -324,66 +312,71 @@ RULES = (
     # (model, heads, size), where outputs come first
     NameRule(
         "attention",
-        _IN_ATTENTION + _POST,
+        p.IN_ATTENTION + p.POST,
         (UNDECIDED, "oii"),
         shapes.heads_last,
     ),
     NameRule(
         "attention",
-        _IN_ATTENTION
+        p.IN_ATTENTION
         + r"((out|proj|\w*o(ut)?_proj|(\w+_)?output(_dense|_proj)?|w?o|c_proj|post)/(kernel|w)|w?o|output_w)",
         ("io", "iio"),
         shape_ok=shapes.heads_first,
     ),
-    NameRule("attention", _IN_ATTENTION + "[^/]+(/(kernel|w))?", (UNDECIDED, "ioo"), shapes.heads_last),
-    NameRule("gates", rf"\w*lstm\w*/(.*/)?weight_[ih]h{_OF_TORCH}", ("(4o)i",)),
-    NameRule("gates", rf"\w*gru\w*/(.*/)?weight_[ih]h{_OF_TORCH}", ("(3o)i",)),
-    NameRule("gates", "weight_hh" + _OF_TORCH, ("(4o)i",), shapes.fused(4, -2)),
-    NameRule("gates", "weight_hh" + _OF_TORCH, ("(3o)i",), shapes.fused(3, -2)),
+    NameRule("attention", p.IN_ATTENTION + "[^/]+(/(kernel|w))?", (UNDECIDED, "ioo"), shapes.heads_last),
+    NameRule("gates", rf"\w*lstm\w*/(.*/)?weight_[ih]h{p.OF_TORCH}", ("(4o)i",)),
+    NameRule("gates", rf"\w*gru\w*/(.*/)?weight_[ih]h{p.OF_TORCH}", ("(3o)i",)),
+    NameRule("gates", "weight_hh" + p.OF_TORCH, ("(4o)i",), shapes.fused(4, -2)),
+    NameRule("gates", "weight_hh" + p.OF_TORCH, ("(3o)i",), shapes.fused(3, -2)),
     NameRule("gates", r"\w*lstm\w*/(.*/)?(dense_[ih]/kernel|linear/w)", ("i(4o)",)),
     NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), shapes.fused(4)),
     NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), shapes.fused(3)),
     NameRule("gates", "w_?h?h", ("(4o)i",), shapes.fused(4, -2)),
     NameRule("gates", "w_?h?h", ("(3o)i",), shapes.fused(3, -2)),
-    NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h" + _OF_TORCH, (UNDECIDED,)),
+    NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h" + p.OF_TORCH, (UNDECIDED,)),
     NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
-    NameRule("gates", rf"{_GATED}/weight", (UNDECIDED, "(3o)i"), lambda s: len(s) == 2 and s[0] % 3 == 0),
-    NameRule("gates", rf"{_GATED}/(kernel|w)", (UNDECIDED, "i(3o)"), lambda s: len(s) == 2 and s[1] % 3 == 0),
+    NameRule("gates", rf"{p.GATED}/weight", (UNDECIDED, "(3o)i"), lambda s: len(s) == 2 and s[0] % 3 == 0),
+    NameRule(
+        "gates",
+        rf"{p.GATED}/(kernel|w)",
+        (UNDECIDED, "i(3o)"),
+        lambda s: len(s) == 2 and s[1] % 3 == 0,
+    ),
     # the gates of several GRUs side by side
     NameRule(
         "gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and shapes.fused(3)(s)
     ),
     # gate and input in one matrix: side by side, or alternating
-    NameRule("dense", _GATE_AND_UP + "(/kernel)?", (UNDECIDED, "i(2o)", "i(~2 o)", "bi(2o)", "bi(~2 o)")),
-    NameRule("dense", _GATE_AND_UP + "/weight", (UNDECIDED, "(2o)i", "(~2 o)i")),
+    NameRule("dense", p.GATE_AND_UP + "(/kernel)?", (UNDECIDED, "i(2o)", "i(~2 o)", "bi(2o)", "bi(~2 o)")),
+    NameRule("dense", p.GATE_AND_UP + "/weight", (UNDECIDED, "(2o)i", "(~2 o)i")),
     # query, key, value and the input of an MLP side by side
-    NameRule("dense", _SEVEN + "/(kernel|w)", (UNDECIDED, "i(1+1+1+4 o)"), shapes.fused(7)),
-    NameRule("dense", _SEVEN + "/weight", (UNDECIDED, "(1+1+1+4 o)i"), shapes.fused(7, -2)),
-    NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=_ATTENTION),
-    NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=_ATTENTION),
+    NameRule("dense", p.SEVEN + "/(kernel|w)", (UNDECIDED, "i(1+1+1+4 o)"), shapes.fused(7)),
+    NameRule("dense", p.SEVEN + "/weight", (UNDECIDED, "(1+1+1+4 o)i"), shapes.fused(7, -2)),
+    NameRule("experts", r"\w*(expert|moe)\w*/([^/]+/)?weight", ("oi",), not_in=p.ATTENTION),
+    NameRule("experts", r"\w*(expert|moe)\w*(/[^/]+){0,2}", ("io",), not_in=p.ATTENTION),
     NameRule("one channel", "kernel", when=lambda s: len(s) > 3 and s[-2] == 1),
     NameRule("one channel", "weight", when=lambda s: len(s) > 3 and s[1] == 1),
     NameRule("one channel", "kernel|w", (UNDECIDED, None), shapes.one_channel),
     NameRule("one channel", "weight", (UNDECIDED, None), shapes.flipped(shapes.one_channel)),
     # one row for each of many tokens: an output layer, or a table
-    NameRule("embedding", "weight", when=shapes.flipped(shapes.is_vocabulary), not_in=BLOCK),
+    NameRule("embedding", "weight", when=shapes.flipped(shapes.is_vocabulary), not_in=p.BLOCK),
     NameRule("dense", "weight", ("oi", "oiii", "oiiii"), shape_ok=shapes.flipped(shapes.maybe_convolution)),
     NameRule(
         "dense",
         "kernel",
         ("io", "iiio", "iiiio"),
         shape_ok=shapes.maybe_convolution,
-        not_in=_ATTENTION + r"|kv|einsum|mlp|(^|[/_])ffn?([/_]|$)",
+        not_in=p.ATTENTION + r"|kv|einsum|mlp|(^|[/_])ffn?([/_]|$)",
     ),
     NameRule("dense", r"b\d*|g", (UNDECIDED, None)),
     NameRule("dense", "output_w", (UNDECIDED, "iio")),
     NameRule("dense", "weight_[vg]", (UNDECIDED, None)),  # of a weight norm
     NameRule("dense", r"\w+_weight|weight_(mu|mean)", ("oi",)),
-    NameRule("dense", _MATRIX_NAME, ("io",)),
-    NameRule("dense", _LINEAR + "/weights", ("io",)),
+    NameRule("dense", p.MATRIX_NAME, ("io",)),
+    NameRule("dense", p.LINEAR + "/weights", ("io",)),
     NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
-    NameRule("dense", _IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
+    NameRule("dense", p.IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
     NameRule("dense", "(pre|post|res)_alpha", ("io",)),  # of hyper-connections
     NameRule("dense", r"w[a-z]{1,3}(_\w+)?", (UNDECIDED, "io")),
     NameRule("dense", "weights", (UNDECIDED, "io"), lambda s: len(s) == 2 and s[0] <= 8 * s[1]),

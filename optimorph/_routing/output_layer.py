@@ -14,7 +14,7 @@ from optimorph._routing.layer_widths import (
     is_inside,
 )
 from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of, unresolved
-from optimorph._routing.name_rules import WEIGHT
+from optimorph._routing.name_patterns import WEIGHT
 from optimorph._routing.names import by_name, sides
 from optimorph.linalg import Axes
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.grouping import group_by, numbers_in, without_numbers
-from optimorph._routing.name_rules import WEIGHT
+from optimorph._routing.name_patterns import WEIGHT
 from optimorph._routing.names import outputs_first, sides
 
 _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
