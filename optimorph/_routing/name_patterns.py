@@ -4,15 +4,18 @@ NEOX_QKV = r"query_key_value(/\w+)?"
 WEIGHT = "(kernel|weight|w)"
 KERNEL = r"(kernel|w\d*)"
 UP = r"(\w+_)?(ups|upsamples?)(_0)?/"
-UPWARD = r"(\w+_)?up(sampl|scal|conv|_?\d)?\w*/(\d+/)?([^/]+/)?weight"
+UPWARD = r"(\w+_)?up(?!_?proj)(sampl|scal|conv|_?\d)?\w*/(\d+/)?([^/]+/)?weight"
 CONV = r"\w*conv\w*/"
 IN_CONV = CONV + "[^/]+/"
 ANY_CONV = CONV + "([^/]+/)?" + KERNEL
 TRANSPOSED_WEIGHT = r"\w*(conv_?tr?|transp(osed?)?(_?conv\w*)?|deconv\w*)(_?\d+|_[a-z]+)?/([^/]+/)?weight"
+IN_TRANSPOSED = r"\w*(deconv|transpose)\w*/(.*/)?(?!\w*conv[a-z]*_0/)\w*conv\w*/(kernel|w)"
 TRANSPOSED = r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel"
 IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
 IN_ATTENTION = r"(\w*(attn|(?<!fl)atten|mha|msa)\w*|(\w+_)?att)/(.*/)?"
-ATTENTION = r"attn|(?<!fl)atten|(^|[/_])att/|multi_?head|(^|/)(query|key|value|[qkvo])/"
+ATTENTION = (
+    r"attn|(?<!fl)atten|(^|[/_])att/|multi_?head|(^|/)(query|key|[qkvo])/|(^|/)value/(kernel|weight|w|linear)"
+)
 BLOCK = (
     ATTENTION + r"|mlp|(^|[/_])ffn?([/_]|$)|block|layers|layer_?\d|(^|/)(layer|h)/|stage|mixer|expert|moe|"
     "cell|rnn|lstm|gru|ssm|mamba|conv|lora"
@@ -34,9 +37,11 @@ OF_POLICY = "(policy|value|actions?|q|advantage)"
 SEVEN = r"\w*(linear|proj|fc|dense)\w*"
 LAYER = "(mlp|ffn?|attn|attention)"
 GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
-GATED = r"(\w+_)?gru(_?(linear|layer|dense|cell))?(_?\d+)?"
+GATED = r"(_?([xhi]|in|input|hidden|recurrent))?(_?(linear|layer|dense|cell|proj|kernel))?(_?\d+)?"
+"""What may follow the name of a recurrent layer."""
 OF_TORCH = r"(_l0(_reverse)?)?"  # the number of a layer, and the direction
-OF_NORM = r"\w*norm(_?\d+)?/(lin|linear|proj|dense|fc)(_\d+)?"
+ADAPTIVE = r"\w*((?<![a-z])ada_?(ln|norm|rms|proj|params|mod|scale)|adaln|modulation|_mod(?=/))\w*/([^/]+/)?"
+MODULATION = rf"({ADAPTIVE}|\w*norm(_?\d+)?/(lin|linear|proj|dense|fc)(_\d+)?/)"
 QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 ROOT = "^((params|model)/)*"
 GENERIC = ROOT + r"([^/]+/)?(dense|linear|fc)_?\d*/"
@@ -55,10 +60,8 @@ TABLE = (
 )
 
 IN_LAYER = r"\w*(attn|attention|mlp|ffn?|ffw|feed_?forward)\w*/"
-LAST_CONV = (
-    r"(\w+_)?(conv_?out|out(put)?_?conv|(final|last)_?conv|conv_?(final|last|output)|to_?(rgb|img|image)|"
-    r"(img|image)_?out)\w*"
-)
+LAST_CONV = r"(\w+_)?(conv_?out|out(put)?_?conv|(final|last)_?conv|conv_?(final|last|output))\w*"
+TO_IMAGE = r"(\w+_)?(to_?(rgb|img|image)|(img|image)_?out)\w*"
 BLOCK_OF_CONVOLUTIONS = r"(^|/)\w*(block|resnet|layer|stage|attention)s?(_?\d+)?/"
 MATRIX_NAME = (
     r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|(\w+_)?w[iqkvogud](_?\d+)?|w_\w+|wqkv|"

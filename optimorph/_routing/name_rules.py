@@ -5,6 +5,7 @@ from collections.abc import Callable
 from optimorph._core.types import Shape
 from optimorph._routing import name_patterns as p
 from optimorph._routing import shape_conditions as shapes
+from optimorph._routing.leaf_spec import axes_of
 from optimorph._routing.name_rule import UNDECIDED, NameRule
 
 
@@ -12,6 +13,24 @@ def _convolution_rule(
     pattern: str, specs: tuple[str, ...], shape_ok: Callable[[Shape], bool], not_in: str = "(?!)"
 ) -> NameRule:
     return NameRule("convolution", pattern, specs, lambda shape: len(shape) > 2, shape_ok, not_in=not_in)
+
+
+def _both(
+    role: str,
+    module: str,
+    specs: tuple[str | None, ...] = (),
+    when: Callable[[Shape], bool] = lambda shape: True,
+    not_in: str = "(?!)",
+) -> tuple[NameRule, NameRule]:
+    """A rule for kernels, inputs before outputs, and the same for weights, outputs before inputs."""
+    reverse = tuple(
+        spec and "".join(map(str, axes_of(spec).parts[::-1])) for spec in specs if spec != UNDECIDED
+    )
+    reverse = (UNDECIDED, *reverse) if UNDECIDED in specs else reverse
+    return (
+        NameRule(role, f"{module}(kernel|w)", specs, when, not_in=not_in),
+        NameRule(role, f"{module}weight", reverse, shapes.flipped(when), not_in=not_in),
+    )
 
 
 def _maxtext_rule(
@@ -41,6 +60,8 @@ RULES = (
     # the weight of an MLP behind a norm, or the stacked weights of norms before an MLP
     NameRule("norm", rf"\w*norm_{p.LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
     NameRule("vector", rf"{p.WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
+    # frequencies, drawn once
+    NameRule("vector", r"\w*(gaussian_matrix|freqs?|frequenc(y|ies))|\w*(fourier|gaussian)\w*/(w|b|matrix)"),
     NameRule("dense", r"\w*unembed\w*(/\w*)?", ("io",), lambda s: len(s) == 2 and s[0] == s[1]),
     NameRule("head", rf"\w*output_proj(ection)?\w*/(output|residual)_layer/{p.WEIGHT}"),
     NameRule(
@@ -60,31 +81,23 @@ RULES = (
     NameRule("head", rf"(hidden|outputs?)_?(0|to)_?(tags?|labels?|class\w*|vocab\w*)/{p.WEIGHT}"),
     NameRule("head", rf"seg(mentation)?_(layers?|outputs?)(/0)?/{p.WEIGHT}"),
     NameRule("head", rf"{p.ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{p.WEIGHT})?"),
-    NameRule(
-        "head",
-        f"({p.GENERIC}|{p.OF_POLICY}/)(kernel|w)",
-        when=shapes.is_output,
-        not_in=p.BLOCK,
-    ),
-    NameRule(
-        "head",
-        f"({p.GENERIC}|{p.OF_POLICY}/)weight",
-        when=shapes.flipped(shapes.is_output),
-        not_in=p.BLOCK,
-    ),
+    *_both("head", f"({p.GENERIC}|{p.OF_POLICY}/)", when=shapes.is_output, not_in=p.BLOCK),
     # the outputs of a distribution, of a policy, of a value
     NameRule("distribution", rf"(\w*{p.MOMENT}|(\w+_)?mu)/{p.WEIGHT}", when=lambda s: len(s) == 2),
     NameRule("head", rf"({p.ROOT}(policy|advantage)|{p.OF_POLICY}_decoder)/{p.WEIGHT}"),
     NameRule("head", rf"(predict_\w+|(\w+_)?pred(ict(ion)?s?)?)/{p.WEIGHT}", not_in=p.BLOCK),
-    NameRule("head", rf"(actions?|state|value|reward|image|img)_?out(_?proj\w*)?/{p.WEIGHT}"),
-    NameRule("head", rf"\w*to_?(rgb|img|image)\w*/([^/]+/)?{p.WEIGHT}", when=shapes.few_channels),
-    NameRule("head", r"\w*to_?(rgb|img|image)\w*/([^/]+/)?weight", when=shapes.flipped(shapes.few_channels)),
-    NameRule("head", p.ANY_CONV, when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze"),
+    NameRule(
+        "head",
+        rf"(actions?|state|value|reward|image|img|mask|depth|flow|noise|occlusion)_?out(_?proj\w*)?/{p.WEIGHT}",
+    ),
+    *_both("head", "", when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze|dfl"),
     NameRule(
         "head",
         rf"({p.LAST_CONV})/([^/]+/)?{p.WEIGHT}",
+        when=lambda s: len(s) > 2,
         not_in=p.BLOCK_OF_CONVOLUTIONS + "|attn|atten",
     ),
+    NameRule("head", rf"({p.TO_IMAGE})/([^/]+/)?{p.WEIGHT}", not_in=p.BLOCK_OF_CONVOLUTIONS + "|attn|atten"),
     NameRule(
         "dense",
         p.NOT_A_LAYER + p.EMBEDDING + "/(kernel|w|weights)",
@@ -105,40 +118,22 @@ RULES = (
     ),
     NameRule("embedding", r"x_embedder/.*|w_e|w_pos|patch_?proj\w*/.*"),
     NameRule("embedding", r"\w*emb\w*/(kernel|w|weights)", when=shapes.flipped(shapes.is_vocabulary)),
-    NameRule("embedding", "kernel", when=shapes.is_patches),
-    NameRule("embedding", r"\w*emb\w*/(.*/)?(kernel|w)", when=shapes.of_image),
-    NameRule("embedding", r"\w*emb\w*/(.*/)?weight", when=shapes.flipped(shapes.of_image)),
-    NameRule("embedding", "weight", when=shapes.flipped(shapes.is_patches)),
+    *_both("embedding", r"\w*emb\w*/(.*/)?", when=shapes.of_image),
+    *_both("embedding", "", when=shapes.is_patches),
     # Equinox layers that share a weight, such as an embedding and a head
     NameRule("embedding", r"pytree/\d+/weight|^(model/)?shared/weight"),
     NameRule("router", r"\w*router\w*(/[^/]+){0,2}|switch/" + p.WEIGHT),
     NameRule("router", p.EXPERT_GATE, when=lambda shape: len(shape) != 3 or shapes.few_outputs(shape)),
     NameRule("router", p.EXPERT_GATE, (UNDECIDED,)),
     NameRule("router", r"\w*moe\w*/((\w+_)?gate_)?dense(_\d+)?/kernel", when=shapes.few_outputs),
-    NameRule(
-        "router",
-        p.GATE + "/weight",
-        when=shapes.few_outputs_first,
-        not_in=p.ATTENTION + "|expert",
-    ),
-    NameRule(
-        "router",
-        p.GATE + "(/(kernel|w))?",
-        when=shapes.few_outputs,
-        not_in=p.ATTENTION + "|expert",
-    ),
+    NameRule("router", p.GATE + "/weight", when=shapes.few_outputs_first, not_in=p.ATTENTION + "|expert"),
+    NameRule("router", p.GATE + "(/(kernel|w))?", when=shapes.few_outputs, not_in=p.ATTENTION + "|expert"),
     NameRule("router", r"experts?/gate/kernel", when=lambda s: len(s) == 2 and shapes.few_outputs(s)),
     # (*window, 1, out): depthwise, or the first convolution of grey images
     NameRule("one channel", p.CONV + "([^/]+/)?" + p.KERNEL, when=lambda s: len(s) > 2 and s[-2] == 1),
     NameRule("one channel", r"(\w+_)?depthwise_kernel"),
     NameRule("one channel", p.CONV + "([^/]+/)?weight", when=lambda s: len(s) > 2 and s[1] == 1),
-    NameRule("attention", p.QKV + r"/(\w*conv\w*/)?kernel", (UNDECIDED, "iii(3o)"), shapes.three_of_pixels),
-    NameRule(
-        "attention",
-        p.QKV + r"/(\w*conv\w*/)?weight",
-        (UNDECIDED, "(3o)iii"),
-        shapes.flipped(shapes.three_of_pixels),
-    ),
+    *_both("attention", p.QKV + r"/(\w*conv\w*/)?", (UNDECIDED, "iii(3o)"), shapes.three_of_pixels),
     NameRule("convolution", "kernel", ("iiio",), lambda s: s[:-2] == (1, 1), batch_axes=True),
     # (window, channels), of a convolution of each channel by itself
     NameRule(
@@ -155,10 +150,11 @@ RULES = (
         ("ioi", "iioi", "iiioi"),
         shapes.convolution,
     ),
+    NameRule("convolution", p.IN_TRANSPOSED, (UNDECIDED, "ioi", "iioi", "iiioi"), lambda s: len(s) > 2),
     _convolution_rule(p.CONV + p.KERNEL, ("iio", "iiio", "iiiio"), shapes.convolution),
     # transposed convolutions: PyTorch has inputs first, Equinox outputs
     NameRule("convolution", p.TRANSPOSED_WEIGHT, (UNDECIDED, "ioi", "ioii", "ioiii"), lambda s: len(s) > 2),
-    NameRule("convolution", p.UPWARD, (UNDECIDED, "ioii", "ioiii"), shapes.even_window),
+    NameRule("convolution", p.UPWARD, (UNDECIDED, "ioi", "ioii", "ioiii"), shapes.even_window),
     _convolution_rule(p.CONV + "weight", ("oii", "oiii", "oiiii"), shapes.flipped(shapes.convolution)),
     _convolution_rule(
         p.IN_CONV + p.KERNEL,
@@ -225,10 +221,12 @@ RULES = (
     NameRule("experts", p.LEVANTER + r"experts/(\w+/)?weight", ("io",)),
     # GPT-2 of Hugging Face's Flax: outputs come first
     _gpt2_rule("attention", "(attn|crossattention)/(c_proj|q_attn)", "oi", lambda s: len(s) == 2),
+    _gpt2_rule("attention", "crossattention/c_attn", "(2o)i", shapes.flipped(shapes.fused(2))),
     _gpt2_rule("dense", "mlp/c_fc", "oi", lambda s: len(s) == 2 and s[0] > s[1]),
     _gpt2_rule("dense", "mlp/c_proj", "oi", lambda s: len(s) == 2 and s[0] < s[1]),
     # GPT-2 of Hugging Face's PyTorch: inputs come first
     NameRule("attention", "h/0/attn/c_attn/weight", ("i(3o)",), shapes.fused(3)),
+    NameRule("attention", "h/0/crossattention/c_attn/weight", ("i(2o)",), shapes.fused(2)),
     NameRule("dense", "h/0/mlp/c_fc/weight", ("io",), lambda s: s[0] < s[1]),
     NameRule("dense", "h/0/mlp/c_proj/weight", ("io",), lambda s: s[0] > s[1]),
     # Gemma: heads are the first axis, and gate and input, of which the inner width is the larger
@@ -239,28 +237,13 @@ RULES = (
     NameRule("dense", "gating_einsum(/w)?", ("boi",), lambda s: len(s) > 2 and s[-2] > s[-1]),
     # GEGLU: a gate and its input side by side
     NameRule("dense", r"net_0/proj/kernel", ("i(2o)",), lambda s: s[-1] == 8 * s[-2]),
-    NameRule("dense", rf"\w*(adaln|modulation|_mod(?=/))\w*(/[^/]+)?/{p.WEIGHT}", (UNDECIDED, None)),
     # shift, scale and gate of a normalization
     *(
-        NameRule(
-            "dense",
-            f"{p.OF_NORM}/(kernel|w)",
-            (UNDECIDED, f"i({n}o)"),
-            shapes.fused(n),
-            not_in="batch",
-        )
-        for n in (2, 3, 6)
+        rule
+        for n in (2, 3, 4, 6, 9, 12)
+        for rule in _both("dense", p.MODULATION, (UNDECIDED, f"i({n}o)", None), shapes.fused(n), "batch")
     ),
-    *(
-        NameRule(
-            "dense",
-            f"{p.OF_NORM}/weight",
-            (UNDECIDED, f"({n}o)i"),
-            shapes.fused(n, -2),
-            not_in="batch",
-        )
-        for n in (2, 3, 6)
-    ),
+    *_both("dense", p.ADAPTIVE, (UNDECIDED, None)),
     # GPT-NeoX and BLOOM order query, key and value head by head
     NameRule("attention", p.NEOX_QKV, (UNDECIDED, "i(HEADS~3 o)"), shapes.fused(3), layout=_NEOX),
     NameRule("attention", p.NEOX_QKV, (UNDECIDED, "(HEADS~3 o)i"), shapes.fused(3, -2), layout=_NEOX),
@@ -269,20 +252,9 @@ RULES = (
     NameRule("attention", p.QKV + "/kernel", ("ibo",), lambda s: s[1:2] == (3,), batch_axes=True),
     NameRule("attention", p.QKV + "/kernel", ("iboo",), shapes.three_before_heads, batch_axes=True),
     NameRule("attention", p.QKV + "/w", ("bioo",), lambda s: s[0] == 3 and s[2:3] < s[1:2], batch_axes=True),
-    NameRule("attention", "(to_)?kv/(kernel|w)", ("i(2o)",), lambda s: len(s) == 2 and s[1] % 2 == 0),
-    NameRule("attention", "(to_)?kv/weight", ("(2o)i",), lambda s: len(s) == 2 and s[0] % 2 == 0),
-    NameRule("attention", "(to_)?kv_proj/(kernel|w)", ("i(2o)",), shapes.fused(2)),
-    NameRule("attention", "(to_)?kv_proj/weight", ("(2o)i",), shapes.fused(2, -2)),
-    NameRule(
-        "attention",
-        "(to_)?kv_proj/(kernel|w)",
-        (UNDECIDED, "i(2o)"),
-        lambda s: len(s) == 2,
-        not_in="compress",
-    ),
-    NameRule(
-        "attention", "(to_)?kv_proj/weight", (UNDECIDED, "(2o)i"), lambda s: len(s) == 2, not_in="compress"
-    ),
+    *_both("attention", "(to_)?kv/", ("i(2o)",), shapes.has_gates(2)),
+    *_both("attention", "(to_)?(kv_proj|qk(_proj)?)/", ("i(2o)",), shapes.fused(2)),
+    *_both("attention", "(to_)?kv_proj/", (UNDECIDED, "i(2o)"), shapes.has_two_axes, "compress"),
     NameRule("attention", "_?uvqk", ("i(4o)",), shapes.fused(4)),
     # (model, heads, 3, size)
     NameRule(
@@ -336,13 +308,8 @@ RULES = (
     NameRule("gates", "w_?h?h", ("(3o)i",), shapes.fused(3, -2)),
     NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h" + p.OF_TORCH, (UNDECIDED,)),
     NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
-    NameRule("gates", rf"{p.GATED}/weight", (UNDECIDED, "(3o)i"), lambda s: len(s) == 2 and s[0] % 3 == 0),
-    NameRule(
-        "gates",
-        rf"{p.GATED}/(kernel|w)",
-        (UNDECIDED, "i(3o)"),
-        lambda s: len(s) == 2 and s[1] % 3 == 0,
-    ),
+    *_both("gates", rf"\w*gru{p.GATED}/", (UNDECIDED, "i(3o)"), shapes.has_gates(3)),
+    *_both("gates", rf"\w*lstm{p.GATED}/", (UNDECIDED, "i(4o)"), shapes.has_gates(4)),
     # the gates of several GRUs side by side
     NameRule(
         "gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and shapes.fused(3)(s)

@@ -24,6 +24,11 @@ UNSTACKED = -1
 _OF_LINEN = re.compile(r"(^|/)(?!\w*(Norm|Embed))[A-Z][A-Za-z0-9]*_\d+/weight$")
 """A `weight` of a module that Flax numbers: unlike those of PyTorch and Equinox it has inputs first."""
 
+_WRAPPED = re.compile(
+    r"(?<=[^/.])[/.](?:base_|orig_|inner_|wrapped_?)?layer([/.](?:kernel|weight|w|bias|b))$"
+)
+"""The name of a layer in a module that has no other, and the name of its array."""
+
 _MATRIX_NAME = re.compile(r"(^|/)(kernel|w|[wW]_?h?h)$")  # of two axes a matrix, no stack of vectors
 
 
@@ -42,8 +47,9 @@ def by_name(path: str, shape: Shape, layers: int | None = None) -> tuple[str, st
 
 
 def unwrapped(path: str) -> str:
-    """The path without the name of the array in a named array, as Haliax has them."""
-    return re.sub(r"(?<=[^/.])[/.]array$", "", path)
+    """The path without the name of the array in a named array, as Haliax has them, or of a wrapped layer."""
+    path = re.sub(r"(?<=[^/.])[/.]array$", "", path)
+    return _WRAPPED.sub(r"\1", path)
 
 
 def outputs_first(path: str) -> bool:

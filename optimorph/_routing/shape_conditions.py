@@ -33,7 +33,8 @@ def one_channel(shape: Shape) -> bool:
 
 def even_window(shape: Shape) -> bool:
     """(in, out, *window) of an even window, such as that of a transposed convolution of stride 2."""
-    return len(shape) > 3 and is_window(shape[2:], 8) and all(side % 2 == 0 for side in shape[2:])
+    longest = 8 if len(shape) > 3 else 32
+    return len(shape) > 2 and is_window(shape[2:], longest) and all(side % 2 == 0 for side in shape[2:])
 
 
 def of_image(shape: Shape) -> bool:
@@ -47,8 +48,8 @@ def is_patches(shape: Shape) -> bool:
 
 
 def few_channels(shape: Shape) -> bool:
-    """(height, width, in, out) with as few outputs as an image has channels."""
-    return len(shape) == 4 and shape[3] <= 4 and shape[2] >= 16
+    """(*window, in, out) with as few outputs as an image has channels."""
+    return len(shape) > 3 and shape[-1] <= 4 and shape[-2] >= 16 and is_window(shape[:-2], 32)
 
 
 def heads(shape: Shape) -> bool:
@@ -125,6 +126,16 @@ def is_vocabulary(shape: Shape) -> bool:
 def is_output(shape: Shape) -> bool:
     """(in, out), with a vocabulary of outputs, or a few for many inputs."""
     return is_vocabulary(shape) or (len(shape) == 2 and shape[1] <= 10 and shape[0] >= 64)
+
+
+def has_two_axes(shape: Shape) -> bool:
+    """(in, out)."""
+    return len(shape) == 2
+
+
+def has_gates(n: int) -> Callable[[Shape], bool]:
+    """(in, n x out)."""
+    return lambda shape: len(shape) == 2 and shape[1] % n == 0
 
 
 def fused(n: int, axis: int = -1) -> Callable[[Shape], bool]:
