@@ -22,6 +22,7 @@ from optimorph._routing.siblings import (
     specs_by_bias,
     specs_by_chain,
     specs_by_pair,
+    specs_in_lists,
 )
 from optimorph._routing.stacked_layers import StackedLayers
 
@@ -109,7 +110,10 @@ class _Tree:
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
         self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
         by_bias, self.alike = specs_by_bias(self.shapes)
-        self.told = specs_by_chain(self.shapes) | specs_by_pair(self.shapes, self.widths) | by_bias
+        self.in_lists, self.likely = specs_in_lists(self.shapes)
+        self.told = (
+            specs_by_chain(self.shapes) | specs_by_pair(self.shapes, self.widths) | by_bias | self.in_lists
+        )
 
     def spec(self, leaf: _Leaf, role: str, spec: str | None) -> LeafSpec:
         """How a leaf reads that has this role and this spec by its name."""
@@ -121,18 +125,18 @@ class _Tree:
         if role == "dense" and rows in self.vocabulary and rows >= 16 * math.prod(columns):
             return LeafSpec(None, "embedding")  # of tokens as vectors of zeros and a one
         if leaf.path in self.arrays and len(leaf.single) == 2:
-            return self._array(leaf, spec)
+            return self._array(leaf)
         role, spec = self._among_others(leaf, role, spec)
         found = by_default(leaf.path, leaf.shape, leaf.layers, role, spec)
         first = self._likeliest(leaf, found)
         return found._replace(answers=tuple(dict.fromkeys([*first, *found.answers]))) if first else found
 
-    def _array(self, leaf: _Leaf, spec: str | None) -> LeafSpec:
+    def _array(self, leaf: _Leaf) -> LeafSpec:
         """An array without a name in a list of modules."""
         if leaf.single[0] >= 16 * leaf.single[1]:
             return LeafSpec(None, "embedding")
         cause = "may be an embedding, because it has no name in a list of modules"
-        return unresolved(leaf.path, leaf.shape, cause, first=(None, spec))
+        return unresolved(leaf.path, leaf.shape, cause, first=(None,))
 
     def _among_others(self, leaf: _Leaf, role: str, spec: str | None) -> tuple[str, str | None]:
         """The role and the spec: of experts beside a router, of two factors, of gates, beside a bias."""
@@ -149,7 +153,11 @@ class _Tree:
             spec = self.gates.get(_recurrent_twin(path), spec)
         if spec == UNDECIDED:
             told, offered = self.told.get(path, ""), offers(path, leaf.shape, leaf.layers)[0]
-            certain = len(told) > 2 and None not in offered[:1] and not _fits_too(offered, told, shape)
+            certain = (
+                (len(told) > 2 or path in self.in_lists)
+                and None not in offered[:1]
+                and not _fits_too(offered, told, shape)
+            )
             return role, leaf.stacked(told) if certain else spec
         if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
             return HEAD, None  # the last of transposed convolutions
@@ -167,6 +175,8 @@ class _Tree:
         """The answers to put first, of a question that the name does not answer."""
         if f"{leaf.path}_bias" in self.shapes:  # gpt-oss, whose gate and input alternate
             return [answer for answer in found.answers if answer is not None and "~" in answer]
+        if found.answers and leaf.path in self.likely:
+            return [self.likely[leaf.path]]
         if not found.answers or len(leaf.single) < 3:
             return []
         if leaf.layers is None and (k := self.stacks.maybe_axis(leaf.path, leaf.shape)) is not None:

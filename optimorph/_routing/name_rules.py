@@ -342,7 +342,9 @@ RULES = (
     NameRule("dense", r"\w+_weight|weight_(mu|mean)", ("oi",)),
     NameRule("dense", p.MATRIX_NAME, ("io",)),
     NameRule("dense", p.LINEAR + "/weights", ("io",)),
-    NameRule("dense", r"(\d+(/\d+)*)?", ("io",)),  # no name at all: a bare array, lists of arrays
+    NameRule("dense", "", ("io",)),  # no name at all: a bare array
+    NameRule("dense", r"\d+", (UNDECIDED, "io"), shapes.has_two_axes),  # in a list
+    NameRule("dense", r"\d+", ("io",)),
     NameRule("dense", p.IN_LAYER + "[^/]+", ("io",), lambda s: len(s) == 2 and min(s) >= 64),
     NameRule("dense", "(pre|post|res)_alpha", ("io",)),  # of hyper-connections
     NameRule("dense", r"w[a-z]{1,3}(_\w+)?", (UNDECIDED, "io")),

@@ -16,6 +16,7 @@ _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
 _FACTOR = re.compile(
     r"((?<![A-Za-z0-9])[abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)|(?<=/[a-vx-z])[12]$"
 )
+_NUMBER = re.compile(r"(?<![^/.])\d+$")
 _IN_LIST = re.compile(r"[/.]\d+[/.]weight$")
 _GATE = re.compile(rf"(^|[/.])\w*gate([/.]{WEIGHT})?$")
 _SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
@@ -109,6 +110,39 @@ def specs_by_chain(shapes: Mapping[str, Shape]) -> dict[str, str]:
     return found
 
 
+def specs_in_lists(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Path → spec of matrices without names in lists, if all biases agree, or of those without all widths.
+
+    By the widths each matrix of a list takes in the outputs of the one before it.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+
+    Returns:
+      what is certain; and of other lists what is likelier: how most matrices fit, and None of one whose
+      outputs the next does not take in.
+    """
+    certain, likely = {}, {}
+    arrays = [path for path, shape in shapes.items() if len(shape) == 2 and _NUMBER.search(path)]
+    biases = {path: shapes[bias] for path in arrays if len(shapes.get(bias := _bias_of(path), ())) == 1}
+    sides = [(shapes[path], own) for path, own in biases.items() if len({*shapes[path]}) > 1]
+    by_bias = {"oi" if own == shape[:1] else "io" for shape, own in sides if own[0] in shape}
+    if len(by_bias) == 1:
+        certain = dict.fromkeys(biases, by_bias.pop())
+    for group in group_by([path for path in arrays if path not in certain], without_numbers):
+        group.sort(key=numbers_in)
+        pairs = [(shapes[one], shapes[after]) for one, after in itertools.pairwise(group)]
+        fits = {"io": [a[1] == b[0] for a, b in pairs], "oi": [a[0] == b[1] for a, b in pairs]}
+        told = [spec for spec, fit in fits.items() if pairs and all(fit)]
+        best = max(fits, key=lambda spec: sum(fits[spec]))
+        if len(told) == 1:
+            certain |= dict.fromkeys(group, told[0])
+        elif sum(fits["io"]) != sum(fits["oi"]):
+            fitting = [*fits[best], False]
+            likely |= {path: best if fit else None for path, fit in zip(group, fitting, strict=True)}
+    return certain, likely
+
+
 def specs_by_pair(shapes: Mapping[str, Shape], widths: Collection[int]) -> dict[str, str]:
     """Path → spec of the first and the last layer of perceptrons whose order only their widths tell.
 
@@ -137,7 +171,8 @@ def _bias_of(path: str) -> str:
     """The path of the bias of a layer, of that of its matrix."""
     found = re.search(rf"(?<![^/.]){WEIGHT}$", path)
     if found is None:
-        return f"{path[:-1]}1" if path.endswith("/0") else f"{path}_bias"
+        number = _NUMBER.search(path)
+        return f"{path}_bias" if number is None else f"{path[: number.start()]}{int(number[0]) + 1}"
     return path[: found.start()] + ("b" if found[0] == "w" else "bias")
 
 
