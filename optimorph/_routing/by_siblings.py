@@ -12,6 +12,7 @@ from optimorph._routing.name_rule import UNDECIDED
 from optimorph._routing.names import by_name, offers, outputs_first, sides, with_layers, without_layers
 from optimorph._routing.shape_conditions import few_channels
 from optimorph._routing.siblings import (
+    SEVERAL,
     arrays_beside_modules,
     biases_of_layers,
     expert_spec,
@@ -142,8 +143,8 @@ class _Tree:
         """The role and the spec: of experts beside a router, of two factors, of gates, beside a bias."""
         path, _, _, shape = leaf
         asked = spec == UNDECIDED
-        of_expert = expert_spec(path, shape, self.routers) if asked or role == "experts" else None
-        if of_expert and (asked or len(shape) == 2):
+        of_expert = self._of_expert(path) if asked or role == "experts" else None
+        if of_expert:
             return "experts", leaf.stacked(of_expert)
         if asked or role in ("bias", "low rank") or (role == "dense" and len(shape) > 2):
             of_factor = leaf.stacked(low_rank_spec(path, shape, self.shapes))
@@ -171,12 +172,21 @@ class _Tree:
         told = leaf.stacked(self.told.get(path) or self.alike.get(path))
         return role, spec if spec is None or told is None else _with_outputs(spec, told)
 
+    def _of_expert(self, path: str) -> str | None:
+        return expert_spec(path, self.shapes.get(path, ()), self.routers, self.widths)
+
     def _likeliest(self, leaf: _Leaf, found: LeafSpec) -> list[str | None]:
         """The answers to put first, of a question that the name does not answer."""
         if f"{leaf.path}_bias" in self.shapes:  # gpt-oss, whose gate and input alternate
             return [answer for answer in found.answers if answer is not None and "~" in answer]
         if found.answers and leaf.path in self.likely:
             return [self.likely[leaf.path]]
+        if (
+            found.answers
+            and SEVERAL.search(leaf.path)
+            and self._of_expert(SEVERAL.sub("down", leaf.path)) == "boi"
+        ):
+            return [leaf.stacked("b(2o)i")]
         if not found.answers or len(leaf.single) < 3:
             return []
         if leaf.layers is None and (k := self.stacks.maybe_axis(leaf.path, leaf.shape)) is not None:

@@ -13,13 +13,16 @@ from optimorph._routing.names import outputs_first, sides
 _DOWN = re.compile(r"(down|wo|w_?2|out|fc_?2|c_proj|output)(_|/|\d*$)")
 """The layer of a perceptron whose outputs are as wide as the model."""
 
+_UP = re.compile(r"(^|/)(up|gate|w_?[13]|wi|in|fc_?1)(_\w+)?$")
+"""The first layers of a perceptron."""
+
 _FACTOR = re.compile(
     r"((?<![A-Za-z0-9])[abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)|(?<=/[a-vx-z])[12]$"
 )
 _NUMBER = re.compile(r"(?<![^/.])\d+$")
 _IN_LIST = re.compile(r"[/.]\d+[/.]weight$")
 _GATE = re.compile(rf"(^|[/.])\w*gate([/.]{WEIGHT})?$")
-_SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
+SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
 """A name of a gate and its input in one leaf."""
 
 _EXPERTS = re.compile(r"(^|/)experts/(?!\d)", re.IGNORECASE)
@@ -30,6 +33,9 @@ _LAST = {"linear1": "linear2", "fc1": "fc2", "wi": "wo", "w1": "w2", "w3": "w2"}
     name + end: "down" + end for name in ("up", "gate") for end in ("", "_proj")
 }
 """The name of the first layer of a perceptron → that of the last."""
+
+_IN_WEIGHT = re.compile(r"[/.]weight[/.][^/.]+$")
+"""The name of a part of a `weight`, whose outputs are first."""
 
 _TWIN = {"a": "b", "b": "a", "A": "B", "B": "A", "down": "up", "up": "down", "1": "2", "2": "1"}
 """The names of two factors of a matrix."""
@@ -185,10 +191,20 @@ _NETWORK = re.compile(
 )
 
 
+_PROJECTION = re.compile(r"^(.*/)?(query|key|value|q|k|v)_heads?(?=[/.])", re.IGNORECASE)
+
+
 def networks_called_heads(paths: Sequence[str], heads: Sequence[int]) -> Iterator[int]:
-    """The leaves of modules that are called heads and have attention in them."""
+    """The leaves of modules that are called heads and have attention in them, or are parts of it.
+
+    The projections of queries, keys and values may be called heads; two of them are in one module.
+    """
     modules = {found[1] for path in paths if (found := _NETWORK.search(path))}
     yield from (k for k in heads if any(map(paths[k].startswith, modules)))
+    parts = {k: found for k in heads if (found := _PROJECTION.search(paths[k]))}
+    for module in group_by(parts, lambda k: parts[k][1]):
+        if len({parts[k][2] for k in module}) > 1:
+            yield from module
 
 
 def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequence[int]) -> Iterator[int]:
@@ -196,7 +212,8 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
 
     In lists and of layers with numbers, that is the one with the next number. The other layer may be in a
     module around that of the first. Of a convolution it may be any dense layer. A square layer beside a norm
-    is one too, as in heads whose last layer is the embedding.
+    is one too, as in heads whose last layer is the embedding; so is one whose head has more biases than it
+    has outputs.
     """
 
     def feeds(k: int, other: int) -> bool:
@@ -223,6 +240,10 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
     norms = {(_NORM.sub("", path), shapes[k]) for k, path in enumerate(paths) if _NORM.search(path)}
     square = [k for k in heads if len(shapes[k]) == 2 and feeds(k, k)]
     yield from (k for k in square if (_grandparent(paths[k]), shapes[k][:1]) in norms)
+    biases = {path: shape for path, shape in zip(paths, shapes, strict=True) if path.endswith("/bias")}
+    for k in square:
+        if max(biases.get(f"{_grandparent(paths[k])}/bias", (0,))) > shapes[k][0]:
+            yield k
     dense = [k for k, shape in enumerate(shapes) if len(shape) == 2 and shape[0] > 16]
     taken = {sides(paths[k], shapes[k])[0] for k in dense}
     windows = [k for k in heads if len(shapes[k]) > 3]
@@ -232,30 +253,40 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
             yield k
 
 
-def expert_spec(path: str, shape: Shape, routers: Sequence[tuple[str, Shape]]) -> str | None:
+def expert_spec(
+    path: str, shape: Shape, routers: Sequence[tuple[str, Shape]], widths: Collection[int]
+) -> str | None:
     """The spec of a leaf that has one expert for each output of a router beside it; None of other leaves.
 
-    In a leaf of two axes, of which the first is far longer, or longer in a module of all experts, the experts
-    lie one after the other.
+    The last layer of an expert has as many outputs as the model is wide, and the others as many inputs. Where
+    both sides are so many, or the name tells no place in a perceptron, that of the array tells which are first. In a leaf of two axes, of which the
+    first is far longer, or longer in a module of all experts, the experts lie one after the other.
 
     Args:
       path: of the leaf.
       shape: without an axis of layers.
       routers: paths and shapes of the tree's routers, likewise.
+      widths: of the norms.
     """
-    if len(shape) not in (2, 3) or _SEVERAL.search(path):
+    if len(shape) not in (2, 3) or SEVERAL.search(path):
         return None
     first = outputs_first(path)
     name = re.sub(rf"/{WEIGHT}$", "", path)
     down = _DOWN.search(name.rpartition("/")[2]) is not None
-    width = shape[2 if down != first else 1] if len(shape) == 3 else shape[1]
     near = [router for other, router in routers if len(router) == 2 and _is_beside(path, other)]
-    beside = {sum(router) - width for router in near if width in router}
     if len(shape) == 2:
-        several = shape[0] > width if _EXPERTS.search(path) else shape[0] >= 16 * width
-        rows = [n for n in beside if n and shape[0] % n == 0 and several]
-        return ("({}i)o" if down else "({}o)i").format(rows[0]) if rows else None
-    return ("boi" if first else "bio") if shape[0] in beside else None
+        rows, width = shape
+        several = rows > width if _EXPERTS.search(path) else rows >= 16 * width
+        counts = {sum(router) - width for router in near if width in router}
+        count = next((n for n in counts if n and rows % n == 0 and several), None)
+        return count and ("({}i)o" if down else "({}o)i").format(count)
+    models = {sum(router) - shape[0] for router in near if shape[0] in router}
+    fits = [size in (models or widths) for size in shape[1:]]
+    known = fits[0] != fits[1] and (down or _UP.search(name) is not None)
+    if known:
+        first = fits[0] == down
+    beside = fits[down != first] if models else known and _EXPERTS.search(path) is not None
+    return ("boi" if first else "bio") if beside else None
 
 
 def routers_of_experts(shapes: Mapping[str, Shape], experts: Collection[str]) -> Iterator[str]:
@@ -294,7 +325,8 @@ def low_rank_spec(path: str, shape: Shape, shapes: Mapping[str, Shape]) -> str |
         return None
     is_first = found[0].lower() in ("a", "down", "1")
     specs = {pair[not is_first] for pair in _factors(*((shape, other) if is_first else (other, shape)))}
-    return specs.pop() if len(specs) == 1 else None
+    spec = specs.pop() if len(specs) == 1 else None
+    return spec.replace("io", "oi") if spec and _IN_WEIGHT.search(path) else spec
 
 
 def _factors(a: Shape, b: Shape) -> Iterator[tuple[str, str]]:
