@@ -77,11 +77,19 @@ def with_fused_layers(
             equal = equal_parts(k, module.rpartition("/")[0]) if is_last(k) else []
         return f"{equal[0]}o" if equal else None
 
+    def feeds_one_beside(k: int) -> bool:
+        """Whether the only other layer of its module follows it and takes in a half of its outputs."""
+        module = names[k].rpartition("/")[0]
+        beside = [j for j in inside.get(module, ()) if j != k]
+        if len(beside) != 1 or number_of(names[beside[0]]) < number_of(names[k]):
+            return False
+        return max(sides[k][1]) in {2 * n for n in sides[beside[0]][0]}
+
     fused = {
         k: blocks
         for k, name in names.items()
         if specs[k].role in ("dense", "experts") and _spec(specs[k]).strip("b") in ("io", "oi")
-        if is_inside(paths[k]) and not _ONE.search(name) and (blocks := parts(k))
+        if (is_inside(paths[k]) or feeds_one_beside(k)) and not _ONE.search(name) and (blocks := parts(k))
     }
     found = list(specs)
     for k, blocks in fused.items():

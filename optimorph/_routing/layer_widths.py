@@ -19,11 +19,11 @@ _ANY_LAYER = re.compile(
 """A name that does not say what a layer is for."""
 
 _IN_BLOCK = re.compile(
-    r"(block|layer|stage|expert|(^|/)h)s?(_[a-z]+)?[_/]?\d+/|attn|attention|time(step)?s?_?emb\w*/\w*\d",
+    r"layer_stack|(block|layer|stage|expert|(^|/)h)s?(_[a-z]+)?[_/]?\d+/|attn|attention|time(step)?s?_?emb\w*/\w*\d",
     re.IGNORECASE,
 )
 
-_INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt"))
+_INSIDE = re.compile(BLOCK.replace("|conv", "|feed_?forward|pool|adapt|bottleneck"))
 """Parts of names of layers and modules that are no output layers, whatever their widths."""
 
 DISTRIBUTION = "distribution"
