@@ -19,6 +19,7 @@ from optimorph._routing.siblings import (
     hidden_of_heads,
     low_rank_spec,
     networks_called_heads,
+    projections_of_embeddings,
     routers_of_experts,
     specs_by_bias,
     specs_by_chain,
@@ -112,6 +113,7 @@ class _Tree:
         self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
         by_bias, self.alike = specs_by_bias(self.shapes)
         self.in_lists, self.likely = specs_in_lists(self.shapes)
+        self.projections = {*projections_of_embeddings(self.shapes, of_role.get("embedding", ()))}
         self.told = (
             specs_by_chain(self.shapes) | specs_by_pair(self.shapes, self.widths) | by_bias | self.in_lists
         )
@@ -169,6 +171,8 @@ class _Tree:
             and max(shape[:1]) > 9
         ):
             return role, UNDECIDED  # no window
+        if path in self.projections:
+            return "dense", leaf.stacked("oi" if outputs_first(path) else "io")
         told = leaf.stacked(self.told.get(path) or self.alike.get(path))
         return role, spec if spec is None or told is None else _with_outputs(spec, told)
 

@@ -63,6 +63,22 @@ def biases_of_layers(shapes: Mapping[str, Shape], attention: Collection[str]) ->
             yield path
 
 
+def projections_of_embeddings(shapes: Mapping[str, Shape], embeddings: Collection[str]) -> Iterator[str]:
+    """The layers called embeddings that have biases and take in the features of tables.
+
+    So does one without a bias that has the shape of one in the same module.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+      embeddings: the paths of embeddings.
+    """
+    matrices = [path for path in embeddings if len(shapes[path]) == 2]
+    layers = [path for path in matrices if shapes.get(_bias_of(path)) == (sides(path, shapes[path])[1],)]
+    features = {shapes[path][1] for path in {*matrices} - {*layers} if shapes[path][0] > shapes[path][1]}
+    found = {(_grandparent(path), shapes[path]) for path in layers if sides(path, shapes[path])[0] in features}
+    yield from (path for path in matrices if (_grandparent(path), shapes[path]) in found)
+
+
 def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str, str]]:
     """Path → the spec that the bias of its layer tells: its axes are the outputs, all others inputs.
 
