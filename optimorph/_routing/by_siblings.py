@@ -113,6 +113,9 @@ class _Tree:
         self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
         by_bias, self.alike = specs_by_bias(self.shapes)
         self.in_lists, self.likely = specs_in_lists(self.shapes)
+        self.has_kernels = any(
+            path.endswith("kernel") and len(shape) > 1 for path, shape in self.shapes.items()
+        )
         self.projections = {*projections_of_embeddings(self.shapes, of_role.get("embedding", ()))}
         self.told = (
             specs_by_chain(self.shapes) | specs_by_pair(self.shapes, self.widths) | by_bias | self.in_lists
@@ -191,6 +194,8 @@ class _Tree:
             and self._of_expert(SEVERAL.sub("down", leaf.path)) == "boi"
         ):
             return [leaf.stacked("b(2o)i")]
+        if found.answers and self.has_kernels and leaf.path.endswith("_weight"):
+            return [leaf.stacked("io")]
         if not found.answers or len(leaf.single) < 3:
             return []
         if leaf.layers is None and (k := self.stacks.maybe_axis(leaf.path, leaf.shape)) is not None:

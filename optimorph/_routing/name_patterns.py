@@ -64,7 +64,7 @@ LAST_CONV = r"(\w+_)?(conv_?out|out(put)?_?conv|(final|last)_?conv|conv_?(final|
 TO_IMAGE = r"(\w+_)?(to_?(rgb|img|image)|(img|image)_?out)\w*"
 BLOCK_OF_CONVOLUTIONS = r"(^|/)\w*(block|resnet|layer|stage|attention)s?(_?\d+)?/"
 MATRIX_NAME = (
-    r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|(\w+_)?w[iqkvogud](_?\d+)?|w_\w+|wqkv|"
+    r"(\w+_)?(kernel|weight|w|proj|projection|linear|dense|fc|matrix)(_?\d+)?|w\d+|(\w+_)?w(kv|[iqkvogud])(_?\d+)?|w_\w+|wqkv|"
     r"[qkvo]|query|key|value|(to_)?(in|out|up|down|gate|[qkv])(_?\d+)?|(up|down|gate|in|out)_\w+|c_(attn|proj|fc)|mlp\w*|kernel_(mu|mean)"
 )
 """Names that mean a matrix."""

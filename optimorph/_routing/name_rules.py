@@ -339,7 +339,8 @@ RULES = (
     NameRule("dense", r"b\d*|g", (UNDECIDED, None)),
     NameRule("dense", "output_w", (UNDECIDED, "iio")),
     NameRule("dense", "weight_[vg]", (UNDECIDED, None)),  # of a weight norm
-    NameRule("dense", r"\w+_weight|weight_(mu|mean)", ("oi",)),
+    NameRule("dense", r"\w+_weight", (UNDECIDED, "oi")),
+    NameRule("dense", "weight_(mu|mean)", ("oi",)),
     NameRule("dense", p.MATRIX_NAME, ("io",)),
     NameRule("dense", p.LINEAR + "/weights", ("io",)),
     NameRule("dense", "", ("io",)),  # no name at all: a bare array

@@ -101,6 +101,7 @@ def with_layers(spec: str | None, layers: int | None) -> str | None:
 def _normal(path: str, layers: int | None) -> str:
     """A path as rules see it: where siblings tell of layers, their names do not."""
     path = unwrapped(path).replace(".", "/").replace("/~/", "/")  # Haiku's ~ is no module
+    path = re.sub(r"(?<![^/])(attn|attention|mlp|ffn?)_(?=[wW]\w*$)", r"\1/", path)  # a flat name
     path = re.sub(r"\[[\d,]+\][^/]*$", "", path)  # one of several arrays, as e3nn names them
     path = re.sub(r"/weight(/(weight|args|value))*(/0)+$", "/weight", re.sub(r"\d+", "0", path))  # wrapped
     path = re.sub(r"weight$", "kernel", path) if _OF_LINEN.search(path) else path

@@ -20,6 +20,9 @@ _FACTOR = re.compile(
     r"((?<![A-Za-z0-9])[abAB]|(?<=lora_|lora/|pter_|pter/)(down|up))(?=(/\w+){0,2}$)|(?<=/[a-vx-z])[12]$"
 )
 _NUMBER = re.compile(r"(?<![^/.])\d+$")
+_ARRAY = re.compile(rf"{_NUMBER.pattern}|\d[/.]\w+_weight$")
+"""An array of a list, or of a layer of one, whose name does not tell which side is first."""
+
 _IN_LIST = re.compile(r"[/.]\d+[/.]weight$")
 _GATE = re.compile(rf"(^|[/.])\w*gate([/.]{WEIGHT})?$")
 SEVERAL = re.compile(r"gate_?(and_?)?up|up_?gate")
@@ -75,7 +78,9 @@ def projections_of_embeddings(shapes: Mapping[str, Shape], embeddings: Collectio
     matrices = [path for path in embeddings if len(shapes[path]) == 2]
     layers = [path for path in matrices if shapes.get(_bias_of(path)) == (sides(path, shapes[path])[1],)]
     features = {shapes[path][1] for path in {*matrices} - {*layers} if shapes[path][0] > shapes[path][1]}
-    found = {(_grandparent(path), shapes[path]) for path in layers if sides(path, shapes[path])[0] in features}
+    found = {
+        (_grandparent(path), shapes[path]) for path in layers if sides(path, shapes[path])[0] in features
+    }
     yield from (path for path in matrices if (_grandparent(path), shapes[path]) in found)
 
 
@@ -133,7 +138,7 @@ def specs_by_chain(shapes: Mapping[str, Shape]) -> dict[str, str]:
 
 
 def specs_in_lists(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str, str | None]]:
-    """Path → spec of matrices without names in lists, if all biases agree, or of those without all widths.
+    """Path → spec of matrices without telling names in lists, if all biases agree, or of those without all widths.
 
     By the widths each matrix of a list takes in the outputs of the one before it.
 
@@ -145,7 +150,7 @@ def specs_in_lists(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[st
       outputs the next does not take in.
     """
     certain, likely = {}, {}
-    arrays = [path for path, shape in shapes.items() if len(shape) == 2 and _NUMBER.search(path)]
+    arrays = [path for path, shape in shapes.items() if len(shape) == 2 and _ARRAY.search(path)]
     biases = {path: shapes[bias] for path in arrays if len(shapes.get(bias := _bias_of(path), ())) == 1}
     sides = [(shapes[path], own) for path, own in biases.items() if len({*shapes[path]}) > 1]
     by_bias = {"oi" if own == shape[:1] else "io" for shape, own in sides if own[0] in shape}
