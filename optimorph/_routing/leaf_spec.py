@@ -75,6 +75,8 @@ def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str |
         found = sorted(found, key=lambda spec: spec.count("i") - spec.count("b") > 2)
     if not outputs_first and len(shape) > 2 and shape[0] >= 64 and shape[0] >= 8 * shape[1] < 8 * shape[2]:
         found.sort(key=lambda spec: spec[0] == "b")
+    if len(shape) == 3 and shape[0] == shape[2] != shape[1]:
+        found.sort(key=lambda spec: spec != "ibo")
     if not found and len(shape) > 1:
         found = ["b" * (len(shape) - 2) + "io"]
     found.sort(key=lambda spec: all(1 in stack[-2:] for stack in axes_of(spec).stacks(shape)))
