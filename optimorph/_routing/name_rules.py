@@ -82,6 +82,7 @@ RULES = (
     NameRule("head", rf"seg(mentation)?_(layers?|outputs?)(/0)?/{p.WEIGHT}"),
     NameRule("head", rf"{p.ROOT}(out_(layer|proj)|qa_outputs|w_u|(fc|decoder)(?=/))(/{p.WEIGHT})?"),
     *_both("head", f"({p.GENERIC}|{p.OF_POLICY}/)", when=shapes.is_output, not_in=p.BLOCK),
+    *_both("head", r"decoder/(\w+_)?proj(ection)?/", (UNDECIDED, None), shapes.is_narrow, p.BLOCK),
     # the outputs of a distribution, of a policy, of a value
     NameRule("distribution", rf"(\w*{p.MOMENT}|(\w+_)?mu)/{p.WEIGHT}", when=lambda s: len(s) == 2),
     NameRule("head", rf"({p.ROOT}(policy|advantage)|{p.OF_POLICY}_decoder)/{p.WEIGHT}"),

@@ -123,6 +123,11 @@ def is_vocabulary(shape: Shape) -> bool:
     return len(shape) == 2 and shape[1] >= max(1 << 14, 16 * shape[0])
 
 
+def is_narrow(shape: Shape) -> bool:
+    """(in, out), with at most a quarter as many outputs as inputs."""
+    return len(shape) == 2 and 4 * shape[1] <= shape[0]
+
+
 def is_output(shape: Shape) -> bool:
     """(in, out), with a vocabulary of outputs, or a few for many inputs."""
     return is_vocabulary(shape) or (len(shape) == 2 and shape[1] <= 10 and shape[0] >= 64)
