@@ -6,6 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from optimorph._core.types import Shape
+from optimorph._routing.axis_order import (
+    projections_of_embeddings,
+    specs_by_bias,
+    specs_by_chain,
+    specs_by_pair,
+    specs_in_lists,
+)
 from optimorph._routing.layer_widths import heads_that_feed
 from optimorph._routing.leaf_spec import HEAD, LeafSpec, axes_of, likely, unresolved
 from optimorph._routing.name_rule import UNDECIDED
@@ -19,12 +26,7 @@ from optimorph._routing.siblings import (
     hidden_of_heads,
     low_rank_spec,
     networks_called_heads,
-    projections_of_embeddings,
     routers_of_experts,
-    specs_by_bias,
-    specs_by_chain,
-    specs_by_pair,
-    specs_in_lists,
 )
 from optimorph._routing.stacked_layers import StackedLayers
 
@@ -159,12 +161,8 @@ class _Tree:
             spec = self.gates.get(_recurrent_twin(path), spec)
         if spec == UNDECIDED:
             told, offered = self.told.get(path, ""), offers(path, leaf.shape, leaf.layers)[0]
-            certain = (
-                (len(told) > 2 or path in self.in_lists)
-                and None not in offered[:1]
-                and not _fits_too(offered, told, shape)
-            )
-            return role, leaf.stacked(told) if certain else spec
+            fits = len(told) > 2 and None not in offered[:1] and not _fits_too(offered, told, shape)
+            return role, leaf.stacked(told) if fits or path in self.in_lists else spec
         if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
             return HEAD, None  # the last of transposed convolutions
         if (
@@ -240,5 +238,6 @@ def _fits_too(offered: Sequence[str | None], told: str, shape: Shape) -> bool:
 
 def _recurrent_twin(path: str) -> str:
     """The leaf that has the gates of a recurrent layer as this one has, for hidden states."""
-    path = re.sub(r"dense_i/", "dense_h/", path)
+    path = re.sub(r"(?<=dense_)i/", "h/", re.sub(r"[xi](?=2h/)", "h", path))
+    path = re.sub(r"(?<![^/.])kernel$", "recurrent_kernel", path) if "dense_" not in path else path
     return re.sub(r"(weight_|[wW]_?)(?:i|x)(h?(_l\d+(_reverse)?)?)$", r"\1h\2", path)

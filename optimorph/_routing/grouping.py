@@ -1,7 +1,7 @@
 """Groups of leaves whose paths differ only in numbers, for tables and errors."""
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -28,6 +28,20 @@ def numbers_in(path: str) -> list[int]:
 def without_numbers(path: str) -> tuple[str, ...]:
     """The texts between the numbers of a path; a `*` in the path itself is text."""
     return tuple(re.split(r"\d+", path))
+
+
+def module_of(path: str) -> str:
+    """The module that has the layer of a leaf."""
+    module = path.rpartition("/")[0] if re.search(r"/(kernel|w|weights?)$", path) else path
+    return module.rpartition("/")[0]
+
+
+def parents(path: str) -> Iterator[str]:
+    """The modules that a leaf is in, the innermost first."""
+    path = path.replace(".", "/")
+    while path:
+        path = path.rpartition("/")[0]
+        yield path
 
 
 def glob_of(paths: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ TRANSPOSED = r"\w*conv\w*_transpose\w*/w|conv0d_transpose(_0)?/kernel"
 IN_STACK = r"((\w+_)?(layers|blocks|stages)(?!/\d)|\w*scan\w*|stacked|\w*layer_stack\w*)/(.*/)?"
 IN_ATTENTION = r"(\w*(attn|(?<!fl)atten|mha|msa)\w*|(\w+_)?att)/(.*/)?"
 ATTENTION = (
-    r"attn|(?<!fl)atten|(^|[/_])att/|multi_?head|(^|/)(query|key|[qkvo])/|(^|/)value/(kernel|weight|w|linear)"
+    r"attn|(?<!fl)atten|(^|[/_])att/|multi_?head|(^|/)(query|key|value|[qkvo])/(kernel|weight|w|linear)"
 )
 BLOCK = (
     ATTENTION + r"|mlp|(^|[/_])ffn?([/_]|$)|block|layers|layer_?\d|(^|/)(layer|h)/|stage|mixer|expert|moe|"
@@ -30,6 +30,7 @@ QUERY = (
     r"(\w+_)?[qkv]_projection/(kernel|weights)"
 )
 POST = r"((out|\w*output|o_proj|post)/(kernel|w|weight)|w?o)"
+FREQUENCIES = r"\w*(gaussian_matrix|freqs?|frequenc(y|ies))|\w*(fourier|gaussian|rff)\w*/(w|b|kernel|matrix)"
 GATE = r"(\w*gate|gating)(_\d+)?"
 EXPERT_GATE = rf"\w*moe\w*/(gate|gating|w_?g(ate)?|switch)(_\d+)?(/dense(_\d+)?)?(/{WEIGHT})?"
 MOMENT = "(mean|log_?(std|var|sigma|scale))(_?(net|layer|linear|dense|fc))?"
@@ -37,10 +38,14 @@ OF_POLICY = "(policy|value|actions?|q|advantage)"
 SEVEN = r"\w*(linear|proj|fc|dense)\w*"
 LAYER = "(mlp|ffn?|attn|attention)"
 GATE_AND_UP = r"(\w*gate_?(and_?)?up\w*|\w*up_?gate\w*)"
-GATED = r"(_?([xhi]|in|input|hidden|recurrent))?(_?(linear|layer|dense|cell|proj|kernel))?(_?\d+)?"
+GATED = r"(_?([xhi]|in|input|hidden|recurrent))?(_?(linear|layer|dense|cell))?(_?\d+)?"
 """What may follow the name of a recurrent layer."""
+RECURRENT = r"\w*cell\w*/dense_h/kernel|w_?h?h|recurrent_kernel|h0h/(kernel|w)"
 OF_TORCH = r"(_l0(_reverse)?)?"  # the number of a layer, and the direction
-ADAPTIVE = r"\w*((?<![a-z])ada_?(ln|norm|rms|proj|params|mod|scale)|adaln|modulation|_mod(?=/))\w*/([^/]+/)?"
+ADAPTIVE = (
+    r"\w*((?<![a-z])ada_?(ln|lin|norm|rms|in|proj|params|mod|scale)|adaptive_?norm|adaln|modulation|scale_shift|"
+    r"(?<![a-z])mod(?=/))\w*/([^/]+/)?"
+)
 MODULATION = rf"({ADAPTIVE}|\w*norm(_?\d+)?/(lin|linear|proj|dense|fc)(_\d+)?/)"
 QKV = r"\w*(qkv|query_key_value|c_attn)\w*"
 ROOT = "^((params|model)/)*"

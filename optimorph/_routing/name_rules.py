@@ -61,7 +61,7 @@ RULES = (
     NameRule("norm", rf"\w*norm_{p.LAYER}/(weight|gain|w)", (UNDECIDED,), lambda s: len(s) == 2),
     NameRule("vector", rf"{p.WEIGHT}_(log_?)?(sigma|std|rho|var)|alpha\d*|time_[a-z]+(_\w+)?"),
     # frequencies, drawn once
-    NameRule("vector", r"\w*(gaussian_matrix|freqs?|frequenc(y|ies))|\w*(fourier|gaussian)\w*/(w|b|matrix)"),
+    NameRule("vector", p.FREQUENCIES, not_in="emb"),
     NameRule("dense", r"\w*unembed\w*(/\w*)?", ("io",), lambda s: len(s) == 2 and s[0] == s[1]),
     NameRule("head", rf"\w*output_proj(ection)?\w*/(output|residual)_layer/{p.WEIGHT}"),
     NameRule(
@@ -297,20 +297,24 @@ RULES = (
         shape_ok=shapes.heads_first,
     ),
     NameRule("attention", p.IN_ATTENTION + "[^/]+(/(kernel|w))?", (UNDECIDED, "ioo"), shapes.heads_last),
-    NameRule("gates", rf"\w*lstm\w*/(.*/)?weight_[ih]h{p.OF_TORCH}", ("(4o)i",)),
-    NameRule("gates", rf"\w*gru\w*/(.*/)?weight_[ih]h{p.OF_TORCH}", ("(3o)i",)),
-    NameRule("gates", "weight_hh" + p.OF_TORCH, ("(4o)i",), shapes.fused(4, -2)),
-    NameRule("gates", "weight_hh" + p.OF_TORCH, ("(3o)i",), shapes.fused(3, -2)),
-    NameRule("gates", r"\w*lstm\w*/(.*/)?(dense_[ih]/kernel|linear/w)", ("i(4o)",)),
-    NameRule("gates", r"\w*gru\w*/(.*/)?(dense_[ih]/kernel|w_[ih])", ("i(3o)",)),
-    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(4o)",), shapes.fused(4)),
-    NameRule("gates", r"(\w*cell\w*/dense_h/kernel|w_?h?h)", ("i(3o)",), shapes.fused(3)),
-    NameRule("gates", "w_?h?h", ("(4o)i",), shapes.fused(4, -2)),
-    NameRule("gates", "w_?h?h", ("(3o)i",), shapes.fused(3, -2)),
-    NameRule("gates", r"\w*cell\w*/dense_i/kernel|weight_[ih]h" + p.OF_TORCH, (UNDECIDED,)),
+    *(
+        rule
+        for n, name in ((4, "lstm"), (3, "gru"))
+        for rule in (
+            NameRule("gates", rf"\w*{name}\w*/(.*/)?weight_[ih]h{p.OF_TORCH}", (f"({n}o)i",)),
+            NameRule("gates", rf"\w*{name}\w*/(.*/)?dense_[ih]/kernel", (f"i({n}o)",)),
+            NameRule(
+                "gates", rf"weight_hh{p.OF_TORCH}|h0h/weight|w_?h?h", (f"({n}o)i",), shapes.fused(n, -2)
+            ),
+            NameRule("gates", p.RECURRENT, (f"i({n}o)",), shapes.fused(n)),
+        )
+    ),
+    NameRule("gates", r"\w*lstm\w*/(.*/)?linear/w", ("i(4o)",)),
+    NameRule("gates", r"\w*gru\w*/(.*/)?w_[ih]", ("i(3o)",)),
+    NameRule("gates", rf"\w*cell\w*/dense_i/kernel|weight_[ih]h{p.OF_TORCH}|[xi]0h/{p.WEIGHT}", (UNDECIDED,)),
     NameRule("gates", r"\w*cell\w*/w\w*", (UNDECIDED, "i(4o)"), lambda s: len(s) == 2 and s[0] < s[1]),
-    *_both("gates", rf"\w*gru{p.GATED}/", (UNDECIDED, "i(3o)"), shapes.has_gates(3)),
-    *_both("gates", rf"\w*lstm{p.GATED}/", (UNDECIDED, "i(4o)"), shapes.has_gates(4)),
+    *_both("gates", rf"(\w+_)?gru{p.GATED}/", (UNDECIDED, "i(3o)"), shapes.has_gates(3)),
+    *_both("gates", rf"(\w+_)?lstm{p.GATED}/", (UNDECIDED, "i(4o)"), shapes.has_gates(4)),
     # the gates of several GRUs side by side
     NameRule(
         "gates", r"\w*gru\w*/kernel", (UNDECIDED, "bi(3o)"), lambda s: len(s) == 3 and shapes.fused(3)(s)

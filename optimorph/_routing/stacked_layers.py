@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from optimorph._core.types import Shape
+from optimorph._routing.grouping import parents
 from optimorph._routing.names import MAYBE_STACK, STACK, UNSTACKED, by_name
-from optimorph._routing.siblings import parents
 
 
 class _Module:
