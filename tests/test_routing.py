@@ -161,8 +161,8 @@ NAMES = {
     ("item_factors", (50000, 32)): UNDECIDED,
     ("hash_bucket_1/weights", (10000, 16)): UNDECIDED,
     ("sparse_features/user_id", (100000, 32)): UNDECIDED,
-    ("0", (4, 8)): "io",  # no name at all
-    ("", (4, 8)): "io",
+    ("", (4, 8)): "io",  # no name at all
+    ("0", (4, 8)): "?",  # in a list
     ("layers/3/attn/kv_a", (7168, 512)): "io",
     ("layers/3/mlp/ws_up", (7168, 2048)): "io",
     ("emb_l/0/weight", (1000, 16)): None,

@@ -580,7 +580,91 @@ KINDS = {
     "arrays with indices": ({"blocks/0/linear_up/w[0,0] 64x0e,64x0e": (64, 64)}, "io"),
     "a layer of a prenet": ({"prenet/final_layer/weight": (64, 32), "layers/0/up/weight": (256, 64)}, "oi"),
     "attention's output": ({"layer/0/rel_attn/o": (768, 12, 64)}, "?"),
+    "a list of squares": ({"0": (64, 64), "1": (64, 64)}, "?"),
+    "a list whose widths fit": ({"0": (32, 64), "1": (64, 64), "2": (64, 9)}, {"0": "io", "1": "io"}),
+    "a list of outputs first": ({"0": (64, 32), "1": (64, 64), "2": (9, 64)}, {"0": "oi", "1": "oi"}),
+    "a list with biases": ({"0/0": (64, 64), "0/1": (64,), "1/0": (9, 64), "1/1": (9,)}, "oi"),
+    "layers of a list": ({"layers/0/base_weight": (64, 32), "layers/1/base_weight": (9, 64)}, "oi"),
+    "an array called a weight": ({"in_weight": (64, 32)}, "?"),
+    "experts by the model's width": (
+        {
+            "mlp/gate/weight": (8, 64),
+            "mlp/experts/down_proj": (8, 64, 32),
+            "mlp/experts/up_proj": (8, 32, 64),
+        },
+        {"mlp/experts/down_proj": "boi", "mlp/experts/up_proj": "boi"},
+    ),
+    "experts by the width of norms": (
+        {"experts/down_proj": (8, 64, 32), "norm/weight": (64,)},
+        {"experts/down_proj": "boi"},
+    ),
+    "factors of a weight": (
+        {"layers/0/weight/a": (64, 4), "layers/0/weight/b": (4, 32)},
+        {"layers/0/weight/a": "oi", "layers/0/weight/b": "oi"},
+    ),
+    "projections called heads": (
+        {"layer/query_head/linear/kernel": (64, 64), "layer/value_head/linear/kernel": (64, 64)},
+        {"layer/query_head/linear/kernel": "io", "layer/value_head/linear/kernel": "io"},
+    ),
+    "a head of values": ({"value_head/linear/kernel": (64, 64)}, "-"),
+    "a square in a head of more outputs": ({"lm_head/dense/kernel": (64, 64), "lm_head/bias": (512,)}, "io"),
+    "a projection of an embedding": (
+        {"field_embedding/weight": (64, 16), "field_embedding/bias": (64,), "embedding/weight": (99, 16)},
+        "oi",
+    ),
+    "a wrapped layer": (
+        {"head/mlp/0/layer/kernel": (32, 64), "head/linear/layer/kernel": (64, 9)},
+        {"head/mlp/0/layer/kernel": "io", "head/linear/layer/kernel": "-"},
+    ),
+    "gates": ({"rssm/gru_x_linear/kernel": (64, 192)}, "?"),
+    "gates of hidden states": (
+        {"lstm/cell/kernel": (32, 256), "lstm/cell/recurrent_kernel": (64, 256), "h2h/weight": (192, 64)},
+        {"lstm/cell/kernel": "i(4o)", "lstm/cell/recurrent_kernel": "i(4o)", "h2h/weight": "(3o)i"},
+    ),
+    "a convolution to a picture": ({"decoder/layers_3/kernel": (4, 4, 96, 3)}, "-"),
+    "a transposed convolution by its module": ({"deconv/0/conv/kernel": (5, 64, 64)}, "?"),
+    "no convolution": ({"audio/conv_out/kernel": (768, 64)}, "io"),
+    "fixed frequencies": ({"pe_layer/gaussian_matrix": (2, 64)}, "-"),
+    "values of an agent": ({"value/out/kernel": (64, 51)}, "-"),
+    "queries and keys": ({"attn/qk/weight": (128, 64)}, "(2o)i"),
+    "the last projection of a decoder": ({"decoder/season_projection/weight": (9, 64)}, "?"),
 }
+
+FIRST_ANSWERS = {
+    "modulation": ({"block_0/ada_proj/kernel": (64, 384)}, "i(6o)"),
+    "modulation, outputs first": ({"blocks/0/ada_lin/1/weight": (384, 64)}, "(6o)i"),
+    "an array in a tree of kernels": ({"in_weight": (64, 32), "x/kernel": (64, 64)}, "io"),
+    "an array in a tree of weights": ({"in_weight": (64, 32), "x/weight": (64, 64)}, "oi"),
+    "a list of outputs first with tables": (
+        {"2": (256, 64), "0": (9, 64), "1": (64, 64), "3": (64, 256), "4": (9, 64)},
+        "oi",
+    ),
+    "gate and input of experts": (
+        {
+            "mlp/experts/gate_up_proj": (8, 64, 64),
+            "mlp/gate/weight": (8, 64),
+            "mlp/experts/down_proj": (8, 64, 32),
+        },
+        "b(2o)i",
+    ),
+    "keys and values across": ({"h/0/crossattention/c_attn/kernel": (128, 64)}, "(2o)i"),
+    "a transposed convolution of PyTorch": ({"decoder/upsampler/0/weight": (64, 32, 16)}, "ioi"),
+    "the first layer of two": (
+        {"x/fc_in/kernel": (64, 256), "x/fc_out/kernel": (128, 64), "y/down/kernel": (256, 64)},
+        "i(2o)",
+    ),
+    "a flat name": ({"layers/attn_wout": (6, 4, 16, 64), "layers/norm": (6, 64)}, "biio"),
+    "a form for each pair": ({"pn/kernel": (16, 741, 16)}, "ibo"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_ANSWERS)
+def test_first_answers_by_what_is_beside_a_leaf(name):
+    tree, answer = FIRST_ANSWERS[name]
+    plan = om.plan({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()})
+    row = plan[next(iter(tree))]
+    assert row.unresolved
+    assert row.answers[0] == answer
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -103,16 +103,17 @@ class _Tree:
         for leaf, (role, spec) in zip(leaves, named, strict=True):
             of_role.setdefault(role, {})[leaf.path] = spec
         self.gates = of_role.get("gates", {})
-        self.routers = [(path, self.shapes[path]) for path in of_role.get("router", ())]
+        self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
+        routers = {*of_role.get("router", ()), *self.gates_of_experts}
+        self.routers = [(path, self.shapes[path]) for path in self.shapes if path in routers]
         norms = [self.shapes[path] for path in of_role.get("norm", ())]
-        experts = {n for _, shape in self.routers for n in shape[-1:]}
+        experts = {sides(path, shape)[1] for path, shape in self.routers if shape}
         self.widths = {shape[0] for shape in norms if len(shape) == 1} - experts
         heads = [path for path in of_role.get(HEAD, ()) if self.shapes[path]]
         outputs = {sides(path, self.shapes[path])[1] for path in heads}
         self.vocabulary = {n for n in outputs if n >= 1 << 12}
         self.arrays = {*arrays_beside_modules([*self.shapes])}
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
-        self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
         by_bias, self.alike = specs_by_bias(self.shapes)
         self.in_lists, self.likely = specs_in_lists(self.shapes)
         self.has_kernels = any(
@@ -157,7 +158,7 @@ class _Tree:
             of_factor = leaf.stacked(low_rank_spec(path, shape, self.shapes))
             if of_factor not in (None, spec):
                 return "low rank", of_factor
-        if asked:
+        if asked or role == "dense":
             spec = self.gates.get(_recurrent_twin(path), spec)
         if spec == UNDECIDED:
             told, offered = self.told.get(path, ""), offers(path, leaf.shape, leaf.layers)[0]

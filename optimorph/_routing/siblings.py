@@ -152,8 +152,8 @@ def expert_spec(
         rows, width = shape
         several = rows > width if _EXPERTS.search(path) else rows >= 16 * width
         counts = {sum(router) - width for router in near if width in router}
-        count = next((n for n in counts if n and rows % n == 0 and several), None)
-        return count and ("({}i)o" if down else "({}o)i").format(count)
+        fitting = [n for n in counts if n and rows % n == 0 and several]
+        return ("({}i)o" if down else "({}o)i").format(fitting[0]) if fitting else None
     models = {sum(router) - shape[0] for router in near if shape[0] in router}
     fits = [size in (models or widths) for size in shape[1:]]
     known = fits[0] != fits[1] and (down or _UP.search(name) is not None)
