@@ -27,6 +27,7 @@ from optimorph._routing.siblings import (
     low_rank_spec,
     networks_called_heads,
     routers_of_experts,
+    routers_of_modules,
 )
 from optimorph._routing.stacked_layers import StackedLayers
 
@@ -105,9 +106,10 @@ class _Tree:
         self.gates = of_role.get("gates", {})
         self.gates_of_experts = {*routers_of_experts(self.shapes, of_role.get("experts", ()))}
         routers = {*of_role.get("router", ()), *self.gates_of_experts}
-        self.routers = [(path, self.shapes[path]) for path in self.shapes if path in routers]
+        routers = {path: shape for path, shape in self.shapes.items() if path in routers}
+        self.routers = routers_of_modules(routers)
         norms = [self.shapes[path] for path in of_role.get("norm", ())]
-        experts = {sides(path, shape)[1] for path, shape in self.routers if shape}
+        experts = {sides(path, shape)[1] for path, shape in routers.items() if shape}
         self.widths = {shape[0] for shape in norms if len(shape) == 1} - experts
         heads = [path for path in of_role.get(HEAD, ()) if self.shapes[path]]
         outputs = {sides(path, self.shapes[path])[1] for path in heads}

@@ -127,7 +127,7 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
 
 
 def expert_spec(
-    path: str, shape: Shape, routers: Sequence[tuple[str, Shape]], widths: Collection[int]
+    path: str, shape: Shape, routers: Mapping[str, Sequence[Shape]], widths: Collection[int]
 ) -> str | None:
     """The spec of a leaf that has one expert for each output of a router beside it; None of other leaves.
 
@@ -139,7 +139,7 @@ def expert_spec(
     Args:
       path: of the leaf.
       shape: without an axis of layers.
-      routers: paths and shapes of the tree's routers, likewise.
+      routers: module → the shapes of the routers in it or beside it, likewise.
       widths: of the norms.
     """
     if len(shape) not in (2, 3) or SEVERAL.search(path):
@@ -147,7 +147,7 @@ def expert_spec(
     first = outputs_first(path)
     name = re.sub(rf"/{WEIGHT}$", "", path)
     down = _DOWN.search(name.rpartition("/")[2]) is not None
-    near = [router for other, router in routers if len(router) == 2 and _is_beside(path, other)]
+    near = [router for module in parents(path) for router in routers.get(module, ())]
     if len(shape) == 2:
         rows, width = shape
         several = rows > width if _EXPERTS.search(path) else rows >= 16 * width
@@ -215,6 +215,15 @@ def _factors(a: Shape, b: Shape) -> Iterator[tuple[str, str]]:
             yield "b" * n + "o" + "i" * m, "b" * n + "o" * k + "i"
 
 
-def _is_beside(path: str, router: str) -> bool:
-    """Whether a leaf is in the module that has the router."""
-    return path.startswith((module_of(router), re.split(r"/[^/]*router", router)[0] + "/"))
+def routers_of_modules(routers: Mapping[str, Shape]) -> dict[str, list[Shape]]:
+    """Module → the shapes of routers of two axes that are in it, or are modules of it.
+
+    Args:
+      routers: path → shape, without an axis of layers.
+    """
+    found: dict[str, list[Shape]] = {}
+    for path, shape in routers.items():
+        path = path.replace(".", "/")
+        for module in {module_of(path), re.split(r"/[^/]*router", path)[0]} if len(shape) == 2 else ():
+            found.setdefault(module, []).append(shape)
+    return found
