@@ -241,6 +241,18 @@ def test_behind_clipping(wrap):
 
 
 @rounding.in_float32
+def test_eight_bits_with_scales_in_bfloat16():
+    """As `in_bfloat16` around them stores them."""
+    codecs = {"first/*": om.codecs.Signed8(), "second/*": om.codecs.Nonneg8()}
+    params, tx = tree(np.random.default_rng(0)), om.in_bfloat16(om.adam(0.1, state=codecs))
+    _, state = tx.update(params, tx.init(params), params)
+    after, _ = om.carry_state(state, tx, params, written_by=tx, strict=True)
+    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@rounding.in_float32
 def test_second_moments_in_bfloat16():
     params, tx = tree(np.random.default_rng(0)), om.adam(0.1, nu_dtype="bfloat16")
     state = optax.adam(0.1).init(params)

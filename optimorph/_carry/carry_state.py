@@ -24,6 +24,7 @@ from optimorph._carry.match import ASKED, Match
 from optimorph._carry.report import DROPPED, CarryReport, CarryRow
 from optimorph._carry.slots import Slot, owners, slots
 from optimorph._core.checks import abbreviated, check_flags, check_transforms
+from optimorph._core.numbers import in_dtype_of
 from optimorph._core.rule import arrays
 from optimorph._core.types import Mask, PyTree
 from optimorph._core.warn import quietly
@@ -173,7 +174,8 @@ def carry_state(
     filled = [
         origin.make(starts.get(k)) if origin.make else starts[k] for k, origin in enumerate(match.origins)
     ]
-    return without_stored(jax.tree.unflatten(jax.tree.structure(stored), filled), codecs), report
+    made = without_stored(jax.tree.unflatten(jax.tree.structure(stored), filled), codecs)
+    return jax.tree.map(in_dtype_of, made, blank), report  # also what a wrapper stores in another dtype
 
 
 def _codecs_of_state(written_by: optax.GradientTransformation | None, params: PyTree) -> Codecs:

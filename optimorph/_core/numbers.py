@@ -264,4 +264,6 @@ def _cast(x: Any, made: Any) -> Any:
 def recast(x: Any, made: Any) -> Any:
     """An array in another's dtype, if both hold numbers in at least two bytes."""
     own, other = getattr(x, "dtype", None), made.dtype
-    return x.astype(other) if own != other and own in _CASTABLE and other in _CASTABLE else x
+    if own == other or own not in _CASTABLE or other not in _CASTABLE:
+        return x
+    return x.update(dtype=other) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(other)
