@@ -23,6 +23,7 @@ from optimorph._core.rule import handed_down
 from optimorph._core.shown import shown
 from optimorph._core.types import PyTree, Shape
 from optimorph._core.warn import quietly, warn
+from optimorph._core.wrapped import OF_TREES
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
@@ -232,10 +233,9 @@ def _state_bytes(
 ) -> dict[str, int]:
     """Path → bytes of the state's arrays that belong to the leaf. Scalars such as counts belong to no leaf.
 
-    The optimizer gets a tree like `params`, because its masks and labels may be such trees. Leaves that are
-    not measured are empty arrays of integers in it: unresolved ones, which the optimizer would refuse, and of
-    more than a thousand leaves, all but one of those whose paths differ only in numbers. Where a state has
-    stacks of the matrices of several leaves, each leaf is measured alone.
+    Unresolved leaves are left out, because the optimizer would refuse them. In a tree of more than a thousand
+    leaves, those whose paths differ only in numbers are measured once, and always where a state has stacks of
+    the matrices of several leaves.
     """
     leaves = [leaf for leaf in zip(paths, shapes, specs, strict=True) if leaf[2].unresolved is None]
     alike = group_by(leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]))
@@ -244,19 +244,22 @@ def _state_bytes(
     tree = jax.tree.structure({"": 0} if paths == [""] else params)  # every leaf has a key
 
     def state_of(chosen):
-        tried = tree.unflatten(
-            x if path in chosen else x.update(shape=(0,) * x.ndim, dtype=np.int8)
-            for path, x in zip(paths, shapes, strict=True)
-        )
+        pairs = [*zip(paths, shapes, strict=True)]
         with quietly(), handed_down(leaf_specs=own):  # the plan reports unused rules
-            return jax.eval_shape(optimizer.init, tried)
+            try:
+                return jax.eval_shape(optimizer.init, {path: x for path, x in pairs if path in chosen})
+            except OF_TREES:  # masks or labels are trees like `params`
+                empty = [x.update(shape=(0,) * x.ndim, dtype=np.int8) for x in shapes]
+                tried = (x if path in chosen else empty[k] for k, (path, x) in enumerate(pairs))
+                return jax.eval_shape(optimizer.init, tree.unflatten(tried))
 
     state = state_of({group[0][0] for group in groups})
     if nodes_with(state, "stacked"):  # one array for the matrices of several leaves
         alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]})) for group in alike}
         sizes = {path: sum(x.size * x.dtype.itemsize for x in xs if x.ndim) for path, xs in alone.items()}
         return {path: sizes[group[0][0]] for group in alike for path, *_ in group}
-    places = dict(jax.tree_util.tree_leaves_with_path(tree.unflatten(paths)))
+    places: dict[Any, str] = {(jax.tree_util.DictKey(path),): path for path in paths}
+    places |= dict(jax.tree_util.tree_leaves_with_path(tree.unflatten(paths)))
     count = dict.fromkeys(paths, 0)
     for place, leaf in jax.tree_util.tree_leaves_with_path(state):
         ends = [place[k:] for k in range(len(place)) if place[k:] in places]  # it is in a tree like params
