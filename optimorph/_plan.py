@@ -1,6 +1,7 @@
 """What an optimizer does with every parameter, before any step is taken."""
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -243,29 +244,44 @@ def _state_bytes(
     own = dict(zip(paths, specs, strict=True))
     tree = jax.tree.structure({"": 0} if paths == [""] else params)  # every leaf has a key
 
+    places = dict(jax.tree_util.tree_leaves_with_path(tree.unflatten(paths)))
+
     def state_of(chosen):
-        pairs = [*zip(paths, shapes, strict=True)]
         with quietly(), handed_down(leaf_specs=own):  # the plan reports unused rules
-            try:
-                return jax.eval_shape(optimizer.init, {path: x for path, x in pairs if path in chosen})
-            except OF_TREES:  # masks or labels are trees like `params`
-                empty = [x.update(shape=(0,) * x.ndim, dtype=np.int8) for x in shapes]
-                tried = (x if path in chosen else empty[k] for k, (path, x) in enumerate(pairs))
-                return jax.eval_shape(optimizer.init, tree.unflatten(tried))
+            with contextlib.suppress(*OF_TREES):
+                pairs = zip(places.items(), shapes, strict=True)
+                return jax.eval_shape(
+                    optimizer.init, _dicts((p, x) for (p, path), x in pairs if path in chosen)
+                )
+            # masks or labels are trees like `params`, or that has other containers
+            tried = (
+                x if path in chosen else x.update(shape=(0,) * x.ndim, dtype=np.int8)
+                for path, x in zip(paths, shapes, strict=True)
+            )
+            return jax.eval_shape(optimizer.init, tree.unflatten(tried))
 
     state = state_of({group[0][0] for group in groups})
     if nodes_with(state, "stacked"):  # one array for the matrices of several leaves
         alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]})) for group in alike}
         sizes = {path: sum(x.size * x.dtype.itemsize for x in xs if x.ndim) for path, xs in alone.items()}
         return {path: sizes[group[0][0]] for group in alike for path, *_ in group}
-    places: dict[Any, str] = {(jax.tree_util.DictKey(path),): path for path in paths}
-    places |= dict(jax.tree_util.tree_leaves_with_path(tree.unflatten(paths)))
     count = dict.fromkeys(paths, 0)
     for place, leaf in jax.tree_util.tree_leaves_with_path(state):
         ends = [place[k:] for k in range(len(place)) if place[k:] in places]  # it is in a tree like params
         if ends:
             count[places[ends[0]]] += leaf.size * leaf.dtype.itemsize
     return {path: count[group[0][0]] for group in groups for path, *_ in group}
+
+
+def _dicts(leaves: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Nested dictionaries of leaves by their keys; an error if there are other containers."""
+    tree: dict[Any, Any] = {}
+    for place, leaf in leaves:
+        if not all(isinstance(entry, jax.tree_util.DictKey) for entry in place):
+            raise TypeError(f"{place} has keys of other containers")
+        *around, last = [entry.key for entry in place]
+        functools.reduce(lambda node, key: node.setdefault(key, {}), around, tree)[last] = leaf
+    return tree
 
 
 def _learning_rates(
