@@ -567,6 +567,16 @@ def test_questions_name_the_layout():
 
 
 KINDS = {
+    "a layer before the head": ({"pre_logits/kernel": (64, 64), "head/kernel": (64, 10)}, "io"),
+    "the last of transposed convolutions, Haiku": ({"decoder/conv2_d_transpose_3/w": (6, 6, 3, 32)}, "-"),
+    "GPT-2, inputs first": (
+        {"h/0/attn/c_proj/kernel": (64, 64), "h/0/attn/c_attn/kernel": (64, 192)},
+        "io",
+    ),
+    "GPT-2, outputs first": (
+        {"h/0/attn/c_proj/kernel": (64, 64), "h/0/attn/c_attn/kernel": (192, 64)},
+        "oi",
+    ),
     "experts one after the other": (
         {"f/router/weight": (4, 64), "f/experts/mlp/w1": (512, 64), "f/experts/mlp/w2": (512, 64)},
         {"f/experts/mlp/w1": "(4o)i", "f/experts/mlp/w2": "(4i)o"},

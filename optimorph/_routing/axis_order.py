@@ -123,6 +123,20 @@ def specs_in_lists(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[st
     return certain, likely
 
 
+def specs_beside_fused(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Path → spec of GPT-2's square `c_proj`, whose `c_attn` has query, key and value on the side of outputs.
+
+    Args:
+      shapes: of all leaves, without an axis of layers.
+    """
+    found = {}
+    for path in [path for path in shapes if re.search(r"attn[/.]c_proj[/.]", path)]:
+        n, m = (*shapes.get(path.replace("c_proj", "c_attn"), ()), 0, 0)[:2]
+        if shapes[path] in ((n, n), (m, m)) and n != m in (3 * n, n // 3):
+            found[path] = "io" if n < m else "oi"
+    return found
+
+
 def specs_by_pair(shapes: Mapping[str, Shape], widths: Collection[int]) -> dict[str, str]:
     """Path → spec of the first and the last layer of perceptrons whose order only their widths tell.
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from optimorph._core.types import Shape
 from optimorph._routing.axis_order import (
     projections_of_embeddings,
+    specs_beside_fused,
     specs_by_bias,
     specs_by_chain,
     specs_by_pair,
@@ -117,13 +118,14 @@ class _Tree:
         self.arrays = {*arrays_beside_modules([*self.shapes])}
         self.biases = {*biases_of_layers(self.shapes, of_role.get("attention", ()))}
         by_bias, self.alike = specs_by_bias(self.shapes)
-        self.in_lists, self.likely = specs_in_lists(self.shapes)
+        in_lists, self.likely = specs_in_lists(self.shapes)
+        self.decided = in_lists | specs_beside_fused(self.shapes)
         self.has_kernels = any(
             path.endswith("kernel") and len(shape) > 1 for path, shape in self.shapes.items()
         )
         self.projections = {*projections_of_embeddings(self.shapes, of_role.get("embedding", ()))}
         self.told = (
-            specs_by_chain(self.shapes) | specs_by_pair(self.shapes, self.widths) | by_bias | self.in_lists
+            specs_by_chain(self.shapes) | specs_by_pair(self.shapes, self.widths) | by_bias | self.decided
         )
 
     def spec(self, leaf: _Leaf, role: str, spec: str | None) -> LeafSpec:
@@ -165,7 +167,7 @@ class _Tree:
         if spec == UNDECIDED:
             told, offered = self.told.get(path, ""), offers(path, leaf.shape, leaf.layers)[0]
             fits = len(told) > 2 and None not in offered[:1] and not _fits_too(offered, told, shape)
-            return role, leaf.stacked(told) if fits or path in self.in_lists else spec
+            return role, leaf.stacked(told) if fits or path in self.decided else spec
         if self.told.get(path) == "ioii" and few_channels(shape[2:] + shape[:2]):
             return HEAD, None  # the last of transposed convolutions
         if (

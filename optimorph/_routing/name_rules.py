@@ -66,7 +66,7 @@ RULES = (
     NameRule("head", rf"\w*output_proj(ection)?\w*/(output|residual)_layer/{p.WEIGHT}"),
     NameRule(
         "head",
-        r"(\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
+        r"((?!pre_?logit)\w*(unembed|logit|classifier|class_pred|lmhead)\w*|(\w+_)?heads?(_\d+)?|predictions/decoder|final_?layer(_0)?|"
         r"\w*seq_relationship)(/.*)?",
         not_in=p.ATTENTION
         + "|/w[qkvo]$|mixer|conv_?head|router|heads?/(\\w+_)?decoder/|layer_stack|pre_?net|quantiz",
@@ -91,6 +91,7 @@ RULES = (
         "head",
         rf"(actions?|state|value|reward|image|img|mask|depth|flow|noise|occlusion)_?out(_?proj\w*)?/{p.WEIGHT}",
     ),
+    NameRule("head", p.TRANSPOSED, when=lambda s: len(s) == 4 and shapes.few_channels((*s[:2], s[3], s[2]))),
     *_both("head", "", when=shapes.few_channels, not_in="(^|[/_])se([/_]|$)|squeeze|dfl"),
     NameRule(
         "head",
