@@ -167,3 +167,12 @@ def test_traced_weights_that_are_none(weight):
     found, state = train(tx, jnp.zeros(2), gs, weight=np.array([1.0, weight, 1.0]))
     np.testing.assert_array_equal(found, -2.0)
     assert int(state.steps) == 1
+
+
+def test_a_state_of_other_parameters_is_named():
+    tx, params = om.multi_steps(om.sgd(0.1), 2), begin()
+    state, more = tx.init(params), params | {"more": drawn(2, 3)}
+    with pytest.raises(ValueError, match="multi_steps: the optimizer state does not match"):
+        tx.update(more, state, more)
+    with pytest.raises(ValueError, match=r"'more': a parameter of shape .3,., but no gradient"):
+        tx.update(params, state, more)

@@ -82,6 +82,14 @@ def test_prints_as_a_table():
     assert "others" not in shown
 
 
+def test_a_loss_may_be_in_bfloat16():
+    def rounded(params, batch):
+        return loss(params, batch).astype(jnp.bfloat16)
+
+    result = race({"sgd": om.sgd(0.1)}, loss=rounded)
+    assert result.rows[0].loss == pytest.approx(race({"sgd": om.sgd(0.1)}).rows[0].loss, rel=0.05)
+
+
 def test_seeds_make_parameters_and_batches():
     def batches(seed):  # ends after an epoch, and is asked again
         return iter(BATCHES[seed:] + BATCHES[:seed])
@@ -263,6 +271,9 @@ BAD = {
         {"loss": lambda p, b: jnp.nan * loss(p, b)},
         "not finite before the first step",
     ),
+    "a loss of three": ({"sgd": om.sgd(0.1)}, {"loss": lambda p, x, y: 0.0}, "of the parameters and a batch"),
+    "parameters of no seed": ({"sgd": om.sgd(0.1)}, {"params": lambda: start()}, "params must be a function"),
+    "batches of two": ({"sgd": om.sgd(0.1)}, {"batches": lambda a, b: BATCHES}, "batches must be a function"),
     "a loss with more": ({"sgd": om.sgd(0.1)}, {"loss": lambda p, b: (loss(p, b), 1)}, "one real number"),
 }
 

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_numbers, is_integer
+from optimorph._core.checks import call_fault, check_numbers, is_integer
+from optimorph._core.numbers import upcast
 from optimorph._core.paths import leaf_paths
+from optimorph._core.shown import shown
 from optimorph._racing.registry import LearningRates
 from optimorph._racing.task import Task
 
@@ -26,13 +28,18 @@ def make_task(
     _want(repeated, "batches", batches, "a list of batches or a function of a seed", "batches=[batch]")
     _want(isinstance(held_out, Iterable), "held_out", held_out, "a list of batches", "held_out=[batch]")
     _want(is_integer(steps, 1), "steps", steps, "an integer of at least 1", "steps=100")
+    _takes("loss", loss, "the parameters and a batch", None, None)
+    if _is_function(params):
+        _takes("params", params, "a seed", 0)
+    if callable(batches):
+        _takes("batches", batches, "a seed", 0)
     held_out_batches = list(held_out)
     if not held_out_batches:
         raise ValueError("race: held_out is empty. Type held_out=[batch], a batch that is not trained on.")
     return Task(
         name="custom",
         init=lambda seed: jax.tree.map(_to_array, params(seed) if _is_function(params) else params),
-        loss=loss,
+        loss=lambda tree, batch: jax.tree.map(_upcast, loss(tree, batch)),
         batches=lambda seed: _endless(batches, seed),
         held_out=lambda part: held_out_batches,
         steps=steps,
@@ -46,6 +53,7 @@ def candidate_rates(
     """Name → the learning rates to try, for every optimizer that is a function of a learning rate."""
     named = isinstance(optimizers, Mapping) and len(optimizers) > 0
     advice = "optimizers={'adamw': om.adamw(1e-3)}"
+    named = named and all(isinstance(name, str) for name in optimizers)
     _want(named, "optimizers", optimizers, "a mapping from names to at least one optimizer", advice)
     for name, tx in optimizers.items():
         known = isinstance(tx, optax.GradientTransformation) or callable(tx)
@@ -113,7 +121,17 @@ def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
 
 def _want(fine: bool, name: str, value: Any, wanted: str, advice: str) -> None:
     if not fine:
-        raise ValueError(f"race: {name} must be {wanted}, but is {value!r}. Type {advice}, for example.")
+        raise ValueError(f"race: {name} must be {wanted}, but is {shown(value)}. Type {advice}, for example.")
+
+
+def _takes(name: str, f: Callable[..., Any], of: str, *arguments: Any) -> None:
+    if (fault := call_fault(f, *arguments)) is not None:
+        raise ValueError(f"race: {name} must be a function of {of}, but {shown(f)} is not: {fault}.")
+
+
+def _upcast(x: Any) -> Any:
+    """A loss in float32 or wider; what is no real number is refused later."""
+    return upcast(x) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
 
 
 def _structure(batch: Any) -> str:
@@ -126,7 +144,7 @@ def _to_array(leaf: Any) -> jax.Array:
         return jnp.array(leaf, jnp.result_type(leaf))
     except TypeError:
         raise ValueError(
-            f"race: params holds {leaf!r}, which is not an array. Split it off first, as nnx.split and "
+            f"race: params holds {shown(leaf)}, which is not an array. Split it off first, as nnx.split and "
             "eqx.partition do, and put it back in loss."
         ) from None
 

@@ -146,7 +146,7 @@ def routed(
             with handed_down(matrix_axes=forms, shardings=match), among(leaves):
                 out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except OF_TREES as error:
-            if own is None or fits(state, tx, own):
+            if own is None or fits(state, tx, tree.unflatten(ws)):
                 raise
             raise other_state(who) from error
         out = tree.flatten_up_to(out)

@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 
 from optimorph._core.checks import check_dtypes, check_integer, check_numbers, check_schedule
-from optimorph._core.differences import checked_state
+from optimorph._core.differences import TreeError, checked_state, other_state
 from optimorph._core.flags import all_of, cond, real_dtype
 from optimorph._core.moments import nodes_with
 from optimorph._core.numbers import (
@@ -163,7 +163,13 @@ def multi_steps(
         check_numbers(who, weight=weight)
         if not (is_array(flush) and jnp.issubdtype(jnp.result_type(flush), jnp.bool_) and not np.ndim(flush)):
             raise ValueError(f"{who}: flush must be one boolean, but is {shown(flush)}. Type flush=True.")
-        gs, tree, means = aligned(who, updates, state.mean)
+        try:
+            gs, tree, means = aligned(who, updates, state.mean)
+        except TreeError as error:
+            if params is not None:
+                aligned(who, updates, params)  # if these match, the state does not
+                raise other_state(who) from error
+            raise
         largest = masked_leaves(who, by_maximum, Leaves(tree, means), "maximum")
         lacking = [g is None and is_array(m) for g, m in zip(gs, means, strict=True)]
         pairs = zip(gs, means, lacking, largest, strict=True)

@@ -80,6 +80,15 @@ def test_inside_shard_map_nothing_is_guessed():
         jax.jit(run)(jnp.ones((8, 24)))
 
 
+def test_inside_shard_map_and_a_partition_nothing_else_is_named():
+    """The state of a part is right: what lacks is shardings."""
+    params = {"up": {"kernel": jnp.ones((8, 8))}, "bias": jnp.ones(8)}
+    tx = om.partition({"bias": "a", "*": "b"}, {"a": om.sgd(0.1), "b": om.muon(0.1, axes=PLAIN)})
+    run = jax.shard_map(tx.update, mesh=mesh(), in_specs=P(), out_specs=P())
+    with pytest.raises(ValueError, match=r"muon: inside jax.shard_map .* 'up/kernel'"):
+        jax.eval_shape(run, params, tx.init(params), params)
+
+
 @pytest.mark.filterwarnings("ignore:muon. no leaf matches the rule 'v'")
 def test_inside_shard_map_every_leaf_is_said():
     tx = om.muon(0.1, axes=PLAIN, shardings={"v": P("data")})
