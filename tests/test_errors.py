@@ -21,6 +21,12 @@ from optimorph.linalg import Axes, Coefficients, NewtonSchulz, polar_express
 
 PAIR = np.array([1.0, 2.0])
 W = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
+
+
+def updated(tx, params):
+    return tx.update(params, tx.init(params), params)
+
+
 PAIRS = {"a": {"w": jnp.ones(3), "b": jnp.ones(3)}}
 
 
@@ -255,6 +261,14 @@ REFUSED = {
     "a tree of arrays for axes": (
         lambda: om.muon(0.1, axes=[jnp.ones((3, 4))]).init([jnp.ones((3, 4))]),
         ["muon: '0' has shape (3, 4), and float32[3, 4] is not a spec"],
+    ),
+    "decay in a basis": (
+        lambda: updated(om.in_eigenbasis(om.adamw(0.1), decay=0.9, axes={"w": "io", "b": None}), W),
+        ["in_eigenbasis: inner has a transform that needs the parameters", "add_decayed_weights"],
+    ),
+    "a vector for a matrix": (
+        lambda: check_matrices("linalg", jnp.ones(3), jnp.number),
+        ["linalg: matrices are an array", "[1., 1., 1.]"],
     ),
     "integers for a matrix": (
         lambda: check_matrices("Exact", jnp.ones((3, 4), jnp.int32)),

@@ -128,10 +128,10 @@ def is_one_of(value: Any, choices: Sequence[Any]) -> bool:
     return isinstance(value, str | int | float | np.generic) and value in choices
 
 
-def check_matrices(who: str, x: Any) -> None:
-    """Refuse what is no stack of matrices of real or complex floating-point numbers."""
+def check_matrices(who: str, x: Any, numbers: Any = jnp.inexact) -> None:
+    """Refuse what is no stack of matrices of these numbers."""
     dtype = getattr(x, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.inexact) or len(x.shape) < 2:
+    if dtype is None or not jnp.issubdtype(dtype, numbers) or len(x.shape) < 2:
         raise ValueError(
             f"{who}: matrices are an array of floating-point numbers of shape (*batch, n, m), but here they "
             f"are {shown(x)}. Type jnp.ones((3, 4)), for example."
@@ -251,9 +251,13 @@ def checked(recipe: Callable[P, R]) -> Callable[P, R]:
     return build
 
 
+class NoParamsError(ValueError):
+    """`update` was called without parameters, which a transformation needs."""
+
+
 def check_params(who: str, params: Any, why: str) -> None:
     if params is None:
-        raise ValueError(
+        raise NoParamsError(
             f"{who}: update was called without params, but {why}. "
             "Type tx.update(gradients, state, params) instead of tx.update(gradients, state)."
         )

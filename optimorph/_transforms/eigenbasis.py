@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import check_counts, check_dtypes, check_flags, check_numbers
+from optimorph._core.checks import NoParamsError, check_counts, check_dtypes, check_flags, check_numbers
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.moments import map_moments
 from optimorph._core.numbers import (
@@ -253,7 +253,13 @@ def in_eigenbasis(
         with handed_down(matrix_axes=known.forms, shardings=None):
             signal, averaged = before.update(known.joined(others, g), state.average, None, **extra)
             held = known.moments(FIRST, _into, now, state.inner)
-            out, after = inner.update(known.map(_into, now, signal), held, None, **extra)  # (1)
+            try:
+                out, after = inner.update(known.map(_into, now, signal), held, None, **extra)  # (1)
+            except NoParamsError as error:
+                raise ValueError(
+                    f"{who}: inner has a transform that needs the parameters, such as weight decay, but a "
+                    f"basis has none. Put it behind: chain({who}(...), add_decayed_weights(0.1))."
+                ) from error
         out, after = known.map(_back, now, out), known.moments(FIRST, _moment_back, now, after)
         started = jax.tree.map(jnp.zeros_like, signal) if skip_first else signal
         out, after = _where(first, started, out), _where(first, state.inner, after)

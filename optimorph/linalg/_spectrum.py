@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from optimorph._core.checks import check_integer
+from optimorph._core.checks import check_integer, check_matrices
 from optimorph._core.numbers import upcast_dtype
 from optimorph._core.shown import shown
 from optimorph.linalg._newton_schulz import Stack, rescale, safe_denominator
@@ -50,6 +50,7 @@ def spectrum(x: Stack | Spectrum) -> Spectrum:
     """
     if isinstance(x, Spectrum):
         return x
+    check_matrices("linalg", x, jnp.number)
     n, m = x.shape[-2:]
     if x.size == 0:
         real = jnp.finfo(upcast_dtype(x.dtype)).dtype
@@ -103,6 +104,8 @@ def rms_to_rms_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
       Bernstein & Newhouse 2024, arXiv:2410.21265; Yang, Simon & Bernstein 2023, arXiv:2310.17813.
     """
     _is_exact("rms_to_rms_norm", method)
+    if not isinstance(x, Spectrum):
+        check_matrices("rms_to_rms_norm", x, jnp.number)
     inputs, outputs = x.shape[-2:]
     return math.sqrt(max(1, inputs) / max(1, outputs)) * spectral_norm(x, method)  # (1)
 
@@ -204,6 +207,7 @@ def _relative(x: jax.Array | Spectrum) -> jax.Array:
 
 def _gram_powers(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A scale c, with (σ₁ / c)² by (1) of `spectral_norm` and (‖x‖F / c)²."""
+    check_matrices("linalg", x, jnp.number)
     if x.size == 0:
         zeros = spectrum(x).values.sum(axis=-1)
         return zeros, zeros, zeros
