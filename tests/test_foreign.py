@@ -246,7 +246,7 @@ def test_stored_state_is_an_argument_of_the_optimizer(make):
         coded.update(params, plain.init(params), params)
     with pytest.raises(ValueError, match=f"^{name}: the rules give 3 for 'first/kernel'"):
         make(0.1, state={"*": 3}, **given).init(params)
-    with pytest.raises(ValueError, match=f"^{name}: rules must say which moments"):
+    with pytest.raises(ValueError, match=f"^{name}: state must say which moments"):
         make(0.1, state=codecs.Signed8(), **given)
     with pytest.warns(UserWarning, match=f"^{name}: no moment matches the rule 'frist/.' of state"):
         make(0.1, state={"frist/*": codecs.Signed8()}, **given).init(params)

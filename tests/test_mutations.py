@@ -235,7 +235,8 @@ UNSEEN = {
         "_recipes.scion: scion: * without reads",
         "_recipes.scion: scion: warning_of_unused *",
         "_transforms.factored: factored.init: if 0 never",
-        "_transforms.factored: factored.update: if 0 never",
+        "_transforms.factored: factored.update: if [01] never",
+        "_transforms.factored: factored.update: map 0 only 1",
         "_transforms.factored: _outer: for 1 late",
         "_transforms.factored: _outer: Add 0 right",
         "_transforms.factored: _outer: where 0 only 1",
@@ -261,7 +262,7 @@ UNSEEN = {
         "_recipes.route_matrices: routed.init: if 0 always",
         "_recipes.route_matrices: routed: resolve_leaves 0 without find_output",
         "_recipes.route_matrices: routed.specs_of: if 0 always",
-        "_recipes.route_matrices: routed.specs_of: for 0 late",
+        "_recipes.route_matrices: routed.specs_of: for [01] late",
         "_recipes.route_matrices: routed.needs_others: Gt 0 opposite",
         "_recipes.route_matrices: routed.update: map 0 only 1",
         "_recipes.route_matrices: routed.init: handed_down 0 without matrix_axes",
@@ -269,6 +270,9 @@ UNSEEN = {
     "sharded types, which tests/mesh/test_state.py sees": [
         "_core.rule: transform.update: if 5 *",
         "_core.rule: transform.update: NotEq 0 opposite",
+        "_core.rule: transform.update: if 6 never",
+        "_core.rule: transform.update: NotEq 1 opposite",
+        "_distributed.bases: refreshed: map [01] only 1",
     ],
     "repeated blocks, which no entry has: test_means and test_hyperball see it; or the tree is read again": [
         "linalg._axes: Axes.reduce: USub 0 gone",
