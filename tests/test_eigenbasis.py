@@ -372,9 +372,7 @@ def test_bytes_in_the_plan():
 
 def test_refusals():
     params = {"w": jnp.ones((4, 4))}
-    with pytest.raises(
-        ValueError, match=r"inner must not contain in_eigenbasis.*8 bits are too few"
-    ):
+    with pytest.raises(ValueError, match=r"inner must not contain in_eigenbasis.*8 bits are too few"):
         om.compress_state(om.soap(0.1, axes={"*": "io"})).init(params)
     with pytest.raises(ValueError, match=r"soap_muon: state must be None.*8 bits are too few"):
         om.soap_muon(0.1, state="int8")
