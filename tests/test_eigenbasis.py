@@ -370,6 +370,13 @@ def test_bytes_in_the_plan():
     assert row.state_bytes == 4 * 2 * 16 * 32 + 2 * (2 * 2 * 16**2 + 2 * 2 * 16**2)
 
 
+def test_parameters_of_numpy():
+    """Their float64 is float32 where JAX has no float64, without a warning."""
+    tx, params = om.soap(0.1, axes={"*": "io"}), {"w": np.ones((4, 3))}
+    with jax.enable_x64(False):
+        assert {x.dtype.name for x in jax.tree.leaves(tx.init(params))} == {"float32", "int32"}
+
+
 def test_refusals():
     params = {"w": jnp.ones((4, 4))}
     with pytest.raises(ValueError, match=r"inner must not contain in_eigenbasis.*8 bits are too few"):

@@ -62,7 +62,7 @@ class Slots:
 
     def dtypes(self, values: Sequence[Any]) -> dict[str, Any]:
         """In which the matrices of leaves can be together: float32, or wider."""
-        kinds = {k: upcast_dtype(values[k].dtype) for k in self.forms}
+        kinds = {k: upcast_dtype(jnp.result_type(values[k])) for k in self.forms}
         return {key: np.result_type(*(kinds[k] for k, _, _ in p)) for key, p in self.parts.items()}
 
     def missing(self, arrays: Mapping[int, Any]) -> dict[str, np.ndarray]:
