@@ -243,7 +243,6 @@ def _state_bytes(
     groups = alike if len(leaves) > _EXACT else [[leaf] for leaf in leaves]
     own = dict(zip(paths, specs, strict=True))
     tree = jax.tree.structure({"": 0} if paths == [""] else params)  # every leaf has a key
-
     places = dict(jax.tree_util.tree_leaves_with_path(tree.unflatten(paths)))
 
     def state_of(chosen):
@@ -253,7 +252,7 @@ def _state_bytes(
                 return jax.eval_shape(
                     optimizer.init, _dicts((p, x) for (p, path), x in pairs if path in chosen)
                 )
-            # masks or labels are trees like `params`, or that has other containers
+            # a mask is a tree like `params`, or `params` has other containers than dictionaries
             tried = (
                 x if path in chosen else x.update(shape=(0,) * x.ndim, dtype=np.int8)
                 for path, x in zip(paths, shapes, strict=True)

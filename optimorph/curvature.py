@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import not_an_array
+from optimorph._core.checks import check_function, not_an_array
 from optimorph._core.numbers import is_array, upcast
 from optimorph._core.paths import leaf_paths
-from optimorph._core.shown import shown
 from optimorph._core.types import PyTree
 from optimorph.linalg._newton_schulz import safe_denominator
 
@@ -83,8 +82,7 @@ def extremes(
         raise ValueError(
             f"extremes: steps must be a whole number of at least 1, but is {steps}. Type steps=32."
         )
-    if not callable(loss):
-        raise ValueError(f"extremes: loss must be a function of the parameters, but is {shown(loss)}.")
+    check_function("extremes", "loss", loss, "the parameters and args", params, *args)
     _check(params)
     params = jax.tree.map(upcast, params)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))

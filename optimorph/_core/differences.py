@@ -17,9 +17,9 @@ class TreeError(ValueError):
     """The error of trees that do not match, by the name of the transform that found it."""
 
 
-def stands_for_several(missing: Any, beside: PyTree) -> bool:
-    """Whether one None is in the place of several leaves, as where a function returned nothing."""
-    return missing is None and len(jax.tree.leaves(beside)) > 1
+def has_several_leaves(tree: PyTree) -> bool:
+    """Whether one None cannot stand for it, as where a function returned no gradients."""
+    return len(jax.tree.leaves(tree)) > 1
 
 
 def difference(who: str, updates: PyTree, other: PyTree | None) -> TreeError:

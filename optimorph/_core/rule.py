@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import not_an_array
-from optimorph._core.differences import difference, other_state, stands_for_several
+from optimorph._core.differences import difference, has_several_leaves, other_state
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
@@ -294,7 +294,7 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
     except (ValueError, TypeError, KeyError) as error:
         raise difference(who, updates, params) from error
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
-        if g is None and stands_for_several(g, w):
+        if g is None and has_several_leaves(w):
             raise difference(who, updates, params)
         if isinstance(g, ABSENT):
             ws[k] = w if hasattr(w, "dtype") or isinstance(w, ABSENT) else None  # not functions

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import call_fault, check_numbers, is_integer
+from optimorph._core.checks import check_function, check_numbers, is_integer
 from optimorph._core.numbers import upcast
 from optimorph._core.paths import leaf_paths
 from optimorph._core.shown import shown
@@ -28,11 +28,11 @@ def make_task(
     _want(repeated, "batches", batches, "a list of batches or a function of a seed", "batches=[batch]")
     _want(isinstance(held_out, Iterable), "held_out", held_out, "a list of batches", "held_out=[batch]")
     _want(is_integer(steps, 1), "steps", steps, "an integer of at least 1", "steps=100")
-    _takes("loss", loss, "the parameters and a batch", None, None)
+    check_function("race", "loss", loss, "the parameters and a batch", None, None)
     if _is_function(params):
-        _takes("params", params, "a seed", 0)
+        check_function("race", "params", params, "a seed", 0)
     if callable(batches):
-        _takes("batches", batches, "a seed", 0)
+        check_function("race", "batches", batches, "a seed", 0)
     held_out_batches = list(held_out)
     if not held_out_batches:
         raise ValueError("race: held_out is empty. Type held_out=[batch], a batch that is not trained on.")
@@ -122,11 +122,6 @@ def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
 def _want(fine: bool, name: str, value: Any, wanted: str, advice: str) -> None:
     if not fine:
         raise ValueError(f"race: {name} must be {wanted}, but is {shown(value)}. Type {advice}, for example.")
-
-
-def _takes(name: str, f: Callable[..., Any], of: str, *arguments: Any) -> None:
-    if (fault := call_fault(f, *arguments)) is not None:
-        raise ValueError(f"race: {name} must be a function of {of}, but {shown(f)} is not: {fault}.")
 
 
 def _upcast(x: Any) -> Any:

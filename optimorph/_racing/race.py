@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules
 from optimorph._racing import custom_task
 from optimorph._racing.custom_task import Optimizer
@@ -93,7 +94,7 @@ def _maker(optimizer: Any) -> Callable[..., optax.GradientTransformation]:
         tx = optimizer(rates.learning_rate)
         if not isinstance(tx, optax.GradientTransformation):
             raise ValueError(
-                f"race: {optimizer!r} must return an optimizer, but returns {tx!r}. Type "
+                f"race: {shown(optimizer)} must return an optimizer, but returns {shown(tx)}. Type "
                 "lambda learning_rate: om.adamw(learning_rate), for example."
             )
         return tx

@@ -13,6 +13,7 @@ _NUMBER = re.compile(r"(?<![^/.])\d+$")
 _ARRAY = re.compile(rf"{_NUMBER.pattern}|\d[/.]\w+_weight$")
 """An array of a list, or of a layer of one, whose name does not tell which side is first."""
 
+_C_PROJ = re.compile(r"attn[/.]c_proj[/.]")
 _IN_LIST = re.compile(r"[/.]\d+[/.]weight$")
 _FIRST = re.compile(r"(?<![^/.])(?P<name>linear1|fc1|w1|wi|w3|(up|gate)(_proj)?)(_\d)?(?=[/.]weight$)")
 _LAST = {"linear1": "linear2", "fc1": "fc2", "wi": "wo", "w1": "w2", "w3": "w2"} | {
@@ -130,10 +131,10 @@ def specs_beside_fused(shapes: Mapping[str, Shape]) -> dict[str, str]:
       shapes: of all leaves, without an axis of layers.
     """
     found = {}
-    for path in [path for path in shapes if re.search(r"attn[/.]c_proj[/.]", path)]:
-        n, m = (*shapes.get(path.replace("c_proj", "c_attn"), ()), 0, 0)[:2]
-        if shapes[path] in ((n, n), (m, m)) and n != m in (3 * n, n // 3):
-            found[path] = "io" if n < m else "oi"
+    for path in [path for path, shape in shapes.items() if shape and _C_PROJ.search(path)]:
+        n, fused = shapes[path][0], shapes.get(path.replace("c_proj", "c_attn"))
+        if shapes[path] == (n, n) and fused in ((n, 3 * n), (3 * n, n)):
+            found[path] = "io" if fused[0] == n else "oi"
     return found
 
 

@@ -187,19 +187,17 @@ class _Tree:
 
     def _likeliest(self, leaf: _Leaf, found: LeafSpec) -> list[str | None]:
         """The answers to put first, of a question that the name does not answer."""
+        if not found.answers:
+            return []
         if f"{leaf.path}_bias" in self.shapes:  # gpt-oss, whose gate and input alternate
             return [answer for answer in found.answers if answer is not None and "~" in answer]
-        if found.answers and leaf.path in self.likely:
+        if leaf.path in self.likely:
             return [self.likely[leaf.path]]
-        if (
-            found.answers
-            and SEVERAL.search(leaf.path)
-            and self._of_expert(SEVERAL.sub("down", leaf.path)) == "boi"
-        ):
+        if SEVERAL.search(leaf.path) and self._of_expert(SEVERAL.sub("down", leaf.path)) == "boi":
             return [leaf.stacked("b(2o)i")]
-        if found.answers and self.has_kernels and leaf.path.endswith("_weight"):
+        if self.has_kernels and leaf.path.endswith("_weight"):
             return [leaf.stacked("io")]
-        if not found.answers or len(leaf.single) < 3:
+        if len(leaf.single) < 3:
             return []
         if leaf.layers is None and (k := self.stacks.maybe_axis(leaf.path, leaf.shape)) is not None:
             _, spec = by_name(leaf.path, leaf.shape, k)

@@ -203,7 +203,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves, argument: str = "mask") 
     if isinstance(mask, str | re.Pattern) or None not in called:
         raise ValueError(f"{who}: {the_mask} is {shown(mask)}. {fix}")
     if _is_rules(mask):
-        match = lookup(mask, who, "mask")
+        match = lookup(mask, who, argument)
         mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
     elif not a_tree:  # a module of booleans may be callable
         mask = mask(leaves.tree)

@@ -5,12 +5,12 @@ import math
 from collections.abc import Callable
 
 from optimorph._core.roles import FIRST, SECOND
-from optimorph._core.rule import Leaves, handed
+from optimorph._core.rule import Leaves, handed, handed_down
 from optimorph._core.shown import shown
 from optimorph._core.types import Rules, Shape
 from optimorph._core.warn import warn
 from optimorph._routing.names import by_name
-from optimorph._routing.rules import NO_MATCH, among, lookup
+from optimorph._routing.rules import NO_MATCH, lookup
 from optimorph._storage.encoding import CodecRule, named
 from optimorph.codecs import Codec, Float8, Nonneg8, Signed8
 
@@ -37,7 +37,7 @@ def codec_rule(who: str, rules: Rules | None) -> Callable[[Leaves], CodecRule]:
     found = lookup({} if rules is None else rules, who, argument_of(who))
 
     def codec_among(leaves: Leaves, kind: str, path: str, shape: Shape) -> Codec | None:
-        with among(leaves):
+        with handed_down(all_leaves=leaves):
             codec = found(named(kind, path), shape)
         if codec is NO_MATCH:
             return by_default(kind, path, shape)

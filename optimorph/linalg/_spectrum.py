@@ -104,10 +104,9 @@ def rms_to_rms_norm(x: Stack | Spectrum, method: str = "gram") -> Numbers:
       Bernstein & Newhouse 2024, arXiv:2410.21265; Yang, Simon & Bernstein 2023, arXiv:2310.17813.
     """
     _is_exact("rms_to_rms_norm", method)
-    if not isinstance(x, Spectrum):
-        check_matrices("rms_to_rms_norm", x, jnp.number)
+    norm = spectral_norm(x, method)
     inputs, outputs = x.shape[-2:]
-    return math.sqrt(max(1, inputs) / max(1, outputs)) * spectral_norm(x, method)  # (1)
+    return math.sqrt(max(1, inputs) / max(1, outputs)) * norm  # (1)
 
 
 def stable_rank(x: Stack | Spectrum, method: str = "gram") -> Numbers:
