@@ -613,6 +613,14 @@ def test_moments_that_nobody_counted_are_used_as_they_are():
     rounding.close(found, expected)
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_a_count_at_its_maximum_corrects_nothing(ahead):
+    """Moments that nobody counted have such a count."""
+    tx, g = om.debias(0.9, ahead=ahead), jnp.array([1.0, -2.0])
+    state = jax.tree.map(lambda _: jnp.int32(2**31 - 1), tx.init(g))
+    alike(tx.update(g, state)[0], g)
+
+
 # What is asked for
 
 

@@ -195,6 +195,21 @@ def test_flags(flags, entry):
             two_updates(tx, update, params)
 
 
+@pytest.mark.parametrize("flag", FLAGS["of numbers"])
+@pytest.mark.parametrize("programs", [True, False])
+def test_no_constant_is_nan(flag, programs):
+    """Numbers are rounded and encoded under flags that refuse NaN, in programs and without."""
+    params = {"kernel": jnp.ones((4, 128)).at[0].set(0), "in_16": jnp.ones((4, 128), jnp.bfloat16)}
+    codes = {"first/*": om.codecs.Signed8(), "second/*": om.codecs.Nonneg8()}
+    with flag(), contextlib.nullcontext() if programs else jax.disable_jit():
+        for tx in (om.adamw(0.1, state=codes), om.adamw(0.1, nu_dtype="bfloat16")):
+            updates, state = tx.update(params, tx.init(params), params)
+            tx.update(params, state, params)
+            om.apply_updates(params, updates, jax.random.key(0))
+        for bits in (8, 16):
+            om.join_weights(*om.split_weights(params, bits))
+
+
 @pytest.mark.examples("adamw", "muon", "probe")
 @pytest.mark.parametrize(
     "entry", [e for e in ENTRIES if e.id not in IN_FEWER_BITS], ids=lambda entry: entry.id

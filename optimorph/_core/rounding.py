@@ -12,9 +12,6 @@ import numpy as np
 from optimorph._core.shown import shown
 from optimorph._core.types import Shape
 
-NAN = np.array(np.nan, jnp.bfloat16)
-"""Of bfloat16. No operation makes it, which `jax_debug_nans` would refuse."""
-
 
 def check_key(who: str, key: Any) -> None:
     """Refuse what is no single key of `jax.random`, of either form."""
@@ -120,4 +117,9 @@ def _carried(x: jax.Array, lower: jax.Array) -> jax.Array:
     upper = ((bits + lower) >> 16).astype(jnp.uint16)
     upper = jnp.where(jnp.isfinite(x) & (upper & 0x7FFF == 0x7F80), upper - 1, upper)
     rounded = jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-    return jnp.where(jnp.isnan(x), NAN, rounded)
+    return with_nan_of(x, rounded)
+
+
+def with_nan_of(x: jax.Array, rounded: jax.Array) -> jax.Array:
+    """`rounded`, and NaN where x is NaN. `jax_debug_nans` refuses a constant NaN outside of programs."""
+    return jnp.where(jnp.isnan(x), x.astype(rounded.dtype), rounded)

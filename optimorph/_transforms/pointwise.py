@@ -115,7 +115,7 @@ def debias(decay: Numeric, *, ahead: int = 0, power: Numeric = 1.0) -> optax.Gra
 
     def advance(state, leaves):
         count = increment(state.debias_count)  # (1)
-        t = (count + ahead).astype(float)
+        t = count.astype(float) + ahead
         weight = 1 - jnp.power(as_scalar(decay, t), t)  # x^1 would cost an operation
         weight = weight if type(power) is float and power == 1 else jnp.power(weight, as_scalar(power, t))
         return weight, DebiasState(count)

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optimorph._core.checks import check_integer, dtype_name, is_one_of
 from optimorph._core.rounding import noise, outer_bfloat16
 from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
-from optimorph.codecs._forms import TINY, Form, in_form
+from optimorph.codecs._forms import INFINITY, NAN, TINY, Form, in_form
 
 WHOLE = 1.5 * 2**23
 """The last bits of x + WHOLE are the integer nearest to x, ties to even."""
@@ -122,9 +123,9 @@ def block_width(block: int, last: int) -> int:
 
 
 def _scale(largest: jax.Array) -> jax.Array:
-    """(1) of the largest |x|: 0 below `TINY`, NaN if it is not finite."""
-    s = jnp.where(largest < jnp.inf, largest, jnp.nan)
-    return jnp.where(s < TINY, 0, s)
+    """The bits of (1) from those of the largest |x|: 0 below `TINY`, NaN if it is not finite."""
+    s = jnp.where(largest < INFINITY, largest, NAN)
+    return jnp.where(s < np.float32(TINY).view(np.int32), 0, s)
 
 
 def _linear(c: jax.Array) -> jax.Array:

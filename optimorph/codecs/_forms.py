@@ -23,7 +23,10 @@ Bits = Callable[[jax.Array], jax.Array]
 """Numbers → integers in the order that counts, which are those numbers' bits, or those of NaN."""
 
 Scale = Callable[[jax.Array], jax.Array]
-"""The largest number of a block → its scale, which never falls while that number grows."""
+"""The largest integer of a block → the bits of its scale, which never fall while that integer grows."""
+
+INFINITY, NAN = np.int32(0x7F800000), np.int32(0x7FC00000)
+"""The bits of float32. They are chosen as integers: `jax_debug_nans` and `_infs` refuse such constants."""
 
 
 class Blocks(NamedTuple):
@@ -52,11 +55,11 @@ class Blocks(NamedTuple):
         """`(*batch, blocks)`, the scale of every block: that of its number of the largest integer."""
         x = bits(x)
         if not self.halves:
-            return _as_float(jnp.max(_as_int(scale(_as_float(x))), axis=-1))
+            return _as_float(jnp.max(scale(x), axis=-1))
         while (width := x.shape[-1]) > 16:
             half = (width + 1) // 2
             x = jnp.maximum(x[..., :half], x[..., width - half :])
-        return scale(_as_float(jnp.max(x, axis=-1)))
+        return _as_float(scale(jnp.max(x, axis=-1)))
 
     def spread(self, s: jax.Array) -> jax.Array:
         """Numbers `(*batch, blocks)`, at least 0 or NaN, to be multiplied with an array in this form."""
@@ -91,7 +94,7 @@ class Rows(NamedTuple):
         padding = (*[(0, 0)] * (x.ndim - 1), (0, -self.last % self.width))
 
         largest = jax.lax.reduce_window(bits(x), np.int32(0), jax.lax.max, window, window, padding)
-        return scale(_as_float(largest))
+        return _as_float(scale(largest))
 
     def spread(self, s: jax.Array) -> jax.Array:
         """As of `Blocks`. NaN is -1 in the product, where it would reach the whole row."""
@@ -100,7 +103,7 @@ class Rows(NamedTuple):
         s = jnp.where(s >= 0, s, -1)
         axes = ((s.ndim - 1,), (0,)), ((), ())
         spread = jax.lax.dot_general(s, inside, axes, "highest", s.dtype)
-        return jnp.where(spread < 0, jnp.nan, spread)
+        return _as_float(jnp.where(spread < 0, NAN, _as_int(spread)))
 
     def quarters(self, x: jax.Array, s: jax.Array) -> jax.Array:
         return x * self.spread(_four_over(s))

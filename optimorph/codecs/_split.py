@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.rounding import NAN, nearest_bfloat16, noise
+from optimorph._core.rounding import nearest_bfloat16, noise, with_nan_of
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
 
@@ -85,7 +85,7 @@ class Split16(_SplitCodec):
     away from zero, because the usual rounding to even would need one more code. So θ' differs from
     `x.astype("bfloat16")` at ties, for one number in 131072.
 
-    (2) holds for all numbers, zeros and infinities. Every NaN is decoded as the same NaN. Above 3.396e38 θ'
+    (2) holds for all numbers, zeros and infinities. NaN is decoded as NaN. Above 3.396e38 θ'
     is infinite, as with `astype`, and x is still decoded exactly.
     """
 
@@ -95,7 +95,7 @@ class Split16(_SplitCodec):
     def _encode(self, x: jax.Array, key: jax.Array | None, place: jax.Array, scales: None) -> Encoded:
         upper = (jax.lax.bitcast_convert_type(x, jnp.uint32) + 0x8000) >> 16
         nearest = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
-        nearest = jnp.where(jnp.isnan(x), NAN, nearest)  # the carry can make NaN a zero
+        nearest = with_nan_of(x, nearest)  # the carry can make NaN a zero
         return Encoded(_steps_between(nearest, x).astype(self.code_dtype), nearest)
 
 
