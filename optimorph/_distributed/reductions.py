@@ -44,6 +44,10 @@ class Reduction:
         count = np.maximum(count * devices(manual_axes(), self.names), 1)
         return self.sums(x)[0] / jnp.asarray(count, x.dtype)
 
+    def mean_over_devices(self, x: jax.Array) -> jax.Array:
+        """Of numbers that each device has computed of its part of these sides."""
+        return jax.lax.pmean(x, self.names) if self.names else x
+
     def spread(self, y: jax.Array, shape: Shape) -> jax.Array:
         """What one of these leaves of an array of this shape, so that it broadcasts against that array."""
         return y if self.form is None else self.form.repeat(y, shape)

@@ -207,5 +207,17 @@ def in_the_compilers_hands(f: Callable[..., Any], updates: PyTree, state: PyTree
     places = jax.tree.map(place, (updates, state))
     function: Any = f
     run: Any = jax.sharding.auto_axes(function, axes=names, out_sharding=places)
-    with contextlib.nullcontext() if not context.empty else jax.sharding.use_abstract_mesh(mesh):
+    if not context.empty:
         return run(updates, state, params)
+    with _using(mesh, arrays):
+        return run(updates, state, params)
+
+
+def _using(mesh: Any, arrays: Sequence[jax.Array]) -> contextlib.AbstractContextManager[Any]:
+    """The context of a mesh: while programs are traced only its axes are known, and outside its devices."""
+    if any(isinstance(x, Tracer) for x in (*arrays, jnp.zeros([]))):
+        return jax.sharding.use_abstract_mesh(mesh)
+    shardings = (x.sharding for x in arrays)
+    return jax.set_mesh(
+        next(s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.abstract_mesh == mesh)
+    )

@@ -1,5 +1,6 @@
 """A transformation in another basis: the eigenvectors of running averages of g gᵀ and gᵀ g."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from optimorph._core.checks import NoParamsError, check_counts, check_dtypes, check_flags, check_numbers
 from optimorph._core.differences import checked_state, other_state
@@ -26,10 +28,10 @@ from optimorph._core.numbers import (
 )
 from optimorph._core.roles import FIRST, SECOND, Role, holds, scalar
 from optimorph._core.rule import Leaves, aligned, arrays, called, handed_down
-from optimorph._core.types import AxesRules, DTypeLike, Numeric, PyTree, Rules
+from optimorph._core.types import AxesRules, DTypeLike, Numeric, PyTree, Rules, Shape
 from optimorph._core.wrapped import wrapped
 from optimorph._distributed.bases import refreshed
-from optimorph._distributed.shardings import local_shard_spec, manual_axes
+from optimorph._distributed.shardings import Match, local_shard_spec, manual_axes
 from optimorph._distributed.stacks import (
     Slots,
     Stack,
@@ -196,7 +198,7 @@ def in_eigenbasis(
     inner, before = wrapped(who, inner), wrapped(who, optax.identity() if average is None else average)
     own = AxesOfLeaves(who, axes, shardings)
 
-    def read(leaves: Leaves) -> Slots:
+    def read(leaves: Leaves) -> _Known:
         """Where the matrices of the leaves are."""
         forms, match = own.axes_and_shardings(leaves)
         _check_manual(who, leaves, forms, match)
@@ -205,12 +207,13 @@ def in_eigenbasis(
             for k, (form, x) in enumerate(zip(forms, leaves.values, strict=True))
             if form is not None and is_trainable(x) and np.size(x)
         }
-        return Slots.of(found, leaves.values)
+        return _Known(leaves.structure, Slots.of(found, leaves.values), match)
 
     def init(params):
         leaves = arrays(who, params)
         own.check(leaves)
-        slots = read(leaves)
+        known = read(leaves)
+        slots = known.slots
         mesh = mesh_of([leaves.values[k] for k in slots.forms])
         in_a_basis = {key for key in slots.parts if max_dim is None or min(slots.size(key)) <= max_dim}
         counts = {
@@ -223,8 +226,7 @@ def in_eigenbasis(
             return jnp.zeros((counts[key], *slots.size(key)), kind)
 
         stacks = {key: placed(zeros(key), mesh) for key in counts}
-        known = _Known(leaves.structure, slots)
-        with handed_down(matrix_axes=known.forms, shardings=None):
+        with known.handed_down():
             tree = known.joined(leaves.values, stacks)
             states = inner.init(tree), before.init(tree)
         made = {
@@ -239,9 +241,10 @@ def in_eigenbasis(
 
     def step(updates, state, params, **extra):
         gs, tree, ws = aligned(who, updates, params, strict=False)
-        slots = read(Leaves(tree, gs if params is None else ws))
+        known = read(Leaves(tree, gs if params is None else ws))
+        slots = known.slots
         old = _kept(who, slots, state)
-        known, there = _Known(tree, slots), {k: gs[k] for k in slots.forms if not is_absent(gs[k])}
+        there = {k: gs[k] for k in slots.forms if not is_absent(gs[k])}
         mesh = mesh_in_use([*there.values()])
         wide = {k: upcast(g) for k, g in there.items()}
         counts = {key: next(map(len, jax.tree.leaves(k)), slots.counts[key]) for key, k in old.items()}
@@ -250,7 +253,7 @@ def in_eigenbasis(
         first = state.basis_count == 0
 
         others = [x if is_absent(x) else upcast(x) for x in gs]
-        with handed_down(matrix_axes=known.forms, shardings=None):
+        with known.handed_down():
             signal, averaged = before.update(known.joined(others, g), state.average, None, **extra)
             held = known.moments(FIRST, _into, now, state.inner)
             try:
@@ -309,6 +312,18 @@ class _Known(NamedTuple):
 
     tree: Any
     slots: Slots
+    match: Match | None
+
+    def handed_down(self) -> contextlib.AbstractContextManager[None]:
+        """What transformations inside know: axes of leaves, and inside `jax.shard_map` also shardings."""
+        return handed_down(matrix_axes=self.forms, shardings=self._sharding if manual_axes() else None)
+
+    def _sharding(self, path: str, shape: Shape) -> Any:
+        """Each device has whole matrices; other leaves have the shardings that their rules give."""
+        leaf = path.removeprefix("others/")
+        if leaf == path:
+            return PartitionSpec()
+        return ... if self.match is None else self.match(leaf, shape)
 
     @property
     def forms(self) -> list[Axes | None]:

@@ -1,5 +1,6 @@
 """An average of squares in as many numbers as a matrix has rows and columns."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,10 +9,13 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_flags, check_numbers
-from optimorph._core.numbers import as_scalar, common, full_like, stored_dtype, upcast
+from optimorph._core.numbers import as_scalar, common, full_like, upcast
 from optimorph._core.roles import Role, holds, roles_of
 from optimorph._core.rule import Rule, called, not_in_parts, transform
-from optimorph._core.types import AxesRules, Numeric, PyTree, Rules
+from optimorph._core.types import AxesRules, Numeric, PyTree, Rules, Shape
+from optimorph._distributed.reductions import reduction
+from optimorph._distributed.shardings import undivided
+from optimorph._distributed.stacks import in_the_compilers_hands
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph.linalg import Axes
 
@@ -55,7 +59,7 @@ def factored(
     Args:
       decay: β in [0, 1), a number, an array or a tracer.
       axes: how leaves read as matrices, as in `muon`. Inside `route_matrices` its `axes` are used.
-      shardings: the shardings of the leaves over a mesh, as in `muon`.
+      shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
       geometric: whether to return the geometric mean (4) instead of the matrix (3), whose rows and columns
         have the averages r and c.
 
@@ -70,47 +74,57 @@ def factored(
     check_flags(who, geometric=geometric)
     own = AxesOfLeaves(who, axes, shardings)
 
+    def average(x, before):
+        x, before = common(x, before)
+        b = as_scalar(decay, before)
+        return b * before + (1 - b) * x
+
     def init(leaf):
-        form = own.axes_and_shardings(leaf.leaves)[0][leaf.index]
-        dtype = jnp.finfo(stored_dtype(None, jnp.result_type(leaf.weight))).dtype
+        form, _ = own.of(leaf)
+        zeros = undivided(full_like(leaf.weight).real)
         if form is None:
-            return FactoredState(full_like(leaf.weight, 0.0, dtype).real, jnp.zeros((1,), dtype))
-        stacks = form.stacks(np.shape(leaf.weight))
-        sizes = [sum(stack[k] for stack in stacks) for k in (-2, -1)]
-        return FactoredState(*(jnp.zeros((*stacks[0][:-2], size), dtype) for size in sizes))
+            return FactoredState(zeros, jnp.zeros((1,), zeros.dtype))
+        return FactoredState(*_means(form.matrices(zeros)))
 
     def advance(state, leaves):
-        return own.axes_and_shardings(leaves)[0], state
+        return own.axes_and_shardings(leaves), state
 
-    def update(g, state, leaf, forms):
+    def update(g, state, leaf, now):
         if leaf.part:
             raise not_in_parts(who, f"{who} needs whole matrices")
+        forms, match = now
         form = forms[leaf.index]
-
-        def average(x, before):
-            x, before = common(x, before)
-            b = as_scalar(decay, before)
-            return b * before + (1 - b) * x
-
         if np.size(g) == 0:
             return g, FactoredState(*map(upcast, state))
         if form is None:
             rows = average(g, state.rows)
             return rows.astype(g.dtype), FactoredState(rows, upcast(state.columns))
-        stacks = form.matrices(g)
-        rows, columns = (
-            average(jnp.concatenate([jnp.mean(x, axis) for x in stacks], axis=-1), before)  # (1), (2)
-            for axis, before in ((-1, state.rows), (-2, state.columns))
-        )
-        return _outer(form, g.shape, rows, columns, geometric).astype(g.dtype), FactoredState(rows, columns)
+        over = {side: reduction(who, match, leaf, form, side).mean_over_devices for side in "io"}
+
+        def outer(g, state, _):
+            rows, columns = _means(form.matrices(g))
+            rows, columns = average(over["o"](rows), state.rows), average(over["i"](columns), state.columns)
+            u = _outer(form, g.shape, rows, columns, None if geometric else over["i"])
+            return u.astype(g.dtype), FactoredState(rows, columns)
+
+        return in_the_compilers_hands(outer, g, state, None)
 
     return transform(who, Rule(roles_of(FactoredState), update, init=init, advance=advance))
 
 
+def _means(stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """Over the columns of each row, and over the rows of each column."""
+    return [jnp.concatenate([jnp.mean(x, axis) for x in stacks], axis=-1) for axis in (-1, -2)]
+
+
 def _outer(
-    form: Axes, shape: tuple[int, ...], rows: jax.Array, columns: jax.Array, geometric: bool
+    form: Axes,
+    shape: Shape,
+    rows: jax.Array,
+    columns: jax.Array,
+    over_rows: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
-    """(3) or (4) of every stack."""
+    """(3) of every stack, given the mean over devices that divide rows; (4) without it."""
     shapes: Any = form.stacks(shape)
     found = []
     for k in range(len(shapes)):
@@ -118,10 +132,10 @@ def _outer(
             x[..., sum(s[side] for s in shapes[:k]) : sum(s[side] for s in shapes[: k + 1])]
             for side, x in ((-2, rows), (-1, columns))
         )
-        if geometric:
+        if over_rows is None:
             r, c = jnp.sqrt(r), jnp.sqrt(c)
         else:
-            mean = jnp.mean(r, -1, keepdims=True)
+            mean = over_rows(jnp.mean(r, -1, keepdims=True))
             r = r / jnp.where(mean > 0, mean, 1)
         found.append(r[..., :, None] * c[..., None, :])
     return form.array(found, shape)

@@ -134,6 +134,31 @@ def test_inside_shard_map():
             inside(P("data"), **arguments)
 
 
+@pytest.mark.parametrize("name", ["soap", "soap_muon", "shampoo"])
+@rounding.in_float64
+def test_eager_and_inside_shard_map(name):
+    """Without a program over explicit axes, and in `jax.shard_map` with replicated parameters."""
+    make = functools.partial(getattr(om, name), 0.1, axes={"w": "io"})
+    w = trees.drawn(0, np.float64, {"w": (16, 16), "bias": (16,)})
+
+    def update(w, **arguments):
+        tx = make(**arguments)
+        return tx.update(w, tx.init(w), w)[0]
+
+    want = update(trees.on_one(w))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    for spec in (P(), P("data")):
+        place = NamedSharding(mesh, spec)
+        got = update(jax.device_put(w, place))
+        rounding.close(got, want, condition=1e5)
+        assert all(x.sharding.is_equivalent_to(place, x.ndim) for x in got.values())
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    inside = functools.partial(update, shardings={"*": P()})
+    rounding.close(
+        jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=P(), out_specs=P()))(w), want, condition=1e5
+    )
+
+
 @pytest.mark.parametrize("spread", [False, True])
 def test_gradients_that_vary_inside_shard_map(spread):
     """Where types say so, beside bases that begin alike everywhere."""

@@ -9,7 +9,7 @@ import pytest
 import rounding
 import sharding
 import trees
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
@@ -82,6 +82,39 @@ def test_inside_shard_map(name):
     )
     want = run(trees.on_one(gradients), trees.on_one(params))
     rounding.close(got, want, condition=20 * POLAR.table.slope)
+
+
+def factored(g, p, jit=jax.jit, **arguments):
+    tx = om.factored(0.9, **arguments)
+    state = tx.init(p)
+    for _ in range(2):
+        updates, state = jit(tx.update)(jax.tree.map(lambda x: x * x, g), state, p)
+    return updates
+
+
+@pytest.mark.parametrize("specs", [SPECS, dict.fromkeys(SHAPES, P())], ids=["divided", "replicated"])
+@rounding.in_float64
+def test_factored_inside_shard_map(specs):
+    """Rows and columns have the means of whole matrices."""
+    params, gradients = (trees.drawn(seed, np.float64, SHAPES) for seed in (0, 1))
+    local = functools.partial(factored, axes=AXES, shardings=specs)
+    mesh = trees.mesh_of(8, 2, AxisType.Auto)
+    got = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(specs, specs), out_specs=specs))(
+        gradients, params
+    )
+    want = factored(trees.on_one(gradients), trees.on_one(params), axes=AXES)
+    rounding.close(got, want, condition=20)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@rounding.in_float64
+def test_factored_convolutions(jit, mode):
+    """Their inputs, of which one axis is divided, are one side of a matrix."""
+    g = trees.drawn(1, np.float64, {"kernel": (3, 3, 16, 8)})
+    place = NamedSharding(trees.mesh_of(8, 2, mode), P(None, None, "data"))
+    got = factored(*[jax.device_put(g, place)] * 2, jit)
+    rounding.close(got, factored(*[trees.on_one(g)] * 2), condition=20)
+    assert mode == AxisType.Auto or got["kernel"].sharding.is_equivalent_to(place, 4)
 
 
 @pytest.mark.slow
