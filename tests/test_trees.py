@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import random
 import re
 import warnings
 from pathlib import Path
@@ -48,6 +49,46 @@ def planned(params, **arguments):
 def planned_tree(name):
     """How the default rules read a public model."""
     return planned(shapes(TREES[name]))
+
+
+OTHER_SHAPES = (
+    lambda shape: (),
+    lambda shape: shape[1:],
+    lambda shape: (0, *shape[1:]),
+    lambda shape: (*shape, 1),
+    lambda shape: (2, *shape),
+    lambda shape: (1,) * len(shape),
+    lambda shape: shape[:1] * 2,
+)
+
+
+@pytest.mark.parametrize("seed", range(len(OTHER_SHAPES)))
+def test_leaves_of_any_shape(seed):
+    """Leaves with the names of known models and shapes that nobody expects are decided or asked for."""
+    chance = random.Random(seed)
+    for tree in chance.sample([*TREES.values()], 60):
+        found = {path: shape for path, (shape, _) in tree.items()}
+        for path in chance.sample([*found], min(3, len(found))):
+            found[path] = OTHER_SHAPES[seed](found[path])
+        om.plan({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in found.items()})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"weight": (), "bias": (2, 3)},
+        ((), (64, 64)),
+        {"out": {"lm_head": (64, 64), "bias": ()}},
+        {"lstm": {"weight_ih": (2, 48, 2), "weight_hh": (48, 16)}},
+        {"embedding": (), "Conv_0": {"kernel": (2, 2, 2, 16)}, "head": {"kernel": (64, 10)}},
+    ],
+)
+def test_scalars_beside_matrices(params):
+    params = jax.tree.map(
+        jnp.ones, params, is_leaf=lambda x: type(x) is tuple and all(type(n) is int for n in x)
+    )
+    om.plan(params)
+    om.decay_mask(params)
 
 
 def one_answer(text):

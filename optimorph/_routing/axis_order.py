@@ -59,7 +59,7 @@ def specs_by_bias(shapes: Mapping[str, Shape]) -> tuple[dict[str, str], dict[str
         of_heads = len(own) < len(shape) and own == shape[-len(own) :]
         bias = own if of_heads else tuple(n for n in own if n > 1)
         others = len(shape) - len(bias)
-        stacked = own == (*shape[:1], *shape[-1:]) or (len(bias) > 1 and bias[0] == shape[0])
+        stacked = own == (*shape[:1], *shape[-1:]) or (len(bias) > 1 and bias[:1] == shape[:1])
         if not bias or others < 1 or stacked:
             continue
         usual = 0 if outputs_first(path) else others

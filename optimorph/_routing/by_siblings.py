@@ -79,8 +79,10 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
 
 def by_default(path: str, shape: Shape, layers: int | None, role: str, spec: str | None) -> LeafSpec:
     """How a leaf reads by a role and a spec of the default rules."""
-    if spec != UNDECIDED:
-        return LeafSpec(None if spec is None else axes_of(spec), role)
+    if spec is None:
+        return LeafSpec(None, role)
+    if spec != UNDECIDED and axes_of(spec).misfit(shape) is None:
+        return LeafSpec(axes_of(spec), role)
     one_layer = [with_layers(answer, layers) for answer in likely(path, without_layers(shape, layers))]
     offered, layout = offers(path, shape, layers)
     cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"

@@ -110,7 +110,9 @@ class _Candidates:
     def _reshaped(self) -> Iterator[int]:
         """The heads without a telling name whose outputs a layer takes in, in another shape."""
         rows = {
-            shape[0] for shape, spec in zip(self.shapes, self.specs, strict=True) if spec.role == "embedding"
+            shape[0]
+            for shape, spec in zip(self.shapes, self.specs, strict=True)
+            if shape and spec.role == "embedding"
         }
         for k in self.by_name:
             shape = self.shapes[k]

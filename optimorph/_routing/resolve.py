@@ -51,7 +51,10 @@ def resolve_leaves(who: str, rules: AxesRules | None, *, find_output: bool = Fal
         return [specs[path] for path in paths]
 
     def of_all(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
-        ruled = [by_rule(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+        ruled = [
+            by_rule(path, shape) or (NOTHING if 0 in shape else None)
+            for path, shape in zip(paths, shapes, strict=True)
+        ]
         decided = [spec for spec in ruled if spec is not None]
         if len(decided) == len(ruled):
             return decided

@@ -115,7 +115,7 @@ def hidden_of_heads(paths: Sequence[str], shapes: Sequence[Shape], heads: Sequen
     yield from (k for k in square if (module_of(paths[k]), shapes[k][:1]) in norms)
     biases = {path: shape for path, shape in zip(paths, shapes, strict=True) if path.endswith("/bias")}
     for k in square:
-        if max(biases.get(f"{module_of(paths[k])}/bias", (0,))) > shapes[k][0]:
+        if max(biases.get(f"{module_of(paths[k])}/bias", ()), default=0) > shapes[k][0]:
             yield k
     dense = [k for k, shape in enumerate(shapes) if len(shape) == 2 and shape[0] > 16]
     taken = {sides(paths[k], shapes[k])[0] for k in dense}
