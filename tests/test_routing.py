@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rounding
 from flax import nnx
 from flax.core import FrozenDict
 
@@ -1239,3 +1240,41 @@ def test_likely_answers_are_offered(path, shape):
     message = refusal({path: jax.ShapeDtypeStruct(shape, jnp.float32)})
     places = [message.index(word) for word in ASKED[path, shape]]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize(
+    ("params", "arguments"),
+    [
+        ({"hidden": {"kernel": (8, 16)}, "head": {"kernel": (16, 4)}}, {}),
+        ({"Dense_0": {"kernel": (8, 16)}, "Dense_1": {"kernel": (16, 4)}}, {"axes": {"Dense_1/*": "head"}}),
+        ({"Dense_0": {"kernel": (8, 16)}, "Dense_1": {"kernel": (16, 4)}}, {}),
+    ],
+    ids=["by name", "by a rule", "by widths"],
+)
+def test_the_head_of_scion(params, arguments):
+    """However it is found, each step is ρ sign(m) / inputs, with ρ = 3000."""
+    params = jax.tree.map(jnp.ones, params, is_leaf=lambda x: type(x) is tuple)
+    tx = om.scion(0.1, weight_decay=0.0, **arguments)
+    with warnings.catch_warnings():
+        if not arguments and "head" not in params:
+            warnings.filterwarnings("ignore", "scion: 'Dense_1/kernel' .* Type .*: 'head'} to confirm this")
+        updates, _ = tx.update(params, tx.init(params), params)
+    (head,) = (u for u in jax.tree.leaves(updates) if u.shape == (16, 4))
+    rounding.close(head, jnp.full((16, 4), -0.1 * 3000 / 16))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        om.adamh(0.1),
+        om.keep_norm(om.sign()),
+        om.hyperball(0.1),
+        om.orthogonalize(),
+        om.scale_by_shape(),
+        om.factored(0.9),
+    ],
+)
+def test_undecided_leaves_are_refused_before_the_run(tx):
+    params = {"item_factors": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+    with pytest.raises(ValueError, match="'item_factors' has shape"):
+        tx.init(params)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from optimorph._core.numbers import upcast_dtype
+from optimorph._core.numbers import in_dtype_of, upcast_dtype
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed import hints
 from optimorph._distributed.shardings import explicit_axes, manual_axes
@@ -176,6 +176,20 @@ def divided_like(arrays: Sequence[jax.Array], others: Sequence[jax.Array]) -> li
     An element is NaN where the other's is.
     """
     return [jnp.where(jnp.isnan(y), y.astype(x.dtype), x) for x, y in zip(arrays, others, strict=True)]
+
+
+def where_missing(missing: dict[str, np.ndarray], old: PyTree, new: PyTree) -> PyTree:
+    """Arrays of the slots whose gradient is missing as they were."""
+
+    def keep(path, old, new):
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        gone = next((missing[key] for key in keys if key in missing), None)
+        if gone is None or not new.ndim:
+            return new
+        gone = np.pad(gone, (0, len(new) - len(gone)))
+        return jnp.where(gone.reshape(-1, *[1] * (new.ndim - 1)), in_dtype_of(old, new), new)
+
+    return jax.tree_util.tree_map_with_path(keep, old, new) if missing else new
 
 
 def _moved(move: Callable[..., jax.Array], mesh: AbstractMesh | None, stacks: Stack) -> Stack:

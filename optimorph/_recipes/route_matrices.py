@@ -1,5 +1,6 @@
 """Matrices to one transformation, all other leaves to another."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,14 +84,14 @@ def routed(
     scale: Any = None,
     polar: Callable[..., Any] | None = None,
     divide: str | Hardware = AUTO,
-    reads: AxesRules | None = None,
+    reads: Callable[[Resolve], Resolve] = lambda resolve: resolve,
     wide: bool = False,
 ) -> Transform:
-    """`route_matrices` under a recipe's own name; `reads` are the recipe's rules, with `axes` in them.
+    """`route_matrices` under a recipe's own name; `reads` changes how leaves read for this recipe.
 
     `wide` is that of `wrapped`, for `matrices` that may be of another library.
     """
-    resolve = resolve_leaves(who, axes if reads is None else reads, find_output=True)
+    resolve = reads(resolve_leaves(who, axes, find_output=True))
     match = match_shardings(who, shardings)
     transforms: dict[Any, optax.GradientTransformation] = {
         MATRIX: wrapped(who, matrices, wide=wide),
@@ -107,6 +108,10 @@ def routed(
             return resolved(who, resolve, match, leaves)
         return [known[path] for path in leaves.paths]
 
+    def facts(leaves: Leaves, specs: list[LeafSpec]) -> contextlib.AbstractContextManager[None]:
+        roles = {path: spec.role for path, spec in zip(leaves.paths, specs, strict=True)}
+        return handed_down(matrix_axes=[spec.axes for spec in specs], roles=roles, shardings=match)
+
     def needs_others(path: str, leaf: Any) -> bool:
         """Whether other leaves may tell how this one reads."""
         return has_no_name(path) or np.ndim(leaf) > 2
@@ -121,13 +126,13 @@ def routed(
         forms = [spec.axes for spec in specs]
         for path, x, spec in zip(leaves.paths, leaves.values, specs, strict=True):
             if spec.role == INFERRED_HEAD:
-                warn(_inferred(who, path, np.shape(x), spec.answers[1]), stacklevel=2)
+                warn(_inferred(who, path, np.shape(x), spec), stacklevel=2)
         if axes is None and leaves.paths and not any(forms):
             warn(
                 f"{who}: no leaf is a matrix, so the other optimizer updates all. See optimorph.plan.",
                 stacklevel=2,
             )
-        with handed_down(matrix_axes=forms, shardings=match), among(leaves):
+        with facts(leaves, specs), among(leaves):
             return parted(tree, forms).init(params)
 
     def update(updates, state, params=None, **extra):
@@ -139,11 +144,12 @@ def routed(
                 f"{who}: some gradients are None, and update was called without params, so it is not known "
                 "how all leaves read as matrices. Type tx.update(gradients, state, params), or give axes=."
             )
-        forms = [spec.axes for spec in specs_of(leaves)]
+        specs = specs_of(leaves)
+        forms = [spec.axes for spec in specs]
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
         own = None if params is None else leaves.tree
         try:
-            with handed_down(matrix_axes=forms, shardings=match), among(leaves):
+            with facts(leaves, specs), among(leaves):
                 out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except OF_TREES as error:
             if own is None or fits(state, tx, tree.unflatten(ws)):
@@ -159,9 +165,10 @@ def routed(
     return tx
 
 
-def _inferred(who: str, path: str, shape: Shape, spec: str | None) -> str:
+def _inferred(who: str, path: str, shape: Shape, spec: LeafSpec) -> str:
+    updated = ", and is updated by the other optimizer" if spec.axes is None else ""
     return (
-        f"{who}: {path!r} {shape} is taken for the output layer, because no other leaf takes its outputs, "
-        f"and is updated by the other optimizer. Type axes={{{path!r}: None}} to confirm this, or "
-        f"axes={{{path!r}: {spec!r}}} for a hidden layer."
+        f"{who}: {path!r} {shape} is taken for the output layer, because no other leaf takes its outputs"
+        f"{updated}. Type axes={{{path!r}: 'head'}} to confirm this, or "
+        f"axes={{{path!r}: {spec.answers[1]!r}}} for a hidden layer."
     )

@@ -1,12 +1,13 @@
 """Scion: steps of steepest descent under a norm for each layer, inside a ball of that norm."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from optimorph._core.checks import LeafError, check_factor
+from optimorph._core.rule import handed
 from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, DTypeLike, Mask, Numeric, Rules, ScalarOrSchedule, Shape
 from optimorph._distributed.hardware import AUTO, Hardware
@@ -15,7 +16,9 @@ from optimorph._recipes.recipe import Recipe, recipe
 from optimorph._recipes.route_matrices import routed
 from optimorph._recipes.state_storage import warning_if_nothing, with_state_storage
 from optimorph._routing.default_roles import role_of
+from optimorph._routing.leaf_spec import HEAD, INFERRED_HEAD, LeafSpec, axes_of
 from optimorph._routing.partition import partition
+from optimorph._routing.resolve import Resolve
 from optimorph._routing.rules import NO_MATCH, lookup, warning_of_unused
 from optimorph._storage.codec_rules import linear
 from optimorph._transforms.averages import ema
@@ -26,7 +29,7 @@ from optimorph._transforms.pointwise import root, sign, square
 from optimorph._transforms.scale_by_rules import scale_by_rules
 from optimorph._transforms.step import decay_and_step
 
-TABLES = ("embedding", "head")
+TABLES = ("embedding", HEAD, INFERRED_HEAD)
 
 
 @recipe
@@ -70,7 +73,7 @@ def scion(
       weight_decay_form: as in `adamw`.
       axes: how leaves read as matrices, as in `muon`. Here embeddings (vocabulary, width) and heads are
         matrices too. Embeddings read as "oi", like a head that shares their weights. A head reads as "oi" if
-        it is named `weight`, and as "io" otherwise.
+        it is named `weight`, and as "io" otherwise. In `axes` the spec "head" makes a leaf a head.
       orthogonalizer, mask, mu_dtype, state, shardings, comm_dtype, divide: as in `muon`.
 
     Raises:
@@ -89,9 +92,16 @@ def scion(
     step = decay_and_step("scion", learning_rate, weight_decay, mask, weight_decay_form)
     matrices = chain(average, _lmo(norms, polar), factors, *step)  # (2-5)
     others = chain(average, _over_rms("io"), factors, *step)  # (6)
-    reads, names = _with_tables(axes), ("scion", "rms")
     tx = routed(
-        "scion", matrices, others, axes, shardings, names, polar=orthogonalizer, divide=divide, reads=reads
+        "scion",
+        matrices,
+        others,
+        axes,
+        shardings,
+        ("scion", "rms"),
+        polar=orthogonalizer,
+        divide=divide,
+        reads=_with_tables,
     )
     return warning_if_nothing(warning_of_unused(tx, "scion", norms=norms, radius=radius), "scion", state)
 
@@ -102,7 +112,7 @@ def _lmo(norms: Rules | None, polar: optax.GradientTransformation) -> optax.Grad
     def norm(path: str, shape: Shape) -> Any:
         found = given(path, shape)
         if found is NO_MATCH:
-            found = "sign" if role_of(path, shape) in TABLES else "spectral"
+            found = "sign" if _is_table(path, shape) else "spectral"
         if found not in [*directions]:  # a list: the norm may not be hashable
             raise LeafError(
                 f"scion: the norm of {path!r} must be one of {[*directions]}, but is {shown(found)}."
@@ -126,7 +136,7 @@ def _radius(radius: Numeric | Rules | None) -> Callable[[str, Shape], Any]:
     def own(path: str, shape: Shape) -> Any:
         found = given(path, shape)
         if found is NO_MATCH or found is None:
-            return 3000.0 if role_of(path, shape) in TABLES else 50.0
+            return 3000.0 if _is_table(path, shape) else 50.0
         check_factor("scion", path, shape, found, "radius")
         return found
 
@@ -137,14 +147,23 @@ def _over_rms(sides: str) -> optax.GradientTransformationExtraArgs:
     return divide(identity, by=chain(square(), mean(sides), root(1e-8)))
 
 
-def _with_tables(axes: AxesRules | None) -> AxesRules:
-    """The user's rules and the default ones, and a spec for embeddings and heads, which these do not have."""
-    given = lookup({} if axes is None else axes, "scion", "axes")
+def _with_tables(resolve: Resolve) -> Resolve:
+    """Embeddings and heads as matrices, which they are not for other optimizers."""
 
-    def spec(path: str, shape: Shape) -> Any:
-        found = given(path, shape)
-        if found is NO_MATCH and len(shape) == 2 and (role := role_of(path, shape)) in TABLES:
-            return "io" if role == "head" and not path.endswith("weight") else "oi"
-        return ... if found is NO_MATCH else found
+    def read(path: str, shape: Shape, spec: LeafSpec) -> LeafSpec:
+        if spec.axes is not None or spec.unresolved is not None or len(shape) != 2 or spec.role not in TABLES:
+            return spec
+        return spec._replace(
+            axes=axes_of("oi" if spec.role == "embedding" or path.endswith("weight") else "io")
+        )
 
-    return spec
+    def resolve_with_tables(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
+        return [*map(read, paths, shapes, resolve(paths, shapes))]
+
+    return resolve_with_tables
+
+
+def _is_table(path: str, shape: Shape) -> bool:
+    """Whether a leaf is an embedding or a head, by all leaves; or by its name, if a rule gives its axes."""
+    role = (handed("roles") or {}).get(path, "rule")
+    return (role_of(path, shape) if role.startswith("rule") else role) in TABLES

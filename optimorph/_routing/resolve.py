@@ -91,11 +91,11 @@ class AxesOfLeaves:
         self.known = weakref.WeakKeyDictionary()
 
     def check(self, leaves: Leaves) -> None:
-        """Refuse leaves that the transform's own rules do not decide, if it has any."""
+        """Refuse leaves that no rule decides."""
         warn_unused(self.who, "shardings", self.shardings, leaves.paths)
         if self.axes is not None:
             warn_unused(self.who, "axes", self.axes, leaves.paths)
-            resolved_axes(self.who, self.resolve, self.match, leaves)
+        self.axes_and_shardings(leaves)
 
     def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
         """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""

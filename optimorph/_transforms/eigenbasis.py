@@ -43,6 +43,7 @@ from optimorph._distributed.stacks import (
     mesh_of,
     placed,
     to_owners,
+    where_missing,
 )
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph.linalg import Axes
@@ -291,7 +292,7 @@ def in_eigenbasis(
             learned = jax.tree.map(lambda x: x.astype(stored_dtype(dtype, x.dtype)), learned)
         missing = slots.missing(there)
         after, averaged, learned = (
-            _where_missing(missing, was, new)
+            where_missing(missing, was, new)
             for was, new in ((state.inner, after), (state.average, averaged), (old, learned))
         )
 
@@ -394,17 +395,3 @@ def _in_precision(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 def _where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, in_dtype_of(x, y), y), a, b)
-
-
-def _where_missing(missing: dict[str, np.ndarray], old: PyTree, new: PyTree) -> PyTree:
-    """Arrays of the slots whose gradient is missing as they were."""
-
-    def keep(path, old, new):
-        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        gone = next((missing[key] for key in keys if key in missing), None)
-        if gone is None or not new.ndim:
-            return new
-        gone = np.pad(gone, (0, len(new) - len(gone)))
-        return jnp.where(gone.reshape(-1, *[1] * (new.ndim - 1)), in_dtype_of(old, new), new)
-
-    return jax.tree_util.tree_map_with_path(keep, old, new) if missing else new
