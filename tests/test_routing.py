@@ -1100,6 +1100,45 @@ def test_a_mask_may_still_be_a_prefix_tree():
     np.testing.assert_array_equal(updates["embed"]["table"], TREE["embed"]["table"])
 
 
+def test_a_prefix_in_other_containers():
+    """Such as a dictionary for a module; what the mask lacks is named."""
+    model = {
+        "embed": eqx.nn.Embedding(8, 4, key=jax.random.key(0)),
+        "last": eqx.nn.Linear(4, 4, key=jax.random.key(0)),
+    }
+    tx = om.add_decayed_weights(0.5, {"embed": False, "last": {"weight": True, "bias": False}})
+    updates, _ = tx.update(model, tx.init(model), model)
+    np.testing.assert_array_equal(updates["last"].weight, 1.5 * model["last"].weight)
+    np.testing.assert_array_equal(updates["embed"].weight, model["embed"].weight)
+    with pytest.raises(ValueError, match="has no value for 'last/bias'"):
+        om.add_decayed_weights(0.5, {"embed": False, "last": {"weight": True}}).init(model)
+
+
+def test_trees_whose_names_have_brackets():
+    """Trees of values are no rules, whatever the names of modules are."""
+    params = {"layers[0]": {"w": jnp.ones((8, 4))}, "layers[1]": {"w": jnp.ones((8, 4))}}
+    updates, _ = (tx := om.scale_by_rules(jax.tree.map(lambda x: 0.5, params))).update(
+        params, tx.init(params)
+    )
+    assert all((u == 0.5).all() for u in jax.tree.leaves(updates))
+    om.muon(0.1, axes=jax.tree.map(lambda x: "io", params)).init(params)
+    om.adamw(0.1, mask=jax.tree.map(lambda x: True, params)).init(params)
+    om.partition(jax.tree.map(lambda x: "all", params), {"all": om.sgd(0.1)}).init(params)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda rules, params: optax.masked(om.ema(0.9), om.labels(rules)).init(params),
+        lambda rules, params: om.layouts.per_head(params, dict.fromkeys(rules, "io")),
+    ],
+    ids=["labels", "per_head"],
+)
+def test_functions_of_rules_warn_of_unused_ones(use):
+    with pytest.warns(UserWarning, match="no leaf matches the rule 'hiden/.' .* Similar: 'hidden/kernel'"):
+        use({"hiden/*": False, "*": True}, {"hidden": {"kernel": jnp.ones((3, 3))}})
+
+
 def test_what_is_typed_as_the_error_says_is_enough():
     params = {"a[0]": jnp.ones((3, 4, 5)), "b*": jnp.ones((3, 4, 5))}
     om.muon(0.1, axes={"a[0]": "bio", "b*": "bio"}).init(params)

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 import jax
 import optax
 
+from optimorph._core.checks import is_one_of
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import FIRST, SECOND
 from optimorph._core.rule import Transform, rule_of
@@ -76,7 +77,7 @@ def of_matrices(
         "nu_dtype": nu_dtype is not None and not own_nu,
         "mask": mask is not None and last is not None,
         "weight_decay": not no_decay and last is not None,
-        "weight_decay_form": weight_decay_form != "coupled" and last is not None,
+        "weight_decay_form": not is_one_of(weight_decay_form, ["coupled"]) and last is not None,
     }
     if others is not None and any(for_adamw.values()):
         name = next(name for name, given in for_adamw.items() if given)

@@ -14,13 +14,13 @@ import numpy as np
 from jax.core import Tracer
 
 from optimorph._core.checks import LeafError, call_fault, not_an_array
-from optimorph._core.numbers import is_array
+from optimorph._core.numbers import is_absent, is_array
 from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves, Transform, handed, handed_down
 from optimorph._core.shown import shown
 from optimorph._core.types import Mask, PyTree, Rules, Shape
 from optimorph._core.warn import warn
-from optimorph._routing.grouping import format_groups
+from optimorph._routing.grouping import format_groups, parents
 from optimorph.linalg import Axes
 
 Pattern = str | re.Pattern[str] | Callable[[str, Shape], bool]
@@ -89,7 +89,9 @@ def has_patterns(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:
         return False
     if not all(isinstance(key, str | re.Pattern) or callable(key) for key in rules):
         return False
-    return any(map(_is_wild, rules)) or all(map(_is_leaf, rules.values()))
+    if all(map(_is_leaf, rules.values())):
+        return True
+    return any(_is_wild(key) and (not isinstance(key, str) or "*" in key) for key in rules)  # not "layers[0]"
 
 
 def first_match(patterns: Iterable[Pattern]) -> Callable[..., int | None]:
@@ -155,7 +157,13 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
       `optax.partition` and `optax.masked` take such functions.
     """
     match = lookup(rules)
-    return lambda tree: labelled("labels", match, tree)
+
+    def labels_of(tree):
+        if not any(map(is_absent, jax.tree.leaves(tree, is_leaf=is_absent))):  # not a part of the parameters
+            warn_unused("labels", "rules", rules, leaf_paths(tree))
+        return labelled("labels", match, tree)
+
+    return labels_of
 
 
 def labelled(who: str, match: Callable[[str, Shape], Any], tree: PyTree) -> PyTree:
@@ -217,7 +225,10 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves, argument: str = "mask") 
         values: dict[Any, Any] = dict(enumerate(jax.tree.leaves(booleans, is_leaf=lambda x: x is None)))
         keys: list[Any] = [*range(len(leaves.values))]
     except ValueError:
-        values, keys = by_path(mask), leaves.paths
+        values = by_path(mask)
+        keys = [
+            next((part for part in (path, *parents(path)) if part in values), path) for path in leaves.paths
+        ]
     for key, path, leaf in zip(keys, leaves.paths, leaves.values, strict=True):
         if is_array(leaf) and not _is_boolean(values.get(key)):
             value = f"is {shown(values[key])} for" if key in values else "has no value for"
