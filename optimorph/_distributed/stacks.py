@@ -231,7 +231,7 @@ def _using(mesh: Any, arrays: Sequence[jax.Array]) -> contextlib.AbstractContext
     """The context of a mesh: while programs are traced only its axes are known, and outside its devices."""
     if any(isinstance(x, Tracer) for x in (*arrays, jnp.zeros([]))):
         return jax.sharding.use_abstract_mesh(mesh)
-    shardings = (x.sharding for x in arrays)
-    return jax.set_mesh(
-        next(s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.abstract_mesh == mesh)
+    devices: Any = next(
+        m for x in arrays if (m := getattr(x.sharding, "mesh", None)) and m.abstract_mesh == mesh
     )
+    return jax.set_mesh(devices)
