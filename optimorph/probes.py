@@ -22,7 +22,7 @@ from optimorph._core.checks import check_flags, check_integer, check_params, one
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import cond
 from optimorph._core.moments import moments_of
-from optimorph._core.numbers import common, increment, is_missing, is_trainable, upcast
+from optimorph._core.numbers import as_made, common, increment, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role, holds, scalar
 from optimorph._core.rule import Leaves
@@ -158,7 +158,7 @@ def probe(
         With gradients, Python numbers need one.
         """
         trained = by_path(gradients)
-        moments, paths = _momenta(state), distinct_paths("probe", params)
+        moments, paths = _momenta(state, params), distinct_paths("probe", params)
         known = Leaves(jax.tree.structure(params), jax.tree.leaves(params))
         read = resolved_axes("probe", resolve, None, known) if of_matrices else [None] * len(paths)
         forms = dict(zip(paths, read, strict=True))
@@ -194,7 +194,7 @@ def probe(
     def update(updates, state, params=None, **extra):
         if any(name.startswith("weight") or name == "update_to_weight" for name in metrics):
             check_params("probe", params, "it is asked for numbers about weights")
-        state = checked_state("probe", state, ProbeState)
+        state = as_made(init, checked_state("probe", state, ProbeState), params)
         out, after = inner.update(updates, state.inner, params, **extra)
         names, forms = names_of(updates if params is None else params, state.inner, updates)
         if len(names) != state.values.shape[-1]:
@@ -305,7 +305,7 @@ def _numbers(stack: jax.Array, names: list[str], exact: bool) -> jax.Array:
 
 def _leaves(updates: PyTree, out: PyTree, params: PyTree, state: PyTree) -> dict[str, Leaf]:
     gradients, steps, weights = map(by_path, (updates, out, params))
-    moments = _momenta(state)
+    moments = _momenta(state, updates)
     return {
         path: Leaf(g, steps[path], weights.get(path), moments.get(path))
         for path, g in gradients.items()
@@ -313,12 +313,14 @@ def _leaves(updates: PyTree, out: PyTree, params: PyTree, state: PyTree) -> dict
     }
 
 
-def _momenta(state: PyTree) -> dict[str, Any]:
-    """The first moment or velocity of every leaf that has one, by the leaf's path."""
+def _momenta(state: PyTree, tree: PyTree) -> dict[str, Any]:
+    """The first moment or velocity of every leaf that has one of its own shape, by the leaf's path."""
     found: dict[str, Any] = {}
+    shapes = {path: np.shape(leaf) for path, leaf in by_path(tree).items()}
     for kind, moment in moments_of(state):
         if kind == FIRST:
-            found = by_path(moment) | found
+            own = {path: m for path, m in by_path(moment).items() if np.shape(m) == shapes.get(path)}
+            found = own | found
     return found
 
 

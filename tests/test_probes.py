@@ -258,6 +258,16 @@ def test_moments_of_optax_are_found(tx):
     assert read(state)["kernel/momentum_stable_rank"] == ONE
 
 
+def test_moments_of_other_shapes_are_left_out():
+    """A moment of a projected gradient is not compared with the gradient."""
+    params = {"kernel": jnp.ones((4, 6)) + jnp.eye(4, 6)}
+    with jax.numpy_dtype_promotion("standard"):
+        for rank in (1, 2):
+            tx = probe(optax.contrib.galore(0.1, rank=rank), (*CHEAP, "momentum_stable_rank"), 1)
+            _, state = tx.update(params, tx.init(params), params)
+            assert {name.rpartition("/")[2] for name in read(state)} == {*CHEAP} - {"cosine"}
+
+
 def test_scan_and_vmap():
     """A run as one program; two runs at once, whose numbers are arrays."""
     tx = probe(om.adam(0.1), ("gradient_rms", "update_spectral_norm"), 2, axes={"w": "io"})

@@ -311,6 +311,7 @@ RESTORED = [
     NARROW,
     catalog.Entry("codes", lambda om: om.adamw(0.1, state=CODES), None),
     catalog.Entry("optax", lambda om: om.compress_state(optax.amsgrad(0.1)), None),
+    catalog.Entry("bfloat16", lambda om: om.in_bfloat16(optax.adam(0.1)), None),
     catalog.Entry("optax-each", lambda om: om.compress_state(optax.nadamw(0.1), elementwise=True), None),
     catalog.Entry("injected", lambda om: ADAMW(0.1, 0.8, 0.9), None),
     catalog.Entry("injected-schedule", lambda om: ADAMW(optax.linear_schedule(0.1, 0.0, 9), 0.8, 0.9), None),
@@ -327,10 +328,14 @@ def attention():
 
 
 def stored_in(dtype, state):
-    """The state after a library that has numbers of two bytes and more in one dtype alone has restored it."""
+    """The state after a library has restored it that has real numbers, or integers, in one dtype alone.
+
+    Codes of one and two bytes are unchanged.
+    """
+    kind, least = (jnp.floating, 2) if jnp.issubdtype(dtype, jnp.floating) else (jnp.integer, 4)
 
     def cast(x):
-        changes = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+        changes = jnp.issubdtype(x.dtype, kind) and x.dtype.itemsize >= least
         return x.astype(dtype) if changes else x
 
     return jax.tree.map(cast, state)
@@ -350,7 +355,7 @@ def test_restored_in_another_dtype(entry):
                     jax.eval_shape(tx.update, params, blank, params)
             except ValueError:  # it has answers for other leaves, or is not inside this wrapper
                 continue
-            for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+            for dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64, jnp.int64):
 
                 def after(state, dtype=dtype, tx=tx, params=params):
                     return tx.update(params, stored_in(dtype, state), params)[1]

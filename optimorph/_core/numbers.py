@@ -223,8 +223,9 @@ def as_kind_of(x: jax.Array, like: jax.Array) -> jax.Array:
     return x.real if jnp.iscomplexobj(x) and not jnp.iscomplexobj(like) else x
 
 
-_NOT_32 = {np.dtype(name) for name in (jnp.bfloat16, "float16", "float64", "complex128")}
-_CASTABLE = {np.dtype("float32"), np.dtype("complex64"), *_NOT_32}
+_REALS = {np.dtype(x) for x in (jnp.bfloat16, "float16", "float32", "float64", "complex64", "complex128")}
+_INTEGERS = {np.dtype(name) for name in ("int32", "uint32", "int64", "uint64")}
+_NOT_32 = (_REALS | _INTEGERS) - {np.dtype(name) for name in ("float32", "complex64", "int32", "uint32")}
 
 
 def as_made(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree | None) -> PyTree:
@@ -262,8 +263,9 @@ def _cast(x: Any, made: Any) -> Any:
 
 
 def recast(x: Any, made: Any) -> Any:
-    """An array in another's dtype, if both hold numbers in at least two bytes."""
+    """An array in another's dtype, if both hold real numbers in at least two bytes, or integers in four."""
     own, other = getattr(x, "dtype", None), made.dtype
-    if own == other or own not in _CASTABLE or other not in _CASTABLE:
+    alike = {own, other} <= _REALS or {own, other} <= _INTEGERS
+    if own == other or not alike:
         return x
     return x.update(dtype=other) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(other)

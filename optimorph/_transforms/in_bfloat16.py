@@ -9,7 +9,7 @@ import optax
 
 from optimorph._core.checks import check_seed
 from optimorph._core.differences import checked_state
-from optimorph._core.numbers import increment
+from optimorph._core.numbers import as_made, increment
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.rounding import leaf_key, step_key, stochastic_bfloat16
@@ -63,7 +63,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         return BFloat16State(state, jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        state = checked_state("in_bfloat16", state, BFloat16State)
+        state = as_made(init, checked_state("in_bfloat16", state, BFloat16State), params)
         out, after = inner.update(updates, jax.tree.map(_widen, state.inner), params, **extra)  # (1)
         key = step_key(state)
         leaves, structure = jax.tree.flatten(after)

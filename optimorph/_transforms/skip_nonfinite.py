@@ -11,7 +11,7 @@ import optax
 from optimorph._core.checks import abbreviated, check_integer
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import all_of, real_dtype
-from optimorph._core.numbers import in_dtype_of, increment, is_missing, is_trainable, with_type_of
+from optimorph._core.numbers import as_made, in_dtype_of, increment, is_missing, is_trainable, with_type_of
 from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.wrapped import wrapped
@@ -70,7 +70,7 @@ def skip_nonfinite(
         return SkipState(inner.init(params), jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
-        state = checked_state("skip_nonfinite", state, SkipState)
+        state = as_made(init, checked_state("skip_nonfinite", state, SkipState), params)
         out, after = inner.update(updates, state.inner, params, **extra)
         sound = {f"the gradient of {path!r}": ok for path, ok in _sound(updates).items()}
         sound |= {f"the update of {path!r}": ok for path, ok in _sound(out).items()}
