@@ -13,6 +13,7 @@ import optax
 
 from optimorph._core.checks import RANGES, call_fault, check_numbers, dtype_name, one_or_several
 from optimorph._core.differences import checked_state
+from optimorph._core.numbers import is_array, restored
 from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike
 from optimorph._core.wrapped import wrapped
@@ -34,8 +35,8 @@ def inject_hyperparams(
 
     This is `optax.inject_hyperparams` with four differences:
 
-    - The numbers are float32, or float64 if jax has it enabled. optax rounds them to the dtype of the
-      parameters, and in bfloat16 b2 = 0.999 becomes 1.
+    - The numbers are float32, or float64 if jax has it enabled, also where an integer is set. optax rounds
+      them to the dtype of the parameters, and in bfloat16 b2 = 0.999 becomes 1.
     - Masks, axes, dtypes and orthogonalizers are not mistaken for schedules.
     - NumPy numbers, such as `np.float32(0.1)`, are injected too.
     - `optax.tree.get(state, "learning_rate")` returns one number also if the learning rate has a schedule.
@@ -93,6 +94,7 @@ def inject_hyperparams(
                 f"inject_hyperparams: {who} has no name for {given.arguments[min(unnamed)]}, so the state "
                 "cannot keep it. Type a function with named arguments, such as lambda learning_rate: ..."
             )
+        given.apply_defaults()
         for name, value in given.arguments.items():
             number = value.item() if isinstance(value, np.generic) else value
             if hasattr(value, "__jax_array__"):  # which may be a function too
@@ -102,24 +104,32 @@ def inject_hyperparams(
             if name in RANGES and type(number) is int:
                 number = float(number)  # an integer would stay one in the state
             given.arguments[name] = number
+        integers = {name for name, x in given.arguments.items() if _is_integer(x)}
         functions = {name for name, x in given.arguments.items() if callable(x) and call_fault(x, 0)}
         injected: Any = optax.inject_hyperparams(factory, tuple(sorted(static | functions)), jnp.dtype(dtype))
         tx = wrapped("inject_hyperparams", injected(*given.args, **given.kwargs), wide=True)
 
         def init(params):
             state: Any = tx.init(params)
-            own = jax.tree.map(jnp.copy, state.hyperparams)  # not the caller's
+            own = jax.tree.map(lambda x: jnp.copy(restored(x)), state.hyperparams)  # not the caller's
             return _renamed(state._replace(hyperparams=own), lambda name: name + _SCHEDULE)
 
         def update(updates, state, params=None, **extra):
             state = checked_state("inject_hyperparams", state, optax.InjectStatefulHyperparamsState)
             state = _renamed(state, lambda name: name.removesuffix(_SCHEDULE))
+            was_set = {name for name, x in state.hyperparams.items() if _is_integer(x)} - integers
+            real = {name: state.hyperparams[name].astype(dtype) for name in was_set}
+            state = state._replace(hyperparams=state.hyperparams | real)
             updates, state = tx.update(updates, state, params, **extra)
             return updates, _renamed(state, lambda name: name + _SCHEDULE)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     return make
+
+
+def _is_integer(x: Any) -> bool:
+    return is_array(x) and jnp.issubdtype(jnp.result_type(x), jnp.integer)
 
 
 def _renamed(state: Any, name_of: Callable[[str], str]) -> Any:

@@ -1,5 +1,7 @@
 """A run that changes in mid-training goes on as if it had not, or as if it had from the start."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,46 @@ def test_muon_with_nesterov_goes_on_once_the_bias_is_gone():
 )
 def test_inside_what_holds_nothing(around):
     same(around(optax.adamw(schedule)), around(om.adamw(schedule)))
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        optax.zero_nans(),
+        optax.snapshot("updates", lambda updates: updates),
+        optax.snapshot("norm", lambda updates: {"norm": optax.tree.norm(updates)}),
+        optax.monitor({"norm": optax.tree.norm}),
+        optax.monitor({"average": optax.ema(0.9)}),
+        optax.monitor({"norm": optax.measure_with_ema(optax.tree.norm, decay=0.9)}),
+    ],
+    ids=["zero_nans", "snapshot", "snapshot-number", "monitor", "monitor-average", "monitor-number"],
+)
+def test_behind_what_only_looks(front):
+    """What is seen of gradients is no moment, so what comes after it still sees gradients."""
+    plain, behind = (om.chain(before, om.lion(0.1)) for before in (optax.identity(), front))
+    params = tree(np.random.default_rng(0))
+    with jax.numpy_dtype_promotion("standard"):
+        states = [tx.update(params, tx.init(params), params)[1] for tx in (plain, behind)]
+        for state, tx in ((states[0], behind), (states[1], plain), (states[1], behind)):
+            after = om.carry_state(state, tx, params, strict=True)[0]
+            for a, b in zip(jax.tree.leaves(after[1]), jax.tree.leaves(states[1][1]), strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+def test_integers_of_a_foreign_state_are_no_moments():
+    seen = collections.namedtuple("SeenState", "signs")
+    front = optax.GradientTransformation(
+        lambda params: seen(jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.int32), params)),
+        lambda gs, state, params=None: (gs, seen(jax.tree.map(lambda g: jnp.sign(g).astype(int), gs))),
+    )
+    params, tx = tree(np.random.default_rng(0)), om.lion(0.1)
+    _, state = tx.update(params, tx.init(params), params)
+    behind = optax.chain(front, tx)
+    after, _ = om.carry_state((front.init(params), state), tx, params, strict=True)
+    again, _ = om.carry_state(state, behind, params)
+    for a, b, c in zip(*map(jax.tree.leaves, (after, again[1], state)), strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, c)
 
 
 def test_dtypes_are_those_of_tx():

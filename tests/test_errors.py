@@ -368,6 +368,40 @@ def refused(call, *words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("who", "first", "name"),
+    [
+        ("soap", 0.1, "every"),
+        ("soap_muon", 0.1, "refresh_warmup"),
+        ("shampoo", 0.1, "power"),
+        ("multi_steps", optax.adam(0.1), "every_k"),
+        ("skip_nonfinite", optax.adam(0.1), "max_consecutive"),
+        ("in_bfloat16", optax.adam(0.1), "seed"),
+        ("compress_state", optax.adam(0.1), "seed"),
+        ("probe", optax.adam(0.1), "every"),
+    ],
+)
+def test_what_optax_makes_an_array_of(who, first, name, unchecked):
+    """What the error says to type is accepted."""
+    make = getattr(unchecked.probes if who == "probe" else unchecked, who)
+    others = {*inspect.signature(make).parameters} - {"learning_rate", name}
+    number, params = 0.5 if name == "power" else 3, {"kernel": jnp.ones((64, 64))}
+
+    def own(*args, **kwargs):
+        return make(*args, **kwargs)
+
+    own.__signature__ = inspect.signature(make)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = optax.inject_hyperparams(make, static_args=others)(first, **{name: number})
+        words = f"Type {name}=", "optimorph.inject_hyperparams", f"static_args=('{name}',)"
+        refused(lambda: theirs.init(params), *words)
+        for inject in (
+            unchecked.inject_hyperparams(make),
+            unchecked.inject_hyperparams(own, (*others, name)),
+        ):
+            inject(first, **{name: number}).init(params)
+
+
 def test_an_argument_that_is_none():
     with pytest.raises(TypeError, match="soap: got an unexpected keyword argument 'b4'"):
         om.soap(0.1, b4=0.9)

@@ -117,6 +117,22 @@ def test_the_callers_numbers_stay_alive(name):
         check_donation(all_wrapped(WRAPPERS, tx), params, *arrays)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("make", [om.adamw, optax.adamw, optax.adafactor])
+def test_integers_that_are_set_are_real_numbers(make, jit):
+    """A number that was real stays so, and one that was an integer too."""
+    tx, params = om.inject_hyperparams(make)(learning_rate=0.1), {"kernel": jnp.ones((4, 3))}
+    update = jax.jit(tx.update) if jit else tx.update
+    state = tx.init(params)
+    own = ("learning_rate", "clipping_threshold", "weight_decay", "decay_offset")
+    with jax.numpy_dtype_promotion("standard"):
+        for number in (1, np.int64(1), jnp.int32(1)):
+            changed = {name: number for name in own if name in state.hyperparams}
+            after = update(params, state._replace(hyperparams=state.hyperparams | changed), params)[1]
+            assert {name: float(after.hyperparams[name]) for name in changed} == dict.fromkeys(changed, 1.0)
+            assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
 def test_what_functions_return_is_not_what_they_took():
     """Leaves that do not change have their own buffers too, so the arguments may be donated or kept."""
     params = {

@@ -37,7 +37,7 @@ INJECTED, HYPERPARAMETER, SCHEDULE = (
     "count of an injected schedule",
 )
 SLOW, SLOW_STEPS = "slow average", "count of a slow average"
-PROBE, UNUSED, BARE = "numbers of probe", "not used", "array"
+PROBE, SEEN, UNUSED, BARE = "numbers of probe", "what was seen of the latest step", "not used", "array"
 
 COUNTS = (STEPS, RATE, DECAY, DAMPED, SLOW_STEPS, WINDOWS, SCHEDULE, INJECTED)
 """What counts steps, those first that others are taken from."""
@@ -75,6 +75,9 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
         "apply_if_finite",
         {"notfinite_count": IN_A_ROW, "last_finite": UNUSED, "total_notfinite": SKIPPED},
     ),
+    "MonitorState": ("monitor", {"measurements": SEEN, "measure_states": SEEN}),
+    "SnapshotState": ("snapshot", {"measurement": SEEN}),
+    "ZeroNansState": ("zero_nans", {"found_nan": SEEN}),
     "DebiasState": ("optimorph 0.1.0", {"count": STEPS}),
     "DampenState": ("optimorph 0.1.0", {"count": DAMPED}),
     "DecayState": ("optimorph 0.1.0", {"count": DECAY, "weight_decay": UNUSED}),
@@ -117,7 +120,7 @@ class Slot(NamedTuple):
     def moment(self) -> bool:
         """Whether it is one leaf's, and part of what the optimizer knows of past gradients."""
         known = self.path or "." not in self.kind  # what an unknown state has for no leaf may be anything
-        return not self.scalar and bool(known) and self.kind not in (WINDOW_MEAN, HYPERPARAMETER, BARE)
+        return not self.scalar and bool(known) and self.kind not in (WINDOW_MEAN, HYPERPARAMETER, SEEN, BARE)
 
     @property
     def title(self) -> str:
@@ -198,7 +201,7 @@ class _Walk:
         return moments
 
     def _note(self, kind: str, tree: Any, part: Part, stage: int, scalar: bool, home: int) -> bool:
-        """Every array of one field; whether they are moments."""
+        """Every array of one field; whether they are moments, which no integers or booleans are."""
         moments = False
         for path, array in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
             alike = (kind, part) if scalar else (kind, path, stage)
@@ -207,7 +210,7 @@ class _Walk:
             slot = Slot(kind, own, part, scalar, stage, home, self.alike[alike], array, leaves)
             self.alike[alike] += 1
             self.found.append(slot)
-            moments |= slot.moment
+            moments |= slot.moment and is_number(array)
         return moments
 
 

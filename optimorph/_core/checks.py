@@ -172,6 +172,7 @@ def check_integer(
     if not is_integer(x, least, below):
         raise ValueError(
             f"{who}: {name} must be an integer of at least {least}, but is {shown(x)}. Type {name}={example}."
+            f"{if_injected(name, x)}"
         )
 
 
@@ -269,9 +270,22 @@ def is_integer(value: Any, least: int, below: int | float = np.inf) -> bool:
     return whole and bool(least <= value < below)
 
 
+def if_injected(name: str, x: Any) -> str:
+    """What else to type where `optax.inject_hyperparams` may have made an array of a Python number."""
+    if not isinstance(x, jax.Array):
+        return ""
+    return (
+        " optax.inject_hyperparams makes an array of it. Type optimorph.inject_hyperparams instead, for a "
+        f"function of your own with static_args=({name!r},)."
+    )
+
+
 def check_seed(who: str, seed: Any) -> None:
     if not is_integer(seed, 0, 2**32):
-        raise ValueError(f"{who}: seed must be an integer in [0, 2**32), but is {shown(seed)}. Type seed=0.")
+        raise ValueError(
+            f"{who}: seed must be an integer in [0, 2**32), but is {shown(seed)}. Type seed=0."
+            f"{if_injected('seed', seed)}"
+        )
 
 
 def _is_real(value: Any) -> bool:

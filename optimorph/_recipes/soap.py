@@ -4,7 +4,7 @@ from typing import Any, Unpack
 
 import optax
 
-from optimorph._core.checks import is_one_of
+from optimorph._core.checks import if_injected, is_one_of
 from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Numeric, ScalarOrSchedule
 from optimorph._recipes.moments import stored
@@ -157,7 +157,10 @@ def shampoo(
       (2): Vyas et al. 2024, arXiv:2409.11321, claim 1.
     """
     if not is_one_of(power, (0.25, 0.5)):
-        raise ValueError(f"shampoo: power must be 0.25 or 0.5, but is {shown(power)}. Type power=0.25.")
+        raise ValueError(
+            f"shampoo: power must be 0.25 or 0.5, but is {shown(power)}. Type power=0.25."
+            f"{if_injected('power', power)}"
+        )
     first = chain(ema(b1, dtype=arguments.get("mu_dtype")), debias(b1))
     rank_one = chain(square(), factored(b2, geometric=power == 0.25), debias(b2), root(eps))
     matrices, others = basis("shampoo", divide(first, by=rank_one), b2, every, max_dim, arguments, sort=False)
