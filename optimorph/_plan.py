@@ -1,7 +1,6 @@
 """What an optimizer does with every parameter, before any step is taken."""
 
 import collections
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -16,15 +15,15 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh
 
+from optimorph._carry.slots import stacked_leaves
 from optimorph._core.checks import check_transforms, not_an_array
 from optimorph._core.moments import nodes_with
-from optimorph._core.numbers import is_array
+from optimorph._core.numbers import is_array, made_once
 from optimorph._core.paths import distinct_paths
 from optimorph._core.rule import handed_down
 from optimorph._core.shown import shown
 from optimorph._core.types import PyTree, Shape
 from optimorph._core.warn import quietly, warn
-from optimorph._core.wrapped import OF_TREES
 from optimorph._distributed.mesh_plan import MeshPlan, plan_mesh
 from optimorph._recipes.muon import muon
 from optimorph._recipes.route_matrices import MATRIX, OTHER, Routes
@@ -33,6 +32,7 @@ from optimorph._routing.default_roles import INTEGER
 from optimorph._routing.grouping import glob_of, group_by, table, without_numbers
 from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
+from optimorph._routing.readings import Readings
 from optimorph._routing.resolve import resolve_trained
 from optimorph._routing.rules import unused
 from optimorph._transforms.matrices import SCALES
@@ -161,15 +161,15 @@ def plan(
     if optimizer is None:
         muon_arguments: dict[str, Any] = {"learning_rate": 0.0} | arguments
         optimizer = muon(**muon_arguments)
-    routed = getattr(optimizer, "routes", None)
-    routes = Routes(_roles, None, ("optimizer", "optimizer")) if routed is None else routed
-    specs = resolve_trained(routes.resolve, paths, shapes, LeafSpec(None, INTEGER))
-    state_bytes = _state_bytes(optimizer, params, paths, shapes, specs)
-    scale = SCALES[routes.scale] if isinstance(routes.scale, str) else routes.scale
+    state, readings = _state(optimizer, params, paths, shapes)
+    specs = _specs(readings, paths, shapes)
+    state_bytes = _state_bytes(state, _places(params, paths), readings.stacked)
 
     def row(path: str, leaf: jax.ShapeDtypeStruct, spec: LeafSpec) -> PlanRow:
         matrices = _matrices(spec.axes, leaf.shape)
         sizes = [size for _, *size in matrices if 0 not in size]
+        routes = readings.routes[readings.routed[path][0]] if path in readings.routed else _ELSEWHERE
+        scale = SCALES[routes.scale] if isinstance(routes.scale, str) else routes.scale
         return PlanRow(
             path=path,
             shape=leaf.shape,
@@ -179,24 +179,39 @@ def plan(
             matrices=matrices,
             transform=_transform(routes, spec),
             scales=() if scale is None else tuple(scale(*size) for size in sizes),
-            state_bytes=state_bytes.get(path, 0),
+            state_bytes=0 if spec.unresolved is not None else state_bytes[path],
             unresolved=spec.question(path),
             answers=() if spec.unresolved is None else spec.answers,
         )
 
     rows = tuple(map(row, paths, shapes, specs))
-    rates = _learning_rates(optimizer, params, routes) if rated and routed is not None else {}
+    routed = getattr(optimizer, "routes", None)
+    rates = _learning_rates(optimizer, params, routed) if rated and routed is not None else {}
     over_mesh = None
-    if mesh is not None and routed is None:
+    if mesh is not None and not readings.routes:
         warn(
             "plan: mesh is for optimizers of matrices, and this one works element by element. Leave it "
             "out, or type plan(params, optimorph.muon(0.02), mesh=mesh).",
             stacklevel=2,
         )
     elif mesh is not None:
-        forms = [spec.axes for spec in specs]
-        over_mesh = plan_mesh(mesh, routes.match, routes.polar, routes.divide, paths, leaves, forms)
-    return Plan(rows, () if routes.rules is None else tuple(unused(routes.rules, paths)), rates, over_mesh)
+        first, forms = readings.routes[0], [spec.axes for spec in specs]
+        over_mesh = plan_mesh(mesh, first.match, first.polar, first.divide, paths, leaves, forms)
+    rules = [routes.rules for routes in readings.routes if routes.rules is not None]
+    return Plan(
+        rows, tuple(dict.fromkeys(rule for each in rules for rule in unused(each, paths))), rates, over_mesh
+    )
+
+
+def _specs(
+    readings: Readings, paths: Sequence[str], shapes: Sequence[jax.ShapeDtypeStruct]
+) -> list[LeafSpec]:
+    """How the optimizer reads leaves; those that no optimizer routes have their roles alone."""
+    known = {path: spec for path, (_, spec) in readings.routed.items()} | readings.unresolved
+    if {*paths} <= {*known}:
+        return [known[path] for path in paths]
+    others = dict(zip(paths, resolve_trained(_roles, paths, shapes, LeafSpec(None, INTEGER)), strict=True))
+    return [known.get(path, others[path]) for path in paths]
 
 
 def _roles(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
@@ -225,62 +240,52 @@ def _transform(routes: Routes, spec: LeafSpec) -> str:
     return "none" if spec.role == INTEGER else routes.names[spec.axes is None]
 
 
-def _state_bytes(
-    optimizer: optax.GradientTransformation,
-    params: PyTree,
-    paths: list[str],
-    shapes: list[jax.ShapeDtypeStruct],
-    specs: list[LeafSpec],
-) -> dict[str, int]:
+def _places(params: PyTree, paths: list[str]) -> PyTree:
+    """A tree like the parameters with the paths of the leaves, in which every leaf has a key."""
+    return jax.tree.structure({"": 0} if paths == [""] else params).unflatten(paths)
+
+
+def _state(
+    optimizer: optax.GradientTransformation, params: PyTree, paths: list[str], shapes: list[Any]
+) -> tuple[PyTree, Readings]:
+    """The shapes of the state that `init` makes, and how it reads the leaves."""
+    tree, readings = jax.tree.structure(_places(params, paths)), Readings()
+    kinds = {(x.shape, x.dtype): k for k, x in enumerate(shapes)}  # leaves of one kind are one array
+
+    def init(each):
+        found = dict(zip(kinds, each, strict=True))
+        return optimizer.init(tree.unflatten(found[x.shape, x.dtype] for x in shapes))
+
+    with quietly(), handed_down(readings=readings), made_once():  # the plan reports unused rules
+        return jax.eval_shape(init, [shapes[k] for k in kinds.values()]), readings
+
+
+def _state_bytes(state: PyTree, places: PyTree, stacked: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     """Path → bytes of the state's arrays that belong to the leaf. Scalars such as counts belong to no leaf.
 
-    Unresolved leaves are left out, because the optimizer would refuse them. In a tree of more than a thousand
-    leaves, those whose paths differ only in numbers are measured once, and always where a state has stacks of
-    the matrices of several leaves.
+    Of an array with the matrices of several leaves, each leaf has the bytes of its own.
     """
-    leaves = [leaf for leaf in zip(paths, shapes, specs, strict=True) if leaf[2].unresolved is None]
-    alike = group_by(leaves, lambda x: (without_numbers(x[0]), x[1].shape, x[1].dtype, x[2]))
-    groups = alike if len(leaves) > _EXACT else [[leaf] for leaf in leaves]
-    own = dict(zip(paths, specs, strict=True))
-    tree = jax.tree.structure({"": 0} if paths == [""] else params)  # every leaf has a key
-    places = dict(jax.tree_util.tree_leaves_with_path(tree.unflatten(paths)))
-
-    def state_of(chosen):
-        with quietly(), handed_down(leaf_specs=own):  # the plan reports unused rules
-            with contextlib.suppress(*OF_TREES):
-                pairs = zip(places.items(), shapes, strict=True)
-                return jax.eval_shape(
-                    optimizer.init, _dicts((p, x) for (p, path), x in pairs if path in chosen)
-                )
-            # a mask is a tree like `params`, or `params` has other containers than dictionaries
-            tried = (
-                x if path in chosen else x.update(shape=(0,) * x.ndim, dtype=np.int8)
-                for path, x in zip(paths, shapes, strict=True)
-            )
-            return jax.eval_shape(optimizer.init, tree.unflatten(tried))
-
-    state = state_of({group[0][0] for group in groups})
-    if nodes_with(state, "stacked"):  # one array for the matrices of several leaves
-        alone = {group[0][0]: jax.tree.leaves(state_of({group[0][0]})) for group in alike}
-        sizes = {path: sum(x.size * x.dtype.itemsize for x in xs if x.ndim) for path, xs in alone.items()}
-        return {path: sizes[group[0][0]] for group in alike for path, *_ in group}
-    count = dict.fromkeys(paths, 0)
-    for place, leaf in jax.tree_util.tree_leaves_with_path(state):
-        ends = [place[k:] for k in range(len(place)) if place[k:] in places]  # it is in a tree like params
-        if ends:
-            count[places[ends[0]]] += leaf.size * leaf.dtype.itemsize
-    return {path: count[group[0][0]] for group in groups for path, *_ in group}
+    path_of = dict(jax.tree_util.tree_leaves_with_path(places))
+    found = dict.fromkeys(path_of.values(), 0)
+    for node in nodes_with(state, "stacked"):
+        by_size = collections.defaultdict(dict)
+        for path in filter(stacked.get, stacked_leaves(node) or stacked):
+            for size, count in stacked[path].items():
+                by_size[size][path] = count
+        for place, x in jax.tree_util.tree_leaves_with_path(node):
+            counts = by_size.get(getattr(place[-1], "key", None), {})
+            total = sum(counts.values())
+            for path, count in counts.items():
+                found[path] += _nbytes(x) * count // total
+    for place, x in jax.tree_util.tree_leaves_with_path(state):
+        ends = (place[k:] for k in range(len(place)))  # it is in a tree like the parameters
+        if (end := next((end for end in ends if end in path_of), None)) is not None:
+            found[path_of[end]] += _nbytes(x)
+    return found
 
 
-def _dicts(leaves: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Nested dictionaries of leaves by their keys; an error if there are other containers."""
-    tree: dict[Any, Any] = {}
-    for place, leaf in leaves:
-        if not all(isinstance(entry, jax.tree_util.DictKey) for entry in place):
-            raise TypeError(f"{place} has keys of other containers")
-        *around, last = [entry.key for entry in place]
-        functools.reduce(lambda node, key: node.setdefault(key, {}), around, tree)[last] = leaf
-    return tree
+def _nbytes(x: jax.ShapeDtypeStruct) -> int:
+    return x.size * x.dtype.itemsize
 
 
 def _learning_rates(
@@ -296,7 +301,7 @@ def _learning_rates(
     return found
 
 
-_EXACT = 1000
+_ELSEWHERE = Routes(lambda paths, shapes: [], None, ("optimizer", "optimizer"))
 _TITLES = ("path", "leaves", "shape", "dtype", "role", "spec", "matrices", "to", "scale", "state")
 _TOTALS = ("to", "leaves", "matrices", "parameters", "state")
 

@@ -1,10 +1,12 @@
 """The plan: golden tables of real models, and the command that prints them."""
 
+import re
 import subprocess
 import sys
 import textwrap
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import models
@@ -126,6 +128,131 @@ def test_bytes_of_an_inferred_head_and_beside_unresolved_leaves(layers):
         assert plan["Dense_1/kernel"].state_bytes == 4 * 256  # one of Muon
     assert plan["odd"].state_bytes == 0
     assert plan["odd"].answers[0] is None
+
+
+class Module(eqx.Module):
+    first: eqx.nn.Linear
+    table: object
+    layers: list
+    act: object
+    last: eqx.nn.Linear
+
+
+def trees():
+    """Trees of dictionaries and of other containers, with None leaves and layers told apart by numbers."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    linear = [eqx.nn.Linear(8, 8, use_bias=k > 1, key=key) for k, key in enumerate(keys)]
+    mlp = eqx.nn.MLP(8, 4, 16, 3, key=keys[0])
+    module = Module(linear[0], None, linear[1:4], jax.nn.relu, eqx.nn.Linear(8, 4, False, key=keys[4]))
+    layer = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+    large = {"kernel": jnp.ones((64, 64)), "bias": jnp.ones(64)}
+    return {
+        "dicts": {
+            "first": layer,
+            "layers": {str(k): layer for k in range(4)},
+            "out": {"kernel": jnp.ones((8, 4))},
+        },
+        "large": {"first": large, "layers": {str(k): large for k in range(3)}, "none": None},
+        "pairs": [(jnp.ones((8, 16)), jnp.ones(16)), (jnp.ones((16, 4)), jnp.ones(4)), None],
+        "mlp": eqx.filter(mlp, eqx.is_inexact_array),
+        "module": eqx.filter(module, eqx.is_inexact_array),
+    }
+
+
+def inside(make):
+    """An optimizer by itself, and inside all wrappers."""
+    tx = make(0.1)
+    mask = jax.tree_util.Partial(jax.tree.map, lambda w: w.ndim > 1)
+    return {
+        "alone": tx,
+        "chain": om.chain(om.clip_by_global_norm(1.0), tx),
+        "optax.chain": optax.chain(optax.clip(1.0), tx),
+        "skip": om.skip_nonfinite(tx),
+        "steps": om.multi_steps(tx, 2),
+        "optax.MultiSteps": optax.MultiSteps(tx, 2).gradient_transformation(),
+        "frozen": om.partition({"*layers/0/*": "off", "*": "on"}, {"on": tx, "off": optax.set_to_zero()}),
+        "two": om.partition({"*layers/[01]/*": "a", "*": "b"}, {"a": tx, "b": om.soap(0.1)}),
+        "masked": optax.masked(tx, mask),
+        "injected": om.inject_hyperparams(make)(learning_rate=0.1),
+        "probe": om.probes.probe(tx, ("update_rms",), every=1),
+        "bfloat16": om.in_bfloat16(tx),
+    }
+
+
+CODES = {"*layers/0/*": None, "first/*": om.codecs.Signed8(), "second/*": om.codecs.Nonneg8()}
+MAKERS = {name: getattr(om, name) for name in ("adamw", "muon", "normuon", "muonh", "adamh", "scion", "soap")}
+MAKERS["int8"] = lambda learning_rate: om.muon(learning_rate, state="int8")
+MAKERS["codes"] = lambda learning_rate: om.compress_state(om.adamw(learning_rate), CODES)
+MAKERS["routed"] = lambda learning_rate: om.route_matrices(om.sgd(learning_rate, 0.9), om.adam(learning_rate))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bytes_are_those_of_init(name):
+    """Of optimizers in any wrapper, for all trees: every array of the state is one leaf's."""
+    for kind, params in trees().items():
+        wrappers = inside(MAKERS[name])
+        del wrappers["probe"]  # its numbers are of no leaf
+        for around, tx in wrappers.items():
+            state = jax.eval_shape(lambda tree, tx=tx: tx.init(tree), params)
+            held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+            plan = om.plan(params, tx)
+            assert sum(row.state_bytes for row in plan) == held, (kind, around)
+            assert not any(row.unresolved for row in plan)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sides_and_questions_are_those_inside_wrappers():
+    """The rows are those of the optimizer alone; what `init` refuses is unresolved."""
+    params = {"hidden": {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}, "odd": jnp.ones((2, 3, 5))}
+    for name in ("muon", "soap", "muonh", "scion"):
+        alone = om.plan(params, getattr(om, name)(0.1))
+        assert alone["odd"].unresolved is not None
+        for around, tx in inside(getattr(om, name)).items():
+            if around not in ("two", "masked"):
+                for row, own in zip(om.plan(params, tx), alone, strict=True):
+                    found = (row.transform, row.spec, row.role, row.scales, row.unresolved, row.answers)
+                    assert found == (
+                        own.transform, own.spec, own.role, own.scales, own.unresolved, own.answers,
+                    ), (name, around)  # fmt: skip
+                with pytest.raises(ValueError, match="'odd' has shape"):
+                    jax.eval_shape(lambda tree, tx=tx: tx.init(tree), params)
+    rows = om.plan(params, om.mean("i"))
+    assert rows["odd"].unresolved is not None
+    assert (rows["hidden/bias"].transform, rows["hidden/kernel"].transform) == ("optimizer", "optimizer")
+
+
+def test_rows_inside_a_partition_are_those_of_its_parts():
+    params = {"a": {"kernel": jnp.ones((4, 8))}, "b": {"kernel": jnp.ones((8, 8))}, "c": jnp.ones(8)}
+    parts = {
+        "a": om.muon(0.1, axes={"blocs/*": None}),
+        "b": om.scion(0.1, axes={"b/*": "io"}),
+        "c": om.sgd(0.1),
+    }
+    plan = om.plan(params, om.partition({"a*": "a", "b*": "b", "*": "c"}, parts))
+    assert [row.transform for row in plan] == ["muon", "scion", "optimizer"]
+    assert plan["a/kernel"].scales == (2**0.5,)
+    assert plan.unused == ("blocs/*",)
+
+
+def test_a_mesh_is_for_wrapped_optimizers_too():
+    mesh = AbstractMesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    params = {"w": jax.ShapeDtypeStruct((16, 32), jnp.float32)}
+    alone, around = (om.plan(params, tx, mesh=mesh) for tx in (om.muon(0.1), om.chain(om.muon(0.1))))
+    assert alone.over_mesh == around.over_mesh is not None
+
+
+@pytest.mark.parametrize("make", [om.adamw, om.soap])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_of_many_leaves_each_has_its_own_bytes(make):
+    layers = {str(k): {"kernel": jax.ShapeDtypeStruct((8, 8), jnp.float32)} for k in range(1100)}
+    rules = {re.compile(r"layers/\d/.*"): "off", "*": "on"}
+    tx = om.partition(rules, {"off": optax.set_to_zero(), "on": make(0.1)})
+    plan = om.plan({"layers": layers}, tx)
+    state = jax.eval_shape(lambda tree: tx.init(tree), {"layers": layers})
+    assert {plan[f"layers/{k}/kernel"].state_bytes for k in range(10)} == {0}
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+    assert sum(row.state_bytes for row in plan) == held > 1000 * 512
 
 
 @pytest.fixture

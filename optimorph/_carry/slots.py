@@ -156,7 +156,7 @@ class _Walk:
                 [self.visit(child, kind, (*part, name), stage) for name, child in inner], default=False
             )
         if hasattr(node, "_fields"):
-            around, self.stacked = self.stacked, self.stacked or _stacked(node)
+            around, self.stacked = self.stacked, self.stacked or stacked_leaves(node)
             moments = self._state(node, kind, part, stage)
             self.stacked = around
             return moments
@@ -246,7 +246,7 @@ def _is_inner(field: str, known: dict[str, str]) -> bool:
     return field not in known and (field.startswith("inner") or "state" in field)
 
 
-def _stacked(node: Any) -> tuple[str, ...]:
+def stacked_leaves(node: Any) -> tuple[str, ...]:
     """The leaves whose matrices are in the stacks of a state: None in its trees of other leaves."""
 
     def is_joined(tree: Any) -> bool:

@@ -1,7 +1,9 @@
 """Numbers in the right precision: arithmetic in float32 or wider, hyperparameters, counts."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -204,9 +206,28 @@ def copied(x: Any) -> Any:
     return jnp.copy(x) if isinstance(x, jax.Array) else x
 
 
+_MADE: ContextVar[dict[Any, Any] | None] = ContextVar("made", default=None)
+
+
+@contextlib.contextmanager
+def made_once() -> Iterator[None]:
+    """Inside, equal moments of one parameter are one array: only the shapes of a state are wanted."""
+    token = _MADE.set({})
+    try:
+        yield
+    finally:
+        _MADE.reset(token)
+
+
 def full_like(w: Any, value: Numeric = 0.0, dtype: DTypeLike | None = None) -> jax.Array:
     """A new moment for the parameter `w`, with its shape and sharding. By default it is float32 or wider."""
-    return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
+    made = _MADE.get()
+    if made is None or not isinstance(value, int | float):
+        return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
+    key = id(w), value, dtype
+    if key not in made:
+        made[key] = w, jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
+    return made[key][1]
 
 
 def common(x: jax.Array, moment: Any) -> tuple[Any, Any]:

@@ -56,6 +56,15 @@ class Slots:
     def counts(self) -> dict[str, int]:
         return {key: sum(math.prod(s[:-2]) for _, _, s in parts) for key, parts in self.parts.items()}
 
+    @property
+    def of_leaves(self) -> dict[int, dict[str, int]]:
+        """The number of matrices of each size that each leaf has."""
+        found: dict[int, dict[str, int]] = {k: {} for k in self.forms}
+        for key, parts in self.parts.items():
+            for k, _, shape in parts:
+                found[k][key] = found[k].get(key, 0) + math.prod(shape[:-2])
+        return found
+
     def size(self, key: str) -> tuple[int, int]:
         n, m = self.parts[key][0][2][-2:]
         return n, m

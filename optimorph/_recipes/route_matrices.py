@@ -102,12 +102,6 @@ def routed(
         parts = tree.unflatten([OTHER if f is None else MATRIX for f in forms])
         return optax.with_extra_args_support(optax.partition(transforms, lambda _: parts))
 
-    def specs_of(leaves: Leaves) -> list[LeafSpec]:
-        known = handed("leaf_specs") or {}
-        if any(path not in known for path in leaves.paths):  # a wrapper may pass other leaves than it gets
-            return resolved(who, resolve, match, leaves)
-        return [known[path] for path in leaves.paths]
-
     def facts(leaves: Leaves, specs: list[LeafSpec]) -> contextlib.AbstractContextManager[None]:
         roles = {path: spec.role for path, spec in zip(leaves.paths, specs, strict=True)}
         return handed_down(matrix_axes=[spec.axes for spec in specs], roles=roles, shardings=match)
@@ -122,7 +116,10 @@ def routed(
         warn_unused(who, "shardings", shardings, leaves.paths)
         tree = leaves.structure
         params = tree.unflatten(w if is_trainable(w) or is_absent(w) else None for w in leaves.values)
-        specs = specs_of(leaves)
+        specs = resolved(who, resolve, match, leaves)
+        if (readings := handed("readings")) is not None:
+            each = zip(leaves.paths, leaves.values, specs, strict=True)
+            readings.add(tx.routes, {path: spec for path, w, spec in each if is_trainable(w)})
         forms = [spec.axes for spec in specs]
         for path, x, spec in zip(leaves.paths, leaves.values, specs, strict=True):
             if spec.role == INFERRED_HEAD:
@@ -144,7 +141,7 @@ def routed(
                 f"{who}: some gradients are None, and update was called without params, so it is not known "
                 "how all leaves read as matrices. Type tx.update(gradients, state, params), or give axes=."
             )
-        specs = specs_of(leaves)
+        specs = resolved(who, resolve, match, leaves)
         forms = [spec.axes for spec in specs]
         wide = [g if f is None or is_absent(g) else upcast(g) for g, f in zip(gs, forms, strict=True)]
         own = None if params is None else leaves.tree

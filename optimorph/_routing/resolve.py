@@ -115,14 +115,18 @@ def resolved(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) ->
     """How all leaves read as matrices; those without an array, and integers, do not.
 
     Raises:
-      ValueError: naming `who`, with a question for each kind of unresolved leaves.
+      ValueError: naming `who`, with a question for each kind of unresolved leaves. `plan` gets them in its
+        "readings" instead.
     """
 
     def all_or_none(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]:
         specs = resolve(paths, whole_shapes(who, match, paths, shapes))
-        if any(spec.unresolved is not None for spec in specs):
-            pairs = zip(paths, specs, strict=True)
-            asked = {path: (text, spec.answers) for path, spec in pairs if (text := spec.question(path))}
+        pairs = zip(paths, specs, strict=True)
+        refused = {path: spec for path, spec in pairs if spec.unresolved is not None}
+        if refused and (readings := handed("readings")) is not None:
+            readings.unresolved |= refused
+        elif refused:
+            asked = {path: (spec.question(path), spec.answers) for path, spec in refused.items()}
             raise ValueError("\n".join(questions(asked, paths, who)))
         return specs
 

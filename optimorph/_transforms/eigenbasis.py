@@ -27,7 +27,7 @@ from optimorph._core.numbers import (
     upcast_dtype,
 )
 from optimorph._core.roles import FIRST, SECOND, Role, holds, scalar
-from optimorph._core.rule import Leaves, aligned, arrays, called, handed_down
+from optimorph._core.rule import Leaves, aligned, arrays, called, handed, handed_down
 from optimorph._core.types import AxesRules, DTypeLike, Numeric, PyTree, Rules, Shape
 from optimorph._core.wrapped import wrapped
 from optimorph._distributed.bases import refreshed
@@ -215,6 +215,8 @@ def in_eigenbasis(
         own.check(leaves)
         known = read(leaves)
         slots = known.slots
+        if (readings := handed("readings")) is not None:
+            readings.stacked |= {leaves.paths[k]: counts for k, counts in slots.of_leaves.items()}
         mesh = mesh_of([leaves.values[k] for k in slots.forms])
         in_a_basis = {key for key in slots.parts if max_dim is None or min(slots.size(key)) <= max_dim}
         counts = {
