@@ -126,7 +126,7 @@ def resolved(who: str, resolve: Resolve, match: Match | None, leaves: Leaves) ->
         if refused and (readings := handed("readings")) is not None:
             readings.unresolved |= refused
         elif refused:
-            asked = {path: (spec.question(path), spec.answers) for path, spec in refused.items()}
+            asked = {path: (spec.question(path) or "", spec.answers) for path, spec in refused.items()}
             raise ValueError("\n".join(questions(asked, paths, who)))
         return specs
 
