@@ -25,7 +25,6 @@ from optimorph._routing.name_patterns import WEIGHT
 from optimorph._routing.name_rule import UNDECIDED
 from optimorph._routing.names import by_name, with_layers
 from optimorph._routing.resolve import resolve_leaves
-from optimorph._routing.rules import warn_unused
 from optimorph.linalg import Axes
 
 __all__ = ["gpt_neox", "hf_flax_gpt2", "maxtext", "per_head", "t5x", "torch"]
@@ -135,7 +134,6 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
     """
     pairs = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
     known = {path: np.shape(x) for path, x in pairs if is_trainable(x)}
-    warn_unused("per_head", "axes", axes, [*known])
     resolved = resolve_leaves("per_head", axes)([*known], [*known.values()])
     specs = {path: spec for path, spec in zip(known, resolved, strict=True) if spec.unresolved is None}
     of_output = [path for path, spec in specs.items() if _letters(spec.axes).replace("b", "") == "iio"]
