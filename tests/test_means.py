@@ -207,9 +207,10 @@ def test_repeated_blocks_are_matrices_of_their_own(spec, over):
 
 
 def test_rows_and_columns_of_no_layers():
-    """A stack of no matrices stays what it is."""
-    params = {"w": jnp.ones((0, 8, 8)), "v": jnp.ones((0, 3))}
-    tx = om.factored(0.9, {"w": "bio", "v": None})
+    """A stack of no matrices stays what it is, and so do matrices without columns."""
+    params = {"w": jnp.ones((0, 8, 8)), "v": jnp.ones((0, 3)), "u": jnp.ones((8, 0))}
+    tx = om.factored(0.9, {"w": "bio", "v": None, "u": "io"})
+    assert not any(x.any() for x in jax.tree.leaves(tx.init(params)))
     updates, state = tx.update(params, tx.init(params))
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, tx.init(params))

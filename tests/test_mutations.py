@@ -279,7 +279,7 @@ UNSEEN = {
         "linalg._axes: Axes.reduce: USub 0 gone",
         "linalg._axes: Axes.repeat: if 1 always",
         "linalg._axes: Axes.repeat: Eq 0 opposite",
-        "_routing.resolve: AxesOfLeaves.of: if 0 always",
+        "_routing.resolve: AxesOfLeaves.axes_and_shardings: if 1 always",
     ],
 }
 """Why a mutant, one of those with such a name, cannot make a formula test fail."""

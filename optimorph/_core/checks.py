@@ -275,8 +275,8 @@ def if_injected(name: str, x: Any) -> str:
     if not isinstance(x, jax.Array):
         return ""
     return (
-        " optax.inject_hyperparams makes an array of it. Type optimorph.inject_hyperparams instead, for a "
-        f"function of your own with static_args=({name!r},)."
+        " optax.inject_hyperparams makes an array of it. Type optimorph.inject_hyperparams instead. "
+        f"Around a function of your own, add static_args=({name!r},)."
     )
 
 

@@ -223,11 +223,15 @@ def full_like(w: Any, value: Numeric = 0.0, dtype: DTypeLike | None = None) -> j
     """A new moment for the parameter `w`, with its shape and sharding. By default it is float32 or wider."""
     made = _MADE.get()
     if made is None or not isinstance(value, int | float):
-        return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
+        return _full_like(w, value, dtype)
     key = id(w), value, dtype
     if key not in made:
-        made[key] = w, jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
+        made[key] = w, _full_like(w, value, dtype)  # with `w`, whose id is not used again
     return made[key][1]
+
+
+def _full_like(w: Any, value: Numeric, dtype: DTypeLike | None) -> jax.Array:
+    return jnp.full_like(w, value, dtype=stored_dtype(dtype, jnp.result_type(w)))
 
 
 def common(x: jax.Array, moment: Any) -> tuple[Any, Any]:

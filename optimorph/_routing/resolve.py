@@ -87,7 +87,7 @@ class AxesOfLeaves:
         self.who, self.axes, self.shardings = who, axes, shardings
         self.match = match_shardings(who, shardings)
         self.resolve = resolve_leaves(who, axes)
-        self.known: weakref.WeakKeyDictionary[Leaves, tuple[Sequence[Axes | None], Any]]
+        self.known: weakref.WeakKeyDictionary[Leaves, Sequence[Axes | None]]
         self.known = weakref.WeakKeyDictionary()
 
     def check(self, leaves: Leaves) -> None:
@@ -101,13 +101,13 @@ class AxesOfLeaves:
         """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""
         if self.axes is None and handed("matrix_axes") is not None:
             return handed("matrix_axes"), handed("shardings")
-        return resolved_axes(self.who, self.resolve, self.match, leaves), self.match
+        if leaves not in self.known:  # a tree is read once
+            self.known[leaves] = resolved_axes(self.who, self.resolve, self.match, leaves)
+        return self.known[leaves], self.match
 
     def of(self, leaf: Leaf) -> tuple[Axes | None, Any]:
-        """Those of one leaf, for `init`; the whole tree is read once."""
-        if leaf.leaves not in self.known:
-            self.known[leaf.leaves] = self.axes_and_shardings(leaf.leaves)
-        forms, match = self.known[leaf.leaves]
+        """Those of one leaf, for `init`."""
+        forms, match = self.axes_and_shardings(leaf.leaves)
         return forms[leaf.index], match
 
 

@@ -81,10 +81,10 @@ def factored(
 
     def init(leaf):
         form, _ = own.of(leaf)
-        zeros = undivided(full_like(leaf.weight).real)
+        zeros = full_like(leaf.weight).real
         if form is None:
             return FactoredState(zeros, jnp.zeros((1,), zeros.dtype))
-        return FactoredState(*_means(form.matrices(zeros)))
+        return FactoredState(*_of_sides(jnp.sum, form.matrices(undivided(zeros))))
 
     def advance(state, leaves):
         return own.axes_and_shardings(leaves), state
@@ -102,8 +102,9 @@ def factored(
         over = {side: reduction(who, match, leaf, form, side).mean_over_devices for side in "io"}
 
         def outer(g, state, _):
-            rows, columns = _means(form.matrices(g))
-            rows, columns = average(over["o"](rows), state.rows), average(over["i"](columns), state.columns)
+            rows, columns = _of_sides(jnp.mean, form.matrices(g))
+            rows = average(over["o"](rows), state.rows)  # (1)
+            columns = average(over["i"](columns), state.columns)  # (2)
             u = _outer(form, g.shape, rows, columns, None if geometric else over["i"])
             return u.astype(g.dtype), FactoredState(rows, columns)
 
@@ -112,9 +113,9 @@ def factored(
     return transform(who, Rule(roles_of(FactoredState), update, init=init, advance=advance))
 
 
-def _means(stacks: Sequence[jax.Array]) -> list[jax.Array]:
-    """Over the columns of each row, and over the rows of each column."""
-    return [jnp.concatenate([jnp.mean(x, axis) for x in stacks], axis=-1) for axis in (-1, -2)]
+def _of_sides(f: Callable[..., jax.Array], stacks: Sequence[jax.Array]) -> list[jax.Array]:
+    """A reduction of each row over its columns, and of each column over its rows."""
+    return [jnp.concatenate([f(x, axis) for x in stacks], axis=-1) for axis in (-1, -2)]
 
 
 def _outer(

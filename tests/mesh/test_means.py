@@ -117,6 +117,12 @@ def test_factored_convolutions(jit, mode):
     assert mode == AxisType.Auto or got["kernel"].sharding.is_equivalent_to(place, 4)
 
 
+def test_the_average_of_a_vector_is_divided_as_the_vector(mode):
+    place = NamedSharding(trees.mesh_of(8, 2, mode), P("data"))
+    state = om.factored(0.9).init({"bias": jax.device_put(np.ones(16, np.float32), place)})
+    assert state.rows["bias"].sharding.is_equivalent_to(place, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows", "norms"), [("normuon", 1, 2), ("adamuon", 0, 1), ("muon2", 0, 0)])
 def test_collectives(name, rows, norms):
