@@ -280,8 +280,13 @@ EXTRA = {
 }
 
 
+RECIPES = sorted({entry.name for entry in catalog.RECIPES})
+ALONE = [pair for pair in NUMBERS if pair[0] not in RECIPES or pair[0] in ("adamw", "muon")]
+"""The numbers of the other recipes are traced all at once."""
+
+
 @pytest.mark.examples("ema-decay", "clip_by_global_norm-*", "adamw-*", "muon-momentum")
-@pytest.mark.parametrize(("name", "argument"), NUMBERS, ids=["-".join(pair) for pair in NUMBERS])
+@pytest.mark.parametrize(("name", "argument"), ALONE, ids=["-".join(pair) for pair in ALONE])
 @rounding.in_float64
 def test_every_number_may_be_traced(name, argument):
     """A vmap over any number equals a loop over it, with the values as arrays of one compiled program."""
@@ -303,7 +308,7 @@ def test_every_number_may_be_traced(name, argument):
         rounding.close(jax.tree.map(lambda x, k=k: x[k], swept), two_steps(value), condition=CONDITION)
 
 
-@pytest.mark.parametrize("name", sorted({entry.name for entry in catalog.RECIPES}))
+@pytest.mark.parametrize("name", RECIPES)
 @rounding.in_float64
 def test_a_sweep_is_one_program(name):
     """All numbers of a recipe at once: vmap equals separate runs, and new array values do not recompile."""
@@ -407,21 +412,18 @@ def test_injected_hyperparameters(entry):
 
 @pytest.mark.slow
 def test_checkpoints(tmp_path):
-    """Every state goes to disk and back, and the continuation is the same to the bit."""
-    states, after = {}, {}
+    """Every state goes to disk and comes back the same to the bit."""
+    states = {}
     for entry in catalog.ENTRIES:
         params = parameters(entry)
         tx = entry.build()
         _, states[entry.id] = tx.update(gradients(params), tx.init(params), params)
-        after[entry.id] = tx.update(gradients(params, 2), states[entry.id], params)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "states", states)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "states", states)
-    for entry in catalog.ENTRIES:
-        params = parameters(entry)
-        again = entry.build().update(gradients(params, 2), restored[entry.id], params)
-        chex.assert_trees_all_equal(again, after[entry.id])
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, states)
+    chex.assert_trees_all_equal(restored, states)
 
 
 @pytest.mark.parametrize(

@@ -383,7 +383,7 @@ def test_the_copy_itself_passes():
     """Without a mutation nothing fails: the test above sees the mutation, not the copying."""
     with mutants.package() as package:
         assert package is not mutants.optimorph
-        assert not a_formula_fails(package, catalog.ENTRIES)
+        assert not a_formula_fails(package, catalog.ENTRIES[::8])
 
 
 @pytest.mark.parametrize(("modules", "functions", "names"), PARTS, ids=[part[0] for part in PARTS])
@@ -404,7 +404,7 @@ def test_every_change_is_made(change, monkeypatch):
 def test_unseen(name):
     mutant, names = ALL[name]
     with mutants.package(mutant) as package:
-        seen = a_formula_fails(package, entries(mutant, names), [("float64", 8)])
+        seen = a_formula_fails(package, entries(mutant, names), [("float64", 3)])
         assert not seen, "it is seen: take it off the list"
 
 

@@ -186,14 +186,16 @@ MAKERS["codes"] = lambda learning_rate: om.compress_state(om.adamw(learning_rate
 MAKERS["routed"] = lambda learning_rate: om.route_matrices(om.sgd(learning_rate, 0.9), om.adam(learning_rate))
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(("k", "name"), [*enumerate(MAKERS)], ids=MAKERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_bytes_are_those_of_init(name):
-    """Of optimizers in any wrapper, for all trees: every array of the state is one leaf's."""
-    for kind, params in trees().items():
-        wrappers = inside(MAKERS[name])
-        del wrappers["probe"]  # its numbers are of no leaf
-        for around, tx in wrappers.items():
+def test_bytes_are_those_of_init(k, name):
+    """Of optimizers in any wrapper, each with another tree: every array of the state is one leaf's."""
+    wrappers = inside(MAKERS[name])
+    del wrappers["probe"]  # its numbers are of no leaf
+    kinds = trees()
+    for first, (kind, params) in enumerate(kinds.items()):
+        for around in ("alone", *[*wrappers][(first + k) % len(kinds) :: len(kinds)]):
+            tx = wrappers[around]
             state = jax.eval_shape(lambda tree, tx=tx: tx.init(tree), params)
             held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
             plan = om.plan(params, tx)

@@ -50,7 +50,7 @@ def on_one_device(name):
 
 
 LAYOUTS = [("normuon", layout) for layout in trees.LAYOUTS]
-LAYOUTS += [(name, layout) for name in TX if name != "normuon" for layout in ("fsdp x tensor", "mixed")]
+LAYOUTS += [(name, "mixed") for name in TX if name != "normuon"]
 
 
 @pytest.mark.examples("explicit-shorter-mixed")
