@@ -1,6 +1,6 @@
 """Updates compiled for TPUs and GPUs that are not there: what each device would do.
 
-    pip install 'jax[tpu]' 'jax[cuda12]'
+    pip install -e '.[accelerators]'
     python benchmarks/accelerators.py [mesh] [recipes] [chip] [large]
 
 Nothing is run. The compilers of v5e, v5p, v6e and H100 say what one device sends, computes and holds; on TPUs

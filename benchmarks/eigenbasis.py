@@ -8,7 +8,7 @@ balance: the QR of the busiest device over the mean of all, from the plan, of mo
 steps: milliseconds of one update beside AdamW and Muon (the median of interleaved rounds), and seconds to
 compile. Set OPENBLAS_NUM_THREADS=1: the threads of LAPACK wait for each other where cores are busy.
 accelerators: QR and eigh of four matrices, compiled for one v5p or H100, and an update of uneven matrices for
-eight. Run it with `jax[tpu]` and with `jax[cuda12]`.
+eight. Run it with `pip install -e '.[accelerators]'`.
 first: losses on the race's text where every one of the first steps refreshes the bases, seed by seed. The
 rates are those of SOAP there.
 

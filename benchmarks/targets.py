@@ -1,7 +1,7 @@
 """Compile for TPUs and GPUs that are not there, and count what their compilers made.
 
-    pip install 'jax[tpu]'      TPUs: libtpu, 1.3 GB on disk
-    pip install 'jax[cuda12]'   GPUs: 5.5 GB; a description of the device stands in for it
+    pip install 'jax[tpu]'                                  TPUs: libtpu, .7 GB on disk
+    pip install 'jax[cuda12-local]' nvidia-cuda-nvcc-cu12   GPUs: .6 GB; a description replaces the device
 
     mesh = mesh_of("v5p:2x2x2", {"data": 4, "model": 2})
     counted(compiled(f, *arguments, mesh=mesh))
