@@ -66,7 +66,8 @@ def roles(*names: Any) -> Callable[..., Any]:
 
     A mask gets the whole tree, so its roles are those of `plan`, and "head" also selects a head that is
     inferred from the widths. So have the rules of `partition`, `labels` and `scale_by_rules`, and keys of
-    these, as in `scale_by_rules({roles("embedding"): 0.1})` and `state={roles("head"): None}`.
+    these, as in `scale_by_rules({roles("embedding"): 0.1})` and `state={roles("head"): None}`. The same rules
+    may serve several models: a role that no leaf has selects nothing, without a warning.
 
     Args:
       names: roles.

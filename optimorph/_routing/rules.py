@@ -148,7 +148,7 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
         for the path, whose keys are joined by slashes (`*` also matches slashes), or a compiled regular
         expression, which is searched for, or a function (path, shape) → bool, such as `roles("norm")`. The
         label `...` means that no rule matches. Here that is an error; in `axes` the default rules then
-        decide.
+        decide. A path or pattern that matches no leaf is warned of, a function is not.
 
     Raises:
       ValueError: when called, naming all leaves that no rule matches or that are not arrays.
