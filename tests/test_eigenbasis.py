@@ -391,6 +391,18 @@ def test_refusals():
         tx.update(params, (), params)
 
 
+@pytest.mark.parametrize("name", ["soap", "klsoap", "shampoo", "soap_muon"])
+@pytest.mark.parametrize("sides", [(8, None), (None, 8), (100, 8)])
+def test_factors_of_other_sides_are_refused(name, sides):
+    """A state with another `max_dim` would go on with the factors that it has."""
+    params = {"w": jnp.ones((12, 5))}
+    old, new = (getattr(om, name)(0.1, max_dim=n, axes={"*": "io"}) for n in sides)
+    with pytest.raises(ValueError, match="the optimizer state does not match"):
+        new.update(params, old.init(params), params)
+    carried, _ = om.carry_state(old.init(params), new, params, written_by=old)
+    new.update(params, carried, params)
+
+
 def test_a_step_that_is_not_finite_is_left_out():
     tx = om.skip_nonfinite(om.soap(0.1, axes={"*": "io"}))
     params = {"w": drawn(0, dtype=np.float32)}

@@ -246,7 +246,7 @@ def in_eigenbasis(
         gs, tree, ws = aligned(who, updates, params, strict=False)
         known = read(Leaves(tree, gs if params is None else ws))
         slots = known.slots
-        old = _kept(who, slots, state)
+        old = _kept(who, slots, state, max_dim)
         there = {k: gs[k] for k in slots.forms if not is_absent(gs[k])}
         mesh = mesh_in_use([*there.values()])
         wide = {k: upcast(g) for k, g in there.items()}
@@ -360,14 +360,15 @@ def _check_manual(who: str, leaves: Leaves, forms: Any, match: Any) -> None:
             )
 
 
-def _kept(who: str, slots: Slots, state: EigenbasisState) -> dict[str, Kronecker]:
+def _kept(who: str, slots: Slots, state: EigenbasisState, max_dim: int | None) -> dict[str, Kronecker]:
     """What a state has of each size of matrix; a state of other matrices is refused."""
     fields = [x for x in state[-len(Kronecker._fields) :] if x is not None]
     if not all({*x} == {*slots.parts} for x in fields):
         raise other_state(who)
     kept = {key: Kronecker(*(x[key] for x in fields)) for key in slots.parts}
-    for key, count in slots.counts.items():
-        if any(len(x) < count for x in jax.tree.leaves(kept[key])):
+    for key, k in kept.items():
+        short = [max_dim is None or side <= max_dim for side in slots.size(key)]
+        if [x is not None for x in k[:2]] != short or min(map(len, jax.tree.leaves(k))) < slots.counts[key]:
             raise other_state(who)
     return kept
 
