@@ -37,7 +37,6 @@ from optimorph._core.rule import Leaves, aligned, arrays, map_updates
 from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Mask, PyTree
 from optimorph._core.wrapped import wrapped
-from optimorph._distributed.shardings import manual_axes
 from optimorph._routing.rules import check_mask, masked_leaves
 
 
@@ -261,5 +260,5 @@ def _all_finite(tree: PyTree) -> jax.Array:
 
 def _on_all_devices(so: jax.Array) -> jax.Array:
     """Whether it is so on all devices. This differs from `so` only inside `jax.shard_map`."""
-    axes = tuple(manual_axes())
+    axes = jax.sharding.get_abstract_mesh().manual_axes  # with those of one device, over which types vary too
     return jax.lax.pmin(so.astype(jnp.int32), axes) == 1 if axes else so

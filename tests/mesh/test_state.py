@@ -65,6 +65,25 @@ def test_devices_leave_a_gradient_out_together():
     assert bool(jnp.all(updates != 0))
 
 
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 1), (2, 2)])
+def test_replicated_leaves_stay_so_beside_divided_ones(sizes):
+    """In the types of `shard_map`, also over mesh axes of one device."""
+    devices = jax.devices()[: sizes[0] * sizes[1]]
+    mesh = jax.make_mesh(sizes, ("data", "model"), (AxisType.Auto,) * 2, devices=devices)
+    places = {"kernel": P("data", "model"), "bias": P()}
+    params = {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}
+    tx = om.multi_steps(om.adam(0.1), 2)
+
+    def step(g, p):
+        _, state = tx.update(g, tx.init(p), p)
+        return tx.update(g, state, p)[0]
+
+    updates = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(places, places), out_specs=places))(
+        params, params
+    )
+    assert bool(jnp.all(updates["bias"] != 0))
+
+
 @pytest.mark.slow
 @rounding.in_float64
 def test_several_gradients_for_one_muon(mode):
