@@ -116,6 +116,19 @@ def test_fresh_states_can_be_donated(k, entry):
     check_donation(all_wrapped(trained, entry.build()), params)
 
 
+@pytest.mark.examples(*FEW, "extrapolate*", "mars_adamw*")
+@every
+def test_states_after_eager_updates_have_their_own_buffers(entry):
+    tx, params = entry.build(), parameters(entry)
+    g = gradients(params)
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(g, state, params)
+        own = pointers(state)
+        assert len(set(own)) == len(own)
+        assert not {*own} & {*pointers((params, g))}
+
+
 @pytest.mark.examples("adamw of an array")
 @pytest.mark.parametrize("name", INJECTED)
 def test_the_callers_numbers_stay_alive(name):

@@ -13,6 +13,7 @@ from optimorph._core.numbers import (
     as_schedule,
     as_stored,
     common,
+    copied,
     full_like,
     increment,
     is_schedule,
@@ -270,7 +271,7 @@ def extrapolate(
         x, before = common(g, state.previous)
         beta = as_scalar(decay, x)
         u = x + as_scalar(gamma, x) * beta / (1 - beta) * (x - before)  # (1)
-        return as_kind_of(u, g), ExtrapolateState(x if dtype is None else as_stored(x, dtype))
+        return as_kind_of(u, g), ExtrapolateState(copied(x) if dtype is None else as_stored(x, dtype))
 
     def init(leaf):
         return ExtrapolateState(full_like(leaf.weight, 0.0, dtype))
