@@ -145,6 +145,18 @@ def test_missing_gradients_that_are_needed(name, how):
         assert str(caught.value).startswith(f"{who}: ")
 
 
+@pytest.mark.parametrize("name", ["in_float32", "skip_nonfinite", "multi_steps", "divide"])
+def test_integers_that_need_gradients_are_left_out(name):
+    """Zeros are refused where parameters are integers, so the error does not ask for them."""
+    params = {"kernel": jnp.ones(3), "count": jnp.arange(3)}
+    tx = AROUND[name](optax.adamw(0.1))
+    g = params | {"count": None}
+    with pytest.raises(ValueError, match=r"no gradient of 'count'.*Leave out these leaves by optimorph"):
+        tx.update(g, tx.init(params), params)
+    parts = om.partition({"count": "none", "*": "all"}, {"none": optax.set_to_zero(), "all": tx})
+    parts.update(g, parts.init(params), params)
+
+
 @pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, AttributeError])
 @around
 def test_what_fails_for_its_own_reasons_says_them(name, error):

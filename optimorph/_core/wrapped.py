@@ -57,7 +57,7 @@ def wrapped(
             raise
         except OF_TREES as error:
             if lacking and traced(with_zeros) is not None:
-                raise _needs_gradients(who, lacking) from error
+                raise _needs_gradients(who, lacking, params) from error
             if (fault := _fault(who, inner, updates, state, params)) is None:
                 raise
             cause = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -143,10 +143,13 @@ def _kept(state: PyTree, after: PyTree) -> PyTree:
     return tree.unflatten(old if x is None else x for old, x in zip(leaves, new, strict=True))
 
 
-def _needs_gradients(who: str, paths: list[str]) -> TreeError:
+def _needs_gradients(who: str, paths: list[str], params: PyTree) -> TreeError:
+    weights = by_path(params)
+    trained = all(is_trainable(weights[path]) for path in paths)
+    leave_out = "eave out these leaves by optimorph.partition."
     return TreeError(
         f"{who}: there is no gradient of {abbreviated([*map(repr, paths)], ', ')}, and the transformation "
-        "inside needs one of every leaf. Give zeros, or leave out these leaves by optimorph.partition."
+        f"inside needs one of every leaf. {'Give zeros, or l' if trained else 'L'}{leave_out}"
     )
 
 
