@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import RANGES, call_fault, check_numbers, dtype_name, one_or_several
+from optimorph._core.checks import (
+    RANGES,
+    call_fault,
+    check_numbers,
+    check_transforms,
+    dtype_name,
+    one_or_several,
+)
 from optimorph._core.differences import checked_state
 from optimorph._core.numbers import is_array, restored
 from optimorph._core.shown import shown
@@ -81,7 +88,9 @@ def inject_hyperparams(
 
     @functools.wraps(inner_factory)
     def factory(**arguments: Any) -> optax.GradientTransformation:
-        return inner_factory(**{name: value for name, value in arguments.items() if name not in spare})
+        made = inner_factory(**{name: value for name, value in arguments.items() if name not in spare})
+        check_transforms("inject_hyperparams", made)
+        return made
 
     @functools.wraps(inner_factory)
     def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:

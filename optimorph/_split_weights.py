@@ -71,7 +71,7 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
     codec = Split16() if bits == 16 else Split8(stochastic=key is not None)
 
     def split(path: str, p: Any) -> tuple[Any, Any]:
-        if kind(p) == "none":
+        if kind(p) == "none" or isinstance(p, jax.ShapeDtypeStruct):
             raise ValueError(not_an_array("split_weights", path, p))
         if jnp.result_type(p) != jnp.float32:
             return copied(p), None

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from optimorph._core.checks import abbreviated, is_integer
-from optimorph._core.numbers import is_trainable
+from optimorph._core.numbers import is_array, is_trainable
 from optimorph._core.paths import leaf_paths
 from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, PyTree, Shape
@@ -132,8 +132,10 @@ def per_head(params: PyTree, axes: AxesRules | None = None) -> dict[str, Any]:
       params: the parameters or their shapes.
       axes: rules as in `muon`, which are kept except for the heads. The default rules decide other leaves.
     """
-    pairs = zip(leaf_paths(params), jax.tree.leaves(params), strict=True)
+    pairs = [*zip(leaf_paths(params), jax.tree.leaves(params), strict=True)]
     known = {path: np.shape(x) for path, x in pairs if is_trainable(x)}
+    if pairs and not any(is_array(x) for _, x in pairs):
+        raise ValueError(f"per_head: params has no arrays, but is {shown(params)}. Type the parameters.")
     resolved = resolve_leaves("per_head", axes)([*known], [*known.values()])
     specs = {path: spec for path, spec in zip(known, resolved, strict=True) if spec.unresolved is None}
     of_output = [path for path, spec in specs.items() if _letters(spec.axes).replace("b", "") == "iio"]

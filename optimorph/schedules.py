@@ -44,11 +44,11 @@ def linear_warmup(final_value: Numeric, steps: int) -> Schedule:
         a(t) = min(1, (t + 1) / T) a        (1)
 
     Args:
-      final_value: a.
+      final_value: a at least 0.
       steps: T, an integer of at least 1. Step T is the first with the final value.
 
     Raises:
-      ValueError: `steps` that is not an integer of at least 1.
+      ValueError: a below 0, when it is a concrete number, or `steps` that is not an integer of at least 1.
 
     References:
       Pagliardini et al. 2024, "The AdEMAMix optimizer", arXiv:2409.03137, section 3 (of α).

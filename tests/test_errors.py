@@ -101,6 +101,30 @@ REFUSED = {
     "no steps": (lambda: NewtonSchulz(steps=0), ["NewtonSchulz", "steps", "0"]),
     "no such iteration": (lambda: NewtonSchulz(iteration="fast"), ["'fast'", "'auto', 'standard', 'gram'"]),
     "no bytes": (lambda: NewtonSchulz(max_stack_bytes=0), ["NewtonSchulz", "max_stack_bytes", "0"]),
+    "a dtype's nickname": (
+        lambda: NewtonSchulz(dtype="bf16"),
+        ["NewtonSchulz: dtype", "'bf16'", "'bfloat16'"],
+    ),
+    "no such precision": (
+        lambda: NewtonSchulz(precision="hi"),
+        ["NewtonSchulz: precision", "'hi'", "'high'"],
+    ),
+    "a warmup to nothing": (
+        lambda: schedules.linear_warmup(float("nan"), 10),
+        ["linear_warmup: final_value", "nan", "at least 0"],
+    ),
+    "heads of no arrays": (
+        lambda: om.layouts.per_head(om.adamw),
+        ["per_head: params has no arrays", "adamw"],
+    ),
+    "shapes that are split": (
+        lambda: om.split_weights({"w": jax.ShapeDtypeStruct((3,), jnp.float32)}),
+        ["split_weights", "'w'", "not an array"],
+    ),
+    "a factory of nothing": (
+        lambda: om.inject_hyperparams(lambda learning_rate: None)(0.1).init(jnp.ones(3)),
+        ["inject_hyperparams", "init and update", "None has not"],
+    ),
     "unsafe in bfloat16": (
         lambda: NewtonSchulz("cans", dtype="bfloat16"),
         ["cushion=0", "rounding in bfloat16. The table is made for float32", "coefficients='polar_express'"],
@@ -124,7 +148,7 @@ REFUSED = {
         lambda: NewtonSchulz(polar_express(1e-10, 12, safety=0.0, cushion=0.0), dtype="float64"),
         ["rounding in float64. The table is made for exact arithmetic", "polar_express"],
     ),
-    "short row": (lambda: NewtonSchulz(((1.0, 2.0),)), ["Coefficients", "(1.0, 2.0)"]),
+    "short row": (lambda: NewtonSchulz(((1.0, 2.0),)), ["NewtonSchulz: a row", "(1.0, 2.0)"]),
     "unknown scale": (lambda: om.muon(0.1, scale="spectral"), ["muon: scale must", "'spectral'", "'keller'"]),
     "both others": (
         lambda: om.muon(0.1, others=om.sgd(0.1), others_learning_rate=0.1),
@@ -325,6 +349,30 @@ def test_refused(call, words):
 
 
 OF_OTHER_TYPES = {
+    "bytes as text": (
+        lambda om: om.linalg.NewtonSchulz(max_stack_bytes="1"),
+        ["NewtonSchulz", "max_stack_bytes", "'1'"],
+    ),
+    "no table": (
+        lambda om: om.linalg.NewtonSchulz(None),
+        ["NewtonSchulz: a table has rows", "None", "((a, b, c),)"],
+    ),
+    "a row for a table": (
+        lambda om: om.linalg.NewtonSchulz((3.4445, -4.775, 2.0315)),
+        ["NewtonSchulz: a table has rows of three numbers", "3.4445", "((a, b, c),)"],
+    ),
+    "codes rounded by a word": (
+        lambda om: om.codecs.BFloat16(stochastic="no"),
+        ["BFloat16: stochastic must be True or False", "'no'"],
+    ),
+    "differences rounded by a word": (
+        lambda om: om.codecs.Split8(stochastic="no"),
+        ["Split8: stochastic must be True or False", "'no'"],
+    ),
+    "a number that is an array": (
+        lambda om: om.linalg.top_energy(jnp.ones((3, 3)), jnp.int32(1)),
+        ["top_energy: k", "Type k=1", "If optax.inject_hyperparams made this array"],
+    ),
     "an array for sides": (lambda om: om.mean(PAIR), ["mean: over must be 'i', 'o' or 'io'"]),
     "an array for an average": (lambda om: om.normuon(0.1, average=PAIR), ["normuon: average must be"]),
     "an array for bits": (lambda om: om.split_weights(W, PAIR), ["split_weights: bits must be 8 or 16"]),

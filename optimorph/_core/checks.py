@@ -30,7 +30,7 @@ _DECAYS = ("b1", "b2", "b3", "decay", "factor_decay", "lookahead", "momentum")
 _POSITIVES = ("initial_value", "largest_inverse_root", "offset", "power", "smoothness", "strong_convexity")
 _NOT_NEGATIVES = (
     *("alpha", "eps", "eps_root", "gamma", "initial", "initial_accumulator_value", "initial_scale"),
-    "weight_decay",
+    *("final_value", "weight_decay"),
 )
 
 RANGES = {
@@ -275,8 +275,8 @@ def if_injected(name: str, x: Any) -> str:
     if not isinstance(x, jax.Array):
         return ""
     return (
-        " optax.inject_hyperparams makes an array of it. Type optimorph.inject_hyperparams instead. "
-        f"Around a function of your own, add static_args=({name!r},)."
+        " If optax.inject_hyperparams made this array, type optimorph.inject_hyperparams instead, around a "
+        f"function of your own with static_args=({name!r},)."
     )
 
 

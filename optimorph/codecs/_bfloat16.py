@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.checks import check_flags
 from optimorph._core.rounding import nearest_bfloat16, stochastic_bfloat16
 from optimorph._core.types import Shape
 from optimorph.codecs._codec import Codec, Encoded
@@ -29,6 +30,9 @@ class BFloat16(Codec):
     """
 
     stochastic: bool = False
+
+    def __post_init__(self):
+        check_flags("BFloat16", stochastic=self.stochastic)
 
     def zeros(self, shape: Shape) -> Encoded:
         return Encoded(jnp.zeros(shape, jnp.bfloat16), None)

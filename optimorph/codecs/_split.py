@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from optimorph._core.checks import check_flags
 from optimorph._core.rounding import nearest_bfloat16, noise, with_nan_of
 from optimorph._core.types import DTypeLike, Shape
 from optimorph.codecs._codec import Codec, Encoded
@@ -59,6 +60,9 @@ class Split8(_SplitCodec):
     """
 
     stochastic: bool = False
+
+    def __post_init__(self):
+        check_flags("Split8", stochastic=self.stochastic)
 
     code_dtype: ClassVar[DTypeLike] = jnp.int8
     step: ClassVar[int] = 258

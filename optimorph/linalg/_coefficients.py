@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Coefficients:
     def __post_init__(self):
         if self.dtype not in (*MARGINS, EXACT):
             raise ValueError(f"Coefficients: dtype must be one of {[*MARGINS]}, but is {shown(self.dtype)}.")
-        object.__setattr__(self, "rows", tuple(checked_row(row) for row in self.rows))
+        object.__setattr__(self, "rows", checked_rows("Coefficients", self.rows))
         if not self.rows:
             raise ValueError("Coefficients: the table has no rows. Type at least one: ((a, b, c),).")
         if self.dtype != EXACT and (wrong := fault(self.rows, self.dtype)):
@@ -134,13 +134,18 @@ def fault(rows: Table, dtype: str) -> str | None:
     return None
 
 
-def checked_row(row: Sequence[float]) -> Row:
-    if len(row) != 3 or not all(math.isfinite(x) for x in row):
+def checked_rows(who: str, rows: Iterable[Sequence[float]]) -> Table:
+    """The rows of a table as numbers of Python."""
+    try:
+        known = [tuple(map(float, row)) for row in rows]
+    except (TypeError, ValueError):
         raise ValueError(
-            f"Coefficients: a row must be three finite numbers (a, b, c), but one is {shown(row)}."
-        )
-    a, b, c = map(float, row)
-    return a, b, c
+            f"{who}: a table has rows of three numbers, but this is {shown(rows)}. Type ((a, b, c),) for one."
+        ) from None
+    for row in known:
+        if len(row) != 3 or not all(map(math.isfinite, row)):
+            raise ValueError(f"{who}: a row must be three finite numbers (a, b, c), but one is {shown(row)}.")
+    return tuple((a, b, c) for a, b, c in known)
 
 
 def _quotient(row: Row, sigma: Any) -> Any:

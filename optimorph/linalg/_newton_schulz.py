@@ -4,13 +4,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
-from optimorph._core.checks import check_integer, check_matrices
+from optimorph._core.checks import check_dtypes, check_integer, check_matrices
 from optimorph._core.numbers import upcast, with_type_of
 from optimorph._core.shown import shown
 from optimorph._core.target import Target, for_target
@@ -23,7 +24,7 @@ from optimorph.linalg._coefficients import (
     YOU,
     Coefficients,
     Table,
-    checked_row,
+    checked_rows,
 )
 from optimorph.linalg._polar_express import polar_express
 from optimorph.linalg._shared_columns import (
@@ -103,16 +104,18 @@ class NewtonSchulz:
 
     def __post_init__(self):
         if not isinstance(self.coefficients, str | Coefficients):
-            object.__setattr__(self, "coefficients", tuple(map(checked_row, self.coefficients)))
+            object.__setattr__(self, "coefficients", checked_rows("NewtonSchulz", self.coefficients))
         check_integer("NewtonSchulz", "steps", self.steps, 5)
         if self.iteration not in ITERATIONS:
             raise ValueError(
                 f"NewtonSchulz: iteration is {shown(self.iteration)}. Type one of "
                 f"{', '.join(map(repr, ITERATIONS))}."
             )
-        if self.max_stack_bytes < 1:
+        check_integer("NewtonSchulz", "max_stack_bytes", self.max_stack_bytes, 2**28)
+        check_dtypes("NewtonSchulz", dtype=self.dtype)
+        if not _is_precision(self.precision):
             raise ValueError(
-                f"NewtonSchulz: max_stack_bytes must be above 0, but is {self.max_stack_bytes}. Type 2**28."
+                f"NewtonSchulz: precision is {shown(self.precision)}. Type 'highest', 'high' or 'default'."
             )
         table = self.table
         if self.dtype is not None and not _safe(table, jnp.dtype(self.dtype)):
@@ -261,6 +264,13 @@ def _restarts(
     accurate = max(method.table.conditions(restarts)) <= MAX_CONDITION and dtype != jnp.bfloat16
     fewer = operations(shape, rows, restarts, in_blocks) < operations(shape, rows, None, in_blocks)
     return restarts if accurate and fewer else None
+
+
+def _is_precision(name: Any) -> bool:
+    try:
+        return isinstance(jax.lax.Precision(name), jax.lax.Precision)
+    except (TypeError, ValueError):
+        return False
 
 
 def _standard(x: jax.Array, rows: Table, precision: str, in_blocks: bool) -> jax.Array:
