@@ -146,10 +146,10 @@ def _kept(state: PyTree, after: PyTree) -> PyTree:
 def _needs_gradients(who: str, paths: list[str], params: PyTree) -> TreeError:
     weights = by_path(params)
     trained = all(is_trainable(weights[path]) for path in paths)
-    leave_out = "eave out these leaves by optimorph.partition."
+    advice = "Give zeros, or leave out" if trained else "Leave out"
     return TreeError(
         f"{who}: there is no gradient of {abbreviated([*map(repr, paths)], ', ')}, and the transformation "
-        f"inside needs one of every leaf. {'Give zeros, or l' if trained else 'L'}{leave_out}"
+        f"inside needs one of every leaf. {advice} these leaves by optimorph.partition."
     )
 
 
