@@ -392,7 +392,7 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("name", ["soap", "klsoap", "shampoo", "soap_muon"])
-@pytest.mark.parametrize("sides", [(8, None), (None, 8), (100, 8)])
+@pytest.mark.parametrize("sides", [(8, None), (None, 8), (100, 8), (8, 2), (2, None)])
 def test_factors_of_other_sides_are_refused(name, sides):
     """A state with another `max_dim` would go on with the factors that it has."""
     params = {"w": jnp.ones((12, 5))}

@@ -50,6 +50,7 @@ from optimorph.linalg import Axes
 from optimorph.linalg._kronecker import (
     Kronecker,
     first_factors,
+    has_factor,
     permuted,
     rotated,
     rotated_back,
@@ -218,10 +219,8 @@ def in_eigenbasis(
         if (readings := handed("readings")) is not None:
             readings.stacked |= {leaves.paths[k]: counts for k, counts in slots.of_leaves.items()}
         mesh = mesh_of([leaves.values[k] for k in slots.forms])
-        in_a_basis = {key for key in slots.parts if max_dim is None or min(slots.size(key)) <= max_dim}
-        counts = {
-            key: filled(count, mesh if key in in_a_basis else None) for key, count in slots.counts.items()
-        }
+        in_a_basis = {key for key in slots.parts if has_factor(min(slots.size(key)), max_dim)}
+        counts = {k: filled(n, mesh if k in in_a_basis else None) for k, n in slots.counts.items()}
         kinds = slots.dtypes(leaves.values)
 
         def zeros(key):
@@ -367,8 +366,9 @@ def _kept(who: str, slots: Slots, state: EigenbasisState, max_dim: int | None) -
         raise other_state(who)
     kept = {key: Kronecker(*(x[key] for x in fields)) for key in slots.parts}
     for key, k in kept.items():
-        short = [max_dim is None or side <= max_dim for side in slots.size(key)]
-        if [x is not None for x in k[:2]] != short or min(map(len, jax.tree.leaves(k))) < slots.counts[key]:
+        sides = [has_factor(n, max_dim) for n in slots.size(key)]
+        full = all(len(x) >= slots.counts[key] for x in jax.tree.leaves(k))
+        if [x is not None for x in k[:2]] != sides or not full:
             raise other_state(who)
     return kept
 

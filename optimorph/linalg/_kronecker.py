@@ -37,16 +37,18 @@ class Kronecker(NamedTuple):
     right_values: Any = None
 
 
-def first_factors(stack: jax.Array, max_dim: int | None, dtype: Any, tracked: bool) -> Kronecker:
-    """Of a stack `(batch, n, m)`: factors of 0, and bases that are the identity.
+def has_factor(side: int, max_dim: int | None) -> bool:
+    """A side longer than `max_dim` has no factor."""
+    return max_dim is None or side <= max_dim
 
-    Sides longer than `max_dim` have no factor. There are eigenvalues if they are `tracked`.
-    """
+
+def first_factors(stack: jax.Array, max_dim: int | None, dtype: Any, tracked: bool) -> Kronecker:
+    """Of a stack `(batch, n, m)`: factors of 0, bases that are the identity, and eigenvalues if `tracked`."""
     count, *sizes = stack.shape
     real = jnp.finfo(dtype).dtype
 
     def side(n):
-        if max_dim is not None and n > max_dim:
+        if not has_factor(n, max_dim):
             return None, None, None
         basis = jnp.array(jnp.broadcast_to(jnp.eye(n, dtype=dtype), (count, n, n)))
         return jnp.zeros_like(basis), basis, jnp.full((count, n), FIRST_VALUE, real) if tracked else None
