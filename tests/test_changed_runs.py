@@ -142,6 +142,21 @@ def test_wrappers_are_added_and_removed(wrapper, name):
     rounding.close(found, again, condition=ecosystem.CONDITION)
 
 
+@pytest.mark.parametrize(
+    "make", [om.soap, lambda _, axes: om.in_eigenbasis(optax.scale_by_adam(), decay=0.9, axes=axes)]
+)
+def test_steps_that_only_find_the_bases_are_counted(make):
+    """The first step of SOAP, which its count for bias correction has not, is one of `multi_steps`."""
+    plain = make(0.1, axes={"*": "io"})
+    params, state = begun(plain, 3, {"kernel": (4, 6)})
+    for wrapped in (om.multi_steps(plain, 2), optax.MultiSteps(plain, 2).gradient_transformation()):
+        carried, report = om.carry_state(state, wrapped, params, written_by=plain, strict=True)
+        assert not report.lost
+        assert optax.tree.get(carried, "gradient_step", getattr(carried, "steps", None)) == 3
+        back, _ = om.carry_state(carried, plain, params, written_by=wrapped, strict=True)
+        alike(back, state)
+
+
 def test_a_window_goes_on():
     """Of `multi_steps` in optax's `MultiSteps` and back; what is open is never lost in silence."""
     ours = om.multi_steps(om.adamw(0.1), 3)

@@ -179,7 +179,9 @@ class Match:
         return found or there
 
     def _other_count(self, slot: Slot, parts: list[Part]) -> Origin | None:
-        for kind in kinds.COUNTS:
+        """A count of another kind: for one of moments rather of moments, for one of steps rather of steps."""
+        of_moments = slot.kind in CORRECTIONS
+        for kind in sorted(kinds.COUNTS, key=lambda kind: (kind in CORRECTIONS) != of_moments):
             if kind != slot.kind and (found := self._at(slot, kind, parts)):
                 origin = _of_counts(slot, found)
                 return origin._replace(fate=CONVERTED, why=f"of the {kind}", sources=())

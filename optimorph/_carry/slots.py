@@ -36,10 +36,11 @@ INJECTED, HYPERPARAMETER, SCHEDULE = (
     "hyperparameter",
     "count of an injected schedule",
 )
+BASES = "count of in_eigenbasis"
 SLOW, SLOW_STEPS = "slow average", "count of a slow average"
 PROBE, SEEN, UNUSED, BARE = "numbers of probe", "what was seen of the latest step", "not used", "array"
 
-COUNTS = (STEPS, RATE, DECAY, DAMPED, SLOW_STEPS, WINDOWS, SCHEDULE, INJECTED)
+COUNTS = (STEPS, RATE, DECAY, DAMPED, SLOW_STEPS, WINDOWS, SCHEDULE, INJECTED, BASES)
 """What counts steps, those first that others are taken from."""
 
 OTHERS: dict[str, tuple[str, dict[str, str]]] = {
