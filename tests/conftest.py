@@ -54,12 +54,14 @@ def float64():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`@pytest.mark.examples("adam", "*-float32")`: all other cases of the test are slow.
+    """`@pytest.mark.examples("adam", "*-float32")`: all other cases are slow, as nightly tests are.
 
     The longest tests begin first, so that no process waits for them in the end.
     """
     for item in items:
         mark = item.get_closest_marker("examples")
         if mark and not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in mark.args):
+            item.add_marker("slow")
+        if item.get_closest_marker("nightly"):
             item.add_marker("slow")
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_mesh.py"))
