@@ -118,6 +118,8 @@ class Match:
         place = self.place(slot.path, old) if larger else None
         if place is None:
             hint = ". Type grown=True to keep the old part" if larger else ""
+            if slot.leaves and slot.leaves == source.leaves and old[1:] == new[1:]:
+                hint += ". If only the mesh is another, tx.update takes the state without carry_state"
             return Origin(FRESH, f"of shape {old} in the state, but tx wants {new}{hint}", matters)
         if (found := _shape_at(place, new)) != old:
             has = "does not exist, or has an index twice" if found is None else f"has shape {found}"

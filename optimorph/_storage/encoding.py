@@ -85,11 +85,10 @@ def _full_beside(x: jax.Array, shape: Shape, value: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
     if not isinstance(sharding, NamedSharding) or not sharding.mesh.shape or not shape:
         return jnp.full(shape, value)
-    *spec, last = spec_of(sharding.spec, x.ndim, sharding.mesh.shape)
-    if shape[-1] % devices(sharding.mesh.shape, last):
-        last = ()
-    spec = PartitionSpec(*(names or None for names in (*spec, last)))
-    return jax.lax.full(shape, value, sharding=sharding.update(spec=spec))
+    *rows, last = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+    *_, names = spec_of(sharding.spec, x.ndim, sharding.mesh.shape)
+    spec = (*rows, None if shape[-1] % devices(sharding.mesh.shape, names) else last)
+    return jax.lax.full(shape, value, sharding=sharding.update(spec=PartitionSpec(*spec)))
 
 
 def named(kind: str, path: str) -> str:
@@ -148,9 +147,12 @@ def _codes(moment: Any) -> Any:
     return moment.codes if isinstance(moment, Encoded) else moment
 
 
-def _in_float32(moment: Encoded) -> jax.ShapeDtypeStruct:
-    """The type of a decoded moment, which varies over a mesh as its codes do."""
-    return jax.eval_shape(lambda codes: codes.astype(jnp.float32), moment.codes)
+def _in_float32(moment: Encoded) -> Any:
+    """The type of a decoded moment, which lies and varies over a mesh as its codes do.
+
+    `jax.eval_shape` has no shardings over a mesh that has an axis which is not `Explicit`.
+    """
+    return jax.typeof(moment.codes).update(dtype=jnp.dtype(jnp.float32))
 
 
 def decode(moments: Sequence[Any], codecs: Sequence[Codec | None]) -> list[Any]:

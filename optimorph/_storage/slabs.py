@@ -115,7 +115,9 @@ def in_slabs(
         written = jax.lax.fori_loop(0, count, lambda k, x: updated(x, k * rows, rows), written)
     else:
         first = take(written, 0, rows)
-        nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(make, first, take(read, 0, rows)))
+        program, made = jax.make_jaxpr(make, return_shape=True)(first, take(read, 0, rows))
+        kinds, structure = jax.tree.flatten(made)  # which have shardings only if all axes are `Explicit`
+        nothing = structure.unflatten(map(with_type_of, map(jnp.zeros_like, kinds), program.out_avals))
         # the last turn stores what the one before has made; what it makes itself is of no use
         written, _ = jax.lax.fori_loop(0, count + 1, turn, (written, nothing))
     if rest:

@@ -75,6 +75,11 @@ def test_resumed_on_another_mesh(tx):
     """A state of eight devices goes on over four, over three that do not divide it, and on one."""
     places = trees.shardings("fsdp, last axis", 8, AxisType.Auto)
     _, state = steps(lambda tree: trees.put(tree, places), 3, tx=tx)
+    was = NamedSharding(jax.sharding.AbstractMesh((8,), ("data",)), P())
+    params = {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=was) for k, x in trees.drawn(0, float).items()
+    }
+    assert jax.tree.map(jnp.shape, jax.eval_shape(tx.init, params)) == jax.tree.map(jnp.shape, state)
     want, _ = steps(trees.on_one, 2, jax.tree.map(np.asarray, state), 3, tx)
     for devices in (4, 3):
         mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import rounding
 import trees
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
@@ -116,6 +116,28 @@ def test_microbatches_whose_shardings_differ(state, gradient):
         for _ in range(2):
             updates, held = step(put(gradient), held, put(P()))
         rounding.close(updates["w"], -0.1, condition=1 / (1 - 0.999))
+
+
+KINDS = {"E": AxisType.Explicit, "A": AxisType.Auto}
+
+
+@pytest.mark.parametrize(("kinds", "sizes"), [("EE", (1, 8)), ("AE", (2, 4)), ("EA", (2, 4))])
+@pytest.mark.parametrize("codes", ["large leaves", "small leaves", "whole"])
+def test_types_of_codes_and_scales(kinds, sizes, codes):
+    """They stay the same from step to step, also over an axis of one device and over axes of both types."""
+    mesh = jax.make_mesh(sizes, ("x", "y"), tuple(map(KINDS.get, kinds)), devices=jax.devices()[:8])
+    rows = 64 if codes == "large leaves" else 8
+    tx = om.compress_state(om.adam(0.1), elementwise=codes != "whole")
+    for spec in (P("x", "y"), P(("x", "y")), P(None, ("y", "x")), P("y")):
+        with jax.set_mesh(mesh):
+            place = NamedSharding(mesh, spec)
+            params = {"w": jax.device_put(jnp.ones((rows, 1024)), place)}
+            state = tx.init(params)
+            step = jax.jit(lambda g, state: tx.update(g, state, g))
+            _, after = step.trace(params, state).out_info
+            for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+                assert y.sharding is None or jax.typeof(x).sharding == y.sharding
+            step.lower(params, state)
 
 
 @pytest.mark.parametrize("spec", [None, P("x"), P(None, "x")], ids=["no mesh", "rows", "columns"])
