@@ -799,14 +799,55 @@ MORE = [  # recipes under other arguments, which have no other states
     ),
 ]
 
-ENTRIES = TRANSFORMS + RECIPES + MORE
+LIKE = {
+    "adamuon-out-in": "normuon-out-in",
+    "adamh-betas": "adamh",
+    "ema-initial": "ema",
+    "hyperball-blocks": "hyperball-matrices",
+    "laprop-betas": "laprop",
+    "lion-betas": "lion",
+    "mars_adamw-numbers": "mars_adamw",
+    "mean-blocks-out-in": "mean-blocks",
+    "mean-o": "mean-i",
+    "muon-adamw_rms": "muon",
+    "muon-corrected": "adamw-corrected",
+    "muon-independent": "adamw-independent",
+    "muon-jordan-keller": "muon",
+    "muon-others-rmsprop": "muon-others",
+    "muon-scale-of-my-own": "muon",
+    "muon2-out-in": "normuon-out-in",
+    "muonh-others-rate": "muonh-others",
+    "muonh-others-rmsprop": "muonh-others",
+    "muonh-out-in": "normuon-out-in",
+    "nadamw-betas": "adamw-betas",
+    "nadamw-cautious": "adamw-cautious",
+    "nadamw-corrected": "adamw-corrected",
+    "nadamw-independent": "adamw-independent",
+    "normuon-shorter-least": "normuon-shorter",
+    "orthogonalize-cubics": "orthogonalize",
+    "orthogonalize-jordan": "orthogonalize",
+    "rmsprop-nesterov": "rmsprop-momentum",
+    "rmsprop-outside-initial-l2": "rmsprop-centered-corrected",
+    "scale_by_shape-adamw_rms": "scale_by_shape-blocks",
+    "scale_by_shape-keller": "scale_by_shape-blocks",
+    "scale_by_shape-rms_to_rms": "scale_by_shape-blocks",
+    "scion-column": "scion-row",
+    "scion-rms": "scion",
+    "scion-sign": "scion-spectral",
+}
+"""Entry → another one, from which it differs in numbers only."""
+
+ENTRIES = [
+    dataclasses.replace(entry, like=LIKE[entry.id]) if entry.id in LIKE else entry
+    for entry in TRANSFORMS + RECIPES + MORE
+]
 IDS = [entry.id for entry in ENTRIES]
 NAMES = list(dict.fromkeys(entry.name for entry in ENTRIES))
 
 
 def each(entries=ENTRIES):
     """A test of every entry, quick for the first of each name: the others differ in arguments only."""
-    entries = [entry for entry in entries if not entry.like]
+    entries = [entry for entry in entries if not (entry.like or entry.id in LIKE)]
     first = {entry.name: entry for entry in reversed(entries)}
     marks = {entry.id: () if first[entry.name] is entry else pytest.mark.slow for entry in entries}
     return pytest.mark.parametrize("entry", [pytest.param(e, id=e.id, marks=marks[e.id]) for e in entries])

@@ -49,7 +49,7 @@ def on_one_device(name):
     return stepped(name, trees.on_one)
 
 
-LAYOUTS = [("normuon", layout) for layout in trees.LAYOUTS]
+LAYOUTS = [("normuon", layout) for layout in ("replicated", "tensor", "fsdp x tensor", "mixed")]
 LAYOUTS += [(name, "mixed") for name in TX if name != "normuon"]
 
 
