@@ -113,8 +113,8 @@ def carry_state(
         `{"head/kernel": np.s_[:, 6:], "layers/*": np.s_[[0, 1, 3, 4]]}`. With False, moments of another shape
         are fresh.
       strict: whether to raise an error if anything is lost on which the updates depend, or if a moment would
-        become one of another kind. Leaves that `fresh` selects, or that `renamed` drops, are not counted as
-        lost.
+        become one of another kind. Leaves that `fresh` selects, that `renamed` drops, or whose growth `grown`
+        allows, are not counted as lost.
 
     Returns:
       The state, and a report with a row for every array: kept, converted, fresh or dropped, and why.

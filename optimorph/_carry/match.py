@@ -127,7 +127,7 @@ class Match:
             return Origin(FRESH, why, matters)
         why = ", ".join([f"grown from {old} to {new}", *([why] if why else [])])
         grow = functools.partial(_grown, source.array, slot.array, place)
-        return Origin(CONVERTED, why, slot.moment, grow, True, (source,))
+        return Origin(CONVERTED, why, False, grow, True, (source,))
 
     def _window_is_open(self) -> bool:
         """Whether there may be gradients in a window of the old state."""

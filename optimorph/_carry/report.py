@@ -54,7 +54,7 @@ class CarryReport:
 
     @property
     def lost(self) -> tuple[CarryRow, ...]:
-        """The rows that `strict=True` refuses: arrays on which updates depend, fresh, dropped or grown."""
+        """The rows that `strict=True` refuses: arrays on which updates depend, and that are lost."""
         return tuple(row for row in self.rows if row.matters)
 
     def __str__(self) -> str:
