@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, path: str) -> PlanRow:
+    def __getitem__(self, path: str | SupportsIndex) -> PlanRow:
+        """The row of a leaf, by its path or its number."""
+        if not isinstance(path, str):
+            return self.rows[path]
         for row in self.rows:
             if row.path == path:
                 return row

@@ -65,6 +65,7 @@ def test_a_chain_tells_no_scale():
 def test_the_plan_may_be_asked_for_one_leaf():
     plan = om.plan({"layer": {"kernel": jnp.ones((2, 3))}}, weight_decay=0.1, others_learning_rate=1e-3)
     assert plan["layer/kernel"].spec == "io"
+    assert [plan[0], plan[np.int64(-1)]] == [plan["layer/kernel"]] * 2
     with pytest.raises(KeyError, match=r"no leaf has the path 'layer/kernle'. Similar.*: \['layer/kernel'\]"):
         plan["layer/kernle"]
     with pytest.raises(ValueError, match=r"plan: 'f' is .*, which is not an array"):
