@@ -1114,6 +1114,48 @@ def test_a_prefix_in_other_containers():
         om.add_decayed_weights(0.5, {"embed": False, "last": {"weight": True}}).init(model)
 
 
+PREFIXES = {
+    "modules": lambda a, b: ({"embed": b, "blocks": a, "last": b}, {"blocks/*": a, "*": b}),
+    "among patterns": lambda a, b: ({"*/bias": b, "blocks/1": a, "*": b}, {"blocks/1/kernel": a, "*": b}),
+    "the first decides": lambda a, b: ({"blocks": a, "blocks/0/bias": b, "*": b}, {"blocks/*": a, "*": b}),
+    "nested": lambda a, b: (
+        {"embed": b, "blocks": [{"kernel": a, "bias": b}, a], "last": b},
+        {"blocks/0/bias": b, "blocks/*": a, "*": b},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_a_path_decides_for_all_leaves_below_it(name):
+    """As in the prefix trees that optax takes."""
+    labels = [om.labels(rules)(TREE) for rules in PREFIXES[name]("a", "b")]
+    assert labels[0] == labels[1]
+    transforms = {"a": om.sgd(0.1, 0.9), "b": om.adam(0.1)}
+    parts = [om.partition(rules, transforms).init(TREE) for rules in PREFIXES[name]("a", "b")]
+    chex.assert_trees_all_equal(*parts)
+    txs = [om.scale_by_rules(rules) for rules in PREFIXES[name](0.0, 2.0)]
+    chex.assert_trees_all_equal(*(tx.update(TREE, tx.init(TREE))[0] for tx in txs))
+    plans = [om.plan(TREE, axes=rules) for rules in PREFIXES[name](None, ...)]
+    assert [row.spec for row in plans[0]] == [row.spec for row in plans[1]]
+    assert not plans[0].unused
+
+
+def test_a_path_says_how_the_moments_below_it_are_stored():
+    params = {"mlp": {"up": jnp.ones((64, 64)), "down": jnp.ones((64, 64))}, "head": jnp.ones((64, 64))}
+    state = om.adam(0.1, state={"first/mlp": om.codecs.Signed8(), "*": None}).init(params)
+    dtypes = [x.dtype for x in jax.tree.leaves(state) if x.shape == (64, 64)]
+    assert dtypes.count(jnp.int8) == 2
+
+
+def test_one_sharding_stands_for_all_leaves():
+    """As in `jax.jit`: a tree of one leaf is a prefix of any tree."""
+    tx, spec = om.muon(0.1, shardings=jax.sharding.PartitionSpec()), jax.sharding.PartitionSpec("data")
+    tx.update(TREE, tx.init(TREE), TREE)
+    mesh = jax.sharding.AbstractMesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match=r"'blocks/0/kernel' has shape \(4, 4\), but .* divides 4 by 8"):
+        om.plan(TREE, mesh=mesh, shardings=spec)
+
+
 def test_trees_whose_names_have_brackets():
     """Trees of values are no rules, whatever the names of modules are."""
     params = {"layers[0]": {"w": jnp.ones((8, 4))}, "layers[1]": {"w": jnp.ones((8, 4))}}

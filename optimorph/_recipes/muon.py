@@ -38,9 +38,10 @@ def muon(
       axes: which leaves are matrices, and which of their axes are inputs and outputs, for leaves that the
         default rules do not know or read wrongly. It is an ordered mapping from a path pattern to a spec,
         such as "io" (see `linalg.Axes`), or to None for "not a matrix"; the first match decides. A pattern is
-        one of fnmatch, where `*` also matches slashes, or a compiled regular expression. `axes` may also be a
-        function (path, shape) → spec, or a tree of specs. The default rules know the names of Flax, Equinox,
-        Haiku, MaxText and Levanter. `plan` shows how every leaf is read.
+        one of fnmatch, where `*` also matches slashes, or a compiled regular expression. A path also matches
+        all leaves below it. `axes` may also be a function (path, shape) → spec, or a tree of specs. The
+        default rules know the names of Flax, Equinox, Haiku, MaxText and Levanter. `plan` shows how every
+        leaf is read.
       others: the transformation of the other leaves. The default is `adamw(others_learning_rate)` with the
         same `weight_decay`, `weight_decay_form`, `mask` and `state`.
       others_learning_rate: the learning rate of that AdamW; by default `learning_rate`.

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ def lookup(rules: Rules, who: str = "labels", argument: str = "rules") -> Callab
         found = values.setdefault(path, value)
         if found is not value and found != value:
             raise ValueError(f"{who}: several leaves have the path {path!r}. Use keys without slashes.")
-    return lambda path, shape: values.get(path, NO_MATCH)
+    return lambda path, shape: next((values[x] for x in _around(path) if x in values), NO_MATCH)
 
 
 def match_shardings(who: str, shardings: Rules | None) -> Callable[[str, Shape], Any] | None:
@@ -97,7 +98,7 @@ def has_patterns(rules: Rules) -> TypeGuard[Mapping[Any, Any]]:
 def first_match(patterns: Iterable[Pattern]) -> Callable[..., int | None]:
     """(path, shape) → the index of the first pattern that matches. Plain paths are found in a dictionary.
 
-    Only patterns that are functions need the shape.
+    A plain path matches all leaves below it. Only patterns that are functions need the shape.
     """
     plain: dict[str, int] = {}
     wild: list[tuple[int, Pattern]] = []
@@ -108,7 +109,7 @@ def first_match(patterns: Iterable[Pattern]) -> Callable[..., int | None]:
             wild.append((k, pattern))
 
     def first(path: str, shape: Shape = ()) -> int | None:
-        exact = plain.get(path)
+        exact = min((plain[x] for x in _around(path) if x in plain), default=None)
         earlier = wild if exact is None else [(k, pattern) for k, pattern in wild if k < exact]
         return next((k for k, pattern in earlier if _matches(pattern, path, shape)), exact)
 
@@ -125,16 +126,17 @@ def matching_pattern(rules: Rules) -> Callable[[str, Shape], str | None]:
 def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
     """The patterns, or the paths of a tree of rules, that match none of the paths."""
     paths = dict.fromkeys(paths)
+    around = {x for path in paths for x in _around(path)}
     if has_patterns(rules):
         for pattern in rules:
             if callable(pattern):
                 continue
-            if pattern not in paths and not (
+            if pattern not in around and not (
                 _is_wild(pattern) and any(_matches(pattern, p, ()) for p in paths)
             ):
                 yield _text(pattern)
     elif not callable(rules) or not _is_leaf(rules):
-        yield from (path for path, _ in _tree_values(rules) if path not in paths)
+        yield from (path for path, _ in _tree_values(rules) if path not in around)
 
 
 def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
@@ -144,10 +146,11 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
 
     Args:
       rules: an ordered mapping from pattern to label, or a function (path, shape) → label, or a tree of
-        labels that is matched by path. The first pattern that matches decides. A pattern is one of fnmatch
-        for the path, whose keys are joined by slashes (`*` also matches slashes), or a compiled regular
-        expression, which is searched for, or a function (path, shape) → bool, such as `roles("norm")`. The
-        label `...` means that no rule matches. Here that is an error; in `axes` the default rules then
+        labels that is matched by path, or a prefix of one. The first pattern that matches decides. A pattern
+        is one of fnmatch for the path, whose keys are joined by slashes (`*` also matches slashes), or a
+        compiled regular expression, which is searched for, or a function (path, shape) → bool, such as
+        `roles("norm")`. A path without wildcards also matches all leaves below it: "encoder" is "encoder/*".
+        The label `...` means that no rule matches. Here that is an error; in `axes` the default rules then
         decide. A path or pattern that matches no leaf is warned of, a function is not.
 
     Raises:
@@ -319,6 +322,12 @@ def _text(pattern: Pattern) -> str:
     if isinstance(pattern, re.Pattern):
         return pattern.pattern
     return pattern if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _around(path: str) -> tuple[str, ...]:
+    """The path of a leaf, and those of the subtrees that it is in, the innermost first."""
+    return (path, *_around(path.rpartition("/")[0])) if path else ("",)
 
 
 def _is_leaf(x: Any) -> bool:

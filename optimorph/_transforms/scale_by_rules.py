@@ -39,7 +39,7 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
     """
     who = called("scale_by_rules")
     if isinstance(rules, Mapping):
-        rules = {key: np.asarray(x) if isinstance(x, list | tuple) else x for key, x in rules.items()}
+        rules = {key: _as_array(x) for key, x in rules.items()}
     match = lookup(rules, who)
 
     def begin(leaves):
@@ -65,6 +65,12 @@ def scale_by_rules(rules: Rules) -> optax.GradientTransformationExtraArgs:
         return jnp.expand_dims(factor, range(factor.ndim, g.ndim)) * g, state  # (1)
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
+
+
+def _as_array(x: Any) -> Any:
+    """A list of numbers as an array; one of subtrees is a part of a tree of factors."""
+    array = np.asarray(x) if isinstance(x, list | tuple) else None
+    return x if array is None or array.dtype.hasobject else array
 
 
 def _check(who: str, path: str, shape: Shape, factor: Any) -> None:
