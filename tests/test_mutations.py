@@ -227,7 +227,7 @@ UNSEEN = {
         "_transforms.hyperball: _on_sphere: where [0-4] only 1",
         "_transforms.hyperball: _on_sphere: BitAnd 0 *",
         "_transforms.scale_by_rules: scale_by_rules: if 0 never",
-        "_transforms.scale_by_rules: scale_by_rules: if 1 *",
+        "_transforms.scale_by_rules: _as_array: if *",
         "_transforms.scale_by_rules: scale_by_rules: for 0 late",
         "_transforms.scale_by_rules: scale_by_rules.advance: if 0 always",
         "_transforms.scale_by_rules: scale_by_rules.update: if 0 never",
