@@ -34,12 +34,14 @@ from optimorph._distributed.shardings import (
     Sharding,
     Spec,
     explicit_axes,
+    inside_shard_map,
     manual_axes,
     mesh_of,
     partition_spec,
     spec_of,
     whole_shape,
 )
+from optimorph._distributed.stacks import in_the_compilers_hands
 from optimorph.linalg import Axes, NewtonSchulz
 
 
@@ -69,12 +71,9 @@ class ShardedFunction:
         Inside `jax.shard_map` the arrays are this device's local shards, and the shardings, which must be
         given there, are those of the global arrays.
         """
-        if manual := manual_axes():
-            if shardings is None:
-                raise ValueError("inside jax.shard_map arrays are local shards: shardings must be given")
-            specs = [spec_of(sharding, x.ndim, manual) for sharding, x in zip(shardings, arrays, strict=True)]
-            mesh = jax.sharding.get_abstract_mesh()
-            return self._of_shards(manual, mesh, specs, arrays, "invarying")
+        if inside_shard_map():
+            local = functools.partial(self._inside_shard_map, shardings)
+            return in_the_compilers_hands(local, [*arrays], None, None)[0]
         if shardings is not None:
             return self._over(mesh_of(shardings), shardings, arrays)
         eager = all(not isinstance(x, Tracer) and len(x.devices()) == 1 for x in arrays)
@@ -84,6 +83,18 @@ class ShardedFunction:
 
     def on_one_device(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         return map_matrices(self.f, self.forms, arrays, transpose=self.equivariant)
+
+    def _inside_shard_map(
+        self, shardings: Sequence[Sharding] | None, shards: Sequence[jax.Array], *none: None
+    ) -> tuple[list[jax.Array], None]:
+        """What mesh axes that are not manual divide is the compiler's."""
+        if not (manual := manual_axes()):
+            return self.on_one_device(shards), None
+        if shardings is None:
+            raise ValueError("inside jax.shard_map arrays are local shards: shardings must be given")
+        specs = [spec_of(sharding, x.ndim, manual) for sharding, x in zip(shardings, shards, strict=True)]
+        mesh = jax.sharding.get_abstract_mesh()
+        return self._of_shards(manual, mesh, specs, shards, "invarying"), None
 
     def _of_shards(
         self,

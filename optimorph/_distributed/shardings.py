@@ -35,6 +35,11 @@ def manual_axes() -> dict[str, int]:
     return {name: mesh.shape[name] for name in mesh.manual_axes if mesh.shape[name] > 1}
 
 
+def inside_shard_map() -> bool:
+    """Whether any mesh axes are manual here, if only of one device."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def explicit_axes(arrays: Sequence[jax.Array]) -> tuple[str, ...]:
     """The `Explicit` mesh axes: those over which array types carry the sharding."""
     mesh = jax.sharding.get_abstract_mesh()

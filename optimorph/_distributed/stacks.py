@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from optimorph._core.numbers import in_dtype_of, upcast_dtype
 from optimorph._core.types import PyTree, Shape
 from optimorph._distributed import hints
-from optimorph._distributed.shardings import explicit_axes, manual_axes
+from optimorph._distributed.shardings import explicit_axes, inside_shard_map
 from optimorph.linalg import Axes
 
 Stack = dict[str, Any]
@@ -122,7 +122,7 @@ def filled(count: int, mesh: Any) -> int:
 
 def mesh_of(arrays: Sequence[Any]) -> Mesh | AbstractMesh | None:
     """The mesh that arrays or their types name; None of one device, and inside `shard_map`."""
-    for x in () if manual_axes() else arrays:
+    for x in () if inside_shard_map() else arrays:
         sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else getattr(x, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
             return sharding.mesh
@@ -216,7 +216,7 @@ def in_the_compilers_hands(f: Callable[..., Any], updates: PyTree, state: PyTree
     The results have the shardings of `updates` and `state`.
     """
     arrays = [x for x in jax.tree.leaves((updates, state, params)) if isinstance(x, jax.Array)]
-    names = explicit_axes(arrays) if arrays and not manual_axes() else ()
+    names = explicit_axes(arrays) if arrays else ()
     if not names:
         return f(updates, state, params)
     context = jax.sharding.get_abstract_mesh()
@@ -230,6 +230,8 @@ def in_the_compilers_hands(f: Callable[..., Any], updates: PyTree, state: PyTree
     places = jax.tree.map(place, (updates, state))
     function: Any = f
     run: Any = jax.sharding.auto_axes(function, axes=names, out_sharding=places)
+    if inside_shard_map():
+        return jax.jit(run)(updates, state, params)  # without jit jax mixes up the two types of an axis
     if not context.empty:
         return run(updates, state, params)
     with _using(mesh, arrays):

@@ -1,6 +1,7 @@
 """Meshes of which types name some axes only, of one device, and functions that are not plain."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,74 @@ def test_shard_map_over_axes_of_one(expected):
     one = mesh((1, 1), (A, A))
     run = jax.shard_map(polar(), mesh=one, in_specs=P("a", "b"), out_specs=P("a", "b"))
     close(jax.jit(run)(jax.device_put(G, NamedSharding(one, P()))), expected)
+
+
+@pytest.mark.examples("sizes0-kinds0*")
+@pytest.mark.parametrize(
+    ("sizes", "kinds", "jitted"),
+    [((2, 2), (E, E), True), ((2, 2), (A, E), False), ((1, 2), (E, E), True), ((2, 2, 2), (A, E, A), True)],
+)
+def test_shard_map_over_one_of_the_axes(expected, sizes, kinds, jitted):
+    place, tx = NamedSharding(mesh(sizes, kinds), P("a", "b")), polar(shardings={"w": P("a", "b")})
+
+    def body(g):
+        found = tx(g)
+        assert str(jax.typeof(found)) == str(jax.typeof(g))
+        return found
+
+    run = jax.shard_map(body, mesh=place.mesh, in_specs=P("a"), out_specs=P("a"), axis_names={"a"})
+    close((jax.jit(run) if jitted else run)(jax.device_put(G, place)), expected)
+
+
+def eigen(**more):
+    return om.soap(0.1, every=1, **more)
+
+
+def test_bases_inside_shard_map_over_one_of_the_axes():
+    """In the second step, since the first one finds them."""
+
+    def train(tx, w):
+        state = tx.init({"w": w})
+        for g in (w, w**2):
+            found, state = tx.update({"w": g}, state, {"w": w})
+        return found["w"]
+
+    place, axes = NamedSharding(mesh((2, 2), (E, E)), P(None, "b")), {"*": "io"}
+    tx = eigen(axes=axes, shardings={"*": P()})
+    run = jax.shard_map(
+        lambda w: train(tx, w), mesh=place.mesh, in_specs=P(), out_specs=P(), axis_names={"a"}
+    )
+    got = jax.jit(run)(jax.device_put(G[:, :8], place))
+    want = jax.jit(lambda w: train(eigen(axes=axes), w))(G[:, :8])
+    np.testing.assert_allclose(got, want, rtol=1e-9)
+    assert got.sharding.is_equivalent_to(place, 2)
+
+
+FACTORED = functools.partial(om.factored, 0.9)
+MATRICES = {"fused": (8, 24), "layers": (4, 8, 8)}
+
+
+@pytest.mark.examples("2-scion")
+@pytest.mark.parametrize("name", ["normuon", "scion", "muonh", "shampoo", "klsoap", "soap_muon", "factored"])
+@pytest.mark.parametrize("size", [2, 1])
+def test_types_inside_shard_map_over_one_of_the_axes(name, size):
+    """Those of updates are those of gradients, and those of a state stay."""
+    make = FACTORED if name == "factored" else functools.partial(getattr(om, name), 0.1)
+    tx = make(axes={"fused": "i(3o)", "layers": "bio"}, shardings={"*": P()})
+    both, specs = mesh((size, 2), (E, E)), {"fused": P(None, "b"), "layers": P("b")}
+
+    def body(params):
+        state = tx.init(params)
+        updates, after = tx.update(params, state, params)
+        for x, y in zip(jax.tree.leaves((updates, after)), jax.tree.leaves((params, state)), strict=True):
+            assert str(jax.typeof(x)) == str(jax.typeof(y))
+        return updates
+
+    run = jax.shard_map(body, mesh=both, in_specs=P(), out_specs=P(), axis_names={"a"})
+    shapes = {
+        n: jax.ShapeDtypeStruct(s, float, sharding=NamedSharding(both, specs[n])) for n, s in MATRICES.items()
+    }
+    jax.eval_shape(run, shapes)
 
 
 @pytest.mark.parametrize("kind", [A, E])
