@@ -4,6 +4,7 @@ import collections
 import fnmatch
 import gc
 import os
+import zlib
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,14 +55,23 @@ def float64():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`@pytest.mark.examples("adam", "*-float32")`: all other cases are slow, as nightly tests are.
+    """`@pytest.mark.examples("adam", "*-float32")`: all other cases of the test are slow.
 
-    The longest tests begin first, so that no process waits for them in the end.
+    Of slow cases three of four are nightly. The longest tests begin first, so that no process waits for them
+    in the end.
     """
     for item in items:
         mark = item.get_closest_marker("examples")
         if mark and not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in mark.args):
             item.add_marker("slow")
+        is_case = item.get_closest_marker("slow") and hasattr(item, "callspec") and not _is_of_meshes(item)
+        if is_case and zlib.crc32(item.name.encode()) % 4:
+            item.add_marker("nightly")
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_mesh.py"))
+    items.sort(key=lambda item: not _is_of_meshes(item))
+
+
+def _is_of_meshes(item):
+    """A test that runs those of `mesh/`."""
+    return item.nodeid.startswith("tests/test_mesh.py")

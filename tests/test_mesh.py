@@ -32,5 +32,7 @@ def test_quick_ones():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PROCESSES))
-def test_slow_ones(part):
-    run(FILES[part::PROCESSES], "slow")
+def test_slow_ones(part, pytestconfig):
+    """Those that were asked for: `pytest -m "not nightly"` leaves the nightly ones out."""
+    asked = pytestconfig.getoption("markexpr")
+    run(FILES[part::PROCESSES], f"slow and ({asked})" if asked else "slow")

@@ -1,8 +1,7 @@
 """With any single operation of an update rule changed, a formula test of that rule fails.
 
 A mutant's name says the module, the function, and what is done to which operation of its kind in that
-function: `pytest -m "" -k "momentum.add and Mult"` tries those of one operation. CI tries every third mutant,
-and all of them every night.
+function: `pytest -m "" -k "momentum.add and Mult"` tries those of one operation.
 """
 
 import fnmatch
@@ -334,13 +333,8 @@ def error(entry, package, dtype, steps):
         return np.inf
 
 
-def every_third(names):
-    """All names; two of three cases run only at night."""
-    return [pytest.param(name, marks=[pytest.mark.nightly] if k % 3 else []) for k, name in enumerate(names)]
-
-
 @pytest.mark.examples("_transforms.averages: momentum.add: *")
-@pytest.mark.parametrize("name", every_third(name for name in ALL if name not in HIDDEN))
+@pytest.mark.parametrize("name", [name for name in ALL if name not in HIDDEN])
 def test_changed_operation(name):
     mutant, names = ALL[name]
     with mutants.package(mutant) as package:
@@ -377,7 +371,7 @@ CHANGES_NOTHING = {
 
 
 @pytest.mark.examples("_transforms.qk_clip: _factors: Div 0 left")
-@pytest.mark.parametrize("name", every_third(sorted({*CHECKS} - CHANGES_NOTHING)))
+@pytest.mark.parametrize("name", sorted({*CHECKS} - CHANGES_NOTHING))
 def test_checked_operation(name):
     mutant, is_wrong = CHECKS[name]
     with mutants.package(mutant) as package:
