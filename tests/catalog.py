@@ -33,7 +33,6 @@ class Entry:
       together: the rule is one of all leaves, as mappings.
       condition: how much more than others the formula magnifies rounding.
       stacks: its state has stacks of the matrices of several leaves.
-      like: another entry whose contract is that of this one, of which only the formula is tested.
     """
 
     id: str
@@ -45,7 +44,6 @@ class Entry:
     together: bool = False
     condition: float = 1.0
     stacks: bool = False
-    like: str = ""
 
     @property
     def name(self) -> str:
@@ -600,7 +598,7 @@ RECIPES = [
     ),
 ]
 
-LIKE_SOAP = {"matrices": True, "real": True, "condition": 10, "stacks": True, "like": "soap"}
+LIKE_SOAP = {"matrices": True, "real": True, "condition": 10, "stacks": True}
 
 MORE = [  # recipes under other arguments, which have no other states
     Entry(
@@ -800,6 +798,8 @@ MORE = [  # recipes under other arguments, which have no other states
 ]
 
 LIKE = {
+    **dict.fromkeys(["in_eigenbasis-kl", "soap-numbers", "klsoap"], "soap"),
+    **dict.fromkeys(["shampoo", "shampoo-half", "soap_muon"], "soap"),
     "adamuon-out-in": "normuon-out-in",
     "adamh-betas": "adamh",
     "ema-initial": "ema",
@@ -835,19 +835,16 @@ LIKE = {
     "scion-rms": "scion",
     "scion-sign": "scion-spectral",
 }
-"""Entry → another one, from which it differs in numbers only."""
+"""Entry → another one whose contract is that of this entry, of which only the formula is tested."""
 
-ENTRIES = [
-    dataclasses.replace(entry, like=LIKE[entry.id]) if entry.id in LIKE else entry
-    for entry in TRANSFORMS + RECIPES + MORE
-]
+ENTRIES = TRANSFORMS + RECIPES + MORE
 IDS = [entry.id for entry in ENTRIES]
 NAMES = list(dict.fromkeys(entry.name for entry in ENTRIES))
 
 
 def each(entries=ENTRIES):
     """A test of every entry, quick for the first of each name: the others differ in arguments only."""
-    entries = [entry for entry in entries if not (entry.like or entry.id in LIKE)]
+    entries = [entry for entry in entries if entry.id not in LIKE]
     first = {entry.name: entry for entry in reversed(entries)}
     marks = {entry.id: () if first[entry.name] is entry else pytest.mark.slow for entry in entries}
     return pytest.mark.parametrize("entry", [pytest.param(e, id=e.id, marks=marks[e.id]) for e in entries])

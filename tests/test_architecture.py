@@ -180,8 +180,7 @@ def test_recipes_say_what_they_equal(name):
 def test_catalog_ids_are_readable_and_unique():
     assert len(set(catalog.IDS)) == len(catalog.IDS)
     assert all(hasattr(om, entry.name) for entry in catalog.ENTRIES)
-    assert {entry.like for entry in catalog.ENTRIES} <= {"", *catalog.IDS}
-    assert {*catalog.LIKE} <= {*catalog.IDS}
+    assert {*catalog.LIKE, *catalog.LIKE.values()} <= {*catalog.IDS}
 
 
 def test_private_modules():

@@ -20,7 +20,7 @@ import optimorph as om
 from optimorph import probes
 
 ENTRIES = [
-    *(entry for entry in catalog.ENTRIES if not entry.like or entry.id == "klsoap"),
+    *(entry for entry in catalog.ENTRIES if entry.id not in catalog.LIKE or entry.id == "klsoap"),
     catalog.Entry("probe", lambda om: probes.probe(om.adamw(0.1), every=2), None),
     catalog.Entry("int8", lambda om: om.adamw(0.1, state="int8"), None),
     catalog.Entry("muon-int8", lambda om: om.muon(0.1, state="int8"), None),

@@ -181,7 +181,7 @@ class Match:
         return found or there
 
     def _other_count(self, slot: Slot, parts: list[Part]) -> Origin | None:
-        """A count of another kind: for one of moments rather of moments, for one of steps rather of steps."""
+        """A count of another kind. Counts of the same use, moments or all steps, are tried first."""
         of_moments = slot.kind in CORRECTIONS
         for kind in sorted(kinds.COUNTS, key=lambda kind: (kind in CORRECTIONS) != of_moments):
             if kind != slot.kind and (found := self._at(slot, kind, parts)):
