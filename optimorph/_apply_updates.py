@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.differences import difference, has_several_leaves
+from optimorph._core.differences import UPDATES, difference, has_several_leaves
 from optimorph._core.numbers import ABSENT, as_kind_of, cast_like, copied, is_absent, is_missing, kind, upcast
 from optimorph._core.paths import structure_paths
 from optimorph._core.rounding import check_key, leaf_key, stochastic_bfloat16
@@ -48,9 +48,9 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
     try:
         ws = tree.flatten_up_to(params)
     except (ValueError, TypeError, KeyError) as error:
-        raise difference("apply_updates", updates, params) from error
+        raise difference("apply_updates", updates, params, UPDATES) from error
     if not all(_fits(u, w) for u, w in zip(us, ws, strict=True)):
-        raise difference("apply_updates", updates, params)
+        raise difference("apply_updates", updates, params, UPDATES)
     leaves = zip(structure_paths(tree), us, ws, strict=True)
     return tree.unflatten(_updated(path, u, w, key) for path, u, w in leaves)
 

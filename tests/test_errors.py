@@ -276,7 +276,15 @@ REFUSED = {
     ),
     "no updates at all": (
         lambda: om.apply_updates(PAIRS, None),
-        ["apply_updates: ", "'a/w': a parameter of shape (3,), but no "],
+        ["apply_updates: the updates do not match", "'a/w': a parameter of shape (3,), but no update"],
+    ),
+    "what update returned for updates": (
+        lambda: om.apply_updates(PAIRS, om.sgd(0.1).update(PAIRS, om.sgd(0.1).init(PAIRS), PAIRS)),
+        ["'0/a/w': an update of shape (3,), but no parameter", "updates, state = tx.update(gradients"],
+    ),
+    "updates of integers": (
+        lambda: om.apply_updates({"n": jnp.ones(3, int)}, {"n": jnp.ones(3)}),
+        ["apply_updates: some updates cannot be used", "an update of float32", "integers of integers"],
     ),
     "parameters for axes": (
         lambda: om.muon(0.1, axes={"w": jnp.ones((3, 4))}).init({"w": jnp.ones((3, 4))}),

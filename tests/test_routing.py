@@ -1174,6 +1174,15 @@ def test_labels_warn_of_unused_rules():
         optax.masked(om.ema(0.9), om.labels({"hiden/*": False, "*": True})).init(params)
 
 
+def test_labels_of_trees_with_none_warn_of_unused_rules():
+    """As of Equinox's models, whose functions are None; a leaf without a gradient is a leaf."""
+    rules = om.labels({"*weight*": True, "*": False})
+    with pytest.warns(UserWarning, match=r"no leaf matches the rule '\*weight\*'"):
+        rules({"activation": None, "kernel": jnp.ones((3, 3))})
+    rules({"weight": None, "kernel": jnp.ones((3, 3))})
+    rules({"part": optax.MaskedNode(), "kernel": jnp.ones((3, 3))})
+
+
 def test_what_is_typed_as_the_error_says_is_enough():
     params = {"a[0]": jnp.ones((3, 4, 5)), "b*": jnp.ones((3, 4, 5))}
     om.muon(0.1, axes={"a[0]": "bio", "b*": "bio"}).init(params)

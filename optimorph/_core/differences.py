@@ -1,7 +1,7 @@
 """The errors for trees that do not match."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,39 @@ class TreeError(ValueError):
     """The error of trees that do not match, by the name of the transform that found it."""
 
 
+class Words(NamedTuple):
+    """What errors call a leaf of the tree beside the parameters, and what they tell people to type."""
+
+    name: str
+    one: str
+    of_same_tree: str
+    of_same_kind: str
+
+
+GRADIENTS = Words(
+    "gradient",
+    "a gradient",
+    "Take the gradient of the same tree that was given to init, and pass that tree as params.",
+    "Give real gradients of real parameters and complex ones of complex parameters. Integers are not "
+    "trained: their gradient is None, or float0 as jax.grad(allow_int=True) has it.",
+)
+UPDATES = Words(
+    "update",
+    "an update",
+    "Pass the first of the two trees that update returns: updates, state = tx.update(gradients, state, "
+    "params); and the parameters that update was given.",
+    "Give real updates of real parameters, complex ones of complex parameters, and integers of integers; "
+    "where the update is None the parameter does not change.",
+)
+
+
 def has_several_leaves(tree: PyTree) -> bool:
     """Whether one None cannot stand for it, as where a function returned no gradients."""
     return len(jax.tree.leaves(tree)) > 1
 
 
-def difference(who: str, updates: PyTree, other: PyTree | None) -> TreeError:
-    """The error that names every leaf where gradients differ from the tree beside them.
+def difference(who: str, updates: PyTree, other: PyTree | None, words: Words = GRADIENTS) -> TreeError:
+    """The error that names every leaf where gradients, or updates, differ from the tree beside them.
 
     Without such a tree, it names the gradients that are not real or complex numbers.
     """
@@ -31,25 +57,20 @@ def difference(who: str, updates: PyTree, other: PyTree | None) -> TreeError:
     gradients = {path: g for path, g in by_path(updates).items() if not is_missing(g)}
     missing = set(everywhere) - set(gradients)
     beside = {} if other is None else by_path(other)
-    if other is not None and (lines := [*_other_shapes(gradients, beside, missing)]):
-        fix = "Take the gradient of the same tree that was given to init, and pass that tree as params."
-        return _error(who, "the gradients do not match the parameters.", lines, fix)
+    if other is not None and (lines := [*_other_shapes(gradients, beside, missing, words)]):
+        return _error(who, f"the {words.name}s do not match the parameters.", lines, words.of_same_tree)
     if lines := [not_an_array(who, path, g) for path, g in gradients.items() if kind(g) == "none"]:
         return TreeError("\n".join(lines))
-    lines = [f"{path!r}: a gradient of {_dtype(g)}" for path, g in gradients.items() if kind(g) == "integer"]
+    lines = [f"{path!r}: {words.one} of {_dtype(g)}" for path, g in gradients.items() if kind(g) == "integer"]
     lines = lines or [
-        f"{path!r}: a gradient of {_dtype(gradients[path])} for a parameter of {_dtype(leaf)}"
+        f"{path!r}: {words.one} of {_dtype(gradients[path])} for a parameter of {_dtype(leaf)}"
         for path, leaf in beside.items()
         if path in gradients and kind(leaf) != kind(gradients[path])
     ]
     if lines:
-        fix = (
-            "Give real gradients of real parameters and complex ones of complex parameters. Integers are not "
-            "trained: their gradient is None, or float0 as jax.grad(allow_int=True) has it."
-        )
-        return _error(who, "some gradients cannot be used.", lines, fix)
+        return _error(who, f"some {words.name}s cannot be used.", lines, words.of_same_kind)
     return TreeError(
-        f"{who}: the gradients do not match the parameters: their leaves are the same, but their "
+        f"{who}: the {words.name}s do not match the parameters: their leaves are the same, but their "
         "containers differ, for example a list and a tuple. Pass trees of the same structure."
     )
 
@@ -73,17 +94,19 @@ def other_state(who: str) -> TreeError:
     )
 
 
-def _other_shapes(gradients: dict[str, Any], beside: dict[str, Any], missing: set[str]) -> Iterable[str]:
+def _other_shapes(
+    gradients: dict[str, Any], beside: dict[str, Any], missing: set[str], words: Words
+) -> Iterable[str]:
     for path in gradients | beside:
         here, there = (np.shape(leaves[path]) if path in leaves else None for leaves in (gradients, beside))
         if path in missing or here == there:
             continue
         if here is None:
-            yield f"'{path}': a parameter of shape {there}, but no gradient"
+            yield f"'{path}': a parameter of shape {there}, but no {words.name}"
         elif there is None:
-            yield f"'{path}': a gradient of shape {here}, but no parameter"
+            yield f"'{path}': {words.one} of shape {here}, but no parameter"
         else:
-            yield f"'{path}': a gradient of shape {here} for a parameter of shape {there}"
+            yield f"'{path}': {words.one} of shape {here} for a parameter of shape {there}"
 
 
 def _error(who: str, what: str, lines: list[str], fix: str) -> TreeError:

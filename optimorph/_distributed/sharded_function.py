@@ -73,7 +73,7 @@ class ShardedFunction:
         """
         if inside_shard_map():
             local = functools.partial(self._inside_shard_map, shardings)
-            return in_the_compilers_hands(local, [*arrays], None, None)[0]
+            return in_the_compilers_hands(local, [*arrays])
         if shardings is not None:
             return self._over(mesh_of(shardings), shardings, arrays)
         eager = all(not isinstance(x, Tracer) and len(x.devices()) == 1 for x in arrays)
@@ -85,16 +85,16 @@ class ShardedFunction:
         return map_matrices(self.f, self.forms, arrays, transpose=self.equivariant)
 
     def _inside_shard_map(
-        self, shardings: Sequence[Sharding] | None, shards: Sequence[jax.Array], *none: None
-    ) -> tuple[list[jax.Array], None]:
+        self, shardings: Sequence[Sharding] | None, shards: Sequence[jax.Array]
+    ) -> list[jax.Array]:
         """What mesh axes that are not manual divide is the compiler's."""
         if not (manual := manual_axes()):
-            return self.on_one_device(shards), None
+            return self.on_one_device(shards)
         if shardings is None:
             raise ValueError("inside jax.shard_map arrays are local shards: shardings must be given")
         specs = [spec_of(sharding, x.ndim, manual) for sharding, x in zip(shardings, shards, strict=True)]
         mesh = jax.sharding.get_abstract_mesh()
-        return self._of_shards(manual, mesh, specs, shards, "invarying"), None
+        return self._of_shards(manual, mesh, specs, shards, "invarying")
 
     def _of_shards(
         self,

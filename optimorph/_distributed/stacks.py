@@ -210,15 +210,15 @@ def _zeros(shape: Shape, dtype: Any) -> jax.Array:
     return jnp.zeros((math.prod(shape[:-2]), *shape[-2:]), dtype)
 
 
-def in_the_compilers_hands(f: Callable[..., Any], updates: PyTree, state: PyTree, params: PyTree) -> Any:
-    """`f(updates, state, params)` → (updates, state), over `Explicit` mesh axes as over `Auto` ones.
+def in_the_compilers_hands(f: Callable[..., Any], like: PyTree, *others: PyTree) -> Any:
+    """`f(like, *others)`, a tree as `like`, over `Explicit` mesh axes as over `Auto` ones.
 
-    The results have the shardings of `updates` and `state`.
+    The results have the shardings of `like`.
     """
-    arrays = [x for x in jax.tree.leaves((updates, state, params)) if isinstance(x, jax.Array)]
+    arrays = [x for x in jax.tree.leaves((like, others)) if isinstance(x, jax.Array)]
     names = explicit_axes(arrays) if arrays else ()
     if not names:
-        return f(updates, state, params)
+        return f(like, *others)
     context = jax.sharding.get_abstract_mesh()
     meshes = [jax.typeof(x).sharding.mesh for x in arrays]
     mesh = next((mesh for mesh in meshes if not mesh.empty), context)
@@ -227,15 +227,14 @@ def in_the_compilers_hands(f: Callable[..., Any], updates: PyTree, state: PyTree
         spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else PartitionSpec()
         return NamedSharding(mesh, spec)
 
-    places = jax.tree.map(place, (updates, state))
     function: Any = f
-    run: Any = jax.sharding.auto_axes(function, axes=names, out_sharding=places)
+    run: Any = jax.sharding.auto_axes(function, axes=names, out_sharding=jax.tree.map(place, like))
     if inside_shard_map():
-        return jax.jit(run)(updates, state, params)  # without jit jax mixes up the two types of an axis
+        return jax.jit(run)(like, *others)  # without jit jax mixes up the two types of an axis
     if not context.empty:
-        return run(updates, state, params)
+        return run(like, *others)
     with _using(mesh, arrays):
-        return run(updates, state, params)
+        return run(like, *others)
 
 
 def _using(mesh: Any, arrays: Sequence[jax.Array]) -> contextlib.AbstractContextManager[Any]:

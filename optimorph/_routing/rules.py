@@ -162,8 +162,11 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
     match = lookup(rules)
 
     def labels_of(tree):
-        if not any(map(is_absent, jax.tree.leaves(tree, is_leaf=is_absent))):  # not a part of the parameters
-            warn_unused("labels", "rules", rules, leaf_paths(tree))
+        places = jax.tree.map(lambda _: 0, tree, is_leaf=lambda x: x is None)  # also of missing gradients
+        if not any(
+            map(is_absent, jax.tree.leaves(places, is_leaf=is_absent))
+        ):  # not a part of the parameters
+            warn_unused("labels", "rules", rules, leaf_paths(places))
         return labelled("labels", match, tree)
 
     return labels_of

@@ -239,19 +239,20 @@ def in_eigenbasis(
 
     def update(updates, state, params=None, **extra):
         state = as_made(init, checked_state(who, state, EigenbasisState), params)
-        return in_the_compilers_hands(functools.partial(step, **extra), updates, state, params)
+        return in_the_compilers_hands(functools.partial(step, **extra), (updates, state), params)
 
-    def step(updates, state, params, **extra):
+    def step(old, params, **extra):
+        updates, state = old
         gs, tree, ws = aligned(who, updates, params, strict=False)
         known = read(Leaves(tree, gs if params is None else ws))
         slots = known.slots
-        old = _kept(who, slots, state, max_dim)
+        kept = _kept(who, slots, state, max_dim)
         there = {k: gs[k] for k in slots.forms if not is_absent(gs[k])}
         mesh = mesh_in_use([*there.values()])
         wide = {k: upcast(g) for k, g in there.items()}
-        counts = {key: next(map(len, jax.tree.leaves(k)), slots.counts[key]) for key, k in old.items()}
+        counts = {key: next(map(len, jax.tree.leaves(k)), slots.counts[key]) for key, k in kept.items()}
         g = to_owners(mesh, slots.stacked(wide, counts))
-        now = {key: jax.tree.map(lambda x, like=g[key]: _in_precision(x, like), k) for key, k in old.items()}
+        now = {key: jax.tree.map(lambda x, like=g[key]: _in_precision(x, like), k) for key, k in kept.items()}
         first = state.basis_count == 0
 
         others = [x if is_absent(x) else upcast(x) for x in gs]
@@ -292,10 +293,8 @@ def in_eigenbasis(
         if dtype is not None:
             learned = jax.tree.map(lambda x: x.astype(stored_dtype(dtype, x.dtype)), learned)
         missing = slots.missing(there)
-        after, averaged, learned = (
-            where_missing(missing, was, new)
-            for was, new in ((state.inner, after), (state.average, averaged), (old, learned))
-        )
+        was, new = (state.inner, state.average, kept), (after, averaged, learned)
+        after, averaged, learned = where_missing(missing, was, new)
 
         matrices = slots.unstacked(from_owners(mesh, out["stacks"]))
         found, told = tree.flatten_up_to(out["others"]), [matrices[k] for k in there]

@@ -101,14 +101,15 @@ def factored(
             return rows.astype(g.dtype), FactoredState(rows, upcast(state.columns))
         over = {side: reduction(who, match, leaf, form, side).mean_over_devices for side in "io"}
 
-        def outer(g, state, _):
+        def outer(old):
+            g, state = old
             rows, columns = _of_sides(jnp.mean, form.matrices(g))
             rows = average(over["o"](rows), state.rows)  # (1)
             columns = average(over["i"](columns), state.columns)  # (2)
             u = _outer(form, g.shape, rows, columns, None if geometric else over["i"])
             return u.astype(g.dtype), FactoredState(rows, columns)
 
-        return in_the_compilers_hands(outer, g, state, None)
+        return in_the_compilers_hands(outer, (g, state))
 
     return transform(who, Rule(roles_of(FactoredState), update, init=init, advance=advance))
 
