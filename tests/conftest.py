@@ -57,16 +57,19 @@ def float64():
 def pytest_collection_modifyitems(items):
     """`@pytest.mark.examples("adam", "*-float32")`: all other cases of the test are slow.
 
-    Of slow cases three of four are nightly. The longest tests begin first, so that no process waits for them
-    in the end.
+    Of slow cases seven of eight are nightly, and of all cases every second one is `second`, by a checksum of
+    the name. The longest tests begin first, so that no process waits for them in the end.
     """
     for item in items:
         mark = item.get_closest_marker("examples")
         if mark and not any(fnmatch.fnmatchcase(item.callspec.id, pattern) for pattern in mark.args):
             item.add_marker("slow")
-        is_case = item.get_closest_marker("slow") and hasattr(item, "callspec") and not _is_of_meshes(item)
-        if is_case and zlib.crc32(item.name.encode()) % 4:
-            item.add_marker("nightly")
+        if hasattr(item, "callspec") and not _is_of_meshes(item):
+            checksum = zlib.crc32(item.name.encode())
+            if item.get_closest_marker("slow") and checksum % 8:
+                item.add_marker("nightly")
+            if checksum % 2:
+                item.add_marker("second")
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
     items.sort(key=lambda item: not _is_of_meshes(item))

@@ -26,13 +26,17 @@ def run(files, kind):
     assert process.returncode == 0, process.stdout[-6000:] + process.stderr[-2000:]
 
 
-def test_quick_ones():
-    run(FILES, "not slow")
+def asked(pytestconfig, kind):
+    """Those of a kind that were asked for: `pytest -m "not nightly"` leaves the nightly ones out."""
+    expression = pytestconfig.getoption("markexpr")
+    return f"{kind} and ({expression})" if expression else kind
+
+
+def test_quick_ones(pytestconfig):
+    run(FILES, asked(pytestconfig, "not slow"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PROCESSES))
 def test_slow_ones(part, pytestconfig):
-    """Those that were asked for: `pytest -m "not nightly"` leaves the nightly ones out."""
-    asked = pytestconfig.getoption("markexpr")
-    run(FILES[part::PROCESSES], f"slow and ({asked})" if asked else "slow")
+    run(FILES[part::PROCESSES], asked(pytestconfig, "slow"))
