@@ -1,5 +1,6 @@
 """Gradients of microbatches as one step: weights, windows that end early, missing leaves, maxima."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,39 @@ def test_one_microbatch_may_have_a_weight():
     tx = om.multi_steps(optax.chain(optax.scale(2.0), om.skip_nonfinite(om.sgd(1.0))), 1)
     updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), weight=3.0, flush=True)
     np.testing.assert_array_equal(updates, -2.0)
+
+
+@pytest.mark.parametrize("weight", [0.0, np.float32(0), 2.0, np.float32(np.nan), np.float32(-1)])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_one_microbatch_of_weight_zero_takes_no_step(weight, compiled):
+    """With k = 1 as with every k, whether `flush` is true or not; a schedule of k is the reference."""
+    params = {"a": jnp.ones(3), "frozen": None, "half": jnp.ones(2, jnp.bfloat16)}
+    gradients = params | {"a": jnp.array([1.0, 2.0, 3.0])}
+    found = []
+    for k in (1, lambda steps: 1):
+        tx = om.multi_steps(om.adamw(0.1), k)
+        update = jax.jit(tx.update) if compiled else tx.update
+        _, state = update(gradients, tx.init(params), params)
+        try:
+            updates, state = update(gradients, state, params, weight=weight, flush=True)
+        except ValueError as error:
+            updates = str(error)
+        found.append((updates, getattr(state, "inner", state)))
+    (updates, state), (expected, after) = found
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    rounding.close(state, after)
+    if isinstance(expected, str):
+        assert updates == expected
+    else:
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, expected)
+        rounding.close(updates, expected)
+        assert bool(jnp.any(updates["a"] != 0)) == bool(weight > 0)
+
+
+def test_one_microbatch_takes_a_boolean_flush():
+    tx = om.multi_steps(om.sgd(0.1), 1)
+    with pytest.raises(ValueError, match="multi_steps: flush must be one boolean"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), flush="yes")
 
 
 def test_missing_leaves_are_zeros():

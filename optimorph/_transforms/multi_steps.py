@@ -84,7 +84,7 @@ def multi_steps(
     Without these arguments the updates are those of `optax.MultiSteps`, with these differences:
 
     - `inner` runs only when a step is taken. It gets the mean in float32 or wider.
-    - With k = 1 the transformation is `inner` itself, without a buffer.
+    - With k = 1 there is no buffer, and the state is that of `inner`.
     - A gradient with a NaN or an infinity is left out, and the window waits for another gradient. With k = 1
       such a gradient reaches `inner`. `skip_nonfinite` around `multi_steps` works for every k, and counts the
       gradients that are left out. Inside `jax.shard_map`, if one device leaves out a gradient, all do.
@@ -130,7 +130,7 @@ def multi_steps(
         check_integer(who, "every_k", every_k, 4, below=2**31)
     check_dtypes(who, accumulator_dtype=accumulator_dtype)
     if not callable(every_k) and every_k == 1:
-        return wrapped(who, inner)
+        return _of_one(who, wrapped(who, inner))
     inner = wrapped(who, inner, wide=True)
     k_at = as_schedule(every_k)
     by_maximum = False if maximum is None else maximum
@@ -159,9 +159,7 @@ def multi_steps(
 
     def update(updates, state, params=None, *, weight=1.0, flush=False, **extra):
         state = as_made(init, checked_state(who, state, MultiStepsState), params)
-        check_numbers(who, weight=weight)
-        if not (is_array(flush) and jnp.issubdtype(jnp.result_type(flush), jnp.bool_) and not np.ndim(flush)):
-            raise ValueError(f"{who}: flush must be one boolean, but is {shown(flush)}. Type flush=True.")
+        _check_arguments(who, weight, flush)
         try:
             gs, tree, means = aligned(who, updates, state.mean)
         except TreeError as error:
@@ -219,13 +217,7 @@ def multi_steps(
             unseen = all_of([~jnp.any(m != 0) for m in jax.tree.leaves(rest)], real_dtype(rest))
             return cond(_on_all_devices(unseen), without, with_zeros)
 
-        def wait():
-            shapes, after = jax.eval_shape(step)
-            nothing = map_updates(
-                who, lambda g, u: with_type_of(jnp.zeros_like(g, dtype=u.dtype), u), updates, shapes
-            )
-            return nothing, jax.tree.map(in_dtype_of, _observed(state.inner, added, extra), after)
-
+        wait = functools.partial(_waited, who, step, updates, state.inner, added, extra)
         out, after = cond(due, step, wait)  # (2), (3)
         kept = jax.tree.map(lambda m: as_stored(jnp.where(due, 0, m), accumulator_dtype), mean)
         count, weight = jnp.where(due, 0, count), jnp.where(due, 0, total)
@@ -233,6 +225,39 @@ def multi_steps(
         return out, MultiStepsState(after, kept, count, weight, steps)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _of_one(who: str, inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """k = 1: `inner` itself, which does not see gradients of weight 0."""
+
+    def update(updates, state, params=None, *, weight=1.0, flush=False, **extra):
+        _check_arguments(who, weight, flush)
+
+        def step():
+            out, after = inner.update(updates, state, params, **extra)
+            return out, jax.tree.map(with_type_of, after, state)
+
+        if not isinstance(weight, Tracer) and weight > 0:
+            return inner.update(updates, state, params, **extra)
+        fit = _on_all_devices((weight > 0) & jnp.isfinite(weight))
+        return cond(fit, step, functools.partial(_waited, who, step, updates, state, fit, extra))
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _check_arguments(who: str, weight: Any, flush: Any) -> None:
+    check_numbers(who, weight=weight)
+    if not (is_array(flush) and jnp.issubdtype(jnp.result_type(flush), jnp.bool_) and not np.ndim(flush)):
+        raise ValueError(f"{who}: flush must be one boolean, but is {shown(flush)}. Type flush=True.")
+
+
+def _waited(who: str, step: Any, updates: PyTree, state: PyTree, sound: Any, extra: dict[str, Any]) -> Any:
+    """(3), in the types of a step; the inner state is the old one, but for what it observes."""
+    shapes, after = jax.eval_shape(step)
+    nothing = map_updates(
+        who, lambda g, u: with_type_of(jnp.zeros_like(g, dtype=u.dtype), u), updates, shapes
+    )
+    return nothing, jax.tree.map(in_dtype_of, _observed(state, sound, extra), after)
 
 
 def _observes(node: Any) -> bool:
