@@ -51,8 +51,9 @@ class PlanRow:
         decides.
       spec: how the leaf reads as matrices; None if it is not a matrix.
       matrices: (number of matrices, inputs, outputs), for each size of matrix in the leaf.
-      transform: the transformation that updates the leaf: "muon", "adamw" or "others"; "optimizer" if all
-        leaves have the same; "none" for integers; "?" if the leaf is unresolved.
+      transform: the transformation that updates the leaf: "muon", "adamw" or "others"; the label of
+        `partition`; "optimizer" if all leaves have the same; "none" for integers; "?" if the leaf is
+        unresolved.
       scales: the factor from `scale_by_shape` for each size in `matrices`; empty if it is not known, as for a
         chain of your own.
       state_bytes: the bytes of the leaf's optimizer state, without counts and other scalars.
@@ -171,7 +172,7 @@ def plan(
     def row(path: str, leaf: jax.ShapeDtypeStruct, spec: LeafSpec) -> PlanRow:
         matrices = _matrices(spec.axes, leaf.shape)
         sizes = [size for _, *size in matrices if 0 not in size]
-        routes = readings.routes[readings.routed[path][0]] if path in readings.routed else _ELSEWHERE
+        routes = _routes(readings, path)
         scale = SCALES[routes.scale] if isinstance(routes.scale, str) else routes.scale
         return PlanRow(
             path=path,
@@ -235,6 +236,13 @@ def _shape(path: str, leaf: Any) -> jax.ShapeDtypeStruct:
         raise ValueError(not_an_array("plan", path, leaf))
     has_dtype = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if has_dtype else jnp.result_type(leaf))
+
+
+def _routes(readings: Readings, path: str) -> Routes:
+    """Those of the optimizer that routes a leaf; of another leaf only the name of its transformation."""
+    if path in readings.routed:
+        return readings.routes[readings.routed[path][0]]
+    return Routes(lambda paths, shapes: [], None, (str(readings.labels.get(path, "optimizer")),) * 2)
 
 
 def _transform(routes: Routes, spec: LeafSpec) -> str:
@@ -304,7 +312,6 @@ def _learning_rates(
     return found
 
 
-_ELSEWHERE = Routes(lambda paths, shapes: [], None, ("optimizer", "optimizer"))
 _TITLES = ("path", "leaves", "shape", "dtype", "role", "spec", "matrices", "to", "scale", "state")
 _TOTALS = ("to", "leaves", "matrices", "parameters", "state")
 

@@ -124,7 +124,9 @@ def test_one_microbatch_of_weight_zero_takes_no_step(weight, compiled):
         assert bool(jnp.any(updates["a"] != 0)) == bool(weight > 0)
 
 
-def test_one_microbatch_takes_a_boolean_flush():
+def test_arguments_of_one_microbatch_are_checked():
+    with pytest.warns(UserWarning, match=r"multi_steps: no leaf matches the rule '\*amax\*'"):
+        om.multi_steps(om.sgd(0.1), 1, maximum={"*amax*": True, "*": False}).init({"w": jnp.ones(2)})
     tx = om.multi_steps(om.sgd(0.1), 1)
     with pytest.raises(ValueError, match="multi_steps: flush must be one boolean"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)), flush="yes")

@@ -18,6 +18,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 import optimorph as om
 from optimorph.__main__ import main
 
+SGD, FROZEN = om.sgd(0.1, 0.9), optax.set_to_zero()
+
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_golden_plans(name):
@@ -233,9 +235,18 @@ def test_rows_inside_a_partition_are_those_of_its_parts():
         "c": om.sgd(0.1),
     }
     plan = om.plan(params, om.partition({"a*": "a", "b*": "b", "*": "c"}, parts))
-    assert [row.transform for row in plan] == ["muon", "scion", "optimizer"]
+    assert [row.transform for row in plan] == ["muon", "scion", "c"]
     assert plan["a/kernel"].scales == (2**0.5,)
     assert plan.unused == ("blocs/*",)
+
+
+def test_parts_of_a_partition_have_their_labels():
+    """In the column of each leaf and in the sums; of nested partitions the inner label."""
+    parts = {"slow": om.adamw(1e-4), "rest": om.partition({"*b": "b", "*": "off"}, {"b": SGD, "off": FROZEN})}
+    params = {"a": jnp.ones(3), "b": jnp.ones(4), "c": jnp.ones(5), "n": jnp.ones(2, int)}
+    plan = om.plan(params, om.multi_steps(om.partition({"a": "slow", "*": "rest"}, parts), 2))
+    assert [row.transform for row in plan] == ["slow", "b", "off", "none"]
+    assert "\nslow  1       0         3 " in str(plan)
 
 
 def test_a_mesh_is_for_wrapped_optimizers_too():

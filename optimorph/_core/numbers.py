@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -59,14 +59,19 @@ def with_type_of(x: jax.Array, like: Any) -> jax.Array:
 
 def varying(x: jax.Array, *likes: Any) -> jax.Array:
     """`x`, varying over the manual mesh axes over which other arrays vary, where types say so."""
-    own, *others = (_varies_over(like) for like in (x, *likes))
-    more = own.union(*others) - own
+    return varying_over(x, frozenset().union(*map(_varies_over, likes)))
+
+
+def varying_over(x: jax.Array, names: Iterable[str]) -> jax.Array:
+    """`x`, varying over these manual mesh axes, as a reduction over all of them needs it."""
+    more = {*names} - _varies_over(x)
     return jax.lax.pcast(x, tuple(more), to="varying") if more else x
 
 
 def _varies_over(x: Any) -> frozenset[str]:
-    kind: Any = jax.typeof(x)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    kind: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    found = kind.vma if hasattr(kind, "vma") else getattr(kind.manual_axis_type, "varying", None)
+    return found or frozenset()
 
 
 def cast_like(x: jax.Array, like: Any) -> jax.Array:

@@ -7,8 +7,8 @@ import optax
 
 from optimorph._core.checks import LeafError
 from optimorph._core.differences import checked_state
-from optimorph._core.paths import leaf_paths
-from optimorph._core.rule import Leaves, aligned
+from optimorph._core.paths import by_path, leaf_paths
+from optimorph._core.rule import Leaves, aligned, handed
 from optimorph._core.shown import shown
 from optimorph._core.types import Rules
 from optimorph._core.wrapped import wrapped
@@ -54,6 +54,8 @@ def partition(
 
     def split(tree):
         tree_labels = labelled("partition", label, tree)
+        if (readings := handed("readings")) is not None:
+            readings.labels |= by_path(tree_labels)
         return optax.partition(txs, lambda _: tree_labels)  # a module of labels may be callable
 
     def update(updates, state, params=None, **extra):

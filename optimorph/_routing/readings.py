@@ -17,12 +17,14 @@ class Readings:
       routes: of each optimizer that routes leaves, in the order in which their states are made.
       routed: path → the index of the leaf's optimizer in `routes`, and how that one reads it.
       unresolved: path → how a leaf reads that would be refused.
+      labels: path → the label of the innermost `partition`.
       stacked: path → size of matrix, such as "64x256" → how many of these matrices the leaf has.
     """
 
     routes: list[Any] = dataclasses.field(default_factory=list)
     routed: dict[str, tuple[int, LeafSpec]] = dataclasses.field(default_factory=dict)
     unresolved: dict[str, LeafSpec] = dataclasses.field(default_factory=dict)
+    labels: dict[str, Any] = dataclasses.field(default_factory=dict)
     stacked: dict[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
 
     def add(self, routes: Any, specs: Mapping[str, LeafSpec]) -> None:

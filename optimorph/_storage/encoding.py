@@ -271,7 +271,8 @@ def update_large(
     written = g if in_place else jnp.zeros_like(g, dtype=made[0].dtype), list(moments)
     read = None if in_place else g, weight, list(keys), consts
     leaves, operands = jax.tree.flatten((written, read))
-    same = str(alone.jaxpr), str(jax.tree.map(jnp.shape, leaves)), operands, tuple(codecs)
+    types = *map(jax.typeof, leaves), jax.sharding.get_abstract_mesh()  # which a jaxpr does not print
+    same = str(alone.jaxpr), types, operands, tuple(codecs)
     whole = Elementwise(alone, len(consts), g.shape)
     leaf = LargeLeaf(same, whole, tuple(codecs), in_place, jax.tree.structure(made), operands)
     if check and not manual_axes():

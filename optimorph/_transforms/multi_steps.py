@@ -30,6 +30,7 @@ from optimorph._core.numbers import (
     is_trainable,
     traced,
     upcast,
+    varying_over,
     with_type_of,
 )
 from optimorph._core.roles import Role, holds, scalar
@@ -130,7 +131,7 @@ def multi_steps(
         check_integer(who, "every_k", every_k, 4, below=2**31)
     check_dtypes(who, accumulator_dtype=accumulator_dtype)
     if not callable(every_k) and every_k == 1:
-        return _of_one(who, wrapped(who, inner))
+        return _of_one(who, wrapped(who, inner), maximum)
     inner = wrapped(who, inner, wide=True)
     k_at = as_schedule(every_k)
     by_maximum = False if maximum is None else maximum
@@ -227,8 +228,14 @@ def multi_steps(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _of_one(who: str, inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+def _of_one(
+    who: str, inner: optax.GradientTransformationExtraArgs, maximum: Mask | None
+) -> optax.GradientTransformationExtraArgs:
     """k = 1: `inner` itself, which does not see gradients of weight 0."""
+
+    def init(params):
+        check_mask(who, maximum, arrays(who, params), "maximum")
+        return inner.init(params)
 
     def update(updates, state, params=None, *, weight=1.0, flush=False, **extra):
         _check_arguments(who, weight, flush)
@@ -242,7 +249,7 @@ def _of_one(who: str, inner: optax.GradientTransformationExtraArgs) -> optax.Gra
         fit = _on_all_devices((weight > 0) & jnp.isfinite(weight))
         return cond(fit, step, functools.partial(_waited, who, step, updates, state, fit, extra))
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_arguments(who: str, weight: Any, flush: Any) -> None:
@@ -286,4 +293,4 @@ def _all_finite(tree: PyTree) -> jax.Array:
 def _on_all_devices(so: jax.Array) -> jax.Array:
     """Whether it is so on all devices. This differs from `so` only inside `jax.shard_map`."""
     axes = jax.sharding.get_abstract_mesh().manual_axes  # with those of one device, over which types vary too
-    return jax.lax.pmin(so.astype(jnp.int32), axes) == 1 if axes else so
+    return jax.lax.pmin(varying_over(so.astype(jnp.int32), axes), axes) == 1 if axes else so

@@ -198,3 +198,20 @@ def test_inside_shard_map(check_vma):
         check_vma=check_vma,
     )
     rounding.close(jax.jit(step)(params, state)["w"], jax.jit(tx.update)(params, state, params)[0]["w"])
+
+
+def test_programs_of_several_meshes_in_one_process():
+    """The same leaf inside `shard_map` over some and all axes: no program is that of another context."""
+    tx, w = om.adamw(0.1, state="int8"), np.linspace(-1, 1, 128 * 64, dtype=np.float32).reshape(128, 64)
+
+    def stepped_twice(w):
+        _, state = tx.update(w, tx.init(w), w)
+        return tx.update(w, state, w)[0]
+
+    explicit, auto = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+    for types in ((auto, auto), (auto, explicit)):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), types, devices=jax.devices()[:8])
+        for names in ({"data"}, {"data", "model"}):
+            inside = jax.shard_map(stepped_twice, mesh=mesh, in_specs=P(), out_specs=P(), axis_names=names)
+            with jax.set_mesh(mesh):
+                rounding.close(jax.jit(inside)(w), jax.jit(stepped_twice)(w))

@@ -84,6 +84,23 @@ def test_replicated_leaves_stay_so_beside_divided_ones(sizes):
     assert bool(jnp.all(updates["bias"] != 0))
 
 
+@pytest.mark.parametrize("axis_names", [{"data"}, {"data", "model"}], ids=["partly manual", "manual"])
+@pytest.mark.parametrize("around", [lambda tx: om.multi_steps(tx, 2), probe], ids=["multi_steps", "probe"])
+def test_parameters_that_vary_over_one_axis_of_two(around, axis_names):
+    """FSDP over one axis, with replicas or with another axis that is the compiler's."""
+    mesh = trees.mesh_of(8, 2, AxisType.Auto)
+    tx, w = around(om.sgd(0.1)), jnp.arange(8.0)
+
+    def two_steps_of(w):
+        _, state = tx.update(w, tx.init(w), w)
+        return tx.update(3 * w, state, w)[0]
+
+    inside = jax.shard_map(
+        two_steps_of, mesh=mesh, in_specs=P("data"), out_specs=P("data"), axis_names=axis_names
+    )
+    rounding.close(jax.jit(inside)(w), two_steps_of(w))
+
+
 @pytest.mark.slow
 @rounding.in_float64
 def test_several_gradients_for_one_muon(mode):
