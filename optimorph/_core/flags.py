@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.numbers import is_trainable, upcast_dtype, varying
+from optimorph._core.numbers import is_trainable, types_of, upcast_dtype, varying
 from optimorph._core.types import DTypeLike, PyTree
 
 
@@ -25,7 +25,7 @@ def cond(so: jax.Array, true: Callable[[], Any], false: Callable[[], Any]) -> An
     """`jax.lax.cond` of branches whose results may vary over other axes, inside `jax.shard_map`."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return jax.lax.cond(so, true, false)
-    kinds = jax.eval_shape(true), jax.eval_shape(false)
+    kinds = types_of(true), types_of(false)
     both = (lambda branch=branch: jax.tree.map(varying, branch(), *kinds) for branch in (true, false))
     return jax.lax.cond(so, *both)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import ShapedArray
 from jax.sharding import AxisType, NamedSharding
 
 from optimorph._core.shown import shown
@@ -57,6 +58,12 @@ def with_type_of(x: jax.Array, like: Any) -> jax.Array:
     return jax.sharding.reshard(x, other) if AxisType.Explicit in other.mesh.axis_types else x
 
 
+def types_of(f: Callable[..., Any], *args: Any) -> Any:
+    """The types of the results; `jax.eval_shape` knows no shardings over `Explicit` beside `Auto` axes."""
+    program, made = jax.make_jaxpr(f, return_shape=True)(*args)
+    return jax.tree.unflatten(jax.tree.structure(made), program.out_avals)
+
+
 def varying(x: jax.Array, *likes: Any) -> jax.Array:
     """`x`, varying over the manual mesh axes over which other arrays vary, where types say so."""
     return varying_over(x, frozenset().union(*map(_varies_over, likes)))
@@ -69,9 +76,8 @@ def varying_over(x: jax.Array, names: Iterable[str]) -> jax.Array:
 
 
 def _varies_over(x: Any) -> frozenset[str]:
-    kind: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    found = kind.vma if hasattr(kind, "vma") else getattr(kind.manual_axis_type, "varying", None)
-    return found or frozenset()
+    kind: Any = x if isinstance(x, ShapedArray) else jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 
 def cast_like(x: jax.Array, like: Any) -> jax.Array:

@@ -85,6 +85,8 @@ def by_default(path: str, shape: Shape, layers: int | None, role: str, spec: str
         return LeafSpec(axes_of(spec), role)
     one_layer = [with_layers(answer, layers) for answer in likely(path, without_layers(shape, layers))]
     offered, layout = offers(path, shape, layers)
+    if role == HEAD:
+        offered = [HEAD if answer is None else answer for answer in offered]
     cause = "no rule says which of its axes are inputs (i), outputs (o) or batch (b)"
     return unresolved(path, shape, cause, first=[*offered, *one_layer])._replace(layout=layout)
 

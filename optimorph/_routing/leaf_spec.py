@@ -88,7 +88,7 @@ def _likely(outputs_first: bool, shape: Shape, window_named: bool) -> list[str |
 
 
 def _fits(spec: str | None, shape: Shape) -> bool:
-    return spec is None or axes_of(spec).misfit(shape) is None
+    return spec in (None, HEAD) or axes_of(spec).misfit(shape) is None
 
 
 _KERNELS = {
@@ -143,6 +143,8 @@ _WEIGHTS = {
 def _meaning(spec: str | None) -> str:
     if spec is None:
         return "not a matrix"
+    if spec == HEAD:
+        return "the output layer"
     text = _KERNELS.get(spec) or _WEIGHTS.get(spec)
     if text is None and "b" in spec:
         return "stacks: " + _meaning(spec.replace("b", "", 1))

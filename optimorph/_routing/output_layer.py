@@ -98,13 +98,13 @@ class _Candidates:
         candidates = ends + last + few
         for k in candidates:
             form, in_list = self.specs[k].axes, layers.is_in_list(k)
-            answers = (None, None if form is None else form.spec)
+            as_matrix = None if form is None else form.spec
             if candidates == [k] and k in certain and layers.next_of(k) is None and not in_list:
-                yield k, LeafSpec(None, INFERRED_HEAD, answers=answers)
+                yield k, LeafSpec(None, INFERRED_HEAD, answers=(None, as_matrix))
             else:
                 cause = "may be the output layer, by its width"
                 inner = (k in unlikely and (k in last or len(unlikely) < len(ends))) or in_list
-                first = answers[::-1] if inner else answers
+                first = (as_matrix, HEAD) if inner else (HEAD, as_matrix)
                 yield k, unresolved(self.paths[k], self.shapes[k], cause, first=first)
 
     def _reshaped(self) -> Iterator[int]:

@@ -20,7 +20,7 @@ WIDE = ("bias", "embedding", "norm", "vector")
 SMALL = 4096
 """Leaves with fewer numbers are not compressed by default."""
 
-BOTH = "{'first/*': Signed8(), 'second/*': Nonneg8()}"
+BOTH = "{'first': Signed8(), 'second': Nonneg8()}"
 """What to type."""
 
 

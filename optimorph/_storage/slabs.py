@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optimorph._core.numbers import with_type_of
+from optimorph._core.numbers import types_of, varying, with_type_of
 from optimorph._core.rounding import places
 from optimorph._core.target import Target
 from optimorph._core.types import PyTree, Shape
@@ -115,9 +115,8 @@ def in_slabs(
         written = jax.lax.fori_loop(0, count, lambda k, x: updated(x, k * rows, rows), written)
     else:
         first = take(written, 0, rows)
-        program, made = jax.make_jaxpr(make, return_shape=True)(first, take(read, 0, rows))
-        kinds, structure = jax.tree.flatten(made)  # which have shardings only if all axes are `Explicit`
-        nothing = structure.unflatten(map(with_type_of, map(jnp.zeros_like, kinds), program.out_avals))
+        made = types_of(make, first, take(read, 0, rows))
+        nothing = jax.tree.map(lambda x: varying(with_type_of(jnp.zeros(x.shape, x.dtype), x), x), made)
         # the last turn stores what the one before has made; what it makes itself is of no use
         written, _ = jax.lax.fori_loop(0, count + 1, turn, (written, nothing))
     if rest:

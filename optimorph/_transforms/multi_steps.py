@@ -29,6 +29,7 @@ from optimorph._core.numbers import (
     is_array,
     is_trainable,
     traced,
+    types_of,
     upcast,
     varying_over,
     with_type_of,
@@ -260,7 +261,7 @@ def _check_arguments(who: str, weight: Any, flush: Any) -> None:
 
 def _waited(who: str, step: Any, updates: PyTree, state: PyTree, sound: Any, extra: dict[str, Any]) -> Any:
     """(3), in the types of a step; the inner state is the old one, but for what it observes."""
-    shapes, after = jax.eval_shape(step)
+    shapes, after = types_of(step)
     nothing = map_updates(
         who, lambda g, u: with_type_of(jnp.zeros_like(g, dtype=u.dtype), u), updates, shapes
     )

@@ -135,6 +135,19 @@ def test_microbatches_whose_shardings_differ(state, gradient):
         rounding.close(updates["w"], -0.1, condition=1 / (1 - 0.999))
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_microbatches_over_axes_of_both_types(compiled):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Explicit, AxisType.Auto), devices=jax.devices()[:8])
+    tx = om.multi_steps(om.adam(0.1), 2)
+    with jax.set_mesh(mesh):
+        specs = {"rows": P("x"), "both": P("x", "y")}
+        params = {k: jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, spec)) for k, spec in specs.items()}
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = (jax.jit(tx.update) if compiled else tx.update)(params, state, params)
+    rounding.close(updates, jax.tree.map(lambda w: -0.1 * np.ones(w.shape), params), condition=1e3)
+
+
 KINDS = {"E": AxisType.Explicit, "A": AxisType.Auto}
 
 
