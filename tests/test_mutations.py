@@ -238,6 +238,7 @@ UNSEEN = {
         "_recipes.scion: scion: * without reads",
         "_recipes.scion: scion: warning_of_unused *",
         "_transforms.factored: factored.init: if 0 never",
+        "_transforms.factored: _at_first: for 0 late",
         "_transforms.factored: factored.update: if [01] never",
         "_transforms.factored: factored.update: map 0 only 1",
         "_transforms.factored: _outer: for 1 late",

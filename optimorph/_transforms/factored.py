@@ -14,7 +14,6 @@ from optimorph._core.roles import Role, holds, roles_of
 from optimorph._core.rule import Rule, called, not_in_parts, transform
 from optimorph._core.types import AxesRules, Numeric, PyTree, Rules, Shape
 from optimorph._distributed.reductions import reduction
-from optimorph._distributed.shardings import undivided
 from optimorph._distributed.stacks import in_the_compilers_hands
 from optimorph._routing.resolve import AxesOfLeaves
 from optimorph.linalg import Axes
@@ -84,7 +83,7 @@ def factored(
         zeros = full_like(leaf.weight).real
         if form is None:
             return FactoredState(zeros, jnp.zeros((1,), zeros.dtype))
-        return FactoredState(*_of_sides(jnp.sum, form.matrices(undivided(zeros))))
+        return FactoredState(*_at_first(form, zeros))
 
     def advance(state, leaves):
         return own.axes_and_shardings(leaves), state
@@ -112,6 +111,15 @@ def factored(
         return in_the_compilers_hands(outer, (g, state))
 
     return transform(who, Rule(roles_of(FactoredState), update, init=init, advance=advance))
+
+
+def _at_first(form: Axes, zeros: jax.Array) -> list[jax.Array]:
+    """Zeros for rows and columns, divided over a mesh as the leaf's batch axes are."""
+    parts, stacks = form.parts, form.stacks(zeros.shape)
+    alone = all(axis.whole for axis in parts)  # then the axes of batches are those of the leaf
+    batch = jnp.sum(zeros, [k for k, axis in enumerate(parts) if not (alone and axis.letter == "b")])
+    shapes = [(*stacks[0][:-2], sum(stack[side] for stack in stacks)) for side in (-2, -1)]
+    return [jnp.broadcast_to(jnp.expand_dims(batch, [*range(batch.ndim, len(x))]), x) for x in shapes]
 
 
 def _of_sides(f: Callable[..., jax.Array], stacks: Sequence[jax.Array]) -> list[jax.Array]:

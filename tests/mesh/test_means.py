@@ -117,6 +117,36 @@ def test_factored_convolutions(jit, mode):
     assert mode == AxisType.Auto or got["kernel"].sharding.is_equivalent_to(place, 4)
 
 
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+def test_rows_and_columns_are_divided_as_batches(jit, mode):
+    """Of experts each device has its own, from the start; no device has all zeros of a leaf for a moment."""
+    tx, mesh = (
+        om.factored(0.9, axes={"experts": "bio", "kernel": "io", "fused": "bi(2o)"}),
+        trees.mesh_of(8, 1, mode),
+    )
+    shapes = {"experts": (16, 8, 4), "kernel": (8, 4), "fused": (8, 4, 6)}
+    place = NamedSharding(mesh, P("data"))
+    params = {name: jax.device_put(np.ones(shape, np.float32), place) for name, shape in shapes.items()}
+    init = (
+        tx.init if mode == AxisType.Auto else jit(tx.init)
+    )  # of Auto axes the compiler knows nothing in init
+    with jax.set_mesh(mesh):
+        state = init(params)
+        after = jit(tx.update)(params, state, params)[1]
+    assert {name: x.shape for name, x in state.rows.items()} == {
+        "experts": (16, 8),
+        "kernel": (8,),
+        "fused": (8, 2, 4),
+    }
+    assert {name: x.shape for name, x in state.columns.items()} == {
+        "experts": (16, 4),
+        "kernel": (4,),
+        "fused": (8, 2, 3),
+    }
+    for side in (state.rows, state.columns, after.rows, after.columns):
+        assert side["experts"].sharding.is_equivalent_to(place, 2)
+
+
 def test_the_average_of_a_vector_is_divided_as_the_vector(mode):
     place = NamedSharding(trees.mesh_of(8, 2, mode), P("data"))
     state = om.factored(0.9).init({"bias": jax.device_put(np.ones(16, np.float32), place)})
