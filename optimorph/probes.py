@@ -27,6 +27,7 @@ from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role, holds, scalar
 from optimorph._core.rule import Leaves
 from optimorph._core.types import AxesRules, PyTree
+from optimorph._core.warn import warn
 from optimorph._core.wrapped import wrapped
 from optimorph._distributed.map_by_shape import map_by_shape
 from optimorph._distributed.shardings import undivided
@@ -188,6 +189,8 @@ def probe(
     def init(params):
         state = inner.init(params)
         names, _ = names_of(params, state)
+        if jax.tree.leaves(params):
+            _warn_unmeasured(metrics, names)
         values, measured = jnp.zeros(len(names), jnp.float32), jnp.zeros(len(names), bool)
         return ProbeState(state, jnp.zeros([], jnp.int32), values, measured, _as_bytes(names))
 
@@ -322,6 +325,14 @@ def _momenta(state: PyTree, tree: PyTree) -> dict[str, Any]:
             own = {path: m for path, m in by_path(moment).items() if np.shape(m) == shapes.get(path)}
             found = own | found
     return found
+
+
+def _warn_unmeasured(metrics: Sequence[str], names: Sequence[str]) -> None:
+    measured = {name.rpartition("/")[-1] for name in names}
+    for metric in metrics:
+        if metric not in measured and (metric not in CHEAP or not measured):
+            needs = "a first moment or velocity" if metric.startswith(("cosine", "momentum")) else "a matrix"
+            warn(f"probe: no leaf has {metric!r}, which needs {needs}. Leave it out.", stacklevel=3)
 
 
 def _check(metrics: Sequence[str], every: int) -> None:

@@ -319,7 +319,7 @@ def test_rules_that_say_nothing_right():
     tree = drawn(shapes={"w": (64, 64)})
     with pytest.raises(ValueError, match="the rules give 'int8' for 'first/w', which is not a codec"):
         om.compress_state(om.adam(0.1), {"first/*": "int8"}).init(tree)
-    with pytest.raises(ValueError, match=r"rules must say which moments .* Type {'first/"):
+    with pytest.raises(ValueError, match=r"rules must say which moments .* Type {'first'"):
         om.compress_state(om.ema(0.9), Signed8())
     with pytest.raises(ValueError, match=r"give Nonneg8.* for 'first/w', whose numbers have signs"):
         om.compress_state(om.adam(0.1), {"*": Nonneg8()}).init(tree)
@@ -1022,3 +1022,13 @@ def test_nothing_that_is_compressed_is_said_aloud(make):
         make().init(small | large)
         make().init({})
         make(rules={"*": None}).init(small)
+
+
+def test_what_the_warning_says_to_type_compresses():
+    """Also of parameters that are one array, whose moments have the paths "first" and "second"."""
+    for params in (jnp.ones(64), {"bias": jnp.ones(64)}):
+        with pytest.warns(UserWarning, match="no moment is compressed") as caught:
+            om.compress_state(om.adam(0.1)).init(params)
+        rules = re.search(r"rules=({.*?})", str(caught[0].message))
+        state = om.compress_state(om.adam(0.1), eval(rules[1], vars(om.codecs))).init(params)
+        assert [x.dtype.itemsize for x in jax.tree.leaves(state.inner) if x.ndim] == [1, 1]

@@ -22,6 +22,7 @@ import optimorph as om
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._routing.name_rule import UNDECIDED
 from optimorph._routing.names import by_name
+from optimorph.probes import SPECTRAL, probe
 
 
 def specs(params, axes=None):
@@ -1200,6 +1201,31 @@ def test_a_tree_without_matrices_is_reported():
     for tree in ({"embed": {"embedding": jnp.ones((8, 4))}, "scale": jnp.ones(3)}, jnp.ones(12)):
         with pytest.warns(UserWarning, match=r"muon: no leaf is a matrix.*optimorph\.plan"):
             om.muon(0.1).init(tree)
+
+
+NOTHING = {
+    "muon: no leaf is a matrix": om.muon(0.1),
+    "orthogonalize: no leaf is a matrix, so no gradient changes": om.orthogonalize(),
+    "scale_by_shape: no leaf is a matrix, so no update is scaled": om.scale_by_shape(),
+    "in_eigenbasis: no leaf is a matrix, so none has a basis": om.in_eigenbasis(om.ema(0.9), decay=0.9),
+    "in_bfloat16: the state has no array of real numbers": om.in_bfloat16(om.sgd(0.1)),
+    "in_bfloat16: the state has no array of real": om.in_bfloat16(optax.sgd(0.1)),
+    "clip_attention_logits: no module has both": om.clip_attention_logits(),
+    "probe: no leaf has 'update_stable_rank', which needs a matrix": probe(om.adam(0.1), SPECTRAL),
+    "probe: no leaf has 'cosine', which needs a first moment": probe(om.sgd(0.1), "cosine"),
+}
+
+
+@pytest.mark.parametrize("words", NOTHING)
+def test_nothing_to_do_is_said(words):
+    """Once, in `init`; not for a part of the parameters without leaves, nor where `axes` say it."""
+    tx, params = NOTHING[words], {"scale": jnp.ones(3)}
+    with pytest.warns(UserWarning, match=words) as caught:
+        tx.update(params, tx.init(params), params)
+    assert len([each for each in caught if words in str(each.message)]) == 1
+    with warnings.catch_warnings(action="error"):
+        om.partition({"*": "other"}, {"part": tx, "other": om.sgd(0.1)}).init(params)
+        om.orthogonalize(axes={"*": None}).init(params)
 
 
 @pytest.mark.parametrize(

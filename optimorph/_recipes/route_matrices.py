@@ -124,7 +124,7 @@ def routed(
         for path, x, spec in zip(leaves.paths, leaves.values, specs, strict=True):
             if spec.role == INFERRED_HEAD:
                 warn(_inferred(who, path, np.shape(x), spec), stacklevel=2)
-        if axes is None and leaves.paths and not any(forms):
+        if axes is None and leaves.shapes and not any(forms):
             warn(
                 f"{who}: no leaf is a matrix, so the other optimizer updates all. See optimorph.plan.",
                 stacklevel=2,

@@ -11,6 +11,7 @@ from optimorph._core.numbers import is_trainable
 from optimorph._core.rule import Leaf, Leaves, handed
 from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, Rules, Shape
+from optimorph._core.warn import warn
 from optimorph._distributed.shardings import Match, whole_shapes
 from optimorph._routing.by_siblings import by_default, by_siblings
 from optimorph._routing.fused import with_fused_layers
@@ -90,12 +91,15 @@ class AxesOfLeaves:
         self.known: weakref.WeakKeyDictionary[Leaves, Sequence[Axes | None]]
         self.known = weakref.WeakKeyDictionary()
 
-    def check(self, leaves: Leaves) -> None:
-        """Refuse leaves that no rule decides."""
+    def check(self, leaves: Leaves, without: str = "") -> None:
+        """Refuse leaves that no rule decides. If `without` says what it means, warn if none is a matrix."""
         warn_unused(self.who, "shardings", self.shardings, leaves.paths)
         if self.axes is not None:
             warn_unused(self.who, "axes", self.axes, leaves.paths)
-        self.axes_and_shardings(leaves)
+        forms, _ = self.axes_and_shardings(leaves)
+        by_default = self.axes is None and handed("matrix_axes") is None
+        if without and by_default and leaves.shapes and not any(forms):
+            warn(f"{self.who}: no leaf is a matrix, so {without}. See optimorph.plan.", stacklevel=3)
 
     def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:
         """The axes of every leaf, None for no matrix; and the function from leaves to shardings, or None."""

@@ -213,7 +213,7 @@ def in_eigenbasis(
 
     def init(params):
         leaves = arrays(who, params)
-        own.check(leaves)
+        own.check(leaves, "none has a basis")
         known = read(leaves)
         slots = known.slots
         if (readings := handed("readings")) is not None:

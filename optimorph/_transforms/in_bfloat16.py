@@ -14,6 +14,7 @@ from optimorph._core.paths import leaf_paths
 from optimorph._core.roles import holds, scalar
 from optimorph._core.rounding import leaf_key, step_key, stochastic_bfloat16
 from optimorph._core.rule import Rule, rule_of, transform
+from optimorph._core.warn import warn
 from optimorph._core.wrapped import wrapped
 
 
@@ -59,7 +60,10 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
         return transform("in_bfloat16", _rule(rule, seed))
 
     def init(params):
-        state = jax.tree.map(_narrow, inner.init(params))
+        made = inner.init(params)
+        if jax.tree.leaves(params) and not any(map(_is_narrowed, jax.tree.leaves(made))):
+            _warn_nothing()
+        state = jax.tree.map(_narrow, made)
         return BFloat16State(state, jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def update(updates, state, params=None, **extra):
@@ -78,6 +82,8 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
 
 def _rule(rule: Rule, seed: int) -> Rule:
     def begin(leaves):
+        if leaves.shapes and not any(role.tree for role in rule.roles):
+            _warn_nothing()
         return BFloat16State(rule.filled(rule.begin(leaves)), jnp.uint32(seed), jnp.zeros([], jnp.int32))
 
     def init(leaf):
@@ -101,6 +107,13 @@ def _rule(rule: Rule, seed: int) -> Rule:
 
     state = BFloat16State(rule.state, **BFloat16State.roles)
     return Rule(state, update, init, begin, advance)
+
+
+def _warn_nothing() -> None:
+    warn(
+        "in_bfloat16: the state has no array of real numbers to store in bfloat16. Leave it out.",
+        stacklevel=3,
+    )
 
 
 def _rounded(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -93,7 +93,7 @@ def orthogonalize(
     own = AxesOfLeaves(who, axes, shardings)
 
     def init(params):
-        own.check(arrays(who, params))
+        own.check(arrays(who, params), "no gradient changes")
         return optax.EmptyState()
 
     def update(updates, state, params=None, **extra):
@@ -148,7 +148,7 @@ def scale_by_shape(
     own = AxesOfLeaves(who, axes, shardings)
 
     def begin(leaves):
-        own.check(leaves)
+        own.check(leaves, "" if scale is None else "no update is scaled")
         return optax.EmptyState()
 
     def advance(state, leaves):

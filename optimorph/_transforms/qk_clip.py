@@ -13,6 +13,7 @@ from optimorph._core.numbers import as_made, as_scalar, cast_like, copied, is_ab
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaves, aligned, arrays
 from optimorph._core.types import AxesRules, Numeric, PyTree
+from optimorph._core.warn import warn
 from optimorph._distributed.shardings import undivided
 from optimorph._routing.attention import attention_modules, attention_of
 from optimorph._routing.rules import warn_unused
@@ -129,7 +130,10 @@ def clip_attention_logits(
         known, maxima = arrays(who, params), {}
         leaves, paths = known.values, known.paths
         warn_unused(who, "axes", axes, paths)
-        for module, members in attention_modules(paths, leaves).items():
+        modules = attention_modules(paths, leaves)
+        if known.shapes and not modules:
+            warn(f"{who}: no module has both queries and keys, so no weight is clipped. Leave it out.")
+        for module, members in modules.items():
             if attention := attention_of(who, axes, members, paths, leaves):
                 dtype = upcast_dtype(jnp.result_type(leaves[min(members)]))
                 maxima[module] = jnp.zeros(attention.logits_shape(who), jnp.finfo(dtype).dtype)
