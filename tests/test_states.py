@@ -123,10 +123,10 @@ def test_states_after_eager_updates_have_their_own_buffers(entry):
     g = gradients(params)
     state = tx.init(params)
     for _ in range(2):
-        _, state = tx.update(g, state, params)
+        updates, state = tx.update(g, state, params)
         own = pointers(state)
         assert len(set(own)) == len(own)
-        assert not {*own} & {*pointers((params, g))}
+        assert not {*own} & {*pointers((params, g, updates))}
 
 
 @pytest.mark.examples("adamw of an array")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optimorph._core.checks import not_an_array
 from optimorph._core.differences import difference, has_several_leaves, other_state
@@ -19,6 +20,7 @@ from optimorph._core.numbers import (
     NotScalarError,
     as_made,
     cast_like,
+    copied,
     is_absent,
     is_array,
     is_missing,
@@ -258,6 +260,10 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
                         old = slot[k]
                         if isinstance(old, jax.Array) and jax.typeof(new) != jax.typeof(old):
                             new = with_type_of(new, old)
+                        if new is out[k] and not isinstance(
+                            new, Tracer
+                        ):  # one may be donated
+                            out[k] = copied(new)
                         slot[k] = new
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
