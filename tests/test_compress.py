@@ -1032,3 +1032,14 @@ def test_what_the_warning_says_to_type_compresses():
         rules = re.search(r"rules=({.*?})", str(caught[0].message))
         state = om.compress_state(om.adam(0.1), eval(rules[1], vars(om.codecs))).init(params)
         assert [x.dtype.itemsize for x in jax.tree.leaves(state.inner) if x.ndim] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", ["int16", "int32", "uint32"])
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_codes_that_come_back_as_other_integers_are_refused(dtype, elementwise):
+    """As from a file of text, which has no integers of one byte: they are no moments."""
+    tx, params = om.compress_state(om.adam(0.1), elementwise=elementwise), {"w": jnp.ones((64, 64))}
+    _, state = tx.update(params, tx.init(params), params)
+    restored = jax.tree.map(lambda x: x.astype(dtype) if x.dtype.itemsize == 1 else x, state)
+    with pytest.raises(ValueError, match=f"'first/w' is stored in {dtype} .* but the rules say Signed8"):
+        tx.update(params, restored, params)

@@ -141,14 +141,15 @@ def whole_shapes(
 def local_shard_spec(who: str, match: Match | None, path: str, shape: Shape) -> tuple[Spec, Shape]:
     """Inside `jax.shard_map` the mesh axes that divide each axis of a leaf; and the leaf's global shape.
 
-    A leaf that no rule matches is refused by a `LeafError`.
+    A leaf that no rule matches, or whose sharding does not fit, is refused by a `LeafError`.
     """
     if match is None or not (manual := manual_axes()):
         return (), shape
     sharding = match(path, shape)
-    if sharding is ...:
-        raise LeafError(f"{who}: {_unmatched(path)}")
-    spec = spec_of(PartitionSpec() if sharding is None else sharding, len(shape), manual)
+    sharding = PartitionSpec() if sharding is None else sharding
+    if fault := misfit(path, shape, sharding, jax.sharding.get_abstract_mesh(), manual):
+        raise LeafError(f"{who}: {fault}")
+    spec = spec_of(sharding, len(shape), manual)
     return spec, whole_shape(manual, spec, shape)
 
 

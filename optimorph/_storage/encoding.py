@@ -112,8 +112,8 @@ def stored_by(
     dtype, scales = stored.codes.dtype, stored.scales
     assert scales is not None
     codec = codec_of(kind, path, stored.codes.shape)
-    coded = in_codes(dtype)
-    if not coded and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 4):
+    coded = in_codes(dtype) or jnp.issubdtype(dtype, jnp.integer)  # of text files, which know one integer
+    if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4:
         return None, stored
     fit = not coded
     if codec is not None:

@@ -161,3 +161,35 @@ def test_compilation_cache(tmp_path):
 
     run(3)
     assert run(4, 3) == "True"
+
+
+LOCAL = {  # what needs shardings inside shard_map
+    "clip_norm": lambda shardings: om.clip_norm(1.0, shardings),
+    "clip_rms": lambda shardings: om.clip_rms(1.0, shardings),
+    "cautious": lambda shardings: om.cautious(om.sgd(0.1), shardings=shardings),
+    "hyperball": lambda shardings: om.hyperball(0.1, {"*": "io"}, shardings),
+    "adamh": lambda shardings: om.adamh(0.1, axes={"*": "io"}, shardings=shardings),
+    "keep_norm": lambda shardings: om.keep_norm(om.sign(), axes={"*": "io"}, shardings=shardings),
+    "mean": lambda shardings: om.mean("i", axes={"*": "io"}, shardings=shardings),
+    "factored": lambda shardings: om.factored(0.9, {"*": "io"}, shardings),
+    "muon": lambda shardings: om.muon(0.1, axes={"*": "io"}, shardings=shardings),
+    "scion": lambda shardings: om.scion(0.1, axes={"*": "io"}, shardings=shardings),
+}
+MISFITS = {
+    "'a/kernel' has sharding .* but the mesh has no 'dta', only": P("dta"),
+    "'a/kernel' has shape .* but its sharding .* has 3 axes": P("data", None, None),
+    "'a/kernel' has sharding 'data'. Type a jax.sharding.PartitionSpec": "data",
+    r"'a/kernel' has sharding \('data',\). Type a jax.sharding.PartitionSpec": ("data",),
+}
+
+
+@pytest.mark.parametrize("words", MISFITS, ids=map(str, MISFITS.values()))
+@pytest.mark.parametrize("name", LOCAL)
+def test_shardings_that_do_not_fit_are_refused_inside_shard_map(name, words):
+    """A name of no mesh axis would have each device take its shard for the whole."""
+    tx, params = LOCAL[name]({"*": MISFITS[words]}), {"a": {"kernel": jnp.ones((16, 32))}}
+    inside = jax.shard_map(
+        lambda p: tx.update(p, tx.init(p), p)[0], mesh=mesh(), in_specs=P("data"), out_specs=P("data")
+    )
+    with pytest.raises(ValueError, match=f"{name}.*{words}"):
+        jax.eval_shape(inside, params)
