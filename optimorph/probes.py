@@ -210,7 +210,8 @@ def probe(
                 lambda: measure(names, _leaves(updates, out, params, after), forms),
                 lambda: (values, measured),
             )
-        return out, ProbeState(after, increment(state.probe_count), values, measured, state.names)
+        names = state.names.astype(jnp.uint8)
+        return out, ProbeState(after, increment(state.probe_count), values, measured, names)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -260,7 +261,7 @@ def _as_bytes(names: Sequence[str]) -> jax.Array:
 
 
 def _as_names(names: Any) -> list[str]:
-    names = np.asarray(names)
+    names = np.asarray(names, np.uint8)  # also of a file of text, which knows one integer
     while names.ndim > 1:  # of vmap
         names = names[0]
     return names.tobytes().decode().split("\n") if names.size else []

@@ -16,7 +16,9 @@ from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rule import arrays
 from optimorph._core.shown import shown
 from optimorph._core.types import Mask, PyTree, Shape
+from optimorph._distributed.stacks import of_owners
 from optimorph._routing.rules import check_mask, first_match, masked_leaves, warn_unused
+from optimorph._storage.encoding import beside
 from optimorph._storage.stored import Stored
 
 WHO = "carry_state"
@@ -127,25 +129,34 @@ def _is_placed(x: Any) -> bool:
 def to_the_devices_of(params: PyTree) -> Callable[[Slot], Slot]:
     """Slots with arrays that are on the devices of the parameters: if they are on others, they are moved.
 
-    An array with the shape of its parameter is divided as that is, all else is on every device.
+    An array with the shape of its parameter is divided as that is, scales as their codes, and stacks of
+    matrices as `init` divides them. All else is on every device.
     """
     there = {path: x.sharding for path, x in by_path(params).items() if _is_placed(x)}
     if not there:
         return lambda slot: slot
     one = next(iter(there.values()))
-    everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+    mesh = one.mesh if isinstance(one, NamedSharding) else None
+    everywhere = one if mesh is None else NamedSharding(mesh, PartitionSpec())
     shapes = {path: np.shape(x) for path, x in by_path(params).items()}
 
-    def put(x: Any, path: str) -> Any:
-        if not _is_placed(x) or x.sharding.device_set == one.device_set:
-            return x
-        return jax.device_put(x, there.get(path, one) if x.shape == shapes.get(path) else everywhere)
+    def place(slot: Slot, shape: Shape) -> Any:
+        if shape == shapes.get(slot.path):
+            return there.get(slot.path, one)
+        divided = mesh is not None and slot.leaves and shape and shape[0] % mesh.size == 0
+        return of_owners(mesh) if divided else everywhere
+
+    def put(x: Any, place: Any) -> Any:
+        same = not _is_placed(x) or x.sharding.device_set == one.device_set
+        return x if same else jax.device_put(x, place)
 
     def moved(slot: Slot) -> Slot:
         array = slot.array
         if not isinstance(array, Stored):
-            return slot._replace(array=put(array, slot.path))
-        codes, scales = put(array.codes, slot.path), put(array.scales, "")
+            return slot._replace(array=put(array, place(slot, np.shape(array))))
+        codes, shape = place(slot, np.shape(array.codes)), np.shape(array.scales)
+        scales = beside(codes, shape) if mesh is not None and shape else everywhere
+        codes, scales = put(array.codes, codes), put(array.scales, scales)
         return slot._replace(array=dataclasses.replace(array, codes=codes, scales=scales))
 
     return moved

@@ -260,9 +260,7 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
                         old = slot[k]
                         if isinstance(old, jax.Array) and jax.typeof(new) != jax.typeof(old):
                             new = with_type_of(new, old)
-                        if new is out[k] and not isinstance(
-                            new, Tracer
-                        ):  # one may be donated
+                        if new is out[k] and not isinstance(new, Tracer):  # one may be donated
                             out[k] = copied(new)
                         slot[k] = new
         except NotScalarError as error:

@@ -143,13 +143,19 @@ def placed(x: jax.Array, mesh: Mesh | AbstractMesh | None) -> jax.Array:
     """
     if mesh is None or len(x) % mesh.size:
         return x
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    if names := tuple(name for name, kind in kinds if kind is AxisType.Explicit):
-        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(names)))
-    place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    place = of_owners(mesh)
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, place)
     if isinstance(x, Tracer):
         return jax.lax.with_sharding_constraint(x, place)
     return jax.device_put(x, place) if isinstance(mesh, Mesh) else x
+
+
+def of_owners(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The sharding of a stack whose slots are at their owners, as far as types say."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+    return NamedSharding(mesh, PartitionSpec(explicit or mesh.axis_names))
 
 
 def to_owners(mesh: AbstractMesh | None, stacks: Stack) -> Stack:

@@ -85,10 +85,15 @@ def _full_beside(x: jax.Array, shape: Shape, value: jax.Array) -> jax.Array:
     sharding = jax.typeof(x).sharding if isinstance(x, Tracer) else x.sharding
     if not isinstance(sharding, NamedSharding) or not sharding.mesh.shape or not shape:
         return jnp.full(shape, value)
-    *rows, last = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
-    *_, names = spec_of(sharding.spec, x.ndim, sharding.mesh.shape)
+    return jax.lax.full(shape, value, sharding=beside(sharding, shape))
+
+
+def beside(sharding: NamedSharding, shape: Shape) -> NamedSharding:
+    """The sharding of scales of this shape where codes have `sharding`, which cuts no block."""
+    *rows, last = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    *_, names = spec_of(sharding.spec, len(shape), sharding.mesh.shape)
     spec = (*rows, None if shape[-1] % devices(sharding.mesh.shape, names) else last)
-    return jax.lax.full(shape, value, sharding=sharding.update(spec=PartitionSpec(*spec)))
+    return sharding.update(spec=PartitionSpec(*spec))
 
 
 def named(kind: str, path: str) -> str:

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
+from optimorph.codecs import Nonneg8, Signed8
 
 SHAPES = {"kernel": (64, 128), "head": (16, 8), "bias": (8,)}
 
@@ -86,3 +87,18 @@ def test_restored_over_another_mesh_and_carried(tmp_path):
     expected, _ = om.carry_state(state, new, drawn(0), written_by=tx, strict=True)
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "tx", [om.soap(0.1, axes={"*": "io"}), om.adamw(0.1, state={"first": Signed8(), "second": Nonneg8()})]
+)
+def test_carried_state_lies_as_init_makes_it(tx, mode):
+    """On fewer devices, also stacks of matrices and scales: no step moves them, or is compiled twice."""
+    leaves = {str(k): jnp.eye(16, 256) + k for k in range(8)}
+    here, there = mesh_of(jax.devices()[:8], (8, 1)), mesh_of(jax.devices()[8:12], (2, 2), mode)
+    before = put(leaves, here, P("data"))
+    params = put(leaves, there, P("data", "model"))
+    carried, _ = om.carry_state(tx.init(before), tx, params, written_by=tx, strict=True)
+    with jax.set_mesh(there):
+        for x, y in zip(jax.tree.leaves(carried), jax.tree.leaves(tx.init(params)), strict=True):
+            assert not y.ndim or x.sharding.is_equivalent_to(y.sharding, x.ndim)
