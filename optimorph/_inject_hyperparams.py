@@ -114,7 +114,7 @@ def inject_hyperparams(
                 number = float(number)  # an integer would stay one in the state
             given.arguments[name] = number
         integers = {name for name, x in given.arguments.items() if _is_integer(x)}
-        functions = {name for name, x in given.arguments.items() if callable(x) and call_fault(x, 0)}
+        functions = {name for name, x in given.arguments.items() if callable(x) and not _is_schedule(x)}
         injected: Any = optax.inject_hyperparams(factory, tuple(sorted(static | functions)), jnp.dtype(dtype))
         tx = wrapped("inject_hyperparams", injected(*given.args, **given.kwargs), wide=True)
 
@@ -135,6 +135,17 @@ def inject_hyperparams(
         return optax.GradientTransformationExtraArgs(init, update)
 
     return make
+
+
+def _is_schedule(f: Callable[..., Any]) -> bool:
+    """Whether a function of the step count returns a number. Masks return booleans or trees."""
+    if call_fault(f, 0) is not None:
+        return False
+    try:
+        value = f(jnp.zeros([], jnp.int32))
+    except Exception:
+        return True  # whose error `init` raises
+    return is_array(value) and not jnp.issubdtype(jnp.result_type(value), jnp.bool_)
 
 
 def _is_integer(x: Any) -> bool:

@@ -191,6 +191,24 @@ def test_b2_survives(wrap, dtype):
         assert np.all(np.isfinite(np.asarray(updates["w"], np.float32)))
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [om.decay_mask, om.roles("dense"), lambda p: jax.tree.map(lambda w: w.ndim > 1, p)],
+    ids=["decay_mask", "roles", "function"],
+)
+def test_masks_of_functions_without_annotations_are_no_schedules(mask):
+    def mine(learning_rate, weight_decay, mask=None):
+        return om.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
+
+    params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+    tx = om.inject_hyperparams(mine)(lambda count: jnp.float32(0.1), 0.5, mask=mask)
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(gradients, tx.init(params), params)
+    assert {*state.hyperparams} == {"learning_rate", "weight_decay"}
+    np.testing.assert_array_equal(updates["dense"]["bias"], 0)
+    rounding.close(updates["dense"]["kernel"], -0.05)
+
+
 def test_injected_numbers_can_be_read_and_set():
     params = {"w": jnp.ones(3, jnp.bfloat16)}
     tx = om.inject_hyperparams(om.adamw)(
