@@ -276,6 +276,9 @@ UNSEEN = {
         "_core.rule: transform.update: NotEq 0 opposite",
         "_core.rule: transform.update: if 7 never",
         "_core.rule: transform.update: NotEq 1 opposite",
+        "_core.rule: transform.update: if 8 never",
+        "_core.rule: transform.update: where 0 *",
+        "_core.rule: transform.update: Eq 0 opposite",
         "_distributed.bases: refreshed: map [01] only 1",
     ],
     "repeated blocks, which no entry has: test_means and test_hyperball see it; or the tree is read again": [

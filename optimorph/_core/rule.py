@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import AxisType
 
 from optimorph._core.checks import not_an_array
 from optimorph._core.differences import difference, has_several_leaves, other_state
@@ -265,10 +266,12 @@ def transform(who: str, rule: Rule, *, strict: bool = False) -> Transform:
                         slot[k] = new
         except NotScalarError as error:
             raise ValueError(f"{who}: {error}") from error
-        after = []
+        after, mesh = [], jax.sharding.get_abstract_mesh()
         for slot, role, new in zip(slots, rule.roles, rule.slots(shared), strict=True):
             if not role.tree and jax.typeof(new) != jax.typeof(slot):
                 new = varying(new, slot)
+            if not role.tree and AxisType.Explicit in mesh.axis_types:
+                new = jnp.where(slot == slot, new, new)  # so that `vmap` divides both alike
             after.append(tree.unflatten(slot) if role.tree else new)
         return tree.unflatten(out), rule.structure.unflatten(after)
 

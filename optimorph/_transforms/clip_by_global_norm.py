@@ -92,11 +92,12 @@ def _scaled_norm(leaves: list) -> tuple[jax.Array, jax.Array]:
     )
     xs = [_at_least(upcast(g), kind) for g in leaves]
     parts = [part for x in xs for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-    largest = jnp.max(jnp.stack([jnp.zeros([], kind), *(jnp.max(jnp.abs(p), initial=0) for p in parts)]))
+    parts = parts or [jnp.zeros(1, kind)]
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(p), initial=0) for p in parts]))
     _, half = jnp.frexp(jnp.sqrt(largest))  # XLA repeats a maximum in every leaf that uses it, but no root
     limits = jnp.finfo(kind)
     scale = jnp.ldexp(jnp.ones([], kind), -jnp.clip(2 * half, limits.minexp + 2, limits.maxexp - 2))
-    squares = jnp.sum(jnp.stack([jnp.zeros([], kind), *(jnp.sum(jnp.square(p * scale)) for p in parts)]))
+    squares = jnp.sum(jnp.stack([jnp.sum(jnp.square(p * scale)) for p in parts]))
     return scale, jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
+from optimorph.codecs import Nonneg8, Signed8
 from optimorph.probes import CHEAP, SPECTRAL, probe, read
 
 LAYOUTS = ("replicated", "fsdp x tensor")
@@ -245,3 +246,37 @@ def test_a_loop_over_explicit_axes(name, gradient):
             return jax.lax.scan(lambda s, _: (tx.update(g, s, params)[1], None), state, None, length=2)[0]
 
         jax.eval_shape(steps, jax.jit(tx.init)(params))
+
+
+ENSEMBLES = {
+    "adamw": om.adamw(0.1),
+    "schedule": om.sgd(lambda count: 0.1 / (1 + count.astype(float))),
+    "muon": om.muon(0.1, axes={"*": "io"}),
+    "int8": om.adam(0.1, state={"first": Signed8(), "second": Nonneg8()}),
+    "clip_by_global_norm": om.clip_by_global_norm(1.0),
+}
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_an_ensemble_over_an_explicit_axis(name):
+    """A mesh axis divides the runs of `vmap`, and so the numbers that all runs have alike."""
+    tx, mesh = ENSEMBLES[name], explicit((4, 2), ("run", "data"))
+
+    def step(w, state):
+        return tx.update({"w": w}, state, {"w": w})
+
+    runs = [
+        jnp.asarray(np.random.default_rng(seed).standard_normal((8, 16)), jnp.float32) for seed in range(4)
+    ]
+    states = [tx.init({"w": w}) for w in runs]
+    for _ in range(2):
+        alone = [jax.jit(step)(w, state) for w, state in zip(runs, states, strict=True)]
+        states = [state for _, state in alone]
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, P("run"))
+        w = jax.device_put(jnp.stack(runs), place)
+        state = jax.tree.map(lambda x: jax.device_put(x, place), jax.vmap(tx.init)({"w": jnp.stack(runs)}))
+        for _ in range(2):
+            updates, state = jax.jit(jax.vmap(step))(w, state)
+    for k, (expected, _) in enumerate(alone):
+        rounding.close(np.asarray(updates["w"])[k], np.asarray(expected["w"]), condition=1e3, dtype="float32")
