@@ -670,6 +670,24 @@ def test_some_leaves_begin_anew():
         om.carry_state(state, parts, params, fresh={"haed": True, "*": False})
 
 
+@pytest.mark.parametrize("library", [om, optax])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_leaves_begin_anew_in_an_open_window(library, outputs):
+    """A head that is initialised again, or has other outputs, has no gradients of the old one in its mean."""
+    adam, params = om.adam(0.1), {"body": jnp.ones(3), "head": jnp.ones((3, 1))}
+    around = {om: om.multi_steps(adam, 2), optax: optax.MultiSteps(adam, 2).gradient_transformation()}
+    tx = around[library]
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    new = params | {"head": jnp.ones((3, outputs))}
+    carried, report = om.carry_state(state, tx, new, fresh={"head": True, "*": False}, strict=True)
+    mean = carried.mean if library is om else carried.acc_grads
+    np.testing.assert_array_equal(mean["head"], jnp.zeros((3, outputs)))
+    np.testing.assert_array_equal(mean["body"], params["body"])
+    assert fates(report, path="head", why="as asked for") == {"fresh"}
+
+
 NAMES = {"hidden": "backbone/0/hidden", "bias": "backbone/0/bias"}
 
 

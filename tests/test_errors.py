@@ -245,6 +245,12 @@ REFUSED = {
         lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), W | {"f": abs}),
         ["carry_state: 'f' is", "not an array"],
     ),
+    "labels of another partition": (
+        lambda: om.partition({"*": "all"}, {"all": om.sgd(0.1)}).update(
+            W, om.partition({"*": "body"}, {"body": om.sgd(0.1)}).init(W), W
+        ),
+        ["partition: the optimizer state does not match", "tx.init"],
+    ),
     "a word for gradients": (
         lambda: om.multi_steps(om.sgd(0.1), 2).update("w", om.multi_steps(om.sgd(0.1), 2).init(W)),
         ["multi_steps: "],

@@ -91,7 +91,8 @@ class Match:
 
     def _moment(self, slot: Slot) -> Origin:
         leaves = slot.leaves or (slot.path,)
-        if slot.moment and (anew := self.fresh.intersection(leaves)):
+        own = slot.moment or slot.kind == kinds.WINDOW_MEAN
+        if own and (anew := self.fresh.intersection(leaves)):
             why = f"a stack in which {min(anew)!r} begins anew"
             return Origin(FRESH, ASKED) if len(anew) == len(leaves) else Origin(FRESH, why, True)
         source = self.moments.get(_key(slot))
@@ -119,7 +120,10 @@ class Match:
         if place is None:
             hint = ". Type grown=True to keep the old part" if larger else ""
             if slot.leaves and slot.leaves == source.leaves and old[1:] == new[1:]:
-                hint += ". If only the mesh is another, tx.update takes the state without carry_state"
+                hint += (
+                    ". If only the mesh is another, leave out carry_state: tx.update takes the state, after "
+                    "jax.device_put if it is on other devices"
+                )
             return Origin(FRESH, f"of shape {old} in the state, but tx wants {new}{hint}", matters)
         if (found := _shape_at(place, new)) != old:
             has = "does not exist, or has an index twice" if found is None else f"has shape {found}"

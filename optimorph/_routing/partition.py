@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from optimorph._core.checks import LeafError
-from optimorph._core.differences import checked_state
+from optimorph._core.differences import checked_state, other_state
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rule import Leaves, aligned, handed
 from optimorph._core.shown import shown
@@ -60,6 +60,8 @@ def partition(
 
     def update(updates, state, params=None, **extra):
         state = checked_state("partition", state, optax.transforms.PartitionState)
+        if {*state.inner_states} != {*txs}:
+            raise other_state("partition")
         gs, tree, ws = aligned("partition", updates, params)
         updates = tree.unflatten(gs)
         params = None if params is None else tree.unflatten(ws)
