@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,13 +117,16 @@ def stored_by(
     """
     dtype, scales = stored.codes.dtype, stored.scales
     assert scales is not None
-    codec = codec_of(kind, path, stored.codes.shape)
+    shape = stored.codes.shape
+    codec = codec_of(kind, path, shape)
     coded = in_codes(dtype) or jnp.issubdtype(dtype, jnp.integer)  # of text files, which know one integer
+    if codec is None and coded and shape:  # a local shard, which is smaller than the leaf that `init` had
+        codec = codec_of(kind, path, (shape[0] * math.prod(manual_axes().values()), *shape[1:]))
     if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4:
         return None, stored
     fit = not coded
     if codec is not None:
-        form = codec.form(stored.codes.shape)
+        form = codec.form(shape)
         beside = scales if form.scales is None else recast(scales, form.scales)
         stored = Encoded(recast(stored.codes, form.codes), beside)
         fit = stored.codes.dtype == form.codes.dtype and (

@@ -200,6 +200,25 @@ def test_inside_shard_map(check_vma):
     rounding.close(jax.jit(step)(params, state)["w"], jax.jit(tx.update)(params, state, params)[0]["w"])
 
 
+@pytest.mark.parametrize(
+    "build", [light, whole, lambda: om.adamw(0.1, state="int8")], ids=["light", "whole", "adamw"]
+)
+def test_shards_that_are_small(build):
+    """Inside `shard_map`: whether a leaf is compressed is decided by the whole leaf, which `init` had."""
+    tx, mesh = build(), trees.mesh_of(8, 1, jax.sharding.AxisType.Auto)
+    params = {"w": np.linspace(-1, 1, 64 * 64, dtype=np.float32).reshape(64, 64)}
+    state = tx.init(params)
+    assert any(x.dtype.itemsize == 1 for x in jax.tree.leaves(state))
+    specs = jax.tree.map(lambda x: P("data") if x.ndim else P(), state)
+    where = {"in_specs": (P("data"), specs), "out_specs": (P("data"), specs)}
+    step = jax.shard_map(lambda p, s: tx.update(p, s, p), mesh=mesh, **where)
+    updates, after = jax.jit(step)(params, state)
+    expected, wanted = jax.jit(tx.update)(params, state, params)
+    rounding.close(updates["w"], expected["w"])
+    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(wanted), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
 def test_programs_of_several_meshes_in_one_process():
     """The same leaf inside `shard_map` over some and all axes: no program is that of another context."""
     tx, w = om.adamw(0.1, state="int8"), np.linspace(-1, 1, 128 * 64, dtype=np.float32).reshape(128, 64)
