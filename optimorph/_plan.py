@@ -242,7 +242,8 @@ def _routes(readings: Readings, path: str) -> Routes:
     """Those of the optimizer that routes a leaf; of another leaf only the name of its transformation."""
     if path in readings.routed:
         return readings.routes[readings.routed[path][0]]
-    return Routes(lambda paths, shapes: [], None, (str(readings.labels.get(path, "optimizer")),) * 2)
+    name = str(readings.labels.get(path, "optimizer"))
+    return Routes(lambda paths, shapes: [], None, (name, name))
 
 
 def _transform(routes: Routes, spec: LeafSpec) -> str:

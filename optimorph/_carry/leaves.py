@@ -143,8 +143,9 @@ def to_the_devices_of(params: PyTree) -> Callable[[Slot], Slot]:
     def place(slot: Slot, shape: Shape) -> Any:
         if shape == shapes.get(slot.path):
             return there.get(slot.path, one)
-        divided = mesh is not None and slot.leaves and shape and shape[0] % mesh.size == 0
-        return of_owners(mesh) if divided else everywhere
+        if mesh is None or not slot.leaves or not shape or shape[0] % mesh.size:
+            return everywhere
+        return of_owners(mesh)
 
     def put(x: Any, place: Any) -> Any:
         same = not _is_placed(x) or x.sharding.device_set == one.device_set

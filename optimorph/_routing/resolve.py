@@ -97,8 +97,8 @@ class AxesOfLeaves:
         if self.axes is not None:
             warn_unused(self.who, "axes", self.axes, leaves.paths)
         forms, _ = self.axes_and_shardings(leaves)
-        by_default = self.axes is None and handed("matrix_axes") is None
-        if without and by_default and leaves.shapes and not any(forms):
+        unasked = self.axes is None and handed("matrix_axes") is None
+        if without and unasked and leaves.shapes and not any(forms):
             warn(f"{self.who}: no leaf is a matrix, so {without}. See optimorph.plan.", stacklevel=3)
 
     def axes_and_shardings(self, leaves: Leaves) -> tuple[Sequence[Axes | None], Any]:

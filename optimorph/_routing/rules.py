@@ -163,9 +163,8 @@ def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
 
     def labels_of(tree):
         places = jax.tree.map(lambda _: 0, tree, is_leaf=lambda x: x is None)  # also of missing gradients
-        if not any(
-            map(is_absent, jax.tree.leaves(places, is_leaf=is_absent))
-        ):  # not a part of the parameters
+        in_part = any(map(is_absent, jax.tree.leaves(places, is_leaf=is_absent)))
+        if not in_part:
             warn_unused("labels", "rules", rules, leaf_paths(places))
         return labelled("labels", match, tree)
 
