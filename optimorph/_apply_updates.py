@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.differences import UPDATES, difference, has_several_leaves
+from optimorph._core.differences import UPDATES, difference, is_container
 from optimorph._core.numbers import ABSENT, as_kind_of, cast_like, copied, is_absent, is_missing, kind, upcast
 from optimorph._core.paths import structure_paths
 from optimorph._core.rounding import check_key, leaf_key, stochastic_bfloat16
@@ -57,7 +57,7 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
 
 def _fits(u: Any, w: Any) -> bool:
     if is_missing(u) or isinstance(u, ABSENT):
-        return u is not None or not has_several_leaves(w)
+        return u is not None or not is_container(w)
     if kind(w) == "integer" or "none" in (kind(u), kind(w)):
         return kind(u) == kind(w) == "integer" and np.shape(u) == np.shape(w)
     return np.shape(u) == np.shape(w)

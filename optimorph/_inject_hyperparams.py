@@ -67,7 +67,10 @@ def inject_hyperparams(
         )
     signature = inspect.signature(inner_factory)
     names = signature.parameters
-    who = getattr(inner_factory, "__name__", repr(inner_factory))
+    made_by = inner_factory
+    while isinstance(made_by, functools.partial):
+        made_by = made_by.func
+    who = getattr(made_by, "__name__", repr(made_by))
     given = one_or_several(static_args)
     if unknown := [name for name in given if not isinstance(name, str) or name not in names]:
         raise ValueError(
@@ -81,7 +84,7 @@ def inject_hyperparams(
             f"{dtype or repr(hyperparam_dtype)}: bfloat16 rounds 0.999 to 1. Type "
             "hyperparam_dtype=jnp.float32, or leave it out."
         )
-    ours = getattr(inner_factory, "__module__", "").startswith("optimorph.")
+    ours = getattr(made_by, "__module__", "").startswith("optimorph.")
     number = jax.Array if ours else float  # here a number that cannot be traced is annotated as a float alone
     spare = {name for name, p in names.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     static = {*given} | {name for name, parameter in names.items() if not _may_be(number, parameter)}

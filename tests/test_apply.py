@@ -99,11 +99,13 @@ def test_integers_beyond_float32():
 @pytest.mark.parametrize("key", [None, jax.random.key(0), jax.random.PRNGKey(0)])
 def test_missing_updates(key):
     params = {"a": jnp.ones(3, jnp.bfloat16), "b": {"c": jnp.ones(2)}, "n": None}
-    got = om.apply_updates(params, {"a": None, "b": None, "n": None}, key)
+    got = om.apply_updates(params, {"a": None, "b": {"c": None}, "n": None}, key)
     jax.tree.map(np.testing.assert_array_equal, got, params)
     got = om.apply_updates(params, {"a": params["a"], "b": {"c": None}, "n": None}, key)
     np.testing.assert_array_equal(got["a"], 2)
     assert got["n"] is None
+    with pytest.raises(ValueError, match="'b/c': a parameter of shape .2,., but no update"):
+        om.apply_updates(params, {"a": None, "b": None, "n": None}, key)
 
 
 def test_noise_is_the_leafs_own():

@@ -276,6 +276,14 @@ REFUSED = {
         lambda: om.adamw(0.1).update(None, om.adamw(0.1).init(PAIRS), PAIRS),
         ["adamw: the gradients do not match", "'a/w': a parameter of shape (3,), but no gradient"],
     ),
+    "no gradients of one leaf": (
+        lambda: om.adamw(0.1).update(None, om.adamw(0.1).init({"w": W["w"]}), {"w": W["w"]}),
+        ["adamw: the gradients do not match", "'w': a parameter", "but no gradient"],
+    ),
+    "no updates of one leaf": (
+        lambda: om.apply_updates({"w": W["w"]}, None),
+        ["apply_updates: the updates do not match", "'w': a parameter", "but no update"],
+    ),
     "no gradients of a module": (
         lambda: om.sgd(0.1).update({"a": None}, om.sgd(0.1).init(PAIRS), PAIRS),
         ["sgd: the gradients do not match", "'a/w': a parameter of shape (3,), but no gradient"],

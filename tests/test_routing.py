@@ -1175,6 +1175,27 @@ def test_labels_warn_of_unused_rules():
         optax.masked(om.ema(0.9), om.labels({"hiden/*": False, "*": True})).init(params)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rules: om.partition(dict(zip(rules, "st", strict=True)), {"s": om.sgd(0.1), "t": om.sgd(0.2)}),
+        lambda rules: om.adamw(0.1, mask=rules),
+        lambda rules: om.scale_by_rules({pattern: float(value) for pattern, value in rules.items()}),
+        lambda rules: om.muon(
+            0.1, axes={pattern: "io" if value else None for pattern, value in rules.items()}
+        ),
+    ],
+    ids=["partition", "mask", "scale_by_rules", "axes"],
+)
+def test_rules_behind_one_for_all_are_reported(make):
+    params = {"a": {"kernel": jnp.ones((3, 3))}, "b": {"kernel": jnp.ones((3, 3))}}
+    with pytest.warns(
+        UserWarning, match=r"'\*' is in front of 'a/\*' and decides for every leaf. Put '\*' last"
+    ):
+        make({"*": True, "a/*": False}).init(params)
+    make({"a/*": False, "*": True}).init(params)
+
+
 def test_labels_of_trees_with_none_warn_of_unused_rules():
     """As of Equinox's models, whose functions are None; a leaf without a gradient is a leaf."""
     rules = om.labels({"*weight*": True, "*": False})

@@ -191,6 +191,14 @@ def test_b2_survives(wrap, dtype):
         assert np.all(np.isfinite(np.asarray(updates["w"], np.float32)))
 
 
+def test_a_partial_of_an_optimizer_is_injected_as_the_optimizer():
+    """Its arguments that cannot be arrays, such as the power of `shampoo`, stay static."""
+    for make in (functools.partial(om.shampoo, b1=0.8), functools.partial(functools.partial(om.soap))):
+        state = om.inject_hyperparams(make)(learning_rate=0.1).init({"kernel": jnp.ones((3, 4))})
+        assert "learning_rate" in state.hyperparams
+        assert "power" not in state.hyperparams
+
+
 @pytest.mark.parametrize(
     "mask",
     [om.decay_mask, om.roles("dense"), lambda p: jax.tree.map(lambda w: w.ndim > 1, p)],

@@ -1,6 +1,6 @@
 """The errors for trees that do not match."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -43,9 +43,10 @@ UPDATES = Words(
 )
 
 
-def has_several_leaves(tree: PyTree) -> bool:
+def is_container(tree: PyTree) -> bool:
     """Whether one None cannot stand for it, as where a function returned no gradients."""
-    return len(jax.tree.leaves(tree)) > 1
+    count = len(jax.tree.leaves(tree))
+    return count > 1 or (count == 1 and isinstance(tree, Mapping | list | tuple))  # not of a box
 
 
 def difference(who: str, updates: PyTree, other: PyTree | None, words: Words = GRADIENTS) -> TreeError:

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType
 
 from optimorph._core.checks import not_an_array
-from optimorph._core.differences import difference, has_several_leaves, other_state
+from optimorph._core.differences import difference, is_container, other_state
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
@@ -301,7 +301,7 @@ def aligned(who: str, updates: PyTree, params: PyTree | None, strict: bool = Tru
     except (ValueError, TypeError, KeyError) as error:
         raise difference(who, updates, params) from error
     for k, (g, w) in enumerate(zip(gs, ws, strict=True)):
-        if g is None and has_several_leaves(w):
+        if g is None and is_container(w):
             raise difference(who, updates, params)
         if isinstance(g, ABSENT):
             ws[k] = w if hasattr(w, "dtype") or isinstance(w, ABSENT) else None  # not functions

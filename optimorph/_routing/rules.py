@@ -260,11 +260,16 @@ def _selects(value: Any) -> Any:
 def warn_unused(
     who: str, argument: str, rules: Rules | None, paths: Sequence[str], what: str = "leaf"
 ) -> None:
-    """Warn of rules that match no leaf, or no moment, and name similar paths."""
+    """Warn of rules that match no leaf, or no moment, and name similar paths; and of those behind "*"."""
     for rule in unused(rules, paths) if rules is not None and paths else ():
         similar = difflib.get_close_matches(rule, paths, 3, 0.3)
         text = f" Similar: {', '.join(map(repr, similar))}." if similar else ""
         warn(f"{who}: no {what} matches the rule {rule!r} of {argument}.{text}", stacklevel=3)
+    patterns = [_text(pattern) for pattern in rules] if has_patterns(rules) else []
+    if "*" in patterns[:-1]:
+        behind = ", ".join(map(repr, patterns[patterns.index("*") + 1 :]))
+        text = f"in {argument}, '*' is in front of {behind} and decides for every {what}. Put '*' last."
+        warn(f"{who}: {text}", stacklevel=3)
 
 
 def warning_of_unused(tx: Transform, who: str, **arguments: Any) -> Transform:
