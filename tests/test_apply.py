@@ -104,7 +104,7 @@ def test_missing_updates(key):
     got = om.apply_updates(params, {"a": params["a"], "b": {"c": None}, "n": None}, key)
     np.testing.assert_array_equal(got["a"], 2)
     assert got["n"] is None
-    with pytest.raises(ValueError, match="'b/c': a parameter of shape .2,., but no update"):
+    with pytest.raises(ValueError, match=r"'b/c': a parameter of shape .2,., but no update"):
         om.apply_updates(params, {"a": None, "b": None, "n": None}, key)
 
 
