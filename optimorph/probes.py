@@ -261,7 +261,7 @@ def _as_bytes(names: Sequence[str]) -> jax.Array:
 
 
 def _as_names(names: Any) -> list[str]:
-    names = np.asarray(names, np.uint8)  # also of a file of text, which knows one integer
+    names = np.asarray(names, np.uint8)  # JSON has one type of integer
     while names.ndim > 1:  # of vmap
         names = names[0]
     return names.tobytes().decode().split("\n") if names.size else []

@@ -1037,7 +1037,7 @@ def test_what_the_warning_says_to_type_compresses():
 @pytest.mark.parametrize("dtype", ["int16", "int32", "uint32"])
 @pytest.mark.parametrize("elementwise", [True, False])
 def test_codes_that_come_back_as_other_integers_are_refused(dtype, elementwise):
-    """As from a file of text, which has no integers of one byte: they are no moments."""
+    """As from JSON, which has one type of integer: they are no moments."""
     tx, params = om.compress_state(om.adam(0.1), elementwise=elementwise), {"w": jnp.ones((64, 64))}
     _, state = tx.update(params, tx.init(params), params)
     restored = jax.tree.map(lambda x: x.astype(dtype) if x.dtype.itemsize == 1 else x, state)

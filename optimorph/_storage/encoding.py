@@ -119,7 +119,7 @@ def stored_by(
     assert scales is not None
     shape = stored.codes.shape
     codec = codec_of(kind, path, shape)
-    coded = in_codes(dtype) or jnp.issubdtype(dtype, jnp.integer)  # of text files, which know one integer
+    coded = in_codes(dtype) or jnp.issubdtype(dtype, jnp.integer)  # JSON has one type of integer
     if codec is None and coded and shape:  # a local shard, which is smaller than the leaf that `init` had
         codec = codec_of(kind, path, (shape[0] * math.prod(manual_axes().values()), *shape[1:]))
     if jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4:
@@ -127,10 +127,10 @@ def stored_by(
     fit = not coded
     if codec is not None:
         form = codec.form(shape)
-        beside = scales if form.scales is None else recast(scales, form.scales)
-        stored = Encoded(recast(stored.codes, form.codes), beside)
+        own = scales if form.scales is None else recast(scales, form.scales)
+        stored = Encoded(recast(stored.codes, form.codes), own)
         fit = stored.codes.dtype == form.codes.dtype and (
-            form.scales is None or (beside.shape, beside.dtype) == (form.scales.shape, form.scales.dtype)
+            form.scales is None or (own.shape, own.dtype) == (form.scales.shape, form.scales.dtype)
         )
     if not fit:
         said = "no codec" if codec is None else repr(codec)

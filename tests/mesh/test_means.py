@@ -119,7 +119,7 @@ def test_factored_convolutions(jit, mode):
 
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_rows_and_columns_are_divided_as_batches(jit, mode):
-    """Of experts each device has its own, from the start; no device has all zeros of a leaf for a moment."""
+    """Of experts each device has its own, also in the first state."""
     tx, mesh = (
         om.factored(0.9, axes={"experts": "bio", "kernel": "io", "fused": "bi(2o)"}),
         trees.mesh_of(8, 1, mode),
@@ -127,9 +127,7 @@ def test_rows_and_columns_are_divided_as_batches(jit, mode):
     shapes = {"experts": (16, 8, 4), "kernel": (8, 4), "fused": (8, 4, 6)}
     place = NamedSharding(mesh, P("data"))
     params = {name: jax.device_put(np.ones(shape, np.float32), place) for name, shape in shapes.items()}
-    init = (
-        tx.init if mode == AxisType.Auto else jit(tx.init)
-    )  # of Auto axes the compiler knows nothing in init
+    init = jit(tx.init) if mode == AxisType.Explicit else tx.init  # Auto axes are not in the types of arrays
     with jax.set_mesh(mesh):
         state = init(params)
         after = jit(tx.update)(params, state, params)[1]
