@@ -34,7 +34,6 @@ from optimorph._routing.leaf_spec import LeafSpec
 from optimorph._routing.questions import questions
 from optimorph._routing.readings import Readings
 from optimorph._routing.resolve import resolve_trained
-from optimorph._routing.rules import unused
 from optimorph._transforms.matrices import SCALES
 from optimorph.linalg import Axes
 
@@ -85,7 +84,8 @@ class Plan:
 
     Args:
       rows: one row for each leaf, in the order of the tree.
-      unused: the rules that no leaf matches.
+      unused: the rules of all transformations that decide for no leaf: no leaf matches them, or they are
+        behind "*".
       learning_rates: transformation → its learning rate at the first step, if different leaves have different
         transformations.
       over_mesh: how matrices are divided over a mesh, if one was given.
@@ -117,7 +117,7 @@ class Plan:
         lines = table(_TITLES, [_cells(rows) for rows in group_by(self.rows, _line)])
         lines += ["", *table(*_totals(self.rows, self.learning_rates))]
         lines += [] if self.over_mesh is None else ["", str(self.over_mesh)]
-        lines += [f"\nNo leaf matches the rule {pattern!r}." for pattern in self.unused]
+        lines += [f"\nThe rule {pattern!r} decides for no leaf." for pattern in self.unused]
         asked = {row.path: (row.unresolved, row.answers) for row in self.rows if row.unresolved is not None}
         lines += [f"\n{text}" for text in questions(asked, [row.path for row in self.rows])]
         return "\n".join(lines)
@@ -201,10 +201,7 @@ def plan(
     elif mesh is not None:
         first, forms = readings.routes[0], [spec.axes for spec in specs]
         over_mesh = plan_mesh(mesh, first.match, first.polar, first.divide, paths, leaves, forms)
-    rules = [routes.rules for routes in readings.routes if routes.rules is not None]
-    return Plan(
-        rows, tuple(dict.fromkeys(rule for each in rules for rule in unused(each, paths))), rates, over_mesh
-    )
+    return Plan(rows, tuple(dict.fromkeys(readings.unused)), rates, over_mesh)
 
 
 def _specs(
@@ -243,7 +240,7 @@ def _routes(readings: Readings, path: str) -> Routes:
     if path in readings.routed:
         return readings.routes[readings.routed[path][0]]
     name = str(readings.labels.get(path, "optimizer"))
-    return Routes(lambda paths, shapes: [], None, (name, name))
+    return Routes(lambda paths, shapes: [], (name, name))
 
 
 def _transform(routes: Routes, spec: LeafSpec) -> str:

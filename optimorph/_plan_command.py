@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the plan; return 1 if a leaf is unresolved or no leaf matches a rule, otherwise 0."""
+    """Print the plan; return 1 if a leaf is unresolved or a rule decides for no leaf, otherwise 0."""
     axes: dict[str, str | None] = {}
     for text in arguments.axes:
         pattern, spec = _rule(text)

@@ -78,7 +78,7 @@ def test_undecided_leaves_and_unused_rules_are_shown():
     text = str(om.plan({"a": jnp.ones((3, 4, 5))}, axes={"blcks/*": None}))
     assert "undecided" in text
     assert "axes={'a': 'bio'}" in text
-    assert "No leaf matches the rule 'blcks/*'." in text
+    assert "The rule 'blcks/*' decides for no leaf." in text
 
 
 def test_a_large_tree_is_planned_leaf_by_leaf():
@@ -240,6 +240,25 @@ def test_rows_inside_a_partition_are_those_of_its_parts():
     assert plan.unused == ("blocs/*",)
 
 
+@pytest.mark.parametrize(
+    "tx",
+    [
+        om.adamw(0.1, mask={"*bais": False, "*": True}),
+        om.adamw(0.1, mask={"*": True, "*bais": False}),
+        om.partition({"*": "a", "*bais": "b"}, {"a": SGD, "b": FROZEN}),
+        om.muon(0.1, shardings={"*bais": None}),
+        om.adamw(0.1, state={"*bais": "int8"}),
+        om.scion(0.1, norms={"*bais": "sign"}),
+        om.scale_by_rules({"*bais": 0.1}),
+        om.multi_steps(om.inject_hyperparams(om.adamw)(0.1, mask={"*bais": False, "*": True}), 2),
+    ],
+)
+def test_rules_that_decide_for_no_leaf_are_unused_in_every_transformation(tx):
+    plan = om.plan({"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, tx)
+    assert plan.unused == ("*bais",)
+    assert "The rule '*bais' decides for no leaf." in str(plan)
+
+
 def test_parts_of_a_partition_have_their_labels():
     """In the column of each leaf and in the sums; of nested partitions the inner label."""
     parts = {"slow": om.adamw(1e-4), "rest": om.partition({"*b": "b", "*": "off"}, {"b": SGD, "off": FROZEN})}
@@ -323,7 +342,7 @@ def test_the_command_takes_shapes(model, capsys):
 
 def test_the_command_says_what_matches_nothing(model, capsys):
     assert main(["plan", "zoo:init", "--axes", "bloks/*=none", "--axes", "bloks/*=io"]) == 1
-    assert "No leaf matches the rule 'bloks/*'." in capsys.readouterr().out
+    assert "The rule 'bloks/*' decides for no leaf." in capsys.readouterr().out
 
 
 def test_a_closed_pipe_is_no_error(model):

@@ -38,7 +38,6 @@ class Routes:
     """
 
     resolve: Resolve
-    rules: AxesRules | None
     names: tuple[str, str]
     scale: Any = None
     match: Match | None = None
@@ -158,7 +157,7 @@ def routed(
         ), after
 
     tx = Transform(init, update)
-    tx.routes = Routes(resolve, axes, names, scale, match, polar, divide)
+    tx.routes = Routes(resolve, names, scale, match, polar, divide)
     return tx
 
 

@@ -19,6 +19,7 @@ class Readings:
       unresolved: path → how a leaf reads that would be refused.
       labels: path → the label of the innermost `partition`.
       stacked: path → size of matrix, such as "64x256" → how many of these matrices the leaf has.
+      unused: the rules of all transformations that decide for no leaf.
     """
 
     routes: list[Any] = dataclasses.field(default_factory=list)
@@ -26,6 +27,7 @@ class Readings:
     unresolved: dict[str, LeafSpec] = dataclasses.field(default_factory=dict)
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
     stacked: dict[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    unused: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, routes: Any, specs: Mapping[str, LeafSpec]) -> None:
         """Note the leaves of one more optimizer that routes; of nested ones the outer decides."""

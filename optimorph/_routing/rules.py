@@ -123,7 +123,7 @@ def matching_pattern(rules: Rules) -> Callable[[str, Shape], str | None]:
     return lambda path, shape: None if (k := first(path, shape)) is None else _text(patterns[k])
 
 
-def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
+def _unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
     """The patterns, or the paths of a tree of rules, that match none of the paths."""
     paths = dict.fromkeys(paths)
     around = {x for path in paths for x in _around(path)}
@@ -137,6 +137,12 @@ def unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
                 yield _text(pattern)
     elif not callable(rules) or not _is_leaf(rules):
         yield from (path for path, _ in _tree_values(rules) if path not in around)
+
+
+def _behind(rules: Rules) -> list[str]:
+    """The patterns behind "*", which decides for every leaf."""
+    patterns = [_text(pattern) for pattern in rules] if has_patterns(rules) else []
+    return patterns[patterns.index("*") + 1 :] if "*" in patterns else []
 
 
 def labels(rules: Rules) -> Callable[[PyTree], PyTree]:
@@ -261,14 +267,18 @@ def warn_unused(
     who: str, argument: str, rules: Rules | None, paths: Sequence[str], what: str = "leaf"
 ) -> None:
     """Warn of rules that match no leaf, or no moment, and name similar paths; and of those behind "*"."""
-    for rule in unused(rules, paths) if rules is not None and paths else ():
+    if rules is None or not paths:
+        return
+    unmatched, behind = [*_unused(rules, paths)], _behind(rules)
+    if (readings := handed("readings")) is not None:
+        readings.unused += [*unmatched, *behind]
+    for rule in unmatched:
         similar = difflib.get_close_matches(rule, paths, 3, 0.3)
         text = f" Similar: {', '.join(map(repr, similar))}." if similar else ""
         warn(f"{who}: no {what} matches the rule {rule!r} of {argument}.{text}", stacklevel=3)
-    patterns = [_text(pattern) for pattern in rules] if has_patterns(rules) else []
-    if "*" in patterns[:-1]:
-        behind = ", ".join(map(repr, patterns[patterns.index("*") + 1 :]))
-        text = f"in {argument}, '*' is in front of {behind} and decides for every {what}. Put '*' last."
+    if behind:
+        rest = ", ".join(map(repr, behind))
+        text = f"in {argument}, '*' is in front of {rest} and decides for every {what}. Put '*' last."
         warn(f"{who}: {text}", stacklevel=3)
 
 
