@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optimorph._core.differences import UPDATES, difference, is_container
-from optimorph._core.numbers import ABSENT, as_kind_of, cast_like, copied, is_absent, is_missing, kind, upcast
+from optimorph._core.numbers import ABSENT, cast_like, copied, is_absent, is_missing, kind, upcast
 from optimorph._core.paths import structure_paths
 from optimorph._core.rounding import check_key, leaf_key, stochastic_bfloat16
 from optimorph._core.types import PyTree
@@ -33,8 +33,8 @@ def apply_updates(params: PyTree, updates: PyTree, key: jax.Array | None = None)
       key: a key of `jax.random`.
 
     Raises:
-      ValueError: updates whose paths are not those of the parameters; real updates of integers; a `key` that
-        is not a key of `jax.random`.
+      ValueError: updates whose paths are not those of the parameters; real updates of integers; complex
+        updates of real parameters; a `key` that is not a key of `jax.random`.
 
     Equals:
       optax.apply_updates(params, updates)
@@ -60,7 +60,7 @@ def _fits(u: Any, w: Any) -> bool:
         return u is not None or not is_container(w)
     if kind(w) == "integer" or "none" in (kind(u), kind(w)):
         return kind(u) == kind(w) == "integer" and np.shape(u) == np.shape(w)
-    return np.shape(u) == np.shape(w)
+    return np.shape(u) == np.shape(w) and (kind(u), kind(w)) != ("complex", "real")
 
 
 def _updated(path: str, u: Any, w: Any, key: jax.Array | None) -> Any:
@@ -70,7 +70,7 @@ def _updated(path: str, u: Any, w: Any, key: jax.Array | None) -> Any:
     if kind(w) == "integer":
         return w + jnp.asarray(u, dtype)
     x = upcast(w)
-    x = x + as_kind_of(upcast(u), x).astype(x.dtype)
+    x = x + upcast(u).astype(x.dtype)
     if key is None or dtype != jnp.bfloat16:
         return cast_like(x, w)  # (1)
     return stochastic_bfloat16(x, leaf_key(key, path))

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -129,6 +129,7 @@ def inject_hyperparams(
         def update(updates, state, params=None, **extra):
             state = checked_state("inject_hyperparams", state, optax.InjectStatefulHyperparamsState)
             state = _renamed(state, lambda name: name.removesuffix(_SCHEDULE))
+            _check_hyperparams(who, state.hyperparams, given.arguments)
             was_set = {name for name, x in state.hyperparams.items() if _is_integer(x)} - integers
             real = {name: state.hyperparams[name].astype(dtype) for name in was_set}
             state = state._replace(hyperparams=state.hyperparams | real)
@@ -149,6 +150,23 @@ def _is_schedule(f: Callable[..., Any]) -> bool:
     except Exception:
         return True  # whose error `init` raises
     return is_array(value) and not jnp.issubdtype(jnp.result_type(value), jnp.bool_)
+
+
+def _check_hyperparams(who: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse what was set in a state and is not a hyperparameter of the optimizer, or not a number."""
+    for name, value in found.items():
+        if name not in given:
+            numbers = [name for name in found if name in given]
+            raise ValueError(
+                f"inject_hyperparams: the state has the hyperparameter {name!r}, which is not an argument of "
+                f"{who}. Type one of {numbers}."
+            )
+        shape = np.shape(given[name]) if is_array(given[name]) else ()
+        if not is_array(value) or np.shape(value) != shape:
+            numbers = f"an array of shape {shape}" if shape else "one number, such as jnp.float32(1e-3)"
+            raise ValueError(
+                f"inject_hyperparams: in the state the argument {name!r} is {shown(value)}. Set {numbers}."
+            )
 
 
 def _is_integer(x: Any) -> bool:

@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optimorph import linalg
 from optimorph._core.checks import check_flags, check_integer, check_params, one_or_several
 from optimorph._core.differences import checked_state
 from optimorph._core.flags import cond
 from optimorph._core.moments import moments_of
-from optimorph._core.numbers import as_made, common, increment, is_missing, is_trainable, upcast
+from optimorph._core.numbers import as_made, common, increment, is_array, is_missing, is_trainable, upcast
 from optimorph._core.paths import by_path, distinct_paths
 from optimorph._core.roles import FIRST, Role, holds, scalar
 from optimorph._core.rule import Leaves
+from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, PyTree
 from optimorph._core.warn import warn
 from optimorph._core.wrapped import wrapped
@@ -222,12 +224,23 @@ def read(state: PyTree) -> dict[str, Any]:
     The keys are `path/metric` for every probe, `learning_rate` and `weight_decay`, `clip_norm` and
     `clip_factor`, `skipped` and `consecutive_skips`, and the names of injected hyperparameters. In a
     partition the name of the part comes first, as in `matrix/learning_rate`. The values are Python numbers.
-    If the state has further axes, as after `jax.vmap`, they are NumPy arrays.
+    If the state has further axes, as after `jax.vmap`, they are NumPy arrays. If several parts report a key,
+    as in `chain(adamw(1e-3), sgd(0.1))`, the last decides. A state that reports nothing, such as optax's,
+    gives an empty dictionary.
+
+    Raises:
+      ValueError: a state that is traced, or has no arrays.
     """
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
-        raise ValueError(
-            "read: the state has shapes and no arrays. Type the state that tx.init or tx.update returned."
-        )
+    for x in jax.tree.leaves(state):
+        if isinstance(x, Tracer):
+            raise ValueError(
+                "read: the state is traced by jax. Type the state that the compiled function returned."
+            )
+        if isinstance(x, jax.ShapeDtypeStruct) or not is_array(x):
+            held = shown(x)
+            raise ValueError(
+                f"read: the state has {held}, not arrays. Type the state that tx.init or tx.update returned."
+            )
     found: dict[str, Any] = {}
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_speaks):
         if _speaks(node):

@@ -1,9 +1,14 @@
 """What every public transform and recipe promises to the code around it."""
 
 import inspect
+import os
+import re
+import subprocess
+import sys
 
 import catalog
 import chex
+import cloudpickle
 import formulas
 import jax
 import jax.numpy as jnp
@@ -97,6 +102,29 @@ def test_absent_parameters(entry):
     tx, params = entry.build(), {**parameters(entry), "static": None}
     updates, _ = jax.eval_shape(tx.update, params, tx.init(params), params)
     assert updates["static"] is None
+
+
+def changed_by_cloudpickle():
+    """The entries whose optimizer, after its first use, makes another program when it was pickled."""
+
+    def program(tx):
+        state = jax.eval_shape(tx.init, params)
+        return re.sub("0x[0-9a-f]+", "", str(jax.make_jaxpr(tx.update)(params, state, params)))
+
+    changed = []
+    for entry in catalog.ENTRIES:
+        tx, params = entry.build(), parameters(entry)
+        before = program(tx)
+        if program(cloudpickle.loads(cloudpickle.dumps(tx))) != before:
+            changed.append(entry.id)
+    return changed
+
+
+def test_cloudpickle():
+    """In a process without the type checker of these tests, which cannot be pickled."""
+    code = "import test_contract; print(test_contract.changed_by_cloudpickle())"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True) == "[]\n"
 
 
 @every

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import catalog
+import chex
 import jax
 import jax.numpy as jnp
 import mutants
@@ -33,6 +34,12 @@ PAIRS = {"a": {"w": jnp.ones(3), "b": jnp.ones(3)}}
 def accumulated(every_k, **extra):
     tx = om.multi_steps(om.sgd(0.1), every_k)
     return tx.update(W, tx.init(W), W, **extra)
+
+
+def with_hyperparameter(name, value):
+    tx = om.inject_hyperparams(om.adamw)(learning_rate=0.1)
+    state = tx.init(W)
+    return tx.update(W, state._replace(hyperparams=state.hyperparams | {name: value}), W)
 
 
 REFUSED = {
@@ -300,6 +307,34 @@ REFUSED = {
         lambda: om.apply_updates({"n": jnp.ones(3, int)}, {"n": jnp.ones(3)}),
         ["apply_updates: some updates cannot be used", "an update of float32", "integers of integers"],
     ),
+    "complex updates": (
+        lambda: om.apply_updates({"n": jnp.ones(3)}, {"n": jnp.ones(3, complex)}),
+        [
+            "apply_updates: some updates cannot be used",
+            "an update of complex",
+            "Give real",
+        ],
+    ),
+    "a hyperparameter that is not there": (
+        lambda: with_hyperparameter("learning_rat", 0.5),
+        ["inject_hyperparams: the state has", "'learning_rat'", "of adamw", "one of ['b1', 'b2'"],
+    ),
+    "a hyperparameter with an axis": (
+        lambda: with_hyperparameter("learning_rate", jnp.ones(1)),
+        ["inject_hyperparams: in the state", "'learning_rate' is Array([1.]", "Set one number"],
+    ),
+    "a hyperparameter that is None": (
+        lambda: with_hyperparameter("learning_rate", None),
+        ["inject_hyperparams: in the state", "'learning_rate' is None", "Set one number"],
+    ),
+    "a state that is traced": (
+        lambda: jax.jit(om.probes.read)(om.sgd(0.1).init(W)),
+        ["read: the state is traced", "that the compiled function returned"],
+    ),
+    "an optimizer for its state": (
+        lambda: om.probes.read(om.sgd(0.1)),
+        ["read: the state has <function", "not arrays", "tx.init or tx.update"],
+    ),
     "parameters for axes": (
         lambda: om.muon(0.1, axes={"w": jnp.ones((3, 4))}).init({"w": jnp.ones((3, 4))}),
         ["muon: 'w' has shape (3, 4), and float32[3, 4] is not a spec"],
@@ -330,7 +365,7 @@ REFUSED = {
     ),
     "shapes of a state": (
         lambda: om.probes.read(jax.eval_shape(om.probes.probe(om.sgd(0.1)).init, W)),
-        ["read: ", "shapes", "tx.init"],
+        ["read: the state has ShapeDtypeStruct", "tx.init"],
     ),
     "flush of 3": (lambda: accumulated(3, flush=3), ["multi_steps: flush", "one boolean", "3"]),
     "flush of several": (lambda: accumulated(3, flush=np.zeros(2, bool)), ["multi_steps: flush"]),
@@ -666,6 +701,15 @@ def test_a_state_of_optax_is_that_of_the_parameters(who):
     tx = AROUND[who]()
     with pytest.raises(ValueError, match=rf"{who}: the (optimizer state|gradients)"):
         tx.update(W, tx.init({"w": W["w"]}), W)
+
+
+@jax.numpy_dtype_promotion("standard")
+@pytest.mark.parametrize("who", AROUND)
+def test_parameters_that_are_python_numbers(who):
+    tx, params = AROUND[who](), W | {"b": 1.0}
+    updates, _ = tx.update(params, tx.init(params), params)
+    arrays, _ = tx.update(as_arrays := jax.tree.map(jnp.asarray, params), tx.init(as_arrays), as_arrays)
+    chex.assert_trees_all_equal(updates, arrays)
 
 
 def test_another_tree_beside_the_gradients():

@@ -97,11 +97,11 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _wider(gs: PyTree, params: PyTree) -> PyTree:
-    """The types of gradients, with the dtypes of parameters that are wider."""
+    """The gradients, with parameters in the place of those that are narrower."""
 
     def wider(g, w):
-        own = hasattr(w, "dtype") and is_trainable(w) and w.dtype.itemsize > g.dtype.itemsize
-        return jax.ShapeDtypeStruct(g.shape, w.dtype if own else g.dtype)
+        own = hasattr(w, "dtype") and is_trainable(w) and w.dtype.itemsize > jnp.result_type(g).itemsize
+        return w if own else g
 
     return gs if jax.tree.structure(params) != jax.tree.structure(gs) else jax.tree.map(wider, gs, params)
 

@@ -10,7 +10,14 @@ import numpy as np
 
 from optimorph._core.rule import Leaf, not_in_parts
 from optimorph._core.types import Shape
-from optimorph._distributed.shardings import Match, Names, devices, local_shard_spec, manual_axes
+from optimorph._distributed.shardings import (
+    Match,
+    Names,
+    devices,
+    local_shard_spec,
+    manual_axes,
+    undecided,
+)
 from optimorph.linalg import Axes
 
 
@@ -71,10 +78,7 @@ def reduction(who: str, match: Match | None, leaf: Leaf, form: Axes | None, lett
         return Reduction(form, letters, ())
     shape = np.shape(leaf.leaves.values[leaf.index])
     if match is None:
-        raise ValueError(
-            f"{who}: inside jax.shard_map, {leaf.path!r} of shape {shape} may be a local shard. Give the "
-            "in_specs of the parameters, such as shardings={'*': P('data')}. P() means replicated."
-        )
+        raise undecided(who, leaf.path, shape)
     spec, _ = local_shard_spec(who, match, leaf.path, shape)
     if form is None:
         return Reduction(form, letters, tuple(name for names in spec for name in names))

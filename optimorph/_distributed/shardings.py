@@ -106,11 +106,7 @@ def shardings_of(
     manual = manual_axes()
     if match is None:
         if manual and paths:
-            raise ValueError(
-                f"{who}: inside jax.shard_map or pmap over {', '.join(manual)}, {paths[0]!r} of shape "
-                f"{arrays[0].shape} may be a local shard. Give the in_specs of the parameters, such as "
-                "shardings={'*/kernel': P('data', None), '*': P()}. P() means replicated."
-            )
+            raise undecided(who, paths[0], arrays[0].shape)
         return None
     shardings = [match(path, x.shape) for path, x in zip(paths, arrays, strict=True)]
     shardings = [PartitionSpec() if sharding is None else sharding for sharding in shardings]
@@ -126,6 +122,16 @@ def shardings_of(
     if faults:
         raise ValueError("\n".join(f"{who}: {fault}" for fault in faults))
     return shardings
+
+
+def undecided(who: str, path: str, shape: Shape) -> ValueError:
+    """The error where nothing says how a leaf is divided inside `jax.shard_map`."""
+    first, *_ = manual = [*manual_axes()]
+    return ValueError(
+        f"{who}: inside jax.shard_map or pmap over {', '.join(manual)}, {path!r} of shape {shape} may be a "
+        "local shard. Give the in_specs of the parameters, such as "
+        f"shardings={{'*/kernel': P({first!r}, None), '*': P()}}. P() means replicated."
+    )
 
 
 def whole_shapes(

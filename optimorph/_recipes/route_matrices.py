@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -153,7 +154,7 @@ def routed(
             raise other_state(who) from error
         out = tree.flatten_up_to(out)
         return tree.unflatten(
-            [u if is_absent(g) else cast_like(u, g) for u, g in zip(out, gs, strict=True)]
+            [u if is_absent(g) else cast_like(jnp.asarray(u), g) for u, g in zip(out, gs, strict=True)]
         ), after
 
     tx = Transform(init, update)

@@ -8,7 +8,11 @@ from typing import NamedTuple
 from optimorph._core.types import Shape
 from optimorph.linalg import Axes
 
-axes_of = functools.cache(Axes)
+
+@functools.cache
+def axes_of(spec: str) -> Axes:
+    return Axes(spec)
+
 
 HEAD, INFERRED_HEAD, UNDECIDED_ROLE = "head", "head, inferred", "undecided"
 

@@ -91,6 +91,10 @@ class AxesOfLeaves:
         self.known: weakref.WeakKeyDictionary[Leaves, Sequence[Axes | None]]
         self.known = weakref.WeakKeyDictionary()
 
+    def __reduce__(self):
+        """What it knows of leaves in this process is not pickled."""
+        return AxesOfLeaves, (self.who, self.axes, self.shardings)
+
     def check(self, leaves: Leaves, without: str = "") -> None:
         """Refuse leaves that no rule decides. If `without` says what it means, warn if none is a matrix."""
         warn_unused(self.who, "shardings", self.shardings, leaves.paths)

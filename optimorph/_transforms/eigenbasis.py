@@ -352,9 +352,9 @@ def _check_manual(who: str, leaves: Leaves, forms: Any, match: Any) -> None:
         spec = None if match is None else local_shard_spec(who, match, path, np.shape(x))[0]
         if spec is None or any(spec):
             raise ValueError(
-                f"{who}: inside jax.shard_map {path!r} has shape {np.shape(x)}, which may be a local shard, "
-                "but factors need whole matrices. Call update outside of jax.shard_map, or if the leaves are "
-                "whole there, type shardings={'*': P()}."
+                f"{who}: inside jax.shard_map or pmap, {path!r} of shape {np.shape(x)} may be a local shard, "
+                "but factors need whole matrices. Call update outside, or if leaves are whole, type "
+                "shardings={'*': P()}."
             )
 
 
