@@ -97,7 +97,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _wider(gs: PyTree, params: PyTree) -> PyTree:
-    """The gradients, with parameters in the place of those that are narrower."""
+    """The gradients; in the place of one that is narrower than its parameter, the parameter."""
 
     def wider(g, w):
         own = hasattr(w, "dtype") and is_trainable(w) and w.dtype.itemsize > jnp.result_type(g).itemsize

@@ -135,7 +135,7 @@ def test_inside_shard_map():
 
     assert inside(P(), shardings={"*": P()})["w"].shape == (8, 8)
     for arguments in ({}, {"shardings": {"*": P("data")}}):
-        with pytest.raises(ValueError, match=r"in_eigenbasis: inside jax.shard_map 'w' has shape"):
+        with pytest.raises(ValueError, match=r"in_eigenbasis: inside jax.shard_map or pmap, 'w' of shape"):
             inside(P("data"), **arguments)
 
 

@@ -66,7 +66,9 @@ def test_inside_shard_map():
         in_specs=(specs, specs),
         out_specs=specs,
     )
-    with pytest.raises(ValueError, match=r"adamh: inside jax\.shard_map, 'bias' .* such as shardings="):
+    with pytest.raises(
+        ValueError, match=r"adamh: inside jax\.shard_map or pmap over .*, 'bias' .* such as shardings="
+    ):
         jax.eval_shape(step, gradients, params)
 
 

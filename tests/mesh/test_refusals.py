@@ -80,6 +80,15 @@ def test_inside_shard_map_nothing_is_guessed():
         jax.jit(run)(jnp.ones((8, 24)))
 
 
+@pytest.mark.parametrize("tx", [om.muon(0.1, axes=PLAIN), om.clip_norm(1.0)])
+def test_what_to_type_names_an_axis_of_the_mesh(tx):
+    run = jax.pmap(lambda w: tx.update({"w": w}, tx.init({"w": w}), {"w": w})[0], axis_name="d")
+    with pytest.raises(
+        ValueError, match=r"pmap over d, .* shardings=\{'\*/kernel': P\('d', None\), '\*': P\(\)\}"
+    ):
+        run(jnp.ones((2, 8, 24)))
+
+
 def test_inside_shard_map_and_a_partition_nothing_else_is_named():
     """The state of a part is right: what lacks is shardings."""
     params = {"up": {"kernel": jnp.ones((8, 8))}, "bias": jnp.ones(8)}
