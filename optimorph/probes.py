@@ -204,7 +204,7 @@ def probe(
         names, forms = names_of(updates if params is None else params, state.inner, updates)
         if len(names) != state.values.shape[-1]:
             check_params("probe", params, "without them it cannot tell which gradients are missing")
-        values, measured = state.values.astype(jnp.float32), state.measured
+        values, measured = state.values.astype(jnp.float32), state.measured.astype(bool)
         if names:
             due = state.probe_count % every == 0
             values, measured = cond(

@@ -1,5 +1,6 @@
 """Attention logits are kept below a threshold, by weights that are multiplied alike wherever they lie."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,6 +242,30 @@ def test_numbers():
     for name in ("query", "key"):
         np.testing.assert_allclose(after[name].ravel(), [0.816496580927726, 1.0], rtol=1e-15)
     np.testing.assert_array_equal(after["value"], 1)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2, 2), (4, 2), (4, 4)])
+def test_stacked_layers_are_clipped_as_each_by_itself(queries, keys):
+    """Also if they have two heads, whose weights are no two parts of one head."""
+    rng = np.random.default_rng(0)
+    stacked = {
+        name: jnp.asarray(rng.standard_normal((3, MODEL, heads * SIZE)))
+        for name, heads in (("wq", queries), ("wk", keys))
+    }
+    maxima = jnp.asarray(rng.uniform(1.0, 9.0, (3, queries)))
+
+    def axes(layers):
+        return {"wq": f"{layers}i({queries}o)", "wk": f"{layers}i({keys}o)"}
+
+    each = [
+        om.qk_clip(jax.tree.map(lambda w, k=k: w[k], stacked), {"": maxima[k]}, axes(""), 2.0)
+        for k in range(3)
+    ]
+    expected = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+    chex.assert_trees_all_equal(om.qk_clip(stacked, {"": maxima}, axes("b"), 2.0), expected)
+    tx, zeros = om.clip_attention_logits(2.0, axes("b")), jax.tree.map(jnp.zeros_like, stacked)
+    updates, _ = tx.update(zeros, tx.init(stacked), stacked, attention_logits={"": maxima})
+    rounding.close(om.apply_updates(stacked, updates), expected)
 
 
 @pytest.mark.parametrize("flat", [False, True])

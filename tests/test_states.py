@@ -406,6 +406,22 @@ def test_restored_in_another_dtype(k, entry):
                 assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, blank)
 
 
+@pytest.mark.examples("adamw", "narrow", "codes", "multi_steps", "skip_nonfinite")
+@pytest.mark.parametrize("entry", RESTORED, ids=[entry.id for entry in RESTORED])
+def test_counts_in_half_precision(entry):
+    """As `optax.tree.cast` makes them of a state; 256 + 1 is 256 then. An update makes them integers."""
+    params, tx = parameters(entry), entry.make(om)
+    blank = jax.eval_shape(tx.init, params)
+
+    def after(state, dtype):
+        cast = jax.tree.map(lambda x: x.astype(dtype) if x.dtype.itemsize == 4 else x, state)
+        return tx.update(params, cast, params)[1]
+
+    for dtype in (jnp.bfloat16, jnp.float16):
+        found = jax.eval_shape(lambda state, dtype=dtype: after(state, dtype), blank)
+        assert jax.tree.map(jnp.result_type, found) == jax.tree.map(jnp.result_type, blank)
+
+
 @pytest.mark.examples("adamw", "narrow", "codes")
 @pytest.mark.parametrize("entry", RESTORED, ids=[entry.id for entry in RESTORED])
 def test_restored_numbers_are_the_numbers(entry):

@@ -111,8 +111,8 @@ def as_scalar(value: Numeric, like: jax.Array) -> Any:
 
 
 def increment(count: Any) -> jax.Array:
-    """The count plus one. At the largest integer it stays there instead of overflowing."""
-    return jnp.asarray(optax.safe_increment(count))
+    """The count plus one, int32. At the largest integer it stays there instead of overflowing."""
+    return jnp.asarray(optax.safe_increment(jnp.asarray(count, jnp.int32)))
 
 
 def is_schedule(value: Any) -> bool:
@@ -261,7 +261,8 @@ def as_kind_of(x: jax.Array, like: jax.Array) -> jax.Array:
 
 _REALS = {np.dtype(x) for x in (jnp.bfloat16, "float16", "float32", "float64", "complex64", "complex128")}
 _INTEGERS = {np.dtype(name) for name in ("int32", "uint32", "int64", "uint64")}
-_NOT_32 = (_REALS | _INTEGERS) - {np.dtype(name) for name in ("float32", "complex64", "int32", "uint32")}
+_NUMBERS = _REALS | _INTEGERS
+_NOT_32 = _NUMBERS - {np.dtype(name) for name in ("float32", "complex64", "int32", "uint32")}
 
 
 def as_made(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree | None) -> PyTree:
@@ -299,9 +300,12 @@ def _cast(x: Any, made: Any) -> Any:
 
 
 def recast(x: Any, made: Any) -> Any:
-    """An array in another's dtype, if both hold real numbers in at least two bytes, or integers in four."""
+    """An array in another's dtype, if both hold real numbers in at least two bytes, or integers in four.
+
+    Counts and seeds may have become real numbers with the rest of a state.
+    """
     own, other = getattr(x, "dtype", None), made.dtype
-    alike = {own, other} <= _REALS or {own, other} <= _INTEGERS
+    alike = own in _REALS if other in _REALS else own in _NUMBERS and other in _INTEGERS
     if own == other or not alike:
         return x
     return x.update(dtype=other) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(other)

@@ -234,14 +234,18 @@ def _part(who: str, role: str, path: str, shape: Shape, axes: Axes) -> Part:
     parts, longer = axes.laid_out(shape)
     part = Part(path, longer, parts, shape)
     *_, own, last = part.positions(0)
-    two = len(part.axes[last].blocks) == 2
+    sizes = part.axes[last].written
+    two = len(sizes) == 2
     if role.startswith("latent") and not two:
         parts, spec = ("key and value", "128+128") if "key" in role else ("unrotated and rotated", "128+64")
         raise ValueError(
             f"{who}: each head of {path!r} {shape} has two parts, {parts}. Type their sizes as blocks, such "
             f"as axes={{{path!r}: 'io({spec} o)'}}."
         )
-    return part._replace(latent=role.startswith("latent") or (role != "fused" and two and bool(own)))
+    of_heads = "o" in [part.axes[k].letter for k in own] or (
+        own and sizes != [1, 1]
+    )  # in bi(2o) they are heads
+    return part._replace(latent=role.startswith("latent") or bool(role != "fused" and two and of_heads))
 
 
 def _bias(kernel: Part | None, path: str, shape: Shape) -> Part | None:

@@ -106,7 +106,7 @@ def in_slabs(
         written, made = carry
         start = jnp.maximum(k - 1, 0) * rows
         stored = store(place(start, rows), made, first)
-        begun = jax.tree.map(lambda new, old: jnp.where(k > 0, new, old), stored, first)
+        begun = jax.tree.map(lambda new, old: jnp.where(k > 0, with_type_of(new, old), old), stored, first)
         written = put(written, begun, start)
         return written, make(take(written, k * rows, rows), take(read, k * rows, rows))
 

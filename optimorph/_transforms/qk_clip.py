@@ -36,7 +36,7 @@ class QKClipState(NamedTuple):
                 raise ValueError(
                     f"clip_attention_logits: the logits of {module!r} have shape {logits.shape}, but "
                     f"{before.shape} was expected, (*layers, heads). Type axes that show the heads, such as "
-                    "'ioo', 'i(12o)', or for a fused kernel 'i(12+12+12 o)'."
+                    "'ioo', 'i(12o)', of stacked layers 'bi(12o)', or of a fused kernel 'i(12+12+12 o)'."
                 )
             logits = logits.astype(before.dtype)
             counts = sound & ~jnp.isnan(logits)
@@ -109,8 +109,9 @@ def clip_attention_logits(
 
     Without `attention_logits` the updates do not change. Inside `multi_steps` the largest logits of all
     gradients of a step are used. The state holds them, so `init` must know the number of heads: if it does
-    not follow from the shapes, give `axes` as `ioo`, `ibo`, or `i(12o)` for 12 heads in one axis; of a fused
-    kernel as `i(12+12+12 o)` or `i(32+8+8 o)`. A leaf without a gradient does not change.
+    not follow from the shapes, give `axes` as `ioo`, `ibo`, or `i(12o)` for 12 heads in one axis, `bi(12o)`
+    for those of stacked layers, because the batch axis of `bio` is taken for the heads; of a fused kernel as
+    `i(12+12+12 o)` or `i(32+8+8 o)`. A leaf without a gradient does not change.
 
     Args:
       threshold: τ above 0, in units of logits.

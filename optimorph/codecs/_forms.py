@@ -49,7 +49,9 @@ class Blocks(NamedTuple):
         x = _whole(x, self.width)
         if count * self.width != last:
             x = jnp.pad(x, (*[(0, 0)] * len(batch), (0, count * self.width - last)))
-        return x.reshape(*batch, count, self.width)
+        sharding = jax.typeof(x).sharding
+        by_blocks = sharding.update(spec=(*sharding.spec, None)) if any(sharding.spec) else None
+        return jnp.reshape(x, (*batch, count, self.width), out_sharding=by_blocks)
 
     def scales(self, x: jax.Array, bits: Bits, scale: Scale) -> jax.Array:
         """`(*batch, blocks)`, the scale of every block: that of its number of the largest integer."""

@@ -4,12 +4,13 @@ import functools
 
 import hlo
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import rounding
 import trees
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optimorph as om
@@ -137,7 +138,7 @@ def test_blocks_that_devices_share(mode):
 @pytest.mark.parametrize("width", [256, 768, 1152, 3072])
 def test_rows_that_8_devices_share(width):
     """Codes and scales are divided as the parameter is, also where init is jitted and knows no sharding."""
-    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     params = {"w": jax.device_put(np.ones((64, width), np.float32), NamedSharding(mesh, P(None, "a")))}
     tx = om.adamw(0.1, state="int8")
     _, state = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
@@ -145,6 +146,24 @@ def test_rows_that_8_devices_share(width):
     assert len(codes) == 2
     for x in [*codes, *jax.tree.leaves(state.scales)]:
         assert x.sharding.is_equivalent_to(params["w"].sharding, x.ndim)
+
+
+@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("sizes", [(8, 1), (1, 1)])
+def test_rows_over_an_axis_of_one_device(sizes, width):
+    """Also if a row is one block: the mesh axis then divides the blocks of a row, not the numbers of one."""
+    mesh = jax.make_mesh(
+        sizes, ("a", "b"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[: sizes[0]]
+    )
+    values = np.random.default_rng(0).standard_normal((512, width)).astype(np.float32)
+    params = {"w": jax.device_put(values, NamedSharding(mesh, P("a", "b")))}
+    tx = om.adamw(0.1, state="int8")
+    with jax.set_mesh(mesh):
+        found = jax.jit(tx.update)(params, tx.init(params), params)
+    on_one = {"w": jnp.asarray(values)}
+    expected = jax.jit(tx.update)(on_one, tx.init(on_one), on_one)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_a_model_with_sharding_metadata():
@@ -158,7 +177,7 @@ def test_a_model_with_sharding_metadata():
     def step(model, optimizer):
         optimizer.update(model, nnx.grad(lambda m: (m.up(np.ones((8, 64), np.float32)) ** 2).mean())(model))
 
-    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
         model = Model(nnx.Rngs(0))
         before = np.asarray(model.up.kernel[...])
@@ -174,7 +193,7 @@ def test_init_under_jit(mode):
     state = tx.init(params)
     with jax.set_mesh(places["up"].mesh):
         found = jax.jit(tx.init)(params)
-    if mode == jax.sharding.AxisType.Explicit:
+    if mode == AxisType.Explicit:
         lie_alike(found, state)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -183,7 +202,7 @@ def test_init_under_jit(mode):
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
     """Each device's own shards, in 8 bits, with and without types that track what varies."""
-    mesh = trees.mesh_of(8, 1, jax.sharding.AxisType.Auto)
+    mesh = trees.mesh_of(8, 1, AxisType.Auto)
     params, tx = (
         {"w": np.linspace(-1, 1, 512 * 256, dtype=np.float32).reshape(512, 256)},
         om.adamw(0.1, state="int8"),
@@ -205,7 +224,7 @@ def test_inside_shard_map(check_vma):
 )
 def test_shards_that_are_small(build):
     """Inside `shard_map`: whether a leaf is compressed is decided by the whole leaf, which `init` had."""
-    tx, mesh = build(), trees.mesh_of(8, 1, jax.sharding.AxisType.Auto)
+    tx, mesh = build(), trees.mesh_of(8, 1, AxisType.Auto)
     params = {"w": np.linspace(-1, 1, 64 * 64, dtype=np.float32).reshape(64, 64)}
     state = tx.init(params)
     assert any(x.dtype.itemsize == 1 for x in jax.tree.leaves(state))
@@ -227,7 +246,7 @@ def test_programs_of_several_meshes_in_one_process():
         _, state = tx.update(w, tx.init(w), w)
         return tx.update(w, state, w)[0]
 
-    explicit, auto = jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto
+    explicit, auto = AxisType.Explicit, AxisType.Auto
     for types in ((auto, auto), (auto, explicit)):
         mesh = jax.make_mesh((4, 2), ("data", "model"), types, devices=jax.devices()[:8])
         for names in ({"data"}, {"data", "model"}):
