@@ -1014,6 +1014,49 @@ def test_the_last_layer_of_a_chain(name):
     assert (row.spec or "-?"[row.unresolved is not None]) == expected
 
 
+CONVOLUTIONS = {
+    "Conv_0/kernel": (3, 3, 3, 8),
+    "Conv_1/kernel": (3, 3, 8, 16),
+}
+FLATTENED = {
+    "a dense layer": ({"Dense_0/kernel": (64, 10)}, {}),
+    "a dense layer with a name": ({"head/kernel": (64, 10)}, {}),
+    "a dense layer with one output": ({"Dense_0/kernel": (64, 1)}, {}),
+    "the mean and the variance": ({"mean/kernel": (64, 4), "logvar/kernel": (64, 4)}, {}),
+    "a dense layer that is no matrix by a rule": ({"last/kernel": (64, 20)}, {"last/kernel": None}),
+    "a head by a rule": ({"last/kernel": (64, 20)}, {"last/kernel": "head"}),
+    "a dense layer of other inputs": ({"Dense_0/kernel": (68, 10)}, {}),
+    "a dense layer with a name, of other inputs": ({"head/kernel": (68, 10)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", FLATTENED)
+@pytest.mark.parametrize("colors", [1, 3])
+def test_a_convolution_that_is_flattened_is_no_output_layer(name, colors):
+    """A dense layer takes in its channels of several places; if its inputs say otherwise, the rules ask."""
+    last, axes = FLATTENED[name]
+    tree = CONVOLUTIONS | {"Conv_0/kernel": (3, 3, colors, 8)} | last
+    plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()}, axes=axes)
+    row = plan["Conv_1/kernel"]
+    assert (row.spec or "-?"[row.unresolved is not None]) == ("?" if "other inputs" in name else "iiio")
+    assert all(plan[path].spec is None and plan[path].unresolved is None for path in last)
+
+
+def test_a_flattened_convolution_with_outputs_first():
+    tree = {"conv1/weight": (8, 1, 3, 3), "conv2/weight": (16, 8, 3, 3), "linear/weight": (10, 64)}
+    plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()})
+    assert [plan[path].spec for path in tree] == [None, "oiii", None]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("outputs", [3, 12])
+def test_the_output_layer_behind_one_convolution(channels, outputs):
+    """The number of channels, and a window of as many places as there are outputs, do not matter."""
+    tree = {"conv/weight": (4, channels, 3, 3), "lin/weight": (outputs, 64)}
+    plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()})
+    assert plan["lin/weight"].role == "head, inferred"
+
+
 def test_a_confirmed_output_layer_makes_no_other_one():
     tree = {"graph_decoder/w": (64, 11), "l1/w": HIDDEN, "l0/w": (28, 64)}
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}

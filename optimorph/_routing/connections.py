@@ -21,6 +21,9 @@ from optimorph.linalg import Axes
 _PARTS = ("vector", "norm", "bias")
 """The roles of leaves that are no layers."""
 
+_NO_DENSE_LAYERS = ("norm", "bias", "embedding")
+"""The roles of leaves of two axes that take in no features."""
+
 IN_PERCEPTRON = re.compile(r"mlp|(^|[/_])ffn?([/_]|$)|feed_?forward", re.IGNORECASE)
 
 _OUTPUT = re.compile(r"(^|/)(outputs?(_\w+)?|head)$", re.IGNORECASE)
@@ -54,7 +57,7 @@ class Layers:
             {
                 n
                 for k, spec in enumerate(specs)
-                if spec.axes or (spec.unresolved and len(shapes[k]) == 2)
+                if spec.axes or (len(shapes[k]) == 2 and spec.role not in _NO_DENSE_LAYERS)
                 if spec.role != "gates" and self.has_window(k) == window
                 for n in self.inputs[k]
             }
@@ -72,7 +75,8 @@ class Layers:
         self.by_numbers = sorted(numbered, key=lambda k: _numbers(paths[k]), reverse=True)
         self.recurrent = {n for k, spec in enumerate(specs) if spec.role == "gates" for n in self.inputs[k]}
         self.convolutions = any(
-            s.role == "convolution" or (s.role == "dense" and channels(s.axes)) for s in specs
+            s.role in ("convolution", "one channel") or (s.role == "dense" and channels(s.axes))
+            for s in specs
         )
         self.chains = {}
         for chain in group_by(unnamed, lambda k: (self.module(k), _kind(paths[k]))):
@@ -252,7 +256,8 @@ class Layers:
         """Whether it is the last layer of a model that has no others than those of its module."""
         chain, place = self.chains[k]
         whole = place + 1 == len(chain) == self.matrices and not self.embeddings
-        return whole and not is_stack(self.specs[k].axes) and not self.is_needed(k)
+        inner = is_stack(self.specs[k].axes) or self.is_needed(k) or self.is_reshaped(k)
+        return whole and not inner
 
     def may_be_last(self, k: int) -> bool:
         """Whether it is the last layer of its module, and may be that of the model.

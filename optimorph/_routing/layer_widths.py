@@ -58,7 +58,7 @@ def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int
 
     Of an embedding these are the features: the output layer of a language model has as many outputs as the
     embedding has rows, and the embedding does not take them in. A bias, or a vector without a name, is a part
-    of a layer.
+    of a layer. Of a convolution of one channel the window is no width.
     """
     if spec.role == INFERRED_HEAD and (as_matrix := spec.answers[1]) is not None:
         spec = LeafSpec(axes_of(as_matrix), "dense")
@@ -67,6 +67,9 @@ def sides_of(path: str, shape: Shape, spec: LeafSpec) -> tuple[set[int], set[int
     if spec.axes is None and len(shape) == 2 and (spec.role in (DISTRIBUTION, HEAD) or has_no_name(path)):
         inputs, outputs = sides(path, shape)
         return {inputs}, {outputs}
+    if spec.role == "one channel":
+        both_sides = {*sides(path, shape)}
+        return both_sides, both_sides
     if spec.axes is None and len(shape) > 1 and spec.role != "bias" and (spec.role != "vector" or 1 in shape):
         return {*shape}, {*shape}
     if spec.axes is None:

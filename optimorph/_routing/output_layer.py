@@ -29,12 +29,12 @@ def with_output_layer(
 
     The output layer is a layer without a telling name whose inputs are the outputs of another layer, and
     whose outputs no other leaf takes in. If there is only one, the last of its module, it is inferred. It is
-    asked for if there are several; if outputs are taken in by no later layer, as in an autoencoder; and if
-    a layer is the last of its module, or the next begins anew, but others take in as many inputs as it has
-    outputs. A layer outside blocks whose name no rule knows is also the output layer if it has fewer outputs
-    than inputs. Every other layer outside blocks whose outputs no leaf takes in, or only the first layers of
-    other modules, is asked for, also beside a leaf that is called a head; so is one of at most four outputs
-    that no leaf takes in.
+    asked for if there are several; if it is a convolution beside a head; if outputs are taken in by no later
+    layer, as in an autoencoder; and if a layer is the last of its module, or the next begins anew, but others
+    take in as many inputs as it has outputs. A layer outside blocks whose name no rule knows is also the
+    output layer if it has fewer outputs than inputs. Every other layer outside blocks whose outputs no leaf
+    takes in, or only the first layers of other modules, is asked for, also beside a leaf that is called a
+    head; so is one of at most four outputs that no leaf takes in.
 
     Args:
       paths: of all leaves.
@@ -99,7 +99,8 @@ class _Candidates:
         for k in candidates:
             form, in_list = self.specs[k].axes, layers.is_in_list(k)
             as_matrix = None if form is None else form.spec
-            if candidates == [k] and k in certain and layers.next_of(k) is None and not in_list:
+            alone = candidates == [k] and not (self.by_name and layers.has_window(k))
+            if alone and k in certain and layers.next_of(k) is None and not in_list:
                 yield k, LeafSpec(None, INFERRED_HEAD, answers=(None, as_matrix))
             else:
                 cause = "may be the output layer, by its width"
