@@ -156,16 +156,16 @@ def _check_hyperparams(who: str, found: Mapping[str, Any], given: Mapping[str, A
     """Refuse what was set in a state and is not a hyperparameter of the optimizer, or not a number."""
     for name, value in found.items():
         if name not in given:
-            numbers = [name for name in found if name in given]
+            arguments = [name for name in found if name in given]
             raise ValueError(
                 f"inject_hyperparams: the state has the hyperparameter {name!r}, which is not an argument of "
-                f"{who}. Type one of {numbers}."
+                f"{who}. Type one of {arguments}."
             )
         shape = np.shape(given[name]) if is_array(given[name]) else ()
         if not is_array(value) or np.shape(value) != shape:
-            numbers = f"an array of shape {shape}" if shape else "one number, such as jnp.float32(1e-3)"
+            expected = f"an array of shape {shape}" if shape else "one number, such as jnp.float32(1e-3)"
             raise ValueError(
-                f"inject_hyperparams: in the state the argument {name!r} is {shown(value)}. Set {numbers}."
+                f"inject_hyperparams: in the state the argument {name!r} is {shown(value)}. Set {expected}."
             )
 
 

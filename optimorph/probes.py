@@ -237,9 +237,10 @@ def read(state: PyTree) -> dict[str, Any]:
                 "read: the state is traced by jax. Type the state that the compiled function returned."
             )
         if isinstance(x, jax.ShapeDtypeStruct) or not is_array(x):
-            held = shown(x)
+            what = "shapes" if is_array(x) else shown(x)
             raise ValueError(
-                f"read: the state has {held}, not arrays. Type the state that tx.init or tx.update returned."
+                f"read: the state has {what} and no arrays. "
+                "Type the state that tx.init or tx.update returned."
             )
     found: dict[str, Any] = {}
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=_speaks):

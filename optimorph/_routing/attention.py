@@ -242,10 +242,9 @@ def _part(who: str, role: str, path: str, shape: Shape, axes: Axes) -> Part:
             f"{who}: each head of {path!r} {shape} has two parts, {parts}. Type their sizes as blocks, such "
             f"as axes={{{path!r}: 'io({spec} o)'}}."
         )
-    of_heads = "o" in [part.axes[k].letter for k in own] or (
-        own and sizes != [1, 1]
-    )  # in bi(2o) they are heads
-    return part._replace(latent=role.startswith("latent") or bool(role != "fused" and two and of_heads))
+    letters = {part.axes[k].letter for k in own}
+    in_heads = "o" in letters or ("b" in letters and sizes != [1, 1])  # the blocks of bi(2o) are heads
+    return part._replace(latent=role.startswith("latent") or (role != "fused" and two and in_heads))
 
 
 def _bias(kernel: Part | None, path: str, shape: Shape) -> Part | None:
