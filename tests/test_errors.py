@@ -177,6 +177,10 @@ REFUSED = {
         lambda: om.partition(lambda path: "a", {"a": om.sgd(0.1)}),
         ["partition", "lambda path, shape"],
     ),
+    "a function of the tree": (
+        lambda: om.partition(om.labels({"*": "a"}), {"a": om.sgd(0.1)}),
+        ["partition", "of the parameters", "the tree that it returns"],
+    ),
     "no parameters": (lambda: om.carry_state(om.sgd(0.1).init(W), om.sgd(0.1), None), ["params is None"]),
     "no role": (lambda: om.not_roles(), ["not_roles('norm', 'bias')"]),
     "never a new basis": (lambda: om.soap(0.1, every=0), ["soap: every", "at least 1", "0"]),
@@ -825,6 +829,7 @@ CALLS = {
     "om.muon(0.1, shardings=np.ones(3))": ["array of shape (3,)", "{'*': ...}"],
     "om.muon(0.1, others=om.adamw)": ["muon", "init and update", "adamw(...)"],
     "om.route_matrices(om.sgd, om.sgd(0.1))": ["route_matrices", "init and update", "sgd(...)"],
+    "om.partition({'a': om.sgd(0.1)}, {'*': 'a'})": ["partition: the values of rules", "rules first"],
     "om.partition({'*': 'a'}, None)": ["partition", "map labels to transformations"],
     "om.partition({'*': 'a'}, {'a': om.adamw})": ["partition", "init and update", "adamw(...)"],
     "om.partition({'a': 'a'}, {'a': om.sgd(0.1)}).init({'b': np.ones(2)})": [

@@ -409,6 +409,15 @@ def test_an_answer_for_some_numbers_means_no_others():
     assert [*found.values()] == ["iiio", "iiio", "-"]
 
 
+def test_an_answer_for_a_name_with_wildcards_means_no_others():
+    tree = {"a?/w": (4, 2, 4), "ab/w": (4,), "c[0]/w": (4, 2, 4), "c0/w": (4,)}
+    params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in tree.items()}
+    text = str(om.plan(params))
+    assert r"axes={re.compile(r'^a\?/w$'): 'bio'}" in text
+    found = planned(params, axes=one_answer(text[text.index("All at once") :]))
+    assert found == {"a?/w": "ibo", "ab/w": "-", "c[0]/w": "ibo", "c0/w": "-"}
+
+
 def test_layouts_of_frameworks():
     """Each decides what the default rules ask of a model, or read in another order."""
     gpt2 = {

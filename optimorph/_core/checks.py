@@ -149,9 +149,13 @@ def check_flags(who: str, **flags: Any) -> None:
             raise ValueError(f"{who}: {name} must be True or False, but is {shown(flag)}. Type {name}=True.")
 
 
+def is_transform(tx: Any) -> bool:
+    return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+
+
 def check_transforms(who: str, *transforms: Any) -> None:
     for tx in transforms:
-        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        if not is_transform(tx):
             call = f"{_name(tx)}(...), which makes one" if callable(tx) else "optimorph.adamw(1e-3)"
             raise ValueError(
                 f"{who}: a gradient transformation has the functions init and update, but {_name(tx)} has "

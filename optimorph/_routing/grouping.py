@@ -97,10 +97,8 @@ def format_groups(
 
 def rule_for(members: Sequence[str], paths: Sequence[str]) -> str:
     """The source code of a pattern that matches these leaves and no others."""
-    if len(members) == 1:
-        return repr(members[0])
     pattern, own = glob_of(members), {*members}
-    if {path for path in paths if fnmatchcase(path, pattern)} == own:
+    if {path for path in paths if path == pattern or fnmatchcase(path, pattern)} == own:
         return repr(pattern)
     globs = [glob_of(group) for group in group_by(members, without_numbers)]
     exact = [re.sub(r"\\\*", r"\\d+", re.escape(glob)) for glob in globs]
@@ -122,14 +120,14 @@ def _alternatives(texts: Sequence[str]) -> str:
 
 
 def _text(members: list[str], text: str, paths: Sequence[str]) -> str:
-    if len(members) == 1:
-        return text
-    first, *lines = text.replace(repr(members[0]), _name(members), 1).split("\n")
+    before, found, after = text.partition(repr(members[0]))
+    first, *lines = after.split("\n")
     rule, often = rule_for(members, paths), sum(repr(members[0]) in line for line in lines) > 1
     short = often and len(rule) > _MAX_RULE
     named = [f"  leaves = {rule}"] * short
     lines = [line.replace(repr(members[0]), "leaves" if short else rule) for line in lines]
-    return "\n".join([first.replace(repr(members[0]), rule), *named, *lines])
+    name = found and _name(members)
+    return "\n".join([before + name + first.replace(repr(members[0]), rule), *named, *lines])
 
 
 def _name(members: list[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from optimorph._core.checks import LeafError
+from optimorph._core.checks import LeafError, is_transform
 from optimorph._core.differences import checked_state, other_state
 from optimorph._core.paths import by_path, leaf_paths
 from optimorph._core.rule import Leaves, aligned, handed
@@ -40,6 +40,11 @@ def partition(
         raise ValueError(
             f"partition: transforms must map labels to transformations, but is {shown(transforms)}. Type "
             "{'matrices': optimorph.sgd(0.1), ...}."
+        )
+    if isinstance(rules, Mapping) and any(map(is_transform, rules.values())):
+        raise ValueError(
+            "partition: the values of rules are transformations, but rules give each leaf a label. Type the "
+            "rules first: partition({'*': 'all'}, {'all': optimorph.sgd(0.1)})."
         )
     txs: dict[Any, Any] = {name: wrapped("partition", tx) for name, tx in transforms.items()}
     match = lookup(rules, "partition")

@@ -111,7 +111,8 @@ def clip_attention_logits(
     gradients of a step are used. The state holds them, so `init` must know the number of heads: if it does
     not follow from the shapes, give `axes` as `ioo`, `ibo`, or `i(12o)` for 12 heads in one axis, `bi(12o)`
     for those of stacked layers, because the batch axis of `bio` is taken for the heads; of a fused kernel as
-    `i(12+12+12 o)` or `i(32+8+8 o)`. A leaf without a gradient does not change.
+    `i(12+12+12 o)` or `i(32+8+8 o)`. A single head needs an axis of its own, as in `ioo`; otherwise use
+    `qk_clip`. A leaf without a gradient does not change.
 
     Args:
       threshold: τ above 0, in units of logits.
