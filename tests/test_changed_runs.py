@@ -611,6 +611,34 @@ def test_an_average_of_gradients_is_one():
     assert int(carried[2].count) == 3  # of the schedule
 
 
+def rank_one(learning_rate):
+    """Adam, with second moments of rank one."""
+    second = om.chain(om.square(), om.factored(0.9, {"bias": None, "*": "io"}), om.debias(0.9), om.root(1e-8))
+    return om.chain(
+        om.divide(om.chain(om.ema(0.9), om.debias(0.9)), by=second), om.scale_by_learning_rate(learning_rate)
+    )
+
+
+@pytest.mark.parametrize("make", [optax.adabelief, rank_one])
+def test_nothing_is_divided_by_a_fresh_moment(make):
+    """An average over the root of the square of one gradient would have no bound: a run begins anew."""
+    params, state = begun(make(0.1))
+    carried, report = om.carry_state(state, om.adam(0.1), params)
+    alike(carried[1], om.adam(0.1).init(params)[1])
+    assert {row.why for row in report if row.kind == "first moment"} == {
+        "divided by second moment, which is fresh"
+    }
+
+
+def test_bases_are_kept_beside_fresh_moments():
+    params, state = begun(om.shampoo(0.1, axes={"bias": None, "*": "io"}))
+    tx = om.soap(0.1, axes={"bias": None, "*": "io"})
+    report = om.carry_state(state, tx, params)[1]
+    assert fates(report, kind="left basis") == {"kept"}
+    assert fates(report, kind="second moment", path="stacks/6x4") == {"fresh"}
+    assert fates(report, kind="first moment", path="stacks/6x4") == {"fresh"}
+
+
 def test_counts_follow_their_moments():
     """Each average that is corrected has its own count: a fresh one begins at 0 beside one that goes on."""
     params, state = begun(om.rmsprop(0.1, decay=0.9, bias_correction=True))

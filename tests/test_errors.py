@@ -789,6 +789,9 @@ RACES = {
     "optimizers={'a': lambda rate: rate}, learning_rates=[0.1]": ["must return an optimizer"],
     "optimizers={'a': om.sgd}, learning_rates=0.1": ["learning_rates=[1e-3, 3e-3]"],
     "optimizers={'a': om.sgd}, learning_rates={'a': 0.1}": ["learning_rates=[1e-3, 3e-3]"],
+    "optimizers={'a': om.sgd}, learning_rates=[lambda step: 0.1]": ["a list of numbers", "[1e-3]"],
+    "optimizers={'a': optax.scale_by_zoom_linesearch(5)}": ["optimizers['a']", "missing", "Leave it out"],
+    "sweep_bytes='1GB'": ["sweep_bytes=2**30"],
     "steps=1.5": ["steps=100"],
     "seeds='x'": ["seeds=3"],
     "batches=3": ["batches=[batch]"],
@@ -884,7 +887,8 @@ for call in CALLS:
 def test_refused_without_the_type_checker():
     """What the type checker of these tests would refuse first, as a user's process meets it."""
     needed = "NEEDED = {'learning_rate': 0.1, 'decay': 0.9, 'inner': om.ema(0.5)}"
-    code = f"import numpy as np\nimport optimorph as om\n{needed}\n{RACE}\nCALLS = {[*CALLS]}\n{EACH_CALL}"
+    imports = "import numpy as np\nimport optax\nimport optimorph as om"
+    code = f"{imports}\n{needed}\n{RACE}\nCALLS = {[*CALLS]}\n{EACH_CALL}"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for line, (call, words) in zip(process.stdout.splitlines(), CALLS.items(), strict=True):
         assert all(word in line for word in words), (call, line)

@@ -54,8 +54,14 @@ def carry_state(
     Moments and velocities are matched by their kind and by the path of their leaf. They are found inside
     chains, masks, partitions, `multi_steps`, `inject_hyperparams`, `probe`, `skip_nonfinite`, and optax's
     `MultiSteps` and `apply_if_finite`. A first moment of Adam becomes the average of Lion or Muon. The
-    velocity of RMSprop is not a velocity of gradients, because RMSprop divides before it sums. States of
-    unknown types are carried over to states of the same types.
+    velocity of RMSprop is not a velocity of gradients, because RMSprop divides before it sums. A first moment
+    that is divided by a fresh second moment is fresh too. States of unknown types are carried over to states
+    of the same types.
+
+    A state does not say everything. optax's `adamax` and `contrib.adopt` have the state of `adam`, with other
+    moments in it. A velocity behind a transform without a state, such as the constant learning rate of
+    `lars`, looks like one of gradients. There `carry_state` keeps what it should not, also with `strict`;
+    begin with `tx.init` instead.
 
     The arrays get the dtypes and codecs of `tx`. 8-bit codes can only be decoded with the codecs that wrote
     them, so pass the old optimizer as `written_by`. Codes are copied if `tx` uses the same codec, and encoded

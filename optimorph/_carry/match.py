@@ -68,7 +68,7 @@ class Match:
         self.scalars: dict[tuple[str, str], list[Slot]] = {}
         for slot in filter(_is_of_part, held):
             self.scalars.setdefault((slot.kind, slot.path), []).append(slot)
-        found = {id(slot): self._moment(slot) for slot in wanted if not _is_of_part(slot)}
+        found = self._moments()
         self.kept = [
             (slot, found[id(slot)].sources[0]) for slot in wanted if slot.moment and found[id(slot)].sources
         ]
@@ -88,6 +88,18 @@ class Match:
             if slot.kind == kinds.BARE:
                 raise ValueError(_untyped(slot))
             yield CarryRow(slot.where, slot.title, DROPPED, *self._why_dropped(slot))
+
+    def _moments(self) -> dict[int, Origin]:
+        """Where each moment comes from. What a fresh one divides is fresh: else updates had no bound."""
+        found = {id(slot): self._moment(slot) for slot in self.wanted if not _is_of_part(slot)}
+        moments = [slot for slot in self.wanted if slot.moment]
+        fresh = [slot for slot in moments if slot.divides and found[id(slot)].fate == FRESH]
+        divisors = {(slot.ratio, slot.path): slot.kind for slot in fresh}
+        for slot in moments:
+            divisor = divisors.get((slot.ratio, slot.path))
+            if divisor and found[id(slot)].sources:
+                found[id(slot)] = Origin(FRESH, f"divided by {divisor}, which is fresh", True)
+        return found
 
     def _moment(self, slot: Slot) -> Origin:
         leaves = slot.leaves or (slot.path,)

@@ -21,6 +21,7 @@ from optimorph._transforms.combine import AddState, DivideState, MixState
 Part = tuple[str, ...]
 
 FIRST, SECOND, MEAN = "first moment", "second moment", "mean of a centered RMSprop"
+SURPRISE = "second moment of the surprise"
 AVERAGE, VELOCITY, TOTAL = roles.AVERAGE.name, roles.VELOCITY.name, roles.TOTAL.name
 STEPS, DAMPED = "count for bias correction", "count for dampening"
 RATE, DECAY = "count of a learning rate schedule", "count of a decay schedule"
@@ -49,7 +50,7 @@ OTHERS: dict[str, tuple[str, dict[str, str]]] = {
         "amsgrad",
         {"count": STEPS, "mu": FIRST, "nu": SECOND, "nu_max": "largest second moment"},
     ),
-    "ScaleByBeliefState": ("adabelief", {"count": STEPS, "mu": FIRST, "nu": "second moment of the surprise"}),
+    "ScaleByBeliefState": ("adabelief", {"count": STEPS, "mu": FIRST, "nu": SURPRISE}),
     "EmaState": ("ema", {"count": STEPS, "ema": AVERAGE}),
     "TraceState": ("sgd with momentum", {"trace": VELOCITY}),
     "ScaleByRmsState": ("rmsprop", {"nu": SECOND}),
@@ -105,6 +106,8 @@ class Slot(NamedTuple):
       again: how many slots before it are alike.
       array: itself, `Stored`, or its shape and dtype.
       leaves: the paths of the leaves that are stacked in it, those of other sizes too; () if it is no stack.
+      ratio: the number of the division that it is in; 0 if it is in none.
+      divides: whether the other moments of its leaf in this division are divided by it.
     """
 
     kind: str
@@ -116,6 +119,8 @@ class Slot(NamedTuple):
     again: int
     array: Any
     leaves: tuple[str, ...] = ()
+    ratio: int = 0
+    divides: bool = False
 
     @property
     def moment(self) -> bool:
@@ -145,6 +150,7 @@ class _Walk:
         self.found: list[Slot] = []
         self.homes, self.last = 0, {}
         self.stacked: tuple[str, ...] = ()
+        self.ratio, self.divides = 0, False
         self.alike: collections.Counter[Any] = collections.Counter()
 
     def visit(self, node: Any, kind: str, part: Part, stage: int) -> bool:
@@ -177,8 +183,14 @@ class _Walk:
 
     def _state(self, node: Any, kind: str, part: Part, stage: int) -> bool:
         if isinstance(node, DivideState):
+            around = self.ratio, self.divides
+            self.homes += 1
+            self.ratio, self.divides = self.homes, False
             signal = self.visit(node.signal, FIRST if kind == AVERAGE else kind, part, stage)
-            return self.visit(node.by, SECOND, part, stage) or signal
+            self.divides = True
+            by = self.visit(node.by, SECOND, part, stage)
+            self.ratio, self.divides = around
+            return by or signal
         if isinstance(node, AddState):
             meant = [MEAN if k and kind == SECOND else kind for k in range(len(node.terms))]
             found = [
@@ -208,7 +220,10 @@ class _Walk:
             alike = (kind, part) if scalar else (kind, path, stage)
             leaves = () if scalar or path.startswith("others/") else self.stacked
             own = "" if scalar else path.removeprefix("others/") if self.stacked else path
-            slot = Slot(kind, own, part, scalar, stage, home, self.alike[alike], array, leaves)
+            divides = kind in (SECOND, SURPRISE) or (self.divides and kind != MEAN)
+            ratio = self.ratio or home
+            again = self.alike[alike]
+            slot = Slot(kind, own, part, scalar, stage, home, again, array, leaves, ratio, divides)
             self.alike[alike] += 1
             self.found.append(slot)
             moments |= slot.moment and is_number(array)

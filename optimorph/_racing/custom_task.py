@@ -12,11 +12,15 @@ from optimorph._core.checks import check_function, check_numbers, is_integer
 from optimorph._core.numbers import upcast
 from optimorph._core.paths import leaf_paths
 from optimorph._core.shown import shown
+from optimorph._core.warn import quietly
 from optimorph._racing.registry import LearningRates
 from optimorph._racing.task import Task
 
 Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 """An optimizer, or a function of a learning rate that returns one."""
+
+OPTIMIZERS = "optimizers={'adamw': om.adamw(1e-3)}"
+"""What to type, for example."""
 
 
 def make_task(
@@ -52,12 +56,11 @@ def candidate_rates(
 ) -> dict[str, list[LearningRates]]:
     """Name → the learning rates to try, for every optimizer that is a function of a learning rate."""
     named = isinstance(optimizers, Mapping) and len(optimizers) > 0
-    advice = "optimizers={'adamw': om.adamw(1e-3)}"
     named = named and all(isinstance(name, str) for name in optimizers)
-    _want(named, "optimizers", optimizers, "a mapping from names to at least one optimizer", advice)
+    _want(named, "optimizers", optimizers, "a mapping from names to at least one optimizer", OPTIMIZERS)
     for name, tx in optimizers.items():
         known = isinstance(tx, optax.GradientTransformation) or callable(tx)
-        _want(known, f"optimizers[{name!r}]", tx, "an optimizer or a function of a learning rate", advice)
+        _want(known, f"optimizers[{name!r}]", tx, "an optimizer or a function of a learning rate", OPTIMIZERS)
     given = [*learning_rates.values()] if isinstance(learning_rates, Mapping) else [learning_rates]
     for rates in given:
         listed = isinstance(rates, Sequence | np.ndarray | jax.Array) and not isinstance(rates, str)
@@ -81,12 +84,21 @@ def candidate_rates(
                 f"Type learning_rates={{{name!r}: [1e-3, 3e-3]}}, or {name!r}: ...(1e-3), a transformation."
             )
         for rate in table[name]:
+            _want(
+                not callable(rate),
+                "learning_rates",
+                table[name],
+                "a list of numbers",
+                "learning_rates=[1e-3]",
+            )
             check_numbers("race", learning_rate=rate)
     return {name: [LearningRates(float(rate)) for rate in table[name]] for name in functions}
 
 
-def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
+def check(task: Task, params: Any, batches: Any, seeds: int, sweep_bytes: Any) -> None:
     """Refuse what would fail during training, or would measure nothing."""
+    size = isinstance(sweep_bytes, int | float | np.number) and sweep_bytes >= 0
+    _want(bool(size), "sweep_bytes", sweep_bytes, "a number of bytes", "sweep_bytes=2**30")
     _want(is_integer(seeds, 1), "seeds", seeds, "an integer of at least 1", "seeds=3")
     if seeds > 1 and not _is_function(params) and not callable(batches):
         raise ValueError(
@@ -117,6 +129,20 @@ def check(task: Task, params: Any, batches: Any, seeds: int) -> None:
             "race: the loss is not finite before the first step. Look for a division by zero, a "
             "logarithm of zero or a NaN in held_out."
         )
+
+
+def check_updates(task: Task, optimizers: Mapping[str, Any]) -> None:
+    """Refuse an optimizer that needs more than gradients, its state and the parameters."""
+    params = task.init(0)
+    for name, tx in optimizers.items():
+        try:
+            with quietly():  # training warns
+                jax.eval_shape(lambda params, tx=tx: tx.update(params, tx.init(params), params), params)
+        except TypeError as error:
+            raise ValueError(
+                f"race: optimizers[{name!r}] must be an optimizer that only needs gradients, a state and "
+                f"parameters, but {error}. Leave it out, or type {OPTIMIZERS}, for example."
+            ) from error
 
 
 def _want(fine: bool, name: str, value: Any, wanted: str, advice: str) -> None:

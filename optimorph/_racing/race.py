@@ -77,8 +77,10 @@ def race(
     labels = {"title": title, "measure": measure, "log_loss": log_loss}
     task = custom_task.make_task(loss, params, batches, held_out, steps, **labels)
     candidates = custom_task.candidate_rates(optimizers, learning_rates)
-    custom_task.check(task, params, batches, seeds)
+    custom_task.check(task, params, batches, seeds, sweep_bytes)
     makers = {name: _maker(optimizers[name]) for name in candidates}
+    made = {name: make(candidates[name][0]) for name, make in makers.items()}
+    custom_task.check_updates(task, {**optimizers, **made})
     console = plain_console(quiet=not progress)
     with stop_on_ctrl_c(console) as stop:
         with sweep_display(console, sum(map(len, candidates.values()))) as on_trial:

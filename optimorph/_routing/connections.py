@@ -87,6 +87,7 @@ class Layers:
         self.chains |= {k: ([k], 0) for k in others}
         self.in_named_layers = _by_width([x if k in named else set() for k, x in enumerate(self.inputs)])
         self.matrices = sum(spec.axes is not None for spec in specs)
+        self.rows = {shapes[k][0] for k, s in enumerate(specs) if s.role == "embedding" and shapes[k]}
         self.embeddings = {n for k, s in enumerate(specs) if s.role == "embedding" for n in self.outputs[k]}
 
     def module(self, k: int) -> str:
@@ -119,12 +120,19 @@ class Layers:
 
     def is_sink(self, k: int) -> bool:
         """Whether no other leaf takes in its outputs, or a part of them, or these and others together."""
+        if self.puts_out_words(k):
+            return True
         if next(self.takers(k), None) is not None or self.has_parts(k):
             return False
         if self.has_window(k):
             is_last = self.is_root(k) or _OUTPUT.search(self.module(k)) is not None
             return is_last and not self.is_reshaped(k)
         return not self.is_joined(k) and not self.is_reshaped(k)
+
+    def puts_out_words(self, k: int) -> bool:
+        """Whether it has an output for each row of an embedding, at the root, and no leaf takes these in."""
+        words = max(self.outputs[k]) in self.rows and not self.has_window(k)
+        return words and next(self.takers(k), None) is None and self.is_root(k)
 
     def is_root(self, k: int) -> bool:
         """Whether all layers are in its module, or in modules of that, or before it."""
@@ -158,9 +166,9 @@ class Layers:
         return any(4 <= n < width and width % n == 0 for n in {*taken} - {*given})
 
     def is_fed(self, k: int) -> bool:
-        """Whether it takes in the outputs of another layer, or features of convolutions."""
+        """Whether it takes in outputs of another layer, or features of convolutions, or puts out words."""
         features = self.convolutions and not self.has_window(k) and self.is_narrower(k)
-        return features or next(self.givers(k), None) is not None
+        return features or next(self.givers(k), None) is not None or self.puts_out_words(k)
 
     def joins(self, k: int) -> bool:
         """Whether it takes in the outputs of several equal layers together."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from optimorph._core.types import Shape
 from optimorph._routing.connections import IN_PERCEPTRON, Layers, is_stack
-from optimorph._routing.grouping import without_numbers
+from optimorph._routing.grouping import group_by, module_of, without_numbers
 from optimorph._routing.layer_widths import (
     channels,
     ends_of_stacks,
@@ -32,9 +32,9 @@ def with_output_layer(
     asked for if there are several; if it is a convolution beside a head; if outputs are taken in by no later
     layer, as in an autoencoder; and if a layer is the last of its module, or the next begins anew, but others
     take in as many inputs as it has outputs. A layer outside blocks whose name no rule knows is also the
-    output layer if it has fewer outputs than inputs. Every other layer outside blocks whose outputs no leaf
-    takes in, or only the first layers of other modules, is asked for, also beside a leaf that is called a
-    head; so is one of at most four outputs that no leaf takes in.
+    output layer if it has fewer outputs than inputs, or one for each row of an embedding. Every other layer
+    outside blocks whose outputs no leaf takes in, or only the first layers of other modules, is asked for,
+    also beside a leaf that is called a head; so is one of at most four outputs that no leaf takes in.
 
     Args:
       paths: of all leaves.
@@ -55,7 +55,7 @@ class _Candidates:
     """The layers that may be the output layer.
 
     Attributes:
-      single: the layers that are one matrix, or a convolution.
+      single: the layers that are one matrix, or a convolution; of attention only what is alone in a module.
       unnamed: those of them without a telling name.
       others: those of them outside blocks, or at the end of stacks, whose name no rule knows.
       heads: the output layers by name or by rule, and layers without a telling name that have one output.
@@ -64,10 +64,13 @@ class _Candidates:
     def __init__(self, paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]):
         self.paths, self.shapes, self.specs = paths, shapes, specs
         self.nameless = nameless = [has_no_name(path) for path in paths]
+        queries = group_by([k for k, s in enumerate(specs) if s.role == "attention"], self._module)
+        alone = [group[0] for group in queries if len(group) == 1]
         self.single = [
             k
             for k, spec in enumerate(specs)
-            if spec.role in ("dense", "convolution") and spec.axes is not None and _is_one(spec.axes)
+            if spec.role in ("dense", "convolution") or k in alone
+            if spec.axes is not None and _is_one(spec.axes)
             if not (is_stack(spec.axes) and (_SCAN.search(paths[k]) or not nameless[k]))
         ]
         self.unnamed = [k for k in self.single if nameless[k]]
@@ -84,6 +87,9 @@ class _Candidates:
         ]
         self.layers = Layers(paths, shapes, specs, sorted({*self.unnamed, *self.heads, *ruled}), self.others)
         self.fed = [k for k in self.unnamed if self.layers.is_fed(k)]
+
+    def _module(self, k: int) -> str:
+        return module_of(self.paths[k])
 
     def outputs(self) -> Iterator[tuple[int, LeafSpec]]:
         """The layers that are, or may be, the output layer, and those that only looked so by a name."""
@@ -125,7 +131,8 @@ class _Candidates:
         layers = self.layers
         sinks = [k for k in self.fed if layers.is_sink(k)]
         sinks_of_others = [k for k in self.others if layers.is_fed(k) or layers.joins(k) if layers.is_sink(k)]
-        kinds = {without_numbers(self.paths[k]) for k in sinks_of_others if layers.is_narrower(k)}
+        ends = [k for k in sinks_of_others if layers.is_narrower(k) or layers.puts_out_words(k)]
+        kinds = {without_numbers(self.paths[k]) for k in ends}
         narrow = [k for k in sinks_of_others if without_numbers(self.paths[k]) in kinds]
         if not all(self.nameless[k] for k in self.by_name):  # beside an output layer with a telling name
             ends = [k for k in sinks if layers.next_of(k) is None and not is_stack(self.specs[k].axes)]
@@ -163,7 +170,7 @@ class _Candidates:
 def _may_be_head(path: str, shape: Shape) -> bool:
     """Whether a leaf that is called no matrix may be an output layer with a name that no rule knows."""
     role, spec = by_name(path, shape)
-    return role in ("dense", "convolution") and spec is not None and not is_inside(path)
+    return role in ("dense", "convolution", "attention") and spec is not None and not is_inside(path)
 
 
 def _is_one(axes: Axes) -> bool:

@@ -135,9 +135,11 @@ def stored_by(
     if not fit:
         said = "no codec" if codec is None else repr(codec)
         blocks = f" with {scales.shape[-1]} scales a row" if coded and scales.ndim else ""
+        cause = "The state was made with other rules: use those, or type tx.init(params)."
+        if not coded:
+            cause = "Type state, _ = optimorph.carry_state(state, tx, params), which encodes it."
         raise ValueError(
-            f"{who}: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. "
-            "The state was made with other rules: use those, or type tx.init(params)."
+            f"{who}: {named(kind, path)!r} is stored in {dtype}{blocks}, but the rules say {said}. {cause}"
         )
     return codec, stored
 
