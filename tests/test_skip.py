@@ -94,6 +94,18 @@ def test_integers_keys_and_no_leaves():
         assert tx.update(g, tx.init(g))[1].inner == expected
 
 
+def test_leaves_of_one_path():
+    """A path is a name, and two leaves may have the same."""
+    params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    tx = om.skip_nonfinite(om.sgd(0.1))
+    leaves, tree = jax.tree.flatten(params)
+    for bad in range(2):
+        grads = tree.unflatten([x * jnp.nan if k == bad else x for k, x in enumerate(leaves)])
+        updates, state = tx.update(grads, tx.init(params), params)
+        assert int(state.skipped) == 1
+        chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
+
+
 def test_extra_arguments_and_no_params():
     seen = []
 

@@ -1,6 +1,6 @@
 """Steps that went wrong, left out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -72,18 +72,17 @@ def skip_nonfinite(
     def update(updates, state, params=None, **extra):
         state = as_made(init, checked_state("skip_nonfinite", state, SkipState), params)
         out, after = inner.update(updates, state.inner, params, **extra)
-        sound = {f"the gradient of {path!r}": ok for path, ok in _sound(updates).items()}
-        sound |= {f"the update of {path!r}": ok for path, ok in _sound(out).items()}
-        of_state = _sound(after, jax.tree.leaves(state.inner))
-        sound |= {f"the state's {path!r}": ok for path, ok in of_state.items()}
-        fine = all_of(sound.values(), real_dtype(updates))
+        found = [*_sound("the gradient of", updates), *_sound("the update of", out)]
+        found += _sound("the state's", after, jax.tree.leaves(state.inner))
+        names, sound = [name for name, _ in found], [ok for _, ok in found]
+        fine = all_of(sound, real_dtype(updates))
         skipped = jnp.where(fine, state.skipped, increment(state.skipped))
         consecutive = jnp.where(fine, 0, increment(state.consecutive))
         if max_consecutive is not None:
-            report = _reporter([*sound], max_consecutive)
+            report = _reporter(names, max_consecutive)
             jax.lax.cond(
                 consecutive > max_consecutive,
-                lambda: jax.debug.callback(report, consecutive, [*sound.values()]),
+                lambda: jax.debug.callback(report, consecutive, sound),
                 lambda: None,
             )
 
@@ -100,15 +99,13 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _sound(tree: Any, before: list | None = None) -> dict[str, jax.Array]:
-    """Of every leaf of real or complex numbers, by path, whether all are finite, or were not `before`."""
+def _sound(what: str, tree: Any, before: list | None = None) -> Iterator[tuple[str, jax.Array]]:
+    """The name of every leaf of real or complex numbers, and whether all are finite, or were not `before`."""
     leaves = jax.tree.leaves(tree)
-    found = {}
     for path, new, old in zip(leaf_paths(tree), leaves, before or [None] * len(leaves), strict=True):
         if is_trainable(new):
             fine = jnp.isfinite(new) if old is None else jnp.isfinite(new) | ~jnp.isfinite(old)
-            found[path] = jnp.all(fine)
-    return found
+            yield f"{what} {path!r}", jnp.all(fine)
 
 
 def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
