@@ -880,6 +880,17 @@ OUTPUTS = {
         },
         "vocab_proj",
     ),
+    "words of a decoder, as many as its perceptron is wide": (
+        {
+            "decoder": {
+                "Embed_0": {"embedding": jnp.ones((256, 64))},
+                "Block_0": layers(fc1=(64, 256), fc2=(256, 64)),
+                **layers(vocab_proj=(64, 256)),
+            },
+            "encoder": layers(stem=(32, 64)),
+        },
+        "decoder/vocab_proj",
+    ),
     "fewer words than a recurrent layer takes in": (
         {
             "Embed_0": {"embedding": jnp.ones((65, 96))},
@@ -912,7 +923,7 @@ OUTPUTS = {
 def test_the_output_layer_by_widths(name):
     """It is not orthogonalized, and a warning says what to type; the plan and updates say the same."""
     params, path = OUTPUTS[name]
-    named = {"head/kernel", "Embed_0/embedding"}
+    named = {"head/kernel", "Embed_0/embedding", "decoder/Embed_0/embedding"}
     tx = om.muon(0.1, others=optax.set_to_zero())
     with pytest.warns(UserWarning, match="output layer") if path else nullcontext():
         state = tx.init(params)

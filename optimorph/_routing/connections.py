@@ -87,7 +87,10 @@ class Layers:
         self.chains |= {k: ([k], 0) for k in others}
         self.in_named_layers = _by_width([x if k in named else set() for k, x in enumerate(self.inputs)])
         self.matrices = sum(spec.axes is not None for spec in specs)
-        self.rows = {shapes[k][0] for k, s in enumerate(specs) if s.role == "embedding" and shapes[k]}
+        self.tables: dict[int, list[str]] = {}
+        for path, shape, spec in zip(paths, shapes, specs, strict=True):
+            if spec.role == "embedding" and shape:
+                self.tables.setdefault(shape[0], []).append(path)
         self.embeddings = {n for k, s in enumerate(specs) if s.role == "embedding" for n in self.outputs[k]}
 
     def module(self, k: int) -> str:
@@ -130,9 +133,15 @@ class Layers:
         return not self.is_joined(k) and not self.is_reshaped(k)
 
     def puts_out_words(self, k: int) -> bool:
-        """Whether it has an output for each row of an embedding, at the root, and no leaf takes these in."""
-        words = max(self.outputs[k]) in self.rows and not self.has_window(k)
-        return words and next(self.takers(k), None) is None and self.is_root(k)
+        """Whether it has an output for each row of an embedding in its module, which no layer needs."""
+        module = self.module(k) + "/" if self.module(k) else ""
+        embeddings = self.tables.get(max(self.outputs[k]), ())
+        words = not self.has_window(k) and any(path.startswith(module) for path in embeddings)
+        return words and all(self.has_giver_beside(j, k) for j in self.takers(k))
+
+    def has_giver_beside(self, j: int, k: int) -> bool:
+        """Whether a layer takes in the outputs of another one than `k` in its own module."""
+        return any(g != k and self.module(g) == self.module(j) for g in self.givers(j))
 
     def is_root(self, k: int) -> bool:
         """Whether all layers are in its module, or in modules of that, or before it."""
