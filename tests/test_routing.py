@@ -1070,6 +1070,17 @@ def test_a_convolution_that_is_flattened_is_no_output_layer(name, colors):
     assert all(plan[path].spec is None and plan[path].unresolved is None for path in last)
 
 
+@pytest.mark.parametrize("window", [7, 8, 11])
+@pytest.mark.parametrize(("behind", "spec"), [((3, 3, 32, 64), "iiio"), ((32, 64), None)])
+def test_large_windows_are_patches_if_no_convolution_is_behind(window, behind, spec):
+    tree = {"conv/kernel": (window, window, 4, 32), "up/kernel": behind, "head/kernel": (64, 6)}
+    of_equinox = {path.replace("kernel", "weight"): shape[::-1] for path, shape in tree.items()}
+    for shapes in (tree, of_equinox):
+        plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in shapes.items()})
+        found = plan[next(iter(shapes))].spec
+        assert found == (("iiio" if shapes is tree else "oiii") if spec or window < 8 else None)
+
+
 def test_a_flattened_convolution_with_outputs_first():
     tree = {"conv1/weight": (8, 1, 3, 3), "conv2/weight": (16, 8, 3, 3), "linear/weight": (10, 64)}
     plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()})

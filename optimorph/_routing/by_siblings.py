@@ -29,6 +29,7 @@ from optimorph._routing.siblings import (
     networks_called_heads,
     routers_of_experts,
     routers_of_modules,
+    stems,
 )
 from optimorph._routing.stacked_layers import StackedLayers
 
@@ -73,6 +74,9 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
             named[k] = by_name(f"{name}/{last_names[k].rpartition('/')[2]}", shapes[k], layers[k])
     for k, certain in heads_that_feed(paths, shapes, {k for k in heads() if named[k][1] is None}):
         named[k] = "dense", ("oi" if outputs_first(paths[k]) else "io") if certain else UNDECIDED
+    for k, small in stems(paths, shapes, [role for role, _ in named]):
+        found = by_name(paths[k], small, layers[k])  # without the size of the window
+        named[k] = found if found[0] in ("convolution", "dense") else named[k]
     tree = _Tree(leaves, named, stacks)
     return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
 

@@ -55,6 +55,21 @@ def biases_of_layers(shapes: Mapping[str, Shape], attention: Collection[str]) ->
             yield path
 
 
+def stems(paths: Sequence[str], shapes: Sequence[Shape], roles: Sequence[str]) -> Iterator[tuple[int, Shape]]:
+    """The layers of patches of an image whose outputs a convolution takes in, and their shapes of 3 x 3.
+
+    A model of patches has dense layers behind them; such a layer is the first of several convolutions.
+    """
+    images = [k for k, shape in enumerate(shapes) if len(shape) == 4]
+    first = {k: outputs_first(paths[k]) for k in images}
+    windows = {k: shapes[k][2:] if first[k] else shapes[k][:2] for k in images}
+    layers = [k for k in images if roles[k] in ("convolution", "dense") and max(windows[k]) > 1]
+    taken = {sides(paths[k], shapes[k])[0] for k in layers}
+    for k in images:
+        if roles[k] == "embedding" and sides(paths[k], shapes[k])[1] in taken:
+            yield k, (*shapes[k][:2], 3, 3) if first[k] else (3, 3, *shapes[k][2:])
+
+
 _NORM = re.compile(r"/(\w*norm|ln)(_\w+)?/(weight|scale)$", re.IGNORECASE)
 """The end of the path of a norm's weight."""
 
