@@ -90,7 +90,7 @@ class Match:
             yield CarryRow(slot.where, slot.title, DROPPED, *self._why_dropped(slot))
 
     def _moments(self) -> dict[int, Origin]:
-        """Where each moment comes from. What a fresh one divides is fresh: else updates had no bound."""
+        """Where each moment comes from. What is divided by a fresh one is fresh: it would have no bound."""
         found = {id(slot): self._moment(slot) for slot in self.wanted if not _is_of_part(slot)}
         moments = [slot for slot in self.wanted if slot.moment]
         fresh = [slot for slot in moments if slot.divides and found[id(slot)].fate == FRESH]

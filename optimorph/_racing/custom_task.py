@@ -83,14 +83,9 @@ def candidate_rates(
                 f"race: {name!r} is a function of a learning rate, but has no rates to try. "
                 f"Type learning_rates={{{name!r}: [1e-3, 3e-3]}}, or {name!r}: ...(1e-3), a transformation."
             )
+        numbers = not any(map(callable, table[name]))
+        _want(numbers, "learning_rates", table[name], "a list of numbers", "learning_rates=[1e-3]")
         for rate in table[name]:
-            _want(
-                not callable(rate),
-                "learning_rates",
-                table[name],
-                "a list of numbers",
-                "learning_rates=[1e-3]",
-            )
             check_numbers("race", learning_rate=rate)
     return {name: [LearningRates(float(rate)) for rate in table[name]] for name in functions}
 
