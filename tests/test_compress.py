@@ -544,10 +544,10 @@ MIXING = {
     "a table": (made(lambda x: x * jnp.asarray(np.linspace(0, 1, x.size).reshape(x.shape), x.dtype)), ""),
     "its mean": (made(lambda x: x - x.mean()), "reduce_sum"),
     "rows": (made(lambda x: x * jnp.arange(x.shape[0], dtype=x.dtype)[:, None]), "iota"),
-    "centered": (optax.scale_by_stddev(), "neither moments nor scalars"),
-    "factored": (optax.scale_by_factored_rms(min_dim_size_to_factor=2), "neither moments nor scalars"),
-    "a second average": (optax.contrib.scale_by_ademamix(), "neither moments nor scalars"),
-    "flags of leaves": (optax.zero_nans(), "neither moments nor scalars"),
+    "centered": (optax.scale_by_stddev(), "neither scalars nor known moments"),
+    "factored": (optax.scale_by_factored_rms(min_dim_size_to_factor=2), "neither scalars nor known moments"),
+    "a second average": (optax.contrib.scale_by_ademamix(), "neither scalars nor known moments"),
+    "flags of leaves": (optax.zero_nans(), "neither scalars nor known moments"),
     "muon": (om.muon(0.1, axes={"*": "io"}), "'"),
 }
 
@@ -566,6 +566,19 @@ def test_what_mixes_places_is_refused(name):
         jax.eval_shape(wrapped.update, params, wrapped.init(params), params)
     whole = om.compress_state(chained)
     jax.eval_shape(whole.update, params, whole.init(params), params)
+
+
+def test_fields_make_unknown_moments_known():
+    """As the error says."""
+    tx, params = optax.contrib.ademamix(0.1), drawn(shapes={"kernel": (128, 128)})
+    fields = {"ScaleByAdemamixState": {"m1": "first", "m2": "slow", "nu": "second"}}
+    with pytest.warns(UserWarning, match="is not compressed"):
+        state = om.compress_state(tx, elementwise=True).init(params)
+    with pytest.raises(ValueError, match=r"not known, type fields=\{'MyState'"):
+        om.compress_state(tx, elementwise=True).update(params, state, params)
+    known = om.compress_state(tx, elementwise=True, fields=fields)
+    updates, _ = known.update(params, known.init(params), params)
+    assert updates["kernel"].any()
 
 
 def test_leaves_that_know_of_each_other_are_refused():

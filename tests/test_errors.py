@@ -868,7 +868,7 @@ CALLS = {
     "om.adamw(0.1, weight_decay_form=['cautious'])": ["adamw", "weight_decay_form", "'coupled'"],
     **{
         f"om.compress_state(om.ema(0.9), fields={fields})": ["fields must say", "fields={'MyState': {"]
-        for fields in ("'first'", "{'A': 'first'}", "{'A': {'b': 'third'}}")
+        for fields in ("'first'", "{'A': 'first'}", "{'A': {'b': 'third'}}", "{int: {'b': 'first'}}")
     },
     "om.muon(0.1, axes='io')": ["muon", "axes={'*': 'io'}"],
     **{f"race({changed})": ["race", *words] for changed, words in RACES.items()},

@@ -107,10 +107,12 @@ def check_fields(who: str, fields: Any, rules: Any) -> None:
     kinds = [kind for of_state in held if isinstance(of_state, Mapping) for kind in of_state.values()]
     known = all(kind in (FIRST, SECOND, SLOW) or (rules and isinstance(kind, str)) for kind in kinds)
     nested = isinstance(fields, Mapping) and all(isinstance(of_state, Mapping) for of_state in held)
+    nested = nested and all(isinstance(name, str) for of_state in (fields, *held) for name in of_state)
     if fields is not None and not (nested and known):
         raise ValueError(
-            f"{who}: fields must say which fields of a state are {FIRST!r} or {SECOND!r} moments, but is "
-            f"{shown(fields)}. Type fields={{'MyState': {{'average': 'first'}}}}."
+            f"{who}: fields must say which fields of a state are {FIRST!r}, {SECOND!r} or {SLOW!r} moments, "
+            f"by the name of its type, but is {shown(fields)}. Type "
+            "fields={'MyState': {'average': 'first'}}."
         )
 
 

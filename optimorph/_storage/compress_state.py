@@ -98,7 +98,9 @@ def compress_state(
       elementwise: whether a transformation of another library works element by element.
       seed: the seed of the noise, an integer in [0, 2³²). A restored state keeps its own seed.
       fields: the moments in states of other libraries: type → field → kind, such as
-        `{"MyState": {"average": "first"}}`. The states of this library and of optax are known.
+        `{"MyState": {"average": "first"}}`. Known are the states of this library, and of optax those of
+        `adam` and its like, `amsgrad`, `adabelief`, `adagrad`, `rmsprop`, `lion`, `contrib.muon`, momentum
+        and `ema`.
 
     Raises:
       ValueError: a seed outside its range; at `init`, a rule whose value is not a codec, a codec without
@@ -326,5 +328,6 @@ def _not_elementwise(who: str, error: NotElementwiseError, path: str) -> ValueEr
     return ValueError(
         f"{who}: elementwise=True, but the update of {path!r} uses {error}, which mixes elements or "
         "depends on their position. Type elementwise=False, or move that transform outside, for example "
-        "optax.chain(clip_by_global_norm(1.0), compress_state(...))."
+        "optax.chain(clip_by_global_norm(1.0), compress_state(...)), or if the state has moments that are "
+        "not known, type fields={'MyState': {'my_field': 'first'}}."
     )

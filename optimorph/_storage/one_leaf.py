@@ -14,7 +14,7 @@ from optimorph._core.types import PyTree
 from optimorph._core.wrapped import OF_TREES
 from optimorph._storage.elementwise import NotElementwiseError
 
-_OTHERS = "other leaves, or parts of the state that are neither moments nor scalars"
+_OTHERS = "other leaves, or parts of the state that are neither scalars nor known moments"
 
 
 def one_leaf_rule(
