@@ -32,7 +32,8 @@ def robbins_monro(initial_value: Numeric, exponent: Numeric = 1.0, offset: Numer
 
     def schedule(count):
         t = jnp.asarray(count).astype(float)
-        return initial_value / (1 + t / offset) ** exponent  # (1)
+        a, p, c = (as_scalar(x, t) for x in (initial_value, exponent, offset))
+        return a / (1 + t / c) ** p  # (1)
 
     return schedule
 

@@ -568,9 +568,21 @@ def test_what_mixes_places_is_refused(name):
     jax.eval_shape(whole.update, params, whole.init(params), params)
 
 
+@pytest.mark.filterwarnings("ignore:compress_state. no moment is compressed")
+@pytest.mark.parametrize("rules", [None, {"*kernel": Signed8(), "*": None}, {"*": None}])
+def test_small_leaves_are_updated_together(rules):
+    """Where no leaf is large, nothing is checked, so all moments are decoded at once."""
+    params = drawn(shapes={"kernel": (64, 96), "other": (12, 8)})
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1, 0.9))
+    compressed = om.compress_state(tx, rules, elementwise=True)
+    updates, _ = compressed.update(params, compressed.init(params), params)
+    rounding.close(updates, tx.update(params, tx.init(params), params)[0])
+
+
 def test_fields_make_unknown_moments_known():
     """As the error says."""
-    tx, params = optax.contrib.ademamix(0.1), drawn(shapes={"kernel": (128, 128)})
+    tx = optax.chain(optax.trace(0.9), optax.contrib.ademamix(0.1))
+    params = drawn(shapes={"kernel": (128, 128)})
     fields = {"ScaleByAdemamixState": {"m1": "first", "m2": "slow", "nu": "second"}}
     with pytest.warns(UserWarning, match="is not compressed"):
         state = om.compress_state(tx, elementwise=True).init(params)

@@ -192,6 +192,22 @@ def test_no_float64_in_float32(entry, dtype):
     assert not re.search(r"\bf64\[\d", text)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: om.schedules.robbins_monro(x, x, x),
+        lambda x: om.schedules.linear_warmup(x, 5),
+        lambda x: om.schedules.decay_warmup(x, x, 5),
+    ],
+    ids=["robbins_monro", "linear_warmup", "decay_warmup"],
+)
+def test_schedules_of_arrays(make, dtype):
+    """They have the precision of the count, whatever the dtype of the argument."""
+    with jax.enable_x64(True):
+        rounding.close(make(jnp.asarray(0.75, dtype))(3), make(0.75)(3), condition=100)
+
+
 def test_schedules_in_float64():
     """η(t) with all its digits, ours and optax's."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # optax's schedules need it

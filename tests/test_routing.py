@@ -1081,6 +1081,33 @@ def test_large_windows_are_patches_if_no_convolution_is_behind(window, behind, s
         assert found == (("iiio" if shapes is tree else "oiii") if spec or window < 8 else None)
 
 
+@pytest.mark.parametrize("codes", [{}, {"quantizer/embeddings": (64, 512)}])
+def test_the_last_convolution_is_asked_also_beside_an_embedding(codes):
+    """An embedding may be the output layer too, but not of images."""
+    weights = {
+        "encoder/~/enc_1": (4, 4, 3, 64),
+        "encoder/~/enc_2": (4, 4, 64, 128),
+        "to_codes": (1, 1, 128, 64),
+    }
+    weights |= {
+        "decoder/~/dec_1": (3, 3, 64, 128),
+        "decoder/~/dec_2": (4, 4, 64, 128),
+        "decoder/~/dec_3": (4, 4, 3, 64),
+    }
+    outputs = {
+        "encoder/~/enc_1": 64,
+        "encoder/~/enc_2": 128,
+        "to_codes": 64,
+        "decoder/~/dec_1": 128,
+        "decoder/~/dec_2": 64,
+        "decoder/~/dec_3": 3,
+    }
+    tree = {f"{path}/w": shape for path, shape in weights.items()} | codes
+    tree |= {f"{path}/b": (size,) for path, size in outputs.items()}
+    plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()})
+    assert [path for path in tree if plan[path].unresolved] == ["decoder/~/dec_3/w"]
+
+
 def test_a_flattened_convolution_with_outputs_first():
     tree = {"conv1/weight": (8, 1, 3, 3), "conv2/weight": (16, 8, 3, 3), "linear/weight": (10, 64)}
     plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()})

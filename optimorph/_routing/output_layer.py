@@ -97,7 +97,8 @@ class _Candidates:
         yield from ((k, LeafSpec(axes_of("io"), "dense")) for k in reshaped)
         ends, sinks, certain = self._ends()
         known = sinks or self.heads or not layers.embeddings  # otherwise the embedding may be it too
-        last = [k for k in [*self.fed, *self.others] if known and k not in ends and layers.is_end(k)]
+        last = [k for k in [*self.fed, *self.others] if known or layers.has_window(k)]
+        last = [k for k in last if k not in ends and layers.is_end(k)]
         few = [k for k in self.single if k not in ends + last and layers.has_few_outputs(k)]
         unlikely = {*ends} - {*sinks} if sinks else {k for k in ends if layers.inputs[k] == layers.outputs[k]}
         unlikely |= {k for k in last if is_inside(self.paths[k]) or not layers.is_narrower(k)}

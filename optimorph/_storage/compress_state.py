@@ -39,6 +39,7 @@ from optimorph._storage.encoding import (
     encoded,
     initial,
     is_large,
+    may_be_in_slabs,
     named,
     split,
     stored_by,
@@ -228,7 +229,7 @@ def _of_trees(
 
     def update(updates, state, params=None, **extra):
         state = as_made(init, checked_state(who, state, CompressedState), params)
-        if not elementwise:
+        if not elementwise or is_unchecked(updates, state, params):
             return whole(updates, state, params, extra)
         rule = one_leaf_rule(inner, state.inner, fields, extra)
         tx = transform(who, _compressed(who, rule, codecs_for, rules, seed))
@@ -245,6 +246,17 @@ def _of_trees(
             if isinstance(error.__cause__, OF_TREES):  # which may be the inner one's own
                 jax.eval_shape(lambda: whole(updates, state, params, extra))
             raise
+
+    def is_unchecked(updates, state, params):
+        """Whether no leaf is updated in slabs, by which a transformation that mixes elements is found."""
+        tree = updates if params is None else params
+        codec_of, structure = codecs_for(Leaves.of(tree)), jax.tree.structure(tree)
+        return all(
+            jax.tree.structure(moment) == structure
+            and not (may_be_in_slabs(x) and codec_of(kind, path, np.shape(x)))
+            for kind, moment in moments_of(state.inner, fields)
+            for path, x in by_path(moment).items()
+        )
 
     def whole(updates, state, params, extra):
         """All moments are decoded, updated and encoded again."""

@@ -149,9 +149,13 @@ def is_large(g: jax.Array, moments: Sequence[Any], codecs: Sequence[Codec | None
     return (
         any(codec is not None for codec in codecs)
         and all(np.shape(x) == g.shape for x in jax.tree.leaves([_codes(m) for m in moments]))
-        and g.ndim > 1
-        and g.size >= LARGE
+        and may_be_in_slabs(g)
     )
+
+
+def may_be_in_slabs(x: Any) -> bool:
+    """Whether an array is large enough to be updated slab by slab."""
+    return np.ndim(x) > 1 and np.size(x) >= LARGE
 
 
 def _codes(moment: Any) -> Any:

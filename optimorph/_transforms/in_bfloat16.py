@@ -42,7 +42,9 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     repeats bit by bit, also when it is resumed or moved to another mesh. Under `jax.vmap` all runs have the
     same noise.
 
-    Arrays of real numbers are stored in bfloat16. Scalars, integers and complex numbers are not changed.
+    Arrays of real numbers are stored in bfloat16. Scalars, integers and complex numbers are not changed. Do
+    not use it around a transformation whose state has weights, such as `mechanize`, `dog`, `prodigy` and
+    `schedule_free` of `optax.contrib`: their differences from the parameters are lost in the rounding.
 
     Args:
       inner: any transformation. Optimizers of this library have `nu_dtype="bfloat16"` for the same purpose.
