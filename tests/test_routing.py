@@ -1108,6 +1108,14 @@ def test_the_last_convolution_is_asked_also_beside_an_embedding(codes):
     assert [path for path in tree if plan[path].unresolved] == ["decoder/~/dec_3/w"]
 
 
+@pytest.mark.parametrize("names", ["UV", "WH", "pq"])
+def test_two_tables_of_factors_are_asked(names):
+    one, other = names
+    tree = {one: (1000, 16), other: (500, 16), "mlp/Dense_0/kernel": (32, 64), "mlp/Dense_1/kernel": (64, 1)}
+    plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()})
+    assert [path for path in tree if plan[path].unresolved] == [one, other]
+
+
 def test_a_flattened_convolution_with_outputs_first():
     tree = {"conv1/weight": (8, 1, 3, 3), "conv2/weight": (16, 8, 3, 3), "linear/weight": (10, 64)}
     plan = om.plan({path: jax.ShapeDtypeStruct(n, jnp.float32) for path, n in tree.items()})

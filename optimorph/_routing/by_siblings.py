@@ -27,6 +27,7 @@ from optimorph._routing.siblings import (
     hidden_of_heads,
     low_rank_spec,
     networks_called_heads,
+    pairs_of_tables,
     routers_of_experts,
     routers_of_modules,
     stems,
@@ -77,6 +78,9 @@ def by_siblings(paths: Sequence[str], shapes: Sequence[Shape]) -> list[LeafSpec]
     for k, small in stems(paths, shapes, [role for role, _ in named]):
         found = by_name(paths[k], small, layers[k])  # without the size of the window
         named[k] = found if found[0] in ("convolution", "dense") else named[k]
+    asked = {k for k, (_, spec) in enumerate(named) if spec == UNDECIDED}
+    for k in pairs_of_tables(paths, shapes, asked):
+        named[k] = ("dense", UNDECIDED) if named[k][0] == "dense" else named[k]
     tree = _Tree(leaves, named, stacks)
     return [tree.spec(leaf, *own) for leaf, own in zip(leaves, named, strict=True)]
 
