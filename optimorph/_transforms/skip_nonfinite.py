@@ -1,6 +1,6 @@
 """Steps that went wrong, left out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -99,13 +99,14 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _sound(what: str, tree: Any, before: list | None = None) -> Iterator[tuple[str, jax.Array]]:
+def _sound(what: str, tree: Any, before: list | None = None) -> list[tuple[str, jax.Array]]:
     """The name of every leaf of real or complex numbers, and whether all are finite, or were not `before`."""
-    leaves = jax.tree.leaves(tree)
+    leaves, found = jax.tree.leaves(tree), []
     for path, new, old in zip(leaf_paths(tree), leaves, before or [None] * len(leaves), strict=True):
         if is_trainable(new):
             fine = jnp.isfinite(new) if old is None else jnp.isfinite(new) | ~jnp.isfinite(old)
-            yield f"{what} {path!r}", jnp.all(fine)
+            found.append((f"{what} {path!r}", jnp.all(fine)))
+    return found
 
 
 def _reporter(names: list[str], limit: int) -> Callable[[Any, Any], None]:
