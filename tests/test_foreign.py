@@ -254,7 +254,9 @@ def test_stored_state_is_an_argument_of_the_optimizer(make):
     name, params = make.__name__, {"kernel": PARAMS["kernel"]}
     given = {"axes": {"*": "io"}} if "axes" in make.__signature__.parameters else {}
     plain, coded = make(0.1, state={"*": None}, **given), make(0.1, state="int8", **given)
-    with pytest.raises(ValueError, match=f"^{name}: 'first/kernel' is stored in float32, .*carry_state"):
+    with pytest.raises(
+        ValueError, match=f"^{name}: 'first/kernel' is stored in float32, but the rules say .*carry_state"
+    ):
         coded.update(params, plain.init(params), params)
     coded.update(params, om.carry_state(plain.init(params), coded, params)[0], params)
     with pytest.raises(ValueError, match=f"^{name}: the rules give 3 for 'first/kernel'"):

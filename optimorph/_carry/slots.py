@@ -106,7 +106,7 @@ class Slot(NamedTuple):
       again: how many slots before it are alike.
       array: itself, `Stored`, or its shape and dtype.
       leaves: the paths of the leaves that are stacked in it, those of other sizes too; () if it is no stack.
-      ratio: the number of the division that it is in; 0 if it is in none.
+      ratio: the number of the division that it is in, or else its home.
       divides: whether the other moments of its leaf in this division are divided by it.
     """
 

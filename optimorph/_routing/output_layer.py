@@ -64,8 +64,9 @@ class _Candidates:
     def __init__(self, paths: Sequence[str], shapes: Sequence[Shape], specs: Sequence[LeafSpec]):
         self.paths, self.shapes, self.specs = paths, shapes, specs
         self.nameless = nameless = [has_no_name(path) for path in paths]
-        queries = group_by([k for k, s in enumerate(specs) if s.role == "attention"], self._module)
-        alone = [group[0] for group in queries if len(group) == 1]
+        attention = [k for k, spec in enumerate(specs) if spec.role == "attention"]
+        groups = group_by(attention, lambda k: module_of(paths[k]))
+        alone = [group[0] for group in groups if len(group) == 1]
         self.single = [
             k
             for k, spec in enumerate(specs)
@@ -87,9 +88,6 @@ class _Candidates:
         ]
         self.layers = Layers(paths, shapes, specs, sorted({*self.unnamed, *self.heads, *ruled}), self.others)
         self.fed = [k for k in self.unnamed if self.layers.is_fed(k)]
-
-    def _module(self, k: int) -> str:
-        return module_of(self.paths[k])
 
     def outputs(self) -> Iterator[tuple[int, LeafSpec]]:
         """The layers that are, or may be, the output layer, and those that only looked so by a name."""
@@ -132,8 +130,8 @@ class _Candidates:
         layers = self.layers
         sinks = [k for k in self.fed if layers.is_sink(k)]
         sinks_of_others = [k for k in self.others if layers.is_fed(k) or layers.joins(k) if layers.is_sink(k)]
-        ends = [k for k in sinks_of_others if layers.is_narrower(k) or layers.puts_out_words(k)]
-        kinds = {without_numbers(self.paths[k]) for k in ends}
+        likely = [k for k in sinks_of_others if layers.is_narrower(k) or layers.puts_out_words(k)]
+        kinds = {without_numbers(self.paths[k]) for k in likely}
         narrow = [k for k in sinks_of_others if without_numbers(self.paths[k]) in kinds]
         if not all(self.nameless[k] for k in self.by_name):  # beside an output layer with a telling name
             ends = [k for k in sinks if layers.next_of(k) is None and not is_stack(self.specs[k].axes)]

@@ -61,8 +61,8 @@ def lookup(rules: Rules, who: str = "labels", argument: str = "rules") -> Callab
         if (fault := call_fault(rules, "", ())) is not None:
             raise ValueError(
                 f"{who}: a function of {argument} takes the path and the shape of a leaf, but "
-                f"{shown(rules)} does not: {fault}. Type lambda path, shape: ..., or for a function of the "
-                "parameters the tree that it returns."
+                f"{shown(rules)} does not: {fault}. Type lambda path, shape: ... If it is a function of "
+                "the parameters, pass the tree that it returns."
             )
         return rules
     shape = getattr(rules, "shape", None)

@@ -56,7 +56,7 @@ def biases_of_layers(shapes: Mapping[str, Shape], attention: Collection[str]) ->
 
 
 def stems(paths: Sequence[str], shapes: Sequence[Shape], roles: Sequence[str]) -> Iterator[tuple[int, Shape]]:
-    """The layers of patches of an image whose outputs a convolution takes in, and their shapes of 3 x 3.
+    """The layers of patches of an image whose outputs a convolution takes in, with their shapes if 3 x 3.
 
     A model of patches has dense layers behind them; such a layer is the first of several convolutions.
     """
@@ -70,12 +70,12 @@ def stems(paths: Sequence[str], shapes: Sequence[Shape], roles: Sequence[str]) -
             yield k, (*shapes[k][:2], 3, 3) if first[k] else (3, 3, *shapes[k][2:])
 
 
-def pairs_of_tables(paths: Sequence[str], shapes: Sequence[Shape], asked: Collection[int]) -> Iterator[int]:
+def pairs_of_tables(paths: Sequence[str], shapes: Sequence[Shape], asked: set[int]) -> Iterator[int]:
     """The arrays whose module has one other, of as many columns, that is asked about: both may be tables."""
     for pair in group_by(range(len(paths)), lambda k: paths[k].rpartition("/")[0]):
         columns = {shapes[k][1] if len(shapes[k]) == 2 else None for k in pair}
         if len(pair) == 2 and len(columns) == 1 and None not in columns and not asked.isdisjoint(pair):
-            yield from {*pair} - {*asked}
+            yield from {*pair} - asked
 
 
 _NORM = re.compile(r"/(\w*norm|ln)(_\w+)?/(weight|scale)$", re.IGNORECASE)

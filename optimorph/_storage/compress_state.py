@@ -248,7 +248,7 @@ def _of_trees(
             raise
 
     def is_unchecked(updates, state, params):
-        """Whether no leaf is updated in slabs, by which a transformation that mixes elements is found."""
+        """Whether no leaf is updated in slabs. Only there a transformation that mixes elements is found."""
         tree = updates if params is None else params
         codec_of, structure = codecs_for(Leaves.of(tree)), jax.tree.structure(tree)
         return all(

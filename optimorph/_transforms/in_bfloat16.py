@@ -43,8 +43,8 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
     same noise.
 
     Arrays of real numbers are stored in bfloat16. Scalars, integers and complex numbers are not changed. Do
-    not use it around a transformation whose state has weights, such as `mechanize`, `dog`, `prodigy` and
-    `schedule_free` of `optax.contrib`: their differences from the parameters are lost in the rounding.
+    not use it around a transformation that needs the difference of the parameters and weights in its state,
+    such as `optax.contrib.mechanize` and `dog`: rounding the weights loses the difference.
 
     Args:
       inner: any transformation. Optimizers of this library have `nu_dtype="bfloat16"` for the same purpose.
