@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,23 +71,10 @@ def inject_hyperparams(
     while isinstance(made_by, functools.partial):
         made_by = made_by.func
     who = getattr(made_by, "__name__", repr(made_by))
-    given = one_or_several(static_args)
-    if unknown := [name for name in given if not isinstance(name, str) or name not in names]:
-        raise ValueError(
-            f"inject_hyperparams: static_args has {unknown}, which are not arguments of {who}. Type some of "
-            f"{sorted(names)}."
-        )
-    dtype = dtype_name(jnp.result_type(float) if hyperparam_dtype is None else hyperparam_dtype)
-    if dtype not in ("float32", "float64"):
-        raise ValueError(
-            f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is "
-            f"{dtype or repr(hyperparam_dtype)}: bfloat16 rounds 0.999 to 1. Type "
-            "hyperparam_dtype=jnp.float32, or leave it out."
-        )
     ours = getattr(made_by, "__module__", "").startswith("optimorph.")
-    number = jax.Array if ours else float  # here a number that cannot be traced is annotated as a float alone
     spare = {name for name, p in names.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    static = {*given} | {name for name, parameter in names.items() if not _may_be(number, parameter)}
+    static = _static(who, names, one_or_several(static_args), ours)
+    dtype = _checked_dtype(hyperparam_dtype)
 
     @functools.wraps(inner_factory)
     def factory(**arguments: Any) -> optax.GradientTransformation:
@@ -107,15 +94,7 @@ def inject_hyperparams(
                 "cannot keep it. Type a function with named arguments, such as lambda learning_rate: ..."
             )
         given.apply_defaults()
-        for name, value in given.arguments.items():
-            number = value.item() if isinstance(value, np.generic) else value
-            if hasattr(value, "__jax_array__"):  # which may be a function too
-                number = jnp.asarray(value)
-            if ours and name in RANGES and isinstance(number, int):
-                check_numbers(who, **{name: number})
-            if name in RANGES and type(number) is int:
-                number = float(number)  # an integer would stay one in the state
-            given.arguments[name] = number
+        given.arguments.update({k: _number(who, k, x, ours) for k, x in given.arguments.items()})
         integers = {name for name, x in given.arguments.items() if _is_integer(x)}
         functions = {name for name, x in given.arguments.items() if callable(x) and not _is_schedule(x)}
         injected: Any = optax.inject_hyperparams(factory, tuple(sorted(static | functions)), jnp.dtype(dtype))
@@ -139,6 +118,40 @@ def inject_hyperparams(
         return optax.GradientTransformationExtraArgs(init, update)
 
     return make
+
+
+def _static(who: str, names: Mapping[str, inspect.Parameter], given: Sequence[str], ours: bool) -> set[str]:
+    """The arguments that are not injected: those given, and those that are no numbers by their annotation."""
+    if unknown := [name for name in given if not isinstance(name, str) or name not in names]:
+        raise ValueError(
+            f"inject_hyperparams: static_args has {unknown}, which are not arguments of {who}. Type some of "
+            f"{sorted(names)}."
+        )
+    number = jax.Array if ours else float  # here a number that cannot be traced is annotated as a float alone
+    return {*given} | {name for name, parameter in names.items() if not _may_be(number, parameter)}
+
+
+def _checked_dtype(hyperparam_dtype: DTypeLike | None) -> str:
+    dtype = dtype_name(jnp.result_type(float) if hyperparam_dtype is None else hyperparam_dtype)
+    if dtype not in ("float32", "float64"):
+        raise ValueError(
+            f"inject_hyperparams: hyperparam_dtype must be float32 or float64, but is "
+            f"{dtype or repr(hyperparam_dtype)}: bfloat16 rounds 0.999 to 1. Type "
+            "hyperparam_dtype=jnp.float32, or leave it out."
+        )
+    return dtype
+
+
+def _number(who: str, name: str, value: Any, ours: bool) -> Any:
+    """An argument as `optax.inject_hyperparams` takes it for a number, if it is one."""
+    number = value.item() if isinstance(value, np.generic) else value
+    if hasattr(value, "__jax_array__"):  # which may be a function too
+        number = jnp.asarray(value)
+    if ours and name in RANGES and isinstance(number, int):
+        check_numbers(who, **{name: number})
+    if name in RANGES and type(number) is int:
+        return float(number)  # an integer would stay one in the state
+    return number
 
 
 def _is_schedule(f: Callable[..., Any]) -> bool:
