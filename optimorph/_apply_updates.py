@@ -65,7 +65,7 @@ def _fits(u: Any, w: Any) -> bool:
 
 def _updated(path: str, u: Any, w: Any, key: jax.Array | None) -> Any:
     if is_missing(u) or isinstance(u, ABSENT):
-        return copied(jnp.asarray(w) if kind(w) in ("real", "complex") else w)
+        return copied(w)
     dtype = jnp.result_type(w)
     if kind(w) == "integer":
         return w + jnp.asarray(u, dtype)

@@ -50,7 +50,7 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
     step, such as `jax.random.fold_in(key, step)`.
 
     Args:
-      params: the parameters. Leaves of other dtypes are not split; their residual is None.
+      params: the parameters. Leaves of other dtypes and Python numbers are not split; their residual is None.
       bits: the size of a residual, 8 or 16.
       key: a key of `jax.random`. With 16 bits it is not used.
 
@@ -73,7 +73,7 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
     def split(path: str, p: Any) -> tuple[Any, Any]:
         if kind(p) == "none" or isinstance(p, jax.ShapeDtypeStruct):
             raise ValueError(not_an_array("split_weights", path, p))
-        if jnp.result_type(p) != jnp.float32:
+        if type(p) is float or jnp.result_type(p) != jnp.float32:
             return copied(p), None
         residual, weight = codec.encode(p, None if key is None else leaf_key(key, path))
         return weight, residual

@@ -108,6 +108,20 @@ def test_missing_updates(key):
         om.apply_updates(params, {"a": None, "b": None, "n": None}, key)
 
 
+def test_numbers_without_an_update_stay_numbers():
+    """A setting of an Equinox model is not made an array, which the next filter would take for a weight."""
+    params = {"w": jnp.ones(3), "slope": 0.1, "depth": 2, "on": True, "phase": 1j}
+    got = om.apply_updates(params, {"w": jnp.ones(3)} | dict.fromkeys(["slope", "depth", "on", "phase"]))
+    weights, residuals = om.split_weights(params)
+    for tree in (got, weights, om.join_weights(weights, residuals)):
+        assert {name: type(x) for name, x in tree.items() if name != "w"} == {
+            "slope": float,
+            "depth": int,
+            "on": bool,
+            "phase": complex,
+        }
+
+
 def test_noise_is_the_leafs_own():
     """The same in any order and company; another for every leaf and every key."""
     w, u = jnp.ones(1000, jnp.bfloat16), jnp.full(1000, 2.0**-9, jnp.bfloat16)
