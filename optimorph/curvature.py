@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optimorph._core.checks import check_function, not_an_array
+from optimorph._core.checks import check_function, check_integer, not_an_array
 from optimorph._core.numbers import is_array, upcast
 from optimorph._core.paths import leaf_paths
 from optimorph._core.types import PyTree
@@ -78,10 +78,7 @@ def extremes(
       and integral operators"; (3): Parlett 1998, "The symmetric eigenvalue problem", section 13.2; products:
       Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
-    if isinstance(steps, bool) or steps != int(steps) or steps < 1:
-        raise ValueError(
-            f"extremes: steps must be a whole number of at least 1, but is {steps}. Type steps=32."
-        )
+    check_integer("extremes", "steps", steps, 32)
     check_function("extremes", "loss", loss, "the parameters and args", params, *args)
     _check(params)
     params = jax.tree.map(upcast, params)

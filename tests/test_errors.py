@@ -700,11 +700,24 @@ def test_gradients_for_optax_are_those_of_the_parameters(who):
     refused(lambda: tx.update({"w": W["w"]}, tx.init({"w": W["w"]}), W), f"{who}: ", "'b': a parameter")
 
 
+@pytest.mark.parametrize("changed", [lambda x: x[None], lambda x: None, lambda x: "x"])
+def test_a_state_of_means_is_that_of_the_parameters(changed):
+    tx = om.mean("i", om.ema(0.9), axes={"w": "io", "*": None})
+    refused(lambda: tx.update(W, jax.tree.map(changed, tx.init(W)), W), "mean: the optimizer state")
+
+
 @pytest.mark.parametrize("who", AROUND)
 def test_a_state_of_optax_is_that_of_the_parameters(who):
     tx = AROUND[who]()
     with pytest.raises(ValueError, match=rf"{who}: the (optimizer state|gradients)"):
         tx.update(W, tx.init({"w": W["w"]}), W)
+
+
+@pytest.mark.parametrize("who", AROUND)
+@pytest.mark.parametrize("leaf", ["silu", jnp.tanh], ids=["text", "function"])
+def test_what_is_no_array_has_no_state_of_optax(who, leaf):
+    with pytest.raises(ValueError, match=rf"{who}: 'f' is .*, which is not an array.*eqx.filter"):
+        AROUND[who]().init(W | {"f": leaf})
 
 
 @jax.numpy_dtype_promotion("standard")
@@ -861,6 +874,12 @@ CALLS = {
         for value in ("0.5", "'no'", "None")
     },
     "om.ema(0.9, lookahead='0.9')": ["ema", "lookahead", "'0.9'", "lookahead=0.9"],
+    "om.ema(np.str_('float32'))": ["ema: decay must be a number", "decay=0.9"],
+    "om.apply_updates([np.ones(2)], [np.ones(2)], key=[[0], [0, 1]])": ["key must be one key", "key(0)"],
+    **{
+        f"om.curvature.extremes(np.sum, np.ones(2), steps={steps})": ["extremes", "steps must be an integer"]
+        for steps in ("None", "'a'", "np.nan", "[2]", "0")
+    },
     "om.debias(0.9, ahead='1')": ["debias", "ahead", "'1'", "ahead=1"],
     "om.adam(0.1, mu_dtype={'*': 'bfloat16'})": ["adam", "mu_dtype", "mu_dtype='bfloat16'"],
     "om.orthogonalize('jordan')": ["orthogonalize", "orthogonalizer", "'jordan'", "NewtonSchulz()"],

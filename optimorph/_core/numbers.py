@@ -151,7 +151,7 @@ def is_array(leaf: Any) -> bool:
     """Whether a leaf of a tree is an array, a number, or the shape and dtype of an array."""
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return True
-    if not isinstance(leaf, _PYTHON) and not hasattr(leaf, "__jax_array__"):
+    if isinstance(leaf, str) or not (isinstance(leaf, _PYTHON) or hasattr(leaf, "__jax_array__")):
         return False  # jax would take the names of dtypes for dtypes
     try:
         return jnp.result_type(leaf) is not None

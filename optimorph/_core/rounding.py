@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optimorph._core.shown import shown
 from optimorph._core.types import Shape
@@ -15,7 +14,7 @@ from optimorph._core.types import Shape
 
 def check_key(who: str, key: Any) -> None:
     """Refuse what is no single key of `jax.random`, of either form."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (shape == () if typed else dtype == jnp.uint32 and len(shape) == 1):
         said = f"{dtype}{list(shape)}" if dtype is not None else shown(key)

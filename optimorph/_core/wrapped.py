@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import abbreviated, check_transforms
+from optimorph._core.checks import abbreviated, check_transforms, not_an_array
 from optimorph._core.differences import TreeError, difference, other_state
 from optimorph._core.numbers import (
     as_made,
@@ -42,6 +42,16 @@ def wrapped(
         return tx  # its errors name itself
     who, inner = called(who), optax.with_extra_args_support(tx)
 
+    def init(params):
+        try:
+            return inner.init(params)
+        except OF_TREES as error:
+            if faults := [
+                not_an_array(who, path, x) for path, x in by_path(params).items() if not is_array(x)
+            ]:
+                raise ValueError(abbreviated(faults, "\n")) from error
+            raise
+
     def update(updates, state, params=None, **extra):
         if jax.tree.structure(updates) == jax.tree.structure(params):
             aligned(who, updates, params, strict=False)
@@ -64,7 +74,7 @@ def wrapped(
             raise TreeError(f"{fault}\nThe transformation inside raised {cause}") from error
         return out, _kept(state, after) if lacking else after
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:

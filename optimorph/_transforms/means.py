@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_function, is_one_of
+from optimorph._core.differences import other_state
 from optimorph._core.numbers import full_like, is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import Leaf, Rule, arrays, called, map_updates, pointwise, rule_of, transform
@@ -102,7 +103,11 @@ def mean(
         if not np.any(chosen):
             return jnp.zeros_like(g), state
         over_leaf = reduction(who, match, leaf, form, over)
-        u, inner = rule.update(over_leaf.mean(g), state.inner, leaf._replace(weight=None), now)  # (1-3)
+        m = over_leaf.mean(g)
+        moments = zip(rule.roles, rule.slots(state.inner), strict=True)
+        if any(role.tree and role.shaped and np.shape(x) != m.shape for role, x in moments):
+            raise other_state(who)
+        u, inner = rule.update(m, state.inner, leaf._replace(weight=None), now)  # (1-3)
         u = with_type_of(jnp.broadcast_to(over_leaf.spread(u, g.shape), g.shape), g)
         u = u if np.all(chosen) else jnp.where(local_shard(chosen, spec), u, 0)
         return u, MeanState(rule.filled(inner))
