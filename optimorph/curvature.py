@@ -12,6 +12,7 @@ import optax
 from optimorph._core.checks import check_function, check_integer, not_an_array
 from optimorph._core.numbers import is_array, upcast
 from optimorph._core.paths import leaf_paths
+from optimorph._core.rounding import check_key
 from optimorph._core.types import PyTree
 from optimorph.linalg._newton_schulz import safe_denominator
 
@@ -79,6 +80,8 @@ def extremes(
       Pearlmutter 1994, "Fast exact multiplication by the Hessian".
     """
     check_integer("extremes", "steps", steps, 32)
+    if key is not None:
+        check_key("extremes", key)
     check_function("extremes", "loss", loss, "the parameters and args", params, *args)
     _check(params)
     params = jax.tree.map(upcast, params)

@@ -65,7 +65,10 @@ class ProbeState(NamedTuple):
     values: jax.Array
     measured: jax.Array
     names: jax.Array
-    roles = holds(**dict.fromkeys(("probe_count", "values", "measured", "names"), scalar("numbers of probe")))
+    roles = holds(
+        probe_count=scalar("numbers of probe"),
+        **dict.fromkeys(("values", "measured", "names"), Role("numbers of probe", shaped=False)),
+    )
 
 
 def _rms(x: Any) -> jax.Array:

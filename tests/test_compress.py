@@ -1049,6 +1049,24 @@ def test_nothing_that_is_compressed_is_said_aloud(make):
         make(rules={"*": None}).init(small)
 
 
+@pytest.mark.parametrize("rules", ["int8", {"first": om.codecs.Signed8()}], ids=["default", "typed"])
+def test_a_state_without_moments_cannot_be_compressed(rules):
+    with pytest.warns(UserWarning, match="sgd: no moment is compressed, because .* Leave state out."):
+        om.sgd(0.1, state=rules).init({"kernel": jnp.ones((64, 64))})
+    with pytest.warns(UserWarning, match="compress_state: no moment is compressed, .* Leave it out."):
+        om.compress_state(om.sgd(0.1), None if rules == "int8" else rules).init(
+            {"kernel": jnp.ones((64, 64))}
+        )
+
+
+@pytest.mark.parametrize("params", [{"w": jnp.ones((64, 64))}, {"params": {"kernel": jnp.ones((64, 64))}}])
+def test_other_parameters_are_no_reason_to_leave_elementwise_out(params):
+    gradients = {"kernel": jnp.ones((64, 64))}
+    tx = om.compress_state(optax.adam(0.1), elementwise=True)
+    with pytest.raises(ValueError, match="compress_state: the gradients do not match the parameters"):
+        tx.update(gradients, tx.init(gradients), params)
+
+
 def test_what_the_warning_says_to_type_compresses():
     """Also of parameters that are one array, whose moments have the paths "first" and "second"."""
     for params in (jnp.ones(64), {"bias": jnp.ones(64)}):

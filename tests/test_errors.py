@@ -238,6 +238,12 @@ REFUSED = {
         ),
         ["muon: scale must return a real number", "'w'", "'large'"],
     ),
+    "a scale of several": (
+        lambda: om.scale_by_shape(lambda n, m: [n, m], axes={"w": "io", "b": None}).update(
+            W, optax.EmptyState()
+        ),
+        ["scale_by_shape: scale must return a real number", "'w'", "[4, 3]"],
+    ),
     "a polar factor of two": (
         lambda: om.orthogonalize(lambda x, y: x),
         ["orthogonalize: orthogonalizer must be a function of stacks"],
@@ -530,6 +536,8 @@ def test_an_argument_that_is_none():
         lambda rules: om.cautious(om.ema(0.9), rules),
         lambda rules: om.hyperball(0.1, rules),
         lambda rules: om.clip_attention_logits(axes=rules),
+        lambda rules: om.factored(0.9, axes=rules),
+        lambda rules: om.factored(0.9, shardings=rules),
     ],
 )
 def test_rules_of_no_leaf(make):
@@ -700,10 +708,41 @@ def test_gradients_for_optax_are_those_of_the_parameters(who):
     refused(lambda: tx.update({"w": W["w"]}, tx.init({"w": W["w"]}), W), f"{who}: ", "'b': a parameter")
 
 
+OF_MATRICES = {
+    "mean": lambda spec: om.mean("i", om.ema(0.9), axes={"w": spec, "*": None}),
+    "normuon": lambda spec: om.normuon(0.1, axes={"w": spec, "*": None}),
+    "factored": lambda spec: om.factored(0.9, axes={"w": spec, "*": None}),
+}
+
+
+@pytest.mark.parametrize("who", OF_MATRICES)
 @pytest.mark.parametrize("changed", [lambda x: x[None], lambda x: None, lambda x: "x"])
-def test_a_state_of_means_is_that_of_the_parameters(changed):
-    tx = om.mean("i", om.ema(0.9), axes={"w": "io", "*": None})
-    refused(lambda: tx.update(W, jax.tree.map(changed, tx.init(W)), W), "mean: the optimizer state")
+def test_a_state_of_rows_is_that_of_the_parameters(who, changed):
+    tx = OF_MATRICES[who]("io")
+    refused(lambda: tx.update(W, jax.tree.map(changed, tx.init(W)), W), "the optimizer state does not match")
+
+
+@pytest.mark.parametrize("who", OF_MATRICES)
+def test_a_state_of_rows_is_not_one_of_columns(who):
+    state = OF_MATRICES[who]("io").init(W)
+    refused(lambda: OF_MATRICES[who]("oi").update(W, state, W), f"{who}: the optimizer state does not match")
+
+
+STATES = WRAPPERS | {
+    "sgd": lambda: om.sgd(optax.linear_schedule(0.1, 0.0, 9)),
+    "adagrad": lambda: om.adagrad(optax.linear_schedule(0.1, 0.0, 9)),
+    "debias": lambda: om.debias(0.9),
+    "slow_ema": lambda: om.slow_ema(0.9),
+}
+
+
+@pytest.mark.parametrize("who", STATES)
+def test_counts_are_single_numbers(who):
+    """A state for several devices or runs, used for one."""
+    tx = STATES[who]()
+    state = jax.tree.map(lambda x: jnp.asarray(x)[None] if jnp.ndim(x) == 0 else x, tx.init(W))
+    refused(lambda: tx.update(W, state, W), "the optimizer state does not match")
+    refused(lambda: tx.update(W, jax.eval_shape(tx.init, W), W), "the state has shapes in place of arrays")
 
 
 @pytest.mark.parametrize("who", AROUND)
@@ -874,6 +913,7 @@ CALLS = {
         for value in ("0.5", "'no'", "None")
     },
     "om.ema(0.9, lookahead='0.9')": ["ema", "lookahead", "'0.9'", "lookahead=0.9"],
+    "om.curvature.extremes(np.sum, np.ones(2), key=0)": ["extremes: key must be one key", "key(0)"],
     "om.ema(np.str_('float32'))": ["ema: decay must be a number", "decay=0.9"],
     "om.apply_updates([np.ones(2)], [np.ones(2)], key=[[0], [0, 1]])": ["key must be one key", "key(0)"],
     **{

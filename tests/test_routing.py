@@ -1286,6 +1286,57 @@ def test_trees_whose_names_have_brackets():
     om.partition(jax.tree.map(lambda x: "all", params), {"all": om.sgd(0.1)}).init(params)
 
 
+def is_matrix(path, shape):
+    return jnp.asarray(len(shape)) > 1
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        om.adamw(0.1, mask=is_matrix),
+        om.adamw(0.1, mask=lambda params: jax.tree.map(lambda w: jnp.asarray(w.ndim) > 1, params)),
+        om.adamw(0.1, mask={is_matrix: False, "*": True}),
+        om.multi_steps(om.adam(0.1), 2, maximum=is_matrix),
+        optax.masked(om.adam(0.1), om.labels(is_matrix)),
+        om.scale_by_rules(lambda path, shape: 1 / jnp.sqrt(len(shape))),
+        om.scion(0.1, radius=lambda path, shape: jnp.sqrt(2 * len(shape)), axes={"w": "io", "b": None}),
+        om.muon(0.1, axes=lambda path, shape: "io" if is_matrix(path, shape) else None),
+        om.muon(0.1, scale=lambda i, o: jnp.sqrt(jnp.maximum(1, o / i)), axes={"w": "io", "b": None}),
+        om.normuon(0.1, scale=lambda i, o: jnp.bfloat16(2), axes={"w": "io", "b": None}),
+        om.mean("i", om.ema(0.9), where=lambda i, o: jnp.asarray(i) > o, axes={"w": "io", "b": None}),
+    ],
+)
+def test_functions_of_shapes_may_use_jax_numpy(tx):
+    """Inside `jax.jit` too, where their numbers would be traced."""
+    params = {"w": jnp.eye(4, 3) + 0.1, "b": jnp.ones(3)}
+    state = tx.init(params)
+    eager, jitted = (update(params, state, params)[0] for update in (tx.update, jax.jit(tx.update)))
+    jax.tree.map(lambda a, b: rounding.close(a, b, units=64), eager, jitted)
+
+
+@pytest.mark.parametrize(
+    "factor", [jnp.bfloat16(2), jnp.asarray(2, jnp.bfloat16), np.asarray(jnp.bfloat16(2))]
+)
+def test_factors_may_be_of_bfloat16(factor):
+    """As `optax.inject_hyperparams` makes them of bfloat16 parameters."""
+    params = {"w": jnp.linspace(-1, 1, 12).reshape(4, 3)}
+    found, expected = (
+        tx.update(params, tx.init(params), params)[0]["w"]
+        for number in (factor, 2.0)
+        for tx in [om.chain(om.scale_by_rules({"*": number}), om.scion(0.1, radius=number, axes={"*": "io"}))]
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_trees_made_of_parameters_with_none_are_rules():
+    """As of Equinox's models, whose functions a filter replaces by None."""
+    params = {"layer": {"kernel": jnp.ones((64, 64)), "activation": None}}
+    codecs = {"first": jax.tree.map(lambda _: om.codecs.Signed8(), params)}
+    om.partition(jax.tree.map(lambda _: "all", params), {"all": om.sgd(0.1)}).init(params)
+    om.adamw(0.1, state=codecs).init(params)
+    assert om.plan(params, om.adamw(0.1, state=codecs)).unused == ()
+
+
 def test_labels_warn_of_unused_rules():
     params = {"hidden": {"kernel": jnp.ones((3, 3))}}
     with pytest.warns(UserWarning, match="no leaf matches the rule 'hiden/.' .* Similar: 'hidden/kernel'"):

@@ -60,7 +60,8 @@ def carry_state(
 
     A state does not say everything. optax's `adamax` and `contrib.adopt` have the state of `adam`, with other
     moments in it. A velocity behind a transform without a state, such as the constant learning rate of
-    `lars`, looks like one of gradients. There `carry_state` keeps what it should not, also with `strict`;
+    `lars`, looks like one of gradients. The state of a square matrix in `soap`, its relatives and `factored`
+    is the same for the axes "io" and "oi". There `carry_state` keeps what it should not, also with `strict`;
     begin with `tx.init` instead.
 
     The arrays get the dtypes and codecs of `tx`. 8-bit codes can only be decoded with the codecs that wrote

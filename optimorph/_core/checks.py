@@ -82,7 +82,7 @@ def check_numbers(who: str, **values: Any) -> None:
         fix = f"Type {name}={example}, for example."
         if value is None:
             raise ValueError(f"{who}: {name} is missing. {fix}")
-        if not (is_array(value) and _is_real(value)) or isinstance(value, jax.ShapeDtypeStruct):
+        if not (is_array(value) and is_real(value)) or isinstance(value, jax.ShapeDtypeStruct):
             raise ValueError(f"{who}: {name} must be a number {text}, but is {shown(value)}. {fix}")
         shape = getattr(value, "shape", ())
         if shape != ():
@@ -182,7 +182,7 @@ def check_integer(
 
 def check_factor(who: str, path: str, shape: tuple[int, ...], factor: Any, name: str = "factor") -> None:
     known = isinstance(factor, int | float | np.ndarray | np.generic | jax.Array) and is_array(factor)
-    if not known or isinstance(factor, bool) or jnp.result_type(factor).kind not in "iuf":
+    if not known or isinstance(factor, bool) or not is_real(factor):
         raise ValueError(
             f"{who}: the {name} of {path!r} must be a real number, but is {shown(factor)}. Type 0.5."
         )
@@ -292,7 +292,7 @@ def check_seed(who: str, seed: Any) -> None:
         )
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
         return False
     dtype = jnp.result_type(value)

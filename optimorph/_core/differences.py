@@ -83,7 +83,17 @@ def checked_state(who: str, state: Any, kind: type) -> Any:
             f"{who}: the state must be a {kind.__name__}, but is a {type(state).__name__}. Type "
             "state = tx.init(params), with the whole optimizer as tx and not the one that it wraps."
         )
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
+        raise shapes_of_state(who)
+    for field, role in getattr(kind, "roles", {}).items():
+        if not role.tree and role.shaped and np.shape(getattr(state, field)):
+            raise other_state(who)
     return jax.tree.map(restored, state)
+
+
+def shapes_of_state(who: str) -> TreeError:
+    fix = "Restore them, or type state = tx.init(params)."
+    return TreeError(f"{who}: the state has shapes in place of arrays. {fix}")
 
 
 def other_state(who: str) -> TreeError:

@@ -281,6 +281,15 @@ def as_made(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree | No
     return structure.unflatten(map(_cast, leaves, made)) if fit else state
 
 
+def evaluated(f: Callable[..., Any], *arguments: Any) -> Any:
+    """What a user's function of names and shapes returns. A program that is traced knows it, too.
+
+    Such a function may use `jax.numpy`, whose numbers `jax.jit` would trace.
+    """
+    with jax.ensure_compile_time_eval():
+        return f(*arguments)
+
+
 def traced(f: Callable[..., Any], *trees: PyTree) -> Any:
     """The shapes of what a function returns; None if it cannot be traced.
 

@@ -25,7 +25,7 @@ class Role:
       moment: the kind of moment that the field holds: "first", "second" or "slow"; "" if it holds none. A
         slow moment is an average over so many steps that one step is lost in fewer than 32 bits.
       tree: whether the field holds an array for each parameter. If not, it holds a scalar.
-      shaped: whether these arrays have the shapes of the parameters.
+      shaped: whether these arrays have the shapes of the parameters, and the scalar has the shape ().
       reading: the name under which `probes.read` returns the scalar; "" if it does not return it.
     """
 

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType
 
 from optimorph._core.checks import not_an_array
-from optimorph._core.differences import difference, is_container, other_state
+from optimorph._core.differences import difference, is_container, other_state, shapes_of_state
 from optimorph._core.numbers import (
     ABSENT,
     NotScalarError,
@@ -338,6 +338,8 @@ def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: 
         if not role.tree:
             if not hasattr(slots[j], "dtype") and not isinstance(slots[j], int | float):
                 raise other_state(who)
+            if role.shaped and getattr(slots[j], "shape", ()) != ():
+                raise other_state(who)
             own = [slots[j]]
         else:
             try:
@@ -346,6 +348,8 @@ def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: 
                 raise (difference(who, updates, slots[j]) if params is None else other_state(who)) from error
         for k, x in enumerate(own):
             if not isinstance(x, (jax.Array, *ABSENT)) or getattr(x, "weak_type", False):
+                if isinstance(x, jax.ShapeDtypeStruct):
+                    raise shapes_of_state(who)
                 own[k] = restored(x)
         slots[j] = own if role.tree else own[0]
     return slots

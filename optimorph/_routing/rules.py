@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from optimorph._core.checks import LeafError, call_fault, not_an_array
-from optimorph._core.numbers import is_absent, is_array
+from optimorph._core.numbers import evaluated, is_absent, is_array
 from optimorph._core.paths import by_path, leaf_paths, map_paths
 from optimorph._core.rule import Leaves, Transform, handed, handed_down
 from optimorph._core.shown import shown
@@ -64,7 +64,7 @@ def lookup(rules: Rules, who: str = "labels", argument: str = "rules") -> Callab
                 f"{shown(rules)} does not: {fault}. Type lambda path, shape: ... If it is a function of "
                 "the parameters, pass the tree that it returns."
             )
-        return rules
+        return functools.partial(evaluated, rules)
     shape = getattr(rules, "shape", None)
     if rules is None or shape is not None or isinstance(rules, str | bytes | int | float):
         found = shown(rules) if shape is None else f"an array of shape {shape}"
@@ -137,7 +137,8 @@ def _unused(rules: Rules, paths: Iterable[str]) -> Iterator[str]:
             ):
                 yield _text(pattern)
     elif not callable(rules) or not _is_leaf(rules):
-        yield from (path for path, _ in _tree_values(rules) if path not in around)
+        named = (path for path, value in _tree_values(rules) if value is not None)
+        yield from (path for path in named if path not in around)
 
 
 def _behind(rules: Rules) -> list[str]:
@@ -226,7 +227,7 @@ def masked_leaves(who: str, mask: Mask, leaves: Leaves, argument: str = "mask") 
         match = lookup(mask, who, argument)
         mask = labelled(who, lambda path, shape: _selects(match(path, shape)), leaves.tree)
     elif not a_tree:  # a module of booleans may be callable
-        mask = mask(leaves.tree)
+        mask = evaluated(mask, leaves.tree)
         if _is_boolean(mask) and len(leaves.values) > 1:
             raise ValueError(
                 f"{who}: {the_mask} is a function of the tree of parameters, but returned one boolean. "
@@ -330,7 +331,7 @@ def _is_wild(pattern: Any) -> bool:
 
 def _matches(pattern: Pattern, path: str, shape: Shape) -> bool:
     if callable(pattern):
-        return pattern(path, shape)
+        return bool(evaluated(pattern, path, shape))
     if isinstance(pattern, re.Pattern):
         return pattern.search(path) is not None
     return fnmatchcase(path, pattern)

@@ -24,7 +24,7 @@ from optimorph._core.numbers import as_made, cast_like, increment, is_missing, i
 from optimorph._core.paths import by_path, distinct_paths, leaf_paths, map_paths
 from optimorph._core.roles import Role
 from optimorph._core.rounding import leaf_key, leaf_keys, step_key
-from optimorph._core.rule import Leaves, Rule, called, handed, rule_of, transform
+from optimorph._core.rule import Leaves, Rule, aligned, called, handed, rule_of, transform
 from optimorph._core.types import PyTree, Rules
 from optimorph._core.warn import warn
 from optimorph._core.wrapped import OF_TREES, wrapped
@@ -236,6 +236,7 @@ def _of_trees(
         try:
             return tx.update(updates, state, params)
         except TreeError as error:
+            aligned(who, updates, params)
             if traced(whole, updates, state, params, extra) is None:
                 raise
             raise ValueError(
@@ -310,8 +311,12 @@ def _announce(
         codecs.rules |= dict.fromkeys(moments.values(), codec_of)
         codecs.fields |= fields or {}
     sizes = ((kind, path, np.shape(x)) for kind in kinds for path, x in by_path(params).items())
-    if rules is None and paths and handed("matrix_axes") is None and not any(codec_of(*x) for x in sizes):
-        warn_nothing(who, argument)  # the other part of a partition may have the leaves that are compressed
+    if paths and handed("matrix_axes") is None:  # the other part of a partition may have moments to compress
+        if not kinds:
+            what = "it" if who == "compress_state" else argument
+            warn(f"{who}: no moment is compressed, because the state has none. Leave {what} out.")
+        elif rules is None and not any(codec_of(*x) for x in sizes):
+            warn_nothing(who, argument)
     warn_unused_fields(who, state, fields)
 
 

@@ -8,7 +8,7 @@ import optax
 
 from optimorph._core.moments import Fields, map_moments
 from optimorph._core.numbers import in_dtype_of
-from optimorph._core.roles import Role, scalar
+from optimorph._core.roles import Role
 from optimorph._core.rule import Rule
 from optimorph._core.types import PyTree
 from optimorph._core.wrapped import OF_TREES
@@ -26,7 +26,7 @@ def one_leaf_rule(
     further arguments of its update.
     """
     template = map_moments(lambda kind, _: Role(kind, kind, tree=True), state, fields)
-    template = jax.tree.map(lambda x: x if isinstance(x, Role) else scalar("shared"), template)
+    template = jax.tree.map(lambda x: x if isinstance(x, Role) else Role("shared", shaped=False), template)
 
     def step(leaves, k, g, weight, shared, own):
         def alone(x):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import check_flags, check_numbers
+from optimorph._core.differences import other_state
 from optimorph._core.numbers import as_scalar, common, full_like, upcast
 from optimorph._core.roles import Role, holds, roles_of
 from optimorph._core.rule import Rule, called, not_in_parts, transform
@@ -74,9 +75,14 @@ def factored(
     own = AxesOfLeaves(who, axes, shardings)
 
     def average(x, before):
+        if np.shape(x) != np.shape(before):
+            raise other_state(who)
         x, before = common(x, before)
         b = as_scalar(decay, before)
         return b * before + (1 - b) * x
+
+    def begin(leaves):
+        own.check(leaves)
 
     def init(leaf):
         form, _ = own.of(leaf)
@@ -110,7 +116,7 @@ def factored(
 
         return in_the_compilers_hands(outer, (g, state))
 
-    return transform(who, Rule(roles_of(FactoredState), update, init=init, advance=advance))
+    return transform(who, Rule(roles_of(FactoredState), update, init, begin, advance))
 
 
 def _at_first(form: Axes, zeros: jax.Array) -> list[jax.Array]:

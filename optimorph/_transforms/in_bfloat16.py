@@ -44,7 +44,7 @@ def in_bfloat16(inner: optax.GradientTransformation, seed: int = 0) -> optax.Gra
 
     Arrays of real numbers are stored in bfloat16. Scalars, integers and complex numbers are not changed. Do
     not use it around a transformation that needs the difference of the parameters and weights in its state,
-    such as `optax.contrib.mechanize` and `dog`: rounding the weights loses the difference.
+    such as `optax.contrib.mechanize`, `dog` and `cocob`: rounding the weights loses the difference.
 
     Args:
       inner: any transformation. Optimizers of this library have `nu_dtype="bfloat16"` for the same purpose.

@@ -1,15 +1,17 @@
 """What is done to whole matrices: polar factors, and a scale by their shapes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of
+from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of, is_real
 from optimorph._core.numbers import is_array, kind
 from optimorph._core.rule import Leaves, Rule, Transform, aligned, arrays, called, not_in_parts, transform
 from optimorph._core.shown import shown
@@ -160,12 +162,7 @@ def scale_by_shape(
             return g, state
         shape = np.shape(leaf.leaves.values[leaf.index])
         spec, shape = ((), shape) if match is None else local_shard_spec(who, match, leaf.path, shape)
-        factor = forms[leaf.index].spread(factor_of, shape)
-        if factor.dtype.kind not in "fiu":
-            raise ValueError(
-                f"{who}: scale must return a real number for the numbers of inputs and outputs, but for "
-                f"{leaf.path!r} returned {factor.flat[0]!r}. Type scale='rms_to_rms', for example."
-            )
+        factor = forms[leaf.index].spread(functools.partial(_real, who, leaf.path, factor_of), shape)
         if factor.size == 1:
             return factor.item() * g, state
         if leaf.part:
@@ -173,6 +170,16 @@ def scale_by_shape(
         return local_shard(factor.astype(g.dtype), spec) * g, state
 
     return transform(who, Rule(optax.EmptyState(), update, begin=begin, advance=advance))
+
+
+def _real(who: str, path: str, factor_of: Callable[[int, int], Any], inputs: int, outputs: int) -> float:
+    factor = factor_of(inputs, outputs)
+    if not (is_array(factor) and is_real(factor)) or np.shape(factor):
+        raise ValueError(
+            f"{who}: scale must return a real number for the numbers of inputs and outputs, but for {path!r} "
+            f"returned {shown(factor)}. Type scale='rms_to_rms', for example."
+        )
+    return float(factor)
 
 
 @dataclasses.dataclass(frozen=True)

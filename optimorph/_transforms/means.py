@@ -12,7 +12,7 @@ import optax
 
 from optimorph._core.checks import check_function, is_one_of
 from optimorph._core.differences import other_state
-from optimorph._core.numbers import full_like, is_absent, upcast, with_type_of
+from optimorph._core.numbers import evaluated, full_like, is_absent, upcast, with_type_of
 from optimorph._core.roles import holds, relabeled
 from optimorph._core.rule import Leaf, Rule, arrays, called, map_updates, pointwise, rule_of, transform
 from optimorph._core.shown import shown
@@ -173,7 +173,7 @@ def _chosen(
     """Whether each number's matrix has means, to broadcast against the whole leaf, and how it is divided."""
     spec, shape = local_shard_spec(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
     if where is None or form is None:
-        return np.array(where is None or where(math.prod(shape), 1)), ()
+        return np.array(where is None or evaluated(where, math.prod(shape), 1)), ()
     return form.spread(where, shape), spec
 
 

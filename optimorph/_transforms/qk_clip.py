@@ -112,7 +112,8 @@ def clip_attention_logits(
     not follow from the shapes, give `axes` as `ioo`, `ibo`, or `i(12o)` for 12 heads in one axis, `bi(12o)`
     for those of stacked layers, because the batch axis of `bio` is taken for the heads; of a fused kernel as
     `i(12+12+12 o)` or `i(32+8+8 o)`. A single head needs an axis of its own, as in `ioo`; otherwise use
-    `qk_clip`. A leaf without a gradient does not change.
+    `qk_clip`. A leaf without a gradient does not change. `optax.tree.map_params` gives all the logits in the
+    state to `transform_non_params` as one mapping.
 
     Args:
       threshold: τ above 0, in units of logits.

@@ -22,7 +22,6 @@ _CUSHION = 0.02407327424182761
 """The cushion of the published Polar Express table."""
 
 
-@functools.lru_cache
 def polar_express(
     lower: float = 1e-3,
     steps: int = 5,
@@ -61,6 +60,11 @@ def polar_express(
     check_integer("polar_express", "steps", steps, 5)
     if not is_one_of(degree, (3, 5)):
         raise ValueError(f"polar_express: degree must be 3 or 5, but is {shown(degree)}. Type degree=5.")
+    return _composed(float(lower), steps, degree, float(safety), float(cushion))
+
+
+@functools.lru_cache
+def _composed(lower: float, steps: int, degree: int, safety: float, cushion: float) -> Coefficients:
     rows, low, high = [], lower, 1.0
     for step in range(steps):
         row = _best(max(low, cushion * high), high, degree)  # (1)
