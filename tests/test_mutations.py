@@ -45,7 +45,7 @@ PARTS = [  # modules, functions, and the entries that run them, or else those of
     ("_recipes.soap", "basis", "soap klsoap"),
     ("_recipes.route_matrices", "routed*", "route_matrices muon"),
     ("linalg._newton_schulz", "_standard _by_gram _factor _quintic normalize", "orthogonalize"),
-    ("linalg._polar_express", "polar_express", "orthogonalize"),
+    ("linalg._polar_express", "_composed", "orthogonalize"),
     ("linalg._axes", "_view", "orthogonalize"),
 ]
 UNSEEN = {
@@ -94,8 +94,8 @@ UNSEEN = {
         "linalg._newton_schulz: _factor: if 1 always",
         "linalg._newton_schulz: _quintic: if 0 never",
         "linalg._newton_schulz: normalize: conj *",
-        "linalg._polar_express: polar_express: if 0 always",
-        "linalg._polar_express: polar_express: Mult 1 right",
+        "linalg._polar_express: _composed: if 0 always",
+        "linalg._polar_express: _composed: Mult 1 right",
     ],
     "the scale of a factor does not change its basis, and no side is so short or long": [
         "linalg._kronecker: with_gradient_kl: Div [01] left",
@@ -161,7 +161,7 @@ UNSEEN = {
         "_transforms.in_bfloat16: in_bfloat16.*",
         "_transforms.in_bfloat16: _*: [!f]*",
         "_recipes.moments: stored: * 0 [!a]*",
-        "linalg._polar_express: polar_express: for 1 *",
+        "linalg._polar_express: _composed: for 1 *",
         "*: wrapped 0 without wide",
     ],
     "it is reported, or refuses, and changes no update": [
