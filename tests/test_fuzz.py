@@ -352,7 +352,7 @@ def test_weights_and_updates_added(tree, seed):
             before = numbers(leaf)
             assert jnp.result_type(w) == jnp.result_type(before)
             if not leaf.moves:
-                np.testing.assert_array_equal(w, jnp.asarray(before))
+                np.testing.assert_array_equal(jnp.asarray(w), jnp.asarray(before))
                 continue
             exact = np.asarray(before, complex) + np.asarray(gradient(leaf), complex)
             rtol = {"bfloat16": 2.0**-8, "float16": 2.0**-11}.get(leaf.kind, 2.0**-23)
