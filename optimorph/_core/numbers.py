@@ -282,9 +282,9 @@ def as_made(init: Callable[[PyTree], PyTree], state: PyTree, params: PyTree | No
 
 
 def evaluated(f: Callable[..., Any], *arguments: Any) -> Any:
-    """What a user's function of names and shapes returns. A program that is traced knows it, too.
+    """What a user's function of paths and shapes returns, as concrete numbers.
 
-    Such a function may use `jax.numpy`, whose numbers `jax.jit` would trace.
+    The function may use `jax.numpy`, whose numbers would be tracers inside `jax.jit`.
     """
     with jax.ensure_compile_time_eval():
         return f(*arguments)

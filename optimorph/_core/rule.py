@@ -336,11 +336,12 @@ def _columns(who: str, rule: Rule, tree: Any, state: Any, updates: Any, params: 
         raise other_state(who) from error
     for j, role in enumerate(rule.roles):
         if not role.tree:
-            if not hasattr(slots[j], "dtype") and not isinstance(slots[j], int | float):
+            x = slots[j]
+            if not hasattr(x, "dtype") and not isinstance(x, int | float):
                 raise other_state(who)
-            if role.shaped and getattr(slots[j], "shape", ()) != ():
+            if role.shaped and getattr(x, "shape", ()) != ():
                 raise other_state(who)
-            own = [slots[j]]
+            own = [x]
         else:
             try:
                 own = tree.flatten_up_to(slots[j])

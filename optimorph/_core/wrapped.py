@@ -46,10 +46,11 @@ def wrapped(
         try:
             return inner.init(params)
         except OF_TREES as error:
-            if faults := [
-                not_an_array(who, path, x) for path, x in by_path(params).items() if not is_array(x)
-            ]:
-                raise ValueError(abbreviated(faults, "\n")) from error
+            others = {path: x for path, x in by_path(params).items() if not is_array(x)}
+            if others:
+                raise ValueError(
+                    abbreviated([not_an_array(who, *each) for each in others.items()])
+                ) from error
             raise
 
     def update(updates, state, params=None, **extra):
