@@ -47,6 +47,9 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     Neighbouring transforms of this library that work leaf by leaf are merged into one function of one leaf.
     Between them the updates stay in float32 or wider, and `compress_state` can work through a leaf in slabs.
 
+    Gradients must have the shapes of the parameters. For the gradients of single examples, which
+    `optax.contrib.differentially_private_aggregate` takes, type `optax.chain(aggregate, tx)`.
+
     Args:
       transforms: transformations in the order in which they are applied.
     """
