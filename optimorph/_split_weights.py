@@ -50,7 +50,8 @@ def split_weights(params: PyTree, bits: int = 8, key: jax.Array | None = None) -
     step, such as `jax.random.fold_in(key, step)`.
 
     Args:
-      params: the parameters. Leaves of other dtypes and Python numbers are not split; their residual is None.
+      params: the parameters. Leaves of other dtypes are not split, nor are Python numbers. Their residual is
+        None.
       bits: the size of a residual, 8 or 16.
       key: a key of `jax.random`. With 16 bits it is not used.
 

@@ -914,6 +914,7 @@ CALLS = {
     },
     "om.ema(0.9, lookahead='0.9')": ["ema", "lookahead", "'0.9'", "lookahead=0.9"],
     "om.curvature.extremes(np.sum, np.ones(2), key=0)": ["extremes: key must be one key", "key(0)"],
+    "om.linalg.polar_express(np.array(0.1))": ["not refused"],
     "om.ema(np.str_('float32'))": ["ema: decay must be a number", "decay=0.9"],
     "om.apply_updates([np.ones(2)], [np.ones(2)], key=[[0], [0, 1]])": ["key must be one key", "key(0)"],
     **{

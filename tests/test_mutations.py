@@ -72,6 +72,7 @@ UNSEEN = {
         "_recipes.route_matrices: routed.update: if [345] never",
         "_transforms.hyperball: _norms: conj 0 gone",
         "_transforms.means: keep_norm.update.rescaled: conj 0 gone",
+        "_transforms.means: mean: if 1 never",
         "_transforms.means: mean.init: if 0 never",
         "linalg._axes: Axes.reduce: if 0 never",
         "linalg._axes: Axes.reduce: NotEq 0 opposite",

@@ -258,3 +258,29 @@ def test_a_parameter_in_a_new_state_is_copied():
     rule = Rule(roles_of(Kept), **(KEPT | {"init": lambda leaf: Kept(leaf.weight, None)}))
     state = transform("mine", rule).init(params)
     assert state.mean["w"].unsafe_buffer_pointer() != params["w"].unsafe_buffer_pointer()
+
+
+class SquaresState(NamedTuple):
+    squares: Any
+    roles = holds(squares=Role("second moment", "second", tree=True))
+
+
+def scale_by_squares(decay: Numeric):
+    def update(g, s, leaf, now):
+        v = decay * s.squares + (1 - decay) * g * g
+        return g / (jnp.sqrt(v) + 1e-8), SquaresState(v)
+
+    def init(leaf):
+        return SquaresState(full_like(leaf.weight))
+
+    return transform("scale_by_squares", Rule(roles_of(SquaresState), update, init=init))
+
+
+def test_the_second_moment_of_adam_becomes_ones_own():
+    """By the name of its role, as the guide gives it."""
+    params, tx = {"w": jnp.linspace(1, 2, 3)}, scale_by_squares(0.9)
+    _, old = om.adam(0.1).update(params, om.adam(0.1).init(params), params)
+    state, report = om.carry_state(old, tx, params)
+    moments = [x for x in jax.tree.leaves(old) if jnp.ndim(x)]
+    np.testing.assert_array_equal(state.squares["w"], moments[-1])
+    assert {row.fate for row in report if row.kind == "second moment"} == {"kept"}

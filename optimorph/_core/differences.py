@@ -92,7 +92,7 @@ def checked_state(who: str, state: Any, kind: type) -> Any:
 
 
 def shapes_of_state(who: str) -> TreeError:
-    fix = "Restore them, or type state = tx.init(params)."
+    fix = "Restore the checkpoint first, or type state = tx.init(params)."
     return TreeError(f"{who}: the state has shapes in place of arrays. {fix}")
 
 

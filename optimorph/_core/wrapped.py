@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optimorph._core.checks import abbreviated, check_transforms, not_an_array
+from optimorph._core.checks import abbreviated, check_transforms
 from optimorph._core.differences import TreeError, difference, other_state
 from optimorph._core.numbers import (
     as_made,
@@ -21,7 +21,7 @@ from optimorph._core.numbers import (
     upcast_dtype,
 )
 from optimorph._core.paths import by_path
-from optimorph._core.rule import Transform, aligned, called, rule_of
+from optimorph._core.rule import Transform, aligned, arrays, called, rule_of
 from optimorph._core.types import PyTree
 
 OF_TREES = (ValueError, TypeError, KeyError, AttributeError)
@@ -45,12 +45,8 @@ def wrapped(
     def init(params):
         try:
             return inner.init(params)
-        except OF_TREES as error:
-            others = {path: x for path, x in by_path(params).items() if not is_array(x)}
-            if others:
-                raise ValueError(
-                    abbreviated([not_an_array(who, *each) for each in others.items()])
-                ) from error
+        except OF_TREES:
+            arrays(who, params)  # whose error names what is no array
             raise
 
     def update(updates, state, params=None, **extra):

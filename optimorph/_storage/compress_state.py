@@ -314,7 +314,7 @@ def _announce(
     if paths and handed("matrix_axes") is None:  # the other part of a partition may have moments to compress
         if not kinds:
             what = "it" if who == "compress_state" else argument
-            warn(f"{who}: no moment is compressed, because the state has none. Leave {what} out.")
+            warn(f"{who}: no moment is compressed, because the state has no known moment. Leave {what} out.")
         elif rules is None and not any(codec_of(*x) for x in sizes):
             warn_nothing(who, argument)
     warn_unused_fields(who, state, fields)

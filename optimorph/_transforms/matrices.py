@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from optimorph._core.checks import call_fault, check_counts, check_function, dtype_name, is_one_of, is_real
-from optimorph._core.numbers import is_array, kind
+from optimorph._core.numbers import evaluated, is_array, kind
 from optimorph._core.rule import Leaves, Rule, Transform, aligned, arrays, called, not_in_parts, transform
 from optimorph._core.shown import shown
 from optimorph._core.types import AxesRules, DTypeLike, Rules
@@ -173,7 +173,7 @@ def scale_by_shape(
 
 
 def _real(who: str, path: str, factor_of: Callable[[int, int], Any], inputs: int, outputs: int) -> float:
-    factor = factor_of(inputs, outputs)
+    factor = evaluated(factor_of, inputs, outputs)
     if not (is_array(factor) and is_real(factor)) or np.shape(factor):
         raise ValueError(
             f"{who}: scale must return a real number for the numbers of inputs and outputs, but for {path!r} "

@@ -1,6 +1,7 @@
 """Means over the sides of matrices, and norms that are kept."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,6 +72,7 @@ def mean(
     rule = pointwise(lambda g: g) if inner is None else rule_of(inner)
     if where is not None:
         check_function(who, "where", where, "the numbers of inputs and outputs", 1, 1)
+        where = functools.partial(evaluated, where)
     if not is_one_of(over, ("i", "o", "io")):
         raise ValueError(f"{who}: over must be 'i', 'o' or 'io', but is {shown(over)}. Type mean('i').")
     if rule is None:
@@ -173,7 +175,7 @@ def _chosen(
     """Whether each number's matrix has means, to broadcast against the whole leaf, and how it is divided."""
     spec, shape = local_shard_spec(who, match, leaf.path, np.shape(leaf.leaves.values[leaf.index]))
     if where is None or form is None:
-        return np.array(where is None or evaluated(where, math.prod(shape), 1)), ()
+        return np.array(where is None or where(math.prod(shape), 1)), ()
     return form.spread(where, shape), spec
 
 

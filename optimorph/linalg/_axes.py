@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optimorph._core.numbers import evaluated
 from optimorph._core.shown import shown
 from optimorph._core.types import Shape
 
@@ -193,7 +192,7 @@ class Axes:
         """f(inputs, outputs) of each element's matrix, in a shape that broadcasts against the array."""
         axes, longer = _laid_out(self.spec, shape)
         sizes = [[1] if axis.equal else _sizes(axis, size) for size, axis in zip(longer, axes, strict=True)]
-        values = np.array([np.asarray(evaluated(f, *stack[-2:])) for stack in self.stacks(shape)])
+        values = np.array([f(*stack[-2:]) for stack in self.stacks(shape)])
         values = values.reshape([len(blocks) for blocks in sizes])
         for k, blocks in enumerate(sizes):
             values = np.repeat(values, blocks, axis=k)
