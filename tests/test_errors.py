@@ -706,6 +706,10 @@ def test_gradients_for_optax_are_those_of_the_parameters(who):
     refused(lambda: tx.update({"w": W["w"]}, state, W), f"{who}: ", "'b': a parameter", "no gradient")
     refused(lambda: tx.update(W | {"c": W["b"]}, state, W), f"{who}: ", "'c': a gradient", "no parameter")
     refused(lambda: tx.update({"w": W["w"]}, tx.init({"w": W["w"]}), W), f"{who}: ", "'b': a parameter")
+    of_examples = {name: jnp.ones((5, *w.shape)) for name, w in W.items()}
+    refused(lambda: tx.update(of_examples, state, W), f"{who}: ", "single examples", "optax.chain")
+    several = of_examples | {"b": jnp.ones((7, *W["b"].shape))}
+    refused(lambda: tx.update(several, state, W), f"{who}: ", "Take the gradient of the same tree")
 
 
 OF_MATRICES = {

@@ -42,6 +42,11 @@ UPDATES = Words(
     "where the update is None the parameter does not change.",
 )
 
+OF_EXAMPLES = (
+    "These look like gradients of single examples. Take their mean over the first axis, or aggregate them in "
+    "front: optax.chain(optax.contrib.differentially_private_aggregate(...), tx)."
+)
+
 
 def is_container(tree: PyTree) -> bool:
     """Whether one None cannot stand for it, as where a function returned no gradients."""
@@ -59,7 +64,8 @@ def difference(who: str, updates: PyTree, other: PyTree | None, words: Words = G
     missing = set(everywhere) - set(gradients)
     beside = {} if other is None else by_path(other)
     if other is not None and (lines := [*_other_shapes(gradients, beside, missing, words)]):
-        return _error(who, f"the {words.name}s do not match the parameters.", lines, words.of_same_tree)
+        fix = OF_EXAMPLES if words is GRADIENTS and _of_examples(gradients, beside) else words.of_same_tree
+        return _error(who, f"the {words.name}s do not match the parameters.", lines, fix)
     if lines := [not_an_array(who, path, g) for path, g in gradients.items() if kind(g) == "none"]:
         return TreeError("\n".join(lines))
     lines = [f"{path!r}: {words.one} of {_dtype(g)}" for path, g in gradients.items() if kind(g) == "integer"]
@@ -118,6 +124,15 @@ def _other_shapes(
             yield f"'{path}': {words.one} of shape {here}, but no parameter"
         else:
             yield f"'{path}': {words.one} of shape {here} for a parameter of shape {there}"
+
+
+def _of_examples(gradients: dict[str, Any], beside: dict[str, Any]) -> bool:
+    """Whether every gradient has one axis, of the same size, in front of its parameter's shape."""
+    if not gradients or not {*gradients} <= {*beside}:
+        return False
+    sizes = {np.shape(g)[:1] for g in gradients.values()}
+    axes = {np.shape(g)[1:] == np.shape(beside[path]) for path, g in gradients.items()}
+    return axes == {True} and len(sizes) == 1 and () not in sizes
 
 
 def _error(who: str, what: str, lines: list[str], fix: str) -> TreeError:

@@ -30,7 +30,7 @@ def partition(
 
     Args:
       rules: as in `labels`: pattern → name, or (path, shape) → name, or a tree of names.
-      transforms: name → transformation.
+      transforms: name → transformation. One that no leaf is labelled for has no effect, and no warning.
 
     Raises:
       ValueError: a value that is not a transformation; at `init`, naming all leaves that no rule matches or
