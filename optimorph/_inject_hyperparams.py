@@ -22,7 +22,7 @@ from optimorph._core.checks import (
 from optimorph._core.differences import checked_state
 from optimorph._core.numbers import is_array, restored
 from optimorph._core.shown import shown
-from optimorph._core.types import DTypeLike
+from optimorph._core.types import DTypeLike, Shape
 from optimorph._core.wrapped import wrapped
 
 _SCHEDULE = " schedule"
@@ -72,7 +72,7 @@ def inject_hyperparams(
         made_by = made_by.func
     who = getattr(made_by, "__name__", repr(made_by))
     ours = getattr(made_by, "__module__", "").startswith("optimorph.")
-    spare = {name for name, p in names.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    spare = frozenset(name for name, p in names.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
     static = _static(who, names, one_or_several(static_args), ours)
     dtype = _checked_dtype(hyperparam_dtype)
 
@@ -95,7 +95,8 @@ def inject_hyperparams(
             )
         given.apply_defaults()
         given.arguments.update({k: _number(who, k, x, ours) for k, x in given.arguments.items()})
-        integers = {name for name, x in given.arguments.items() if _is_integer(x)}
+        integers = frozenset(name for name, x in given.arguments.items() if _is_integer(x))
+        shapes = {name: np.shape(x) if is_array(x) else () for name, x in given.arguments.items()}
         functions = {name for name, x in given.arguments.items() if callable(x) and not _is_schedule(x)}
         injected: Any = optax.inject_hyperparams(factory, tuple(sorted(static | functions)), jnp.dtype(dtype))
         tx = wrapped("inject_hyperparams", injected(*given.args, **given.kwargs), wide=True)
@@ -108,7 +109,7 @@ def inject_hyperparams(
         def update(updates, state, params=None, **extra):
             state = checked_state("inject_hyperparams", state, optax.InjectStatefulHyperparamsState)
             state = _renamed(state, lambda name: name.removesuffix(_SCHEDULE))
-            _check_hyperparams(who, state.hyperparams, given.arguments)
+            _check_hyperparams(who, state.hyperparams, shapes)
             was_set = {name for name, x in state.hyperparams.items() if _is_integer(x)} - integers
             real = {name: state.hyperparams[name].astype(dtype) for name in was_set}
             state = state._replace(hyperparams=state.hyperparams | real)
@@ -165,16 +166,16 @@ def _is_schedule(f: Callable[..., Any]) -> bool:
     return is_array(value) and not jnp.issubdtype(jnp.result_type(value), jnp.bool_)
 
 
-def _check_hyperparams(who: str, found: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse what was set in a state and is not a hyperparameter of the optimizer, or not a number."""
+def _check_hyperparams(who: str, found: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    """Refuse what was set in a state and is not an argument of the optimizer, or not of its shape."""
     for name, value in found.items():
-        if name not in given:
-            arguments = [name for name in found if name in given]
+        if name not in shapes:
+            arguments = [name for name in found if name in shapes]
             raise ValueError(
                 f"inject_hyperparams: the state has the hyperparameter {name!r}, which is not an argument of "
                 f"{who}. Type one of {arguments}."
             )
-        shape = np.shape(given[name]) if is_array(given[name]) else ()
+        shape = shapes[name]
         if not is_array(value) or np.shape(value) != shape:
             expected = f"an array of shape {shape}" if shape else "one number, such as jnp.float32(1e-3)"
             raise ValueError(

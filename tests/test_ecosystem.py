@@ -7,6 +7,8 @@ faster to compile than many; messages say which recipe it was.
 import functools
 import inspect
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -243,6 +245,43 @@ def test_equinox_models_whole(tx):
     filtered, _ = eqx.filter_jit(tx.update)(g, state, arrays)
     for u, v in zip(jax.tree.leaves(whole), jax.tree.leaves(filtered), strict=True):
         np.testing.assert_array_equal(u, v)
+
+
+AS_ARGUMENTS = """
+import equinox as eqx, equinox.internal as eqxi, jax, jax.numpy as jnp, numpy as np, optax
+import optimorph as om
+
+params = {"hidden": {"kernel": jnp.eye(8) + 0.1}, "bias": jnp.ones(8)}
+step = eqx.filter_jit(lambda tx, g, state, params: tx.update(g, state, params))
+for make in [
+    lambda: om.adamw(0.1, weight_decay=0.1, mask=lambda path, shape: len(shape) > 1, state="int8"),
+    lambda: om.muon(0.1),
+    lambda: om.soap(0.1),
+    lambda: om.shampoo(0.1),
+    lambda: om.scion(0.1),
+    lambda: om.skip_nonfinite(om.multi_steps(om.lion(optax.cosine_decay_schedule(0.1, 10)), 1)),
+    lambda: om.inject_hyperparams(om.adamw)(learning_rate=0.1),
+    lambda: om.inject_hyperparams(om.muon)(learning_rate=0.1),
+    lambda: om.partition({"*": "all"}, {"all": om.adam(jnp.float32(0.1))}),
+    lambda: om.compress_state(optax.adam(0.1), elementwise=True),
+]:
+    tx, here = eqxi.closure_to_pytree(make()), make()
+    state = eqx.filter_jit(lambda tx, params: tx.init(params))(tx, params)
+    updates, _ = step(tx, params, state, params)
+    expected, _ = jax.jit(here.update)(params, here.init(params), params)
+    np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-4)
+"""
+
+
+def test_an_optimizer_is_an_argument():
+    """Optimistix passes an optimizer with the variables of its functions as leaves, some of them traced.
+
+    A process of its own: where types are checked, every function has many more variables.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AS_ARGUMENTS], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_equinox():

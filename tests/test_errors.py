@@ -285,6 +285,10 @@ REFUSED = {
             "mix": om.mix(0.5, optax.ema(0.9), om.ema(0.9)),
         }.items()
     },
+    "a whole optimizer that is cautious": (
+        lambda: om.cautious(om.skip_nonfinite(om.adamw(0.1))).init(W),
+        ["cautious: inner has a learning rate", "scale_by_learning_rate(1e-3)"],
+    ),
     "an infinite factor": (
         lambda: om.scale_by_rules({"*": [1.0, 2.0, np.inf]}).init({"b": jnp.ones(3)}),
         ["scale_by_rules: the factor of 'b'", "finite", "inf"],

@@ -232,13 +232,12 @@ def checked(recipe: Callable[P, R]) -> Callable[P, R]:
 
     None is a value where it is the default.
     """
-    signature = inspect.signature(recipe)
-    absent = {name for name, parameter in signature.parameters.items() if parameter.default is None}
-    flags = {
-        name
-        for name, parameter in signature.parameters.items()
-        if isinstance(parameter.default, bool) or bool in get_args(parameter.annotation)
-    }
+    who, signature = recipe.__name__, inspect.signature(recipe)
+    parameters = signature.parameters.values()
+    absent = frozenset(p.name for p in parameters if p.default is None)
+    flags = frozenset(
+        p.name for p in parameters if isinstance(p.default, bool) or bool in get_args(p.annotation)
+    )
 
     checks = (check_numbers, RANGES), (check_dtypes, DTYPES), (check_counts, COUNTS), (check_flags, flags)
 
@@ -247,10 +246,10 @@ def checked(recipe: Callable[P, R]) -> Callable[P, R]:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError as error:
-            raise TypeError(f"{recipe.__name__}: {error}") from None
+            raise TypeError(f"{who}: {error}") from None
         given = {k: v for k, v in given.items() if not (v is None and k in absent)}
         for check, names in checks:
-            check(recipe.__name__, **{k: v for k, v in given.items() if k in names})
+            check(who, **{k: v for k, v in given.items() if k in names})
         return recipe(*args, **kwargs)
 
     return build

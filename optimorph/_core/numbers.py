@@ -66,16 +66,17 @@ def types_of(f: Callable[..., Any], *args: Any) -> Any:
 
 def varying(x: jax.Array, *likes: Any) -> jax.Array:
     """`x`, varying over the manual mesh axes over which other arrays vary, where types say so."""
-    return varying_over(x, frozenset().union(*map(_varies_over, likes)))
+    return varying_over(x, frozenset().union(*map(varies_over, likes)))
 
 
 def varying_over(x: jax.Array, names: Iterable[str]) -> jax.Array:
     """`x`, varying over these manual mesh axes, as a reduction over all of them needs it."""
-    more = {*names} - _varies_over(x)
+    more = {*names} - varies_over(x)
     return jax.lax.pcast(x, tuple(more), to="varying") if more else x
 
 
-def _varies_over(x: Any) -> frozenset[str]:
+def varies_over(x: Any) -> frozenset[str]:
+    """The manual mesh axes over which an array may have different values, where types say so."""
     kind: Any = x if isinstance(x, ShapedArray) else jax.typeof(x)
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 

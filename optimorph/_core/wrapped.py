@@ -1,6 +1,7 @@
 """Transformations of any library inside those of this one."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -113,9 +114,9 @@ def _wider(gs: PyTree, params: PyTree) -> PyTree:
     return gs if jax.tree.structure(params) != jax.tree.structure(gs) else jax.tree.map(wider, gs, params)
 
 
-def fits(state: PyTree, tx: optax.GradientTransformation, params: PyTree) -> bool:
+def fits(state: PyTree, init: Callable[[PyTree], PyTree], params: PyTree) -> bool:
     """Whether a state has the shapes of the one that `init` makes, or `init` cannot be traced."""
-    made = traced(tx.init, params)
+    made = traced(init, params)
     return made is None or jax.tree.map(np.shape, made) == jax.tree.map(np.shape, state)
 
 
@@ -129,7 +130,7 @@ def _fault(
     trees = [jax.tree.structure(tree, is_leaf=is_absent) for tree in (updates, params)]
     if params is not None and trees[0] != trees[1]:
         return difference(who, updates, params)
-    return None if fits(state, tx, updates if params is None else params) else other_state(who)
+    return None if fits(state, tx.init, updates if params is None else params) else other_state(who)
 
 
 def _lacking(updates: PyTree, params: PyTree | None) -> list[str]:

@@ -21,6 +21,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from optimorph._core.numbers import varies_over
 from optimorph._core.target import Target, for_target
 from optimorph._core.warn import warn
 from optimorph._distributed.exchange import execute
@@ -87,14 +88,27 @@ class ShardedFunction:
     def _inside_shard_map(
         self, shardings: Sequence[Sharding] | None, shards: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        """What mesh axes that are not manual divide is the compiler's."""
+        """What mesh axes that are not manual divide is the compiler's.
+
+        An array that varies over a mesh axis which does not divide it is another one on each device, as in
+        an ensemble of runs. These devices exchange nothing.
+        """
         if not (manual := manual_axes()):
             return self.on_one_device(shards)
         if shardings is None:
             raise ValueError("inside jax.shard_map arrays are local shards: shardings must be given")
         specs = [spec_of(sharding, x.ndim, manual) for sharding, x in zip(shardings, shards, strict=True)]
-        mesh = jax.sharding.get_abstract_mesh()
-        return self._of_shards(manual, mesh, specs, shards, "invarying")
+        mesh, results = jax.sharding.get_abstract_mesh(), {}
+        runs = [varies_over(x).difference(*spec) for x, spec in zip(shards, specs, strict=True)]
+        for run in dict.fromkeys(runs):
+            own = [k for k, other in enumerate(runs) if other == run]
+            sizes = {name: size for name, size in manual.items() if name not in run}
+            part = dataclasses.replace(self, forms=tuple(self.forms[k] for k in own))
+            found = part._of_shards(
+                sizes, mesh, [specs[k] for k in own], [shards[k] for k in own], "invarying"
+            )
+            results |= dict(zip(own, found, strict=True))
+        return [results[k] for k in range(len(shards))]
 
     def _of_shards(
         self,

@@ -129,8 +129,9 @@ def undecided(who: str, path: str, shape: Shape) -> ValueError:
     first, *_ = manual = [*manual_axes()]
     return ValueError(
         f"{who}: inside jax.shard_map or pmap over {', '.join(manual)}, {path!r} of shape {shape} may be a "
-        "local shard. Give the in_specs of the parameters, such as "
-        f"shardings={{'*/kernel': P({first!r}, None), '*': P()}}. P() means replicated."
+        "local shard. If every device has the whole leaf, and the same one, type shardings={'*': P()}. If "
+        "leaves are divided, give the in_specs of the parameters, such as "
+        f"shardings={{'*/kernel': P({first!r}, None), '*': P()}}."
     )
 
 

@@ -20,17 +20,17 @@ def recipe(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
     The keys of `**arguments: Unpack[SomeTypedDict]` become arguments by name, each None by default: a None is
     as good as no argument, also where its own default is another.
     """
-    own = inspect.signature(make).parameters
+    who, own = make.__name__, tuple(inspect.signature(make).parameters)
     make.__signature__ = _explicit(make)  # pyright: ignore[reportFunctionMemberAccess]
+    build_checked: Callable[..., Recipe] = checked(make)
 
     @functools.wraps(make)
     def build(*args: P.args, **kwargs: P.kwargs) -> Recipe:
         given: Any = {name: value for name, value in kwargs.items() if value is not None or name in own}
-        build_checked: Callable[..., Recipe] = checked(make)
-        with handed_down(optimizer=called(make.__name__)):
+        with handed_down(optimizer=called(who)):
             inner = build_checked(*args, **given)
             rule = rule_of(inner)
-            return inner if rule is None else transform(make.__name__, rule, strict=True)
+            return inner if rule is None else transform(who, rule, strict=True)
 
     return build
 

@@ -93,6 +93,7 @@ def routed(
     """
     resolve = reads(resolve_leaves(who, axes, find_output=True))
     match = match_shardings(who, shardings)
+    routes = Routes(resolve, names, scale, match, polar, divide)
     transforms: dict[Any, optax.GradientTransformation] = {
         MATRIX: wrapped(who, matrices, wide=wide),
         OTHER: wrapped(who, others),
@@ -119,7 +120,7 @@ def routed(
         specs = resolved(who, resolve, match, leaves)
         if (readings := handed("readings")) is not None:
             each = zip(leaves.paths, leaves.values, specs, strict=True)
-            readings.add(tx.routes, {path: spec for path, w, spec in each if is_trainable(w)})
+            readings.add(routes, {path: spec for path, w, spec in each if is_trainable(w)})
         forms = [spec.axes for spec in specs]
         for path, x, spec in zip(leaves.paths, leaves.values, specs, strict=True):
             if spec.role == INFERRED_HEAD:
@@ -149,7 +150,7 @@ def routed(
             with facts(leaves, specs), among(leaves):
                 out, after = parted(tree, forms).update(tree.unflatten(wide), state, own, **extra)
         except OF_TREES as error:
-            if own is None or fits(state, tx, tree.unflatten(ws)):
+            if own is None or fits(state, init, tree.unflatten(ws)):
                 raise
             raise other_state(who) from error
         out = tree.flatten_up_to(out)
@@ -158,7 +159,7 @@ def routed(
         ), after
 
     tx = Transform(init, update)
-    tx.routes = Routes(resolve, names, scale, match, polar, divide)
+    tx.routes = routes
     return tx
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optimorph._core.moments import nodes_with
 from optimorph._core.numbers import cast_like, is_absent, upcast
 from optimorph._core.paths import leaf_paths
 from optimorph._core.rule import Leaf, Leaves, aligned, map_updates
@@ -31,6 +32,10 @@ def cautious(
       inner: any transformation that returns a direction of ascent. The state is that of `inner`.
       shardings: the shardings of the leaves, needed inside `jax.shard_map`, as in `muon`.
 
+    Raises:
+      ValueError: at `init`, an optimizer with a learning rate of this library. Of optax's `adamw(1e-3)` the
+        state does not tell, and all its updates become 0.
+
     References:
       Liang et al. 2024, "Cautious optimizers: improving training with one line of code", arXiv:2411.16085.
     """
@@ -49,7 +54,14 @@ def cautious(
 
     def init(params):
         warn_unused("cautious", "shardings", shardings, leaf_paths(params))
-        return inner.init(params)
+        state = inner.init(params)
+        if nodes_with(state, "last_learning_rate"):
+            raise ValueError(
+                "cautious: inner has a learning rate. Its updates have the opposite sign of the gradient, so "
+                "all would become 0. Type the learning rate behind cautious: "
+                "optimorph.chain(cautious(optax.scale_by_adam()), optimorph.scale_by_learning_rate(1e-3))."
+            )
+        return state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -77,6 +77,25 @@ def test_scan(mode):
     check(got, jax.device_get(jax.jit(train)(trees.on_one(tree()), trees.on_one(stacked))))
 
 
+@pytest.mark.parametrize("spec", [P(), P("model")])
+def test_independent_runs_exchange_nothing(spec):
+    """A run for each index of one axis of the mesh; the devices of the other one share its matrices."""
+    shapes = {f"w{k}": (4, 8, 24) for k in range(3)}
+    runs, specs = trees.drawn(0, np.float64, shapes), dict.fromkeys(shapes, P("data"))
+    specs["w0"] = P("data", *spec)
+
+    def updates(**shardings):
+        tx = om.muon(0.1, axes={"*": "io"}, orthogonalizer=POLAR, **shardings)
+        return lambda run: once(tx, run, run)
+
+    def local(runs):
+        run = updates(shardings={"w0": spec, "*": P()})({name: x[0] for name, x in runs.items()})
+        return {name: u[None] for name, u in run.items()}
+
+    got = jax.jit(jax.shard_map(local, mesh=mesh(), in_specs=(specs,), out_specs=specs))(runs)
+    check(got, jax.vmap(updates())(trees.on_one(runs)))
+
+
 @pytest.mark.examples("auto")
 def test_vmap(expected, mode):
     """Of several runs at once."""
