@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import ShapedArray
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optimorph._core.shown import shown
 from optimorph._core.types import DTypeLike, Numeric, PyTree, ScalarOrSchedule, Schedule
@@ -108,7 +108,15 @@ def as_scalar(value: Numeric, like: jax.Array) -> Any:
         return float(value)  # already a weak type; the integer may be too large for int32
     if np.ndim(value):
         raise NotScalarError(value)
-    return jnp.asarray(value).astype(like.dtype)
+    return _in_context(jnp.asarray(value)).astype(like.dtype)
+
+
+def _in_context(x: jax.Array) -> jax.Array:
+    """A scalar from outside of `jax.sharding.auto_axes`, where `Explicit` axes of its type are `Auto`."""
+    own, mesh = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in own.axis_types or own.axis_types == mesh.axis_types or mesh.empty:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def increment(count: Any) -> jax.Array:

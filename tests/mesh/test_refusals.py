@@ -175,7 +175,7 @@ def test_compilation_cache(tmp_path):
 LOCAL = {  # what needs shardings inside shard_map
     "clip_norm": lambda shardings: om.clip_norm(1.0, shardings),
     "clip_rms": lambda shardings: om.clip_rms(1.0, shardings),
-    "cautious": lambda shardings: om.cautious(om.sgd(0.1), shardings=shardings),
+    "cautious": lambda shardings: om.cautious(om.ema(0.9), shardings=shardings),
     "hyperball": lambda shardings: om.hyperball(0.1, {"*": "io"}, shardings),
     "adamh": lambda shardings: om.adamh(0.1, axes={"*": "io"}, shardings=shardings),
     "keep_norm": lambda shardings: om.keep_norm(om.sign(), axes={"*": "io"}, shardings=shardings),

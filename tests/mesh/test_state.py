@@ -280,3 +280,24 @@ def test_an_ensemble_over_an_explicit_axis(name):
             updates, state = jax.jit(jax.vmap(step))(w, state)
     for k, (expected, _) in enumerate(alone):
         rounding.close(np.asarray(updates["w"])[k], np.asarray(expected["w"]), condition=1e3, dtype="float32")
+
+
+INJECTED = {
+    "soap": lambda: om.inject_hyperparams(om.soap)(0.1, axes={"*": "io"}),
+    "shampoo": lambda: om.inject_hyperparams(om.shampoo)(0.1, axes={"*": "io"}),
+    "factored": lambda: om.inject_hyperparams(lambda b2: om.factored(b2, axes={"*": "io"}))(0.9),
+    "mean": lambda: om.inject_hyperparams(lambda b2: om.mean("i", om.ema(b2), axes={"*": "io"}))(0.9),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_numbers_in_the_state_over_explicit_axes(name):
+    """The compiler divides what these compute, and their numbers are arrays over the mesh."""
+    tx, mesh = INJECTED[name](), trees.mesh_of(4, 2, AxisType.Explicit)
+    params = {"w": jnp.eye(8) + jnp.arange(64.0).reshape(8, 8) / 64}
+    expected, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, jax.NamedSharding(mesh, P("data")))
+        updates, state = jax.jit(tx.update)(placed, tx.init(placed), placed)
+        tx.update(placed, state, placed)
+    rounding.close_each(updates, expected, condition=1e5)
