@@ -108,13 +108,15 @@ def as_scalar(value: Numeric, like: jax.Array) -> Any:
         return float(value)  # already a weak type; the integer may be too large for int32
     if np.ndim(value):
         raise NotScalarError(value)
-    return _in_context(jnp.asarray(value)).astype(like.dtype)
+    x = jnp.asarray(value)
+    own = jax.typeof(x).sharding.mesh.axis_types
+    return (_in_context(x, own) if AxisType.Explicit in own else x).astype(like.dtype)
 
 
-def _in_context(x: jax.Array) -> jax.Array:
-    """A scalar from outside of `jax.sharding.auto_axes`, where `Explicit` axes of its type are `Auto`."""
-    own, mesh = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit not in own.axis_types or own.axis_types == mesh.axis_types or mesh.empty:
+def _in_context(x: jax.Array, own: tuple[AxisType, ...]) -> jax.Array:
+    """A scalar whose mesh axes are `Explicit`, also inside `jax.sharding.auto_axes`, where they are not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.axis_types == own:
         return x
     return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
