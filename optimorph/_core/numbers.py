@@ -114,7 +114,7 @@ def as_scalar(value: Numeric, like: jax.Array) -> Any:
 
 
 def _in_context(x: jax.Array, own: tuple[AxisType, ...]) -> jax.Array:
-    """A scalar whose mesh axes are `Explicit`, also inside `jax.sharding.auto_axes`, where they are not."""
+    """A scalar over `Explicit` mesh axes, for `jax.sharding.auto_axes` too: inside it they are `Auto`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.axis_types == own:
         return x
